@@ -1,0 +1,9 @@
+"""Exact gradient accumulation for JAX, Flax and optax."""
+
+from jaxaccum._accumulator import Weighted as Weighted
+from jaxaccum._cast import cast as cast
+from jaxaccum._multi_steps import MultiSteps as MultiSteps
+from jaxaccum._schedule import AccumulationSchedule as AccumulationSchedule
+from jaxaccum._state import MultiStepsState as MultiStepsState
+from jaxaccum._state import set_every_k as set_every_k
+from jaxaccum._value_and_grad import value_and_grad as value_and_grad

@@ -1,0 +1,134 @@
+"""The monoid: a weighted sum (Σ w·x, Σ w) that can be added to, merged, and divided exactly once.
+
+Pure functions over pytrees. Nothing here knows an optimizer, a device or a loop.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Tree = Any
+
+
+class Weighted(NamedTuple):
+    """A weighted sum: Σ w·x, and Σ w.
+
+    A loss returns one to say what its micro-batch counts for; the window's loss and gradient are then
+    Σ total / Σ weight, exact where the micro-batches hold different numbers of examples or tokens. Weight 0 takes a
+    micro-batch out, whatever its total is, so no loss needs to guard a division by its token count.
+
+    Attributes:
+      total: Σ w·x; for a loss a floating scalar, the sum over the micro-batch's examples or tokens.
+      weight: Σ w, a scalar; the number of examples or tokens in the sum.
+
+    Example:
+      >>> import jaxaccum
+      >>> def loss(w, batch):
+      ...     squared = (w * batch["x"] - batch["y"]) ** 2 * batch["mask"]
+      ...     return jaxaccum.Weighted(squared.sum(), batch["mask"].sum())
+      >>> batch = {"x": jnp.array([1.0, 2.0]), "y": jnp.zeros(2), "mask": jnp.array([1.0, 0.0])}
+      >>> print(*loss(3.0, batch))
+      9.0 1.0
+    """
+
+    total: Tree
+    weight: Any
+
+
+def sum_dtype(dtype: Any, accumulator_dtype: Any) -> Any:
+    """The dtype that sums of a leaf of `dtype` are kept in: `accumulator_dtype`, but float64 and complex stay."""
+    keeps = accumulator_dtype is None or dtype == jnp.float64 or jnp.issubdtype(dtype, jnp.complexfloating)
+    return jnp.dtype(dtype) if keeps else jnp.dtype(accumulator_dtype)
+
+
+def weight_dtype() -> Any:
+    """The dtype of weights and of averaged scalars: the widest float in use, float64 under x64."""
+    return jax.dtypes.canonicalize_dtype(jnp.float64)
+
+
+def is_inexact(leaf: Any) -> bool:
+    """Whether `leaf` can have a gradient."""
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+
+
+def init(tree: Tree, accumulator_dtype: Any) -> Tree:
+    """Zero sums for `tree`, leaf by leaf in `sum_dtype`; a leaf that cannot have a gradient gets None."""
+    return jax.tree.map(
+        lambda x: jnp.zeros_like(x, dtype=sum_dtype(jnp.result_type(x), accumulator_dtype)) if is_inexact(x) else None,
+        tree,
+    )
+
+
+def add(total: Tree, x: Tree, weight: Any = None, *, keep: Any = None, first: Any = None) -> Tree:
+    """`total + weight·x`, leaf by leaf, rounded once to the dtype of `total`.
+
+    The three options are selections, never products with a mask: what is left out may be infinite or NaN.
+
+    Args:
+      total: the sums so far; where a leaf is None, the leaf of `x` is passed over.
+      x: a tree like `total`, of any inexact dtypes.
+      weight: a scalar; None where `x` counts once or is weighted already.
+      keep: a bool scalar; where False, `x` is left out.
+      first: a bool scalar; where True, `x` takes the place of `total`, which is so never cleared.
+
+    Returns:
+      The new sums.
+    """
+
+    def leaf(total, x):
+        if total is None:
+            return None
+        wide = jnp.promote_types(total.dtype, jnp.float32)
+        x = jnp.asarray(x).astype(wide)
+        if weight is not None:
+            x = x * jnp.asarray(weight).astype(jnp.finfo(wide).dtype)
+        if keep is not None:
+            x = jnp.where(keep, x, jnp.zeros_like(x))
+        new = total.astype(wide) + x
+        if first is not None:
+            new = jnp.where(first, x, new)
+        return new.astype(total.dtype)
+
+    return jax.tree.map(leaf, total, x, is_leaf=lambda leaf: leaf is None)
+
+
+def merge(a: Weighted, b: Weighted, *, keep: Any = None) -> Weighted:
+    """The weighted sum of both: of two micro-batches, of two devices, of two halves of a checkpoint."""
+    return Weighted(add(a.total, b.total, keep=keep), add(a.weight, b.weight, keep=keep))
+
+
+def mean(sums: Weighted, like: Tree) -> Tree:
+    """Σ w·x / Σ w, the one division; 0 where Σ w is 0 and so is the sum.
+
+    Args:
+      sums: the weighted sum.
+      like: a tree of the summed values. A leaf of the mean is never narrower than its leaf here, and where the sums
+        have no leaf the mean has this one.
+
+    Returns:
+      The mean, in the wider of the sum's and `like`'s dtypes.
+    """
+    weight = jnp.where(sums.weight == 0, jnp.ones_like(sums.weight), sums.weight)
+
+    def leaf(total, x):
+        if total is None:
+            return x
+        wide = jnp.promote_types(total.dtype, jnp.float32)
+        quotient = total.astype(wide) / weight.astype(jnp.finfo(wide).dtype)
+        return quotient.astype(jnp.promote_types(total.dtype, jnp.result_type(x)))
+
+    return jax.tree.map(leaf, sums.total, like, is_leaf=lambda leaf: leaf is None)
+
+
+def all_finite(tree: Tree) -> jax.Array:
+    """A bool scalar: whether every inexact leaf of `tree` is free of NaN and infinity."""
+    finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree) if is_inexact(x)]
+    return jnp.all(jnp.stack(finite)) if finite else jnp.asarray(True)
+
+
+def select(pred: Any, new: Tree, old: Tree) -> Tree:
+    """`new` where `pred`, else `old`, leaf by leaf; at once if `pred` is a Python bool."""
+    if isinstance(pred, bool):
+        return new if pred else old
+    return jax.tree.map(lambda n, o: n if n.dtype == jax.dtypes.float0 else jnp.where(pred, n, o), new, old)

@@ -1,0 +1,185 @@
+"""Checks of what callers pass, made before anything runs: each error names the argument, the value and the remedy."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxaccum._accumulator import is_inexact
+from jaxaccum._integers import positive_int
+from jaxaccum._schedule import AccumulationSchedule
+from jaxaccum._state import MultiStepsState
+
+Tree = Any
+
+
+def known(flag: Any) -> Any:
+    """`flag` as a Python bool where its value can be read now; the traced array where it can't."""
+    return flag if isinstance(flag, jax.core.Tracer) else bool(flag)
+
+
+def floating(name: str, dtype: Any) -> None:
+    """A dtype argument: floating, or None."""
+    if dtype is not None and not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+        raise TypeError(f"{name} must be a floating dtype or None, got {dtype!r}.")
+
+
+def num_micro_batches(value: Any, stacked: bool) -> Any:
+    """K of one window: a Python int, or a traced integer scalar where the batch is stacked."""
+    if not isinstance(value, jax.core.Tracer):
+        return positive_int(value, "num_micro_batches")
+    if value.shape or not jnp.issubdtype(value.dtype, jnp.integer):
+        raise TypeError(f"num_micro_batches must be one integer, got {value.dtype} of shape {value.shape}.")
+    if not stacked:
+        raise TypeError(
+            "num_micro_batches is traced, but the batch is not stacked: how to split it must be known at compile time. "
+            "Pass a Python int, or stacked=True with batch leaves of shape (K_max, N, ...)."
+        )
+    return value
+
+
+def every_k_schedule(value: Any) -> int | Callable[[Any], Any]:
+    """An integer K, or a function of `gradient_step` that gives integers; anything else is refused.
+
+    Raises:
+      TypeError, ValueError: if `value` is neither, or is a function whose result is not one integer of at least 1.
+    """
+    if isinstance(value, AccumulationSchedule):
+        raise TypeError(
+            f"every_k_schedule={value!r} gives K by epoch, but MultiSteps counts optimizer steps. Start with "
+            "every_k_schedule=schedule(0), and at each epoch's start use set_every_k(state, schedule(epoch))."
+        )
+    if not callable(value):
+        return positive_int(value, "every_k_schedule")
+    returned = []
+
+    def record(step):
+        returned.append(value(step))
+        return returned[-1]
+
+    try:
+        jax.eval_shape(record, jax.ShapeDtypeStruct((), jnp.int32))
+    except jax.errors.ConcretizationTypeError:
+        return value  # A function of the step's value, for use outside jit: its results are checked one by one.
+    scheduled_k(returned[-1])
+    return value
+
+
+def scheduled_k(k: Any) -> Any:
+    """What a schedule function returned: one integer, of at least 1 where the value can be read."""
+    what = "the result of every_k_schedule"
+    if not isinstance(k, jax.core.Tracer):
+        return positive_int(k, what)
+    if k.shape or not jnp.issubdtype(k.dtype, jnp.integer):
+        raise TypeError(f"{what} must be one integer of at least 1, got {k.dtype} of shape {k.shape}.")
+    return k
+
+
+def weight(value: Any) -> None:
+    """A weight: a real scalar; finite and not negative where the value can be read."""
+    if jnp.shape(value) or jnp.issubdtype(jnp.result_type(value), jnp.complexfloating):
+        raise ValueError(
+            f"weight must be one real number, got {jnp.result_type(value)} of shape {jnp.shape(value)}; "
+            "sum the weights of the micro-batch's examples first."
+        )
+    if not isinstance(value, jax.core.Tracer) and not 0 <= float(value) < math.inf:
+        raise ValueError(
+            f"weight must be finite and at least 0, got {value}; it is what the micro-batch counts for "
+            "(its number of examples or tokens), and 0 leaves the micro-batch out."
+        )
+
+
+def boundary(value: Any) -> Any:
+    """A bool, Python's or numpy's or an array's; traced only if the array is."""
+    if jnp.shape(value) or jnp.result_type(value) != jnp.bool_:
+        raise TypeError(
+            f"boundary must be None (the state's counter decides) or one bool, got {value!r}; "
+            "for example boundary=(batch_index + 1) % k == 0."
+        )
+    return known(value)
+
+
+def averaged(name: str, value: Any) -> None:
+    """An averaged extra arg: one real number."""
+    if jnp.shape(value) or not jnp.isrealobj(value):
+        raise ValueError(
+            f"the extra arg {name!r} is averaged over the window and must be one real number, got "
+            f"{jnp.result_type(value)} of shape {jnp.shape(value)}. To hand it over as it is at the boundary, leave "
+            f"{name!r} out of averaged_extra_args."
+        )
+
+
+def skip(value: Any) -> Any:
+    """The verdict of `should_skip_update_fn`: one bool."""
+    if jnp.shape(value) or jnp.result_type(value) != jnp.bool_:
+        raise ValueError(
+            "should_skip_update_fn must return (skip, skip_state) with skip one bool, got "
+            f"{jnp.result_type(value)} of shape {jnp.shape(value)}."
+        )
+    return value
+
+
+def available(accumulator_dtype: Any) -> None:
+    """The accumulator's dtype must be one that jax has switched on."""
+    if accumulator_dtype is not None and jax.dtypes.canonicalize_dtype(accumulator_dtype) != accumulator_dtype:
+        raise ValueError(f"accumulator_dtype={jnp.dtype(accumulator_dtype)} needs x64: set jax_enable_x64 first.")
+
+
+def differentiable(params: Tree) -> None:
+    """Parameters to differentiate: floating or complex, every one."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not is_inexact(leaf):
+            raise TypeError(
+                f"the argument that argnums names holds {jnp.result_type(leaf)} at {_name(path) or 'its root'}, which "
+                "has no gradient; pass it as another argument."
+            )
+
+
+def state(value: Any, method: str) -> MultiStepsState:
+    """A state of `MultiSteps`."""
+    if not isinstance(value, MultiStepsState):
+        raise TypeError(
+            f"{method} takes the MultiStepsState that init returned, got {type(value).__name__}; in a chain's state "
+            "it is the entry of this transformation."
+        )
+    return value
+
+
+def gradients(grads: Tree, acc_grads: Tree) -> None:
+    """Gradients must form the parameters' tree, shape by shape, and be inexact.
+
+    Raises:
+      ValueError: if the tree or a shape differs.
+      TypeError: if a gradient is not floating or complex.
+    """
+    is_none = lambda leaf: leaf is None
+    want = dict(jax.tree_util.tree_leaves_with_path(acc_grads, is_leaf=is_none))
+    got = dict(jax.tree_util.tree_leaves_with_path(grads, is_leaf=is_none))
+    if want.keys() != got.keys():
+        missing, extra = (", ".join(map(_name, keys)) for keys in (want.keys() - got.keys(), got.keys() - want.keys()))
+        raise ValueError(
+            "grads must have the tree of the parameters that init was given"
+            + (f"; missing: {missing}" if missing else "")
+            + (f"; not among the parameters: {extra}" if extra else "")
+            + ". Differentiate with respect to those parameters, or call init on these."
+        )
+    for path, acc in want.items():
+        grad = got[path]
+        no_gradient = grad is None or jnp.result_type(grad) == jax.dtypes.float0
+        if acc is None and no_gradient:
+            continue
+        if no_gradient or not is_inexact(grad):
+            kind = "None" if grad is None else jnp.result_type(grad)
+            raise TypeError(
+                f"grads{_name(path)} must be floating or complex, got {kind}. Integer parameters have no gradient: "
+                "differentiate with respect to the others alone, or with allow_int=True."
+            )
+        if acc is None or jnp.shape(grad) != acc.shape:
+            shape = "an integer parameter" if acc is None else f"a parameter of shape {acc.shape}"
+            raise ValueError(f"grads{_name(path)} has shape {jnp.shape(grad)}, for {shape}.")
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path)

@@ -1,0 +1,104 @@
+"""The call of the inner optimizer: on the exact mean, with the types that it would have had without accumulation."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Tree = Any
+
+
+def update(
+    opt: optax.GradientTransformationExtraArgs,
+    mean: Tree,
+    grads: Tree,
+    state: Tree,
+    params: Tree | None,
+    extra_args: dict[str, Any],
+    wide: Any,
+) -> tuple[Tree, Tree]:
+    """`opt.update` on `mean`, which may be wider than the gradients that it is the mean of.
+
+    Where it is, the optimizer's floating state and the parameters are lifted to `wide` for the call, so that the mean
+    is not rounded on its way, and the results are cast back: the state to its own dtypes, the updates to those that
+    `opt` would have given for `grads`.
+
+    Args:
+      opt: the inner optimizer.
+      mean: the window's mean gradient.
+      grads: arrays or shapes with the dtypes that the optimizer would see without accumulation.
+      state: the inner optimizer's state.
+      params: the parameters, or None.
+      extra_args: the inner optimizer's extra arguments.
+      wide: the dtype to lift to.
+
+    Returns:
+      (updates, new inner state).
+    """
+    if all(jax.tree.leaves(jax.tree.map(lambda m, g: m.dtype == g.dtype, mean, grads))):
+        updates, new_state = opt.update(mean, state, params, **extra_args)
+    else:
+        shapes = update_shapes(opt, grads, state, params, extra_args)
+        updates, new_state = opt.update(mean, _lift(state, wide), _lift(params, wide), **extra_args)
+        updates = _cast_like(updates, shapes)
+    return updates, _cast_like(new_state, state)
+
+
+def update_shapes(opt, grads: Tree, state: Tree, params: Tree | None, extra_args: dict[str, Any]) -> Tree:
+    """Shapes and dtypes of the updates that `opt` gives for `grads`; nothing is computed."""
+    return jax.eval_shape(lambda g, s, p: opt.update(g, s, p, **extra_args)[0], grads, state, params)
+
+
+def zeros(shapes: Tree) -> Tree:
+    """Updates that change nothing."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
+def apply_updates(params: Tree, updates: Tree) -> Tree:
+    """`optax.apply_updates`; a parameter without gradient (float0, None) stays as it is."""
+
+    def leaf(param, update):
+        if update is None or update.dtype == jax.dtypes.float0:
+            return param
+        return optax.apply_updates(param, update)
+
+    return jax.tree.map(leaf, params, updates, is_leaf=lambda leaf: leaf is None)
+
+
+def unshared(state: Tree, params: Tree) -> Tree:
+    """`state` with a copy of every array that appears twice in it or in `params`, so that both can be donated."""
+    seen = {id(leaf) for leaf in jax.tree.leaves(params)}
+
+    def leaf(x):
+        if id(x) in seen:
+            return jnp.copy(x)
+        seen.add(id(x))
+        return x
+
+    return jax.tree.map(leaf, state)
+
+
+def branch(pred: Any, close: Callable[[], Tree], stay: Callable[[], Tree]) -> Tree:
+    """`close()` where `pred`, else `stay()`: decided now if `pred` is a Python bool, in a conditional if it is traced.
+
+    The barrier keeps XLA:GPU from turning the conditional into selections, which would run both sides.
+    """
+    if isinstance(pred, bool):
+        return close() if pred else stay()
+    return jax.lax.cond(pred, lambda: jax.lax.optimization_barrier(close()), stay)
+
+
+def _lift(tree: Tree, wide: Any) -> Tree:
+    def leaf(x):
+        x = jnp.asarray(x)
+        return x.astype(jnp.promote_types(x.dtype, wide)) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(leaf, tree)
+
+
+def _cast_like(tree: Tree, like: Tree) -> Tree:
+    return jax.tree.map(
+        lambda x, y: x if jnp.result_type(x) == jnp.result_type(y) else jnp.astype(x, y.dtype), tree, like
+    )

@@ -1,0 +1,44 @@
+"""The one check of a window's length, K. Imports nothing, so that host-side modules can use it without jax."""
+
+import operator
+from typing import Any
+
+_LARGEST = 2**31 - 1
+
+
+def positive_int(value: Any, name: str) -> int:
+    """`value` as a Python int of at least 1.
+
+    Args:
+      value: an integer of any kind: Python's, numpy's, or a concrete jax scalar. A bool is not one.
+      name: what to call it in the error.
+
+    Returns:
+      The int.
+
+    Raises:
+      TypeError: if `value` is not an integer.
+      ValueError: if it is below 1 or does not fit in an int32.
+
+    Example:
+      >>> positive_int(7, "every_k")
+      7
+    """
+    number = as_int(value, name, "an integer of at least 1")
+    if not 1 <= number <= _LARGEST:
+        raise ValueError(f"{name} must be an integer from 1 to {_LARGEST}, got {number}; K=1 means no accumulation.")
+    return number
+
+
+def as_int(value: Any, name: str, wanted: str) -> int:
+    """`value` as a Python int; `wanted` completes the error's "must be ...".
+
+    Raises:
+      TypeError: if `value` is a bool or not an integer.
+    """
+    try:
+        if isinstance(value, bool) or str(getattr(value, "dtype", "")) == "bool":
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be {wanted}, got {value!r} of type {type(value).__name__}.") from None

@@ -1,0 +1,45 @@
+"""What a loss function may return, in one form for both drivers: a plain scalar, or a `Weighted`."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxaccum._accumulator import Weighted
+
+Tree = Any
+
+
+def value_and_grad(
+    fun: Callable[..., Any], argnums: int | Sequence[int] = 0
+) -> Callable[..., tuple[tuple[Weighted, Tree], Tree]]:
+    """`jax.value_and_grad` of a loss that returns `(loss, rest)`, the loss plain or `Weighted`.
+
+    Returns:
+      A function that returns `((loss, rest), grads)`: the loss as a `Weighted`, whose weight is None where it was
+      plain, and the gradient of its total.
+    """
+
+    def total(*args, **kwargs):
+        loss, rest = fun(*args, **kwargs)
+        loss = loss if isinstance(loss, Weighted) else Weighted(loss, None)
+        for name, value in loss._asdict().items():
+            if value is not None and jnp.shape(value):
+                raise ValueError(f"the loss's {name} must be a scalar, got shape {jnp.shape(value)}; reduce it first.")
+        return loss.total, (loss, rest)
+
+    def value_and_grad(*args, **kwargs):
+        (_, returned), grads = jax.value_and_grad(total, argnums, has_aux=True)(*args, **kwargs)
+        return returned, grads
+
+    return value_and_grad
+
+
+def mean(loss: Weighted) -> jax.Array:
+    """Total over weight; 0 where the weight is 0, whatever the total holds."""
+    if loss.weight is None:
+        return loss.total
+    weight = jnp.asarray(loss.weight).astype(loss.total.dtype)
+    empty = weight == 0
+    return jnp.where(empty, jnp.zeros_like(loss.total), loss.total / jnp.where(empty, jnp.ones_like(weight), weight))

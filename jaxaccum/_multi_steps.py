@@ -1,0 +1,259 @@
+"""Driver 1: an optax transformation that is fed one micro-batch's gradient at a time."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxaccum import _accumulator, _checks, _loss, _micro_step
+from jaxaccum._accumulator import Weighted
+from jaxaccum._micro_step import Config
+from jaxaccum._state import MultiStepsState
+
+Tree = Any
+
+
+class MultiSteps(optax.GradientTransformationExtraArgs):
+    """Sums the gradients of K micro-batches and hands their mean to an optimizer, once a window.
+
+    It stands where `optax.MultiSteps` stands, as a gradient transformation itself: alone, in `optax.chain` and its
+    kin, in flax's `TrainState` and `nnx.Optimizer`. In between boundaries the updates are zeros and the inner
+    optimizer does not run. Put everything that should run once a window (clipping, decay, schedules) inside.
+
+    Which call is the boundary is said in one of three ways:
+
+    * not at all: the state's counter decides, in a conditional on the device;
+    * `boundary=` a Python bool, static under jit: two programs without a conditional, the fastest drive, for a host
+      that counts (the one compiled for False holds no optimizer);
+    * `boundary=` a traced bool: a conditional on the caller's own condition.
+
+    Fields (it is a NamedTuple, and unpacks like every optax transformation):
+      init: `init(params) -> MultiStepsState`.
+      update: `update(grads, state, params=None, *, weight=None, boundary=None, **extra_args) -> (updates, state)`.
+        `weight` is what this micro-batch counts for (a real scalar, by default 1); weight 0 leaves it out, whatever
+        it holds, and a window of weight 0 leaves parameters and inner state untouched.
+
+    Args:
+      opt: the inner optimizer. It receives the mean in the accumulator's dtype.
+      every_k_schedule: K, an integer of at least 1, which `set_every_k` changes without a recompile; or a function
+        of `gradient_step` (int32 scalar) that returns K.
+      use_grad_mean: False hands the weighted sum to the inner optimizer in place of the mean.
+      should_skip_update_fn: as in optax: `fn(grads, gradient_step, params) -> (skip, skip_state)`. A skipped
+        micro-step never happened: it is not counted and closes no window, even where `boundary` says so.
+      accumulator_dtype: a floating dtype for the sums, whatever the gradients'; float64 and complex parameters keep
+        theirs. None: the parameters' dtypes.
+      nonfinite: "propagate", or "drop": a micro-batch with a NaN or an infinity in its gradient or averaged extra
+        args gets weight 0 and is counted in `state.dropped`.
+      averaged_extra_args: names of scalar extra args that reach the inner optimizer as the window's weighted mean.
+        All other extra args are those of the boundary's call.
+
+    Raises:
+      TypeError, ValueError: for an argument that is none of these, at construction.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, jaxaccum
+      >>> tx = jaxaccum.MultiSteps(optax.sgd(1.0), every_k_schedule=2)
+      >>> params = {"w": jnp.zeros(2)}
+      >>> state = tx.init(params)
+      >>> for grad in ([1.0, 2.0], [3.0, 6.0]):
+      ...     updates, state = tx.update({"w": jnp.array(grad)}, state, params)
+      ...     print(updates["w"], tx.has_updated(state))
+      [0. 0.] False
+      [-2. -4.] True
+    """
+
+    _config: Config
+
+    def __new__(
+        cls,
+        opt: optax.GradientTransformation,
+        every_k_schedule: int | Callable[[Any], Any],
+        use_grad_mean: bool = True,
+        should_skip_update_fn: Callable[..., Any] | None = None,
+        accumulator_dtype: Any = jnp.float32,
+        *,
+        nonfinite: str = "propagate",
+        averaged_extra_args: Sequence[str] = ("value",),
+    ):
+        if not (callable(getattr(opt, "init", None)) and callable(getattr(opt, "update", None))):
+            raise TypeError(f"opt must be an optax.GradientTransformation, for example optax.adam(1e-3), got {opt!r}.")
+        if nonfinite not in ("propagate", "drop"):
+            raise ValueError(f"nonfinite must be 'propagate' or 'drop', got {nonfinite!r}.")
+        if isinstance(averaged_extra_args, str) or not all(isinstance(name, str) for name in averaged_extra_args):
+            raise TypeError(f"averaged_extra_args must be a tuple of names, got {averaged_extra_args!r}.")
+        _checks.floating("accumulator_dtype", accumulator_dtype)
+        config = Config(
+            opt=optax.with_extra_args_support(opt),
+            every_k=_checks.every_k_schedule(every_k_schedule),
+            use_grad_mean=bool(use_grad_mean),
+            should_skip_update_fn=should_skip_update_fn,
+            accumulator_dtype=None if accumulator_dtype is None else jnp.dtype(accumulator_dtype),
+            nonfinite=nonfinite,
+            averaged_extra_args=tuple(averaged_extra_args),
+        )
+        self = super().__new__(cls, functools.partial(_micro_step.init, config), functools.partial(_update, config))
+        self._config = config
+        return self
+
+    def apply(
+        self,
+        params: Tree,
+        state: MultiStepsState,
+        grads: Tree,
+        *,
+        weight: Any = None,
+        boundary: Any = None,
+        **extra_args: Any,
+    ) -> tuple[Tree, MultiStepsState]:
+        """`update` and `optax.apply_updates` in one: between boundaries the parameters are not even read.
+
+        Under jit donate `params` and `state`, in this order and never the gradients; then nothing is copied.
+
+        Args:
+          params: the parameters.
+          state: the state.
+          grads: one micro-batch's gradient, a tree like the parameters.
+          weight: what the micro-batch counts for; None is 1.
+          boundary: whether it is the window's last; None lets the state's counter decide.
+          **extra_args: as for `update`.
+
+        Returns:
+          (params, state).
+        """
+        return _micro_step.run(
+            self._config,
+            grads,
+            _checks.state(state, "apply"),
+            params,
+            weight,
+            boundary,
+            extra_args,
+            _micro_step.apply_output(params),
+        )
+
+    def micro_step(
+        self, fun: Callable[..., Any], params: Tree, state: MultiStepsState, *args: Any, boundary: Any = None
+    ) -> tuple[jax.Array, Tree, MultiStepsState]:
+        """One micro-batch from its loss to the parameters: backward, add, and at a boundary the optimizer step.
+
+        Args:
+          fun: `fun(params, *args)` returns the micro-batch's mean loss, a floating scalar, or a `Weighted`.
+          params: the parameters.
+          state: the state.
+          *args: the micro-batch and whatever else `fun` takes.
+          boundary: as for `update`.
+
+        Returns:
+          (the micro-batch's mean loss, params, state). The loss is also the `value` of the inner optimizer's extra
+          args, averaged over the window.
+
+        Example:
+          >>> import jax.numpy as jnp, optax, jaxaccum
+          >>> tx = jaxaccum.MultiSteps(optax.sgd(0.1), every_k_schedule=2)
+          >>> params, state = jnp.array(1.0), tx.init(jnp.array(1.0))
+          >>> for x in (1.0, 3.0):
+          ...     loss, params, state = tx.micro_step(lambda w, x: (w * x) ** 2, params, state, x)
+          ...     print(loss, params)
+          1.0 1.0
+          9.0 0.0
+        """
+        config = self._config
+        (value, _), grads = _loss.value_and_grad(lambda *args: (fun(*args), None))(params, *args)
+        weighted = value.weight is not None
+        if weighted and config.should_skip_update_fn is not None:
+            grads = _accumulator.mean(Weighted(grads, value.weight), grads)  # The rule judges mean gradients.
+            weighted = False
+        loss = _loss.mean(value)
+        params, state = _micro_step.run(
+            config,
+            grads,
+            _checks.state(state, "micro_step"),
+            params,
+            value.weight,
+            boundary,
+            {"value": loss} if "value" in config.averaged_extra_args else {},
+            _micro_step.apply_output(params),
+            weighted=weighted,
+        )
+        return loss, params, state
+
+    def flush(
+        self, state: MultiStepsState, params: Tree | None = None, **extra_args: Any
+    ) -> tuple[Tree, MultiStepsState]:
+        """Closes a partial window: an optimizer step on the mean of what it really holds.
+
+        Where nothing is pending, or nothing but weight 0, the updates are zeros and the optimizer does not run.
+
+        Args:
+          state: the state.
+          params: the parameters, where the inner optimizer needs them.
+          **extra_args: the inner optimizer's extra arguments, other than the averaged ones: those are the window's.
+
+        Returns:
+          (updates, state).
+
+        Raises:
+          TypeError: if `state` is not this transformation's own.
+
+        Example:
+          >>> import jax.numpy as jnp, optax, jaxaccum
+          >>> tx = jaxaccum.MultiSteps(optax.sgd(1.0), every_k_schedule=8)
+          >>> updates, state = tx.update(jnp.array(2.0), tx.init(jnp.array(0.0)))
+          >>> updates, state = tx.flush(state)
+          >>> print(updates)
+          -2.0
+        """
+        return _micro_step.flush(self._config, _checks.state(state, "flush"), params, extra_args)
+
+    def has_updated(self, state: MultiStepsState) -> Any:
+        """A bool scalar: whether the call that returned `state` ran the inner optimizer."""
+        return _checks.state(state, "has_updated").updated
+
+    def gradient_transformation(self) -> optax.GradientTransformationExtraArgs:
+        """This transformation: it needs no conversion. For code written for `optax.MultiSteps`."""
+        return self
+
+    @property
+    def inner_opt(self) -> optax.GradientTransformationExtraArgs:
+        """The inner optimizer."""
+        return self._config.opt
+
+    # Identity is configuration: a copy is equal to its original, and two that differ in one option never share a trace.
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other._config == self._config
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash((type(self), self._config))
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in self._config._asdict().items() if name != "opt")
+        return f"{type(self).__name__}({options})"
+
+    def __reduce__(self):
+        return _rebuild, (type(self), tuple(self._config))
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        jax.tree_util.register_static(cls)
+
+
+# Without this jax would take an instance for a NamedTuple of two leaves.
+jax.tree_util.register_static(MultiSteps)
+
+
+def _rebuild(cls: type[MultiSteps], config: tuple) -> MultiSteps:
+    *positional, nonfinite, averaged_extra_args = config
+    return cls(*positional, nonfinite=nonfinite, averaged_extra_args=averaged_extra_args)
+
+
+def _update(config, grads, state, params=None, *, weight=None, boundary=None, **extra_args):
+    state = _checks.state(state, "update")
+    output = _micro_step.updates_output(config, grads, state, params, extra_args)
+    return _micro_step.run(config, grads, state, params, weight, boundary, extra_args, output)

@@ -1,0 +1,193 @@
+"""Flax adapters: a window for nnx and for linen models, and linen's `TrainState` with weights and boundaries.
+
+Needs flax, which the core does not: `pip install "jaxaccum[flax]"`.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import optax
+from flax import linen, nnx
+from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
+from flax.training import train_state
+
+from jaxaccum import _value_and_grad
+from jaxaccum._multi_steps import MultiSteps
+
+Tree = Any
+
+
+def value_and_grad(
+    fun: Callable[..., Any],
+    num_micro_batches: Any,
+    *,
+    wrt: Any = nnx.Param,
+    batch_argnums: int | tuple[int, ...] = 1,
+    key_argnums: int | tuple[int, ...] = (),
+    has_aux: bool = False,
+    **options: Any,
+) -> Callable[..., tuple[Any, Any]]:
+    """`nnx.value_and_grad` over K micro-batches.
+
+    The model's other state (batch statistics, random streams) goes from micro-batch to micro-batch and is updated in
+    the model; a micro-batch of weight 0 leaves it alone.
+
+    Args:
+      fun: `fun(model, *args, **kwargs)` returns the mean loss of a micro-batch, or a `jaxaccum.Weighted`.
+      num_micro_batches: K, as for `jaxaccum.value_and_grad`.
+      wrt: the filter of the variables to differentiate, as in nnx.
+      batch_argnums: which arguments of `fun` to split; the model is number 0.
+      key_argnums: random keys; micro-batch i sees `jax.random.fold_in(key, i)`.
+      has_aux: `fun` returns (loss, aux).
+      **options: the other options of `jaxaccum.value_and_grad`.
+
+    Returns:
+      A function of the same arguments that returns `(loss, grads)` or `((loss, aux), grads)`, the gradients an
+      `nnx.State`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxaccum.flax
+      >>> from flax import nnx
+      >>> model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+      >>> f = jaxaccum.flax.value_and_grad(lambda model, x: jnp.mean(model(x) ** 2), 4)
+      >>> loss, grads = f(model, jnp.ones((8, 3)))
+      >>> grads["kernel"].shape
+      (3, 1)
+    """
+    # The model becomes two arguments, its parameters and its other state, so that all others move up by one.
+    moved = lambda argnums: argnums + 1 if isinstance(argnums, int) else tuple(i + 1 for i in argnums)
+
+    def value_and_grad(model, *args, **kwargs):
+        graphdef, params, state = nnx.split(model, wrt, ...)
+
+        def pure(params, state, *args, **kwargs):
+            model = nnx.merge(graphdef, params, state)
+            returned = fun(model, *args, **kwargs)
+            _, _, state = nnx.split(model, wrt, ...)
+            return (returned[0], (state, returned[1])) if has_aux else (returned, state)
+
+        window = _value_and_grad.value_and_grad(
+            pure,
+            num_micro_batches,
+            has_aux=has_aux,
+            batch_argnums=moved(batch_argnums),
+            key_argnums=moved(key_argnums),
+            carry_argnums=1,
+            **options,
+        )
+        (loss, rest), grads = window(params, state, *args, **kwargs)
+        state, aux = rest if has_aux else (rest, None)
+        nnx.update(model, state)
+        return ((loss, aux) if has_aux else loss), grads
+
+    return value_and_grad
+
+
+def linen_value_and_grad(
+    module: linen.Module,
+    fun: Callable[..., Any],
+    num_micro_batches: Any,
+    *,
+    mutable: str | Iterable[str] = (),
+    rngs: str | Iterable[str] = (),
+    has_aux: bool = False,
+    **options: Any,
+) -> Callable[..., tuple[Any, Tree]]:
+    """The gradient of a linen model's loss over K micro-batches.
+
+    Args:
+      module: the model.
+      fun: `fun(model, batch)`, with `model` the module bound to its variables, returns the mean loss of a micro-batch,
+        or a `jaxaccum.Weighted`.
+      num_micro_batches: K, as for `jaxaccum.value_and_grad`.
+      mutable: the collections that a call changes, such as "batch_stats". They go from micro-batch to micro-batch.
+      rngs: the random streams that a call draws from, such as "dropout". No two micro-batches draw the same.
+      has_aux: `fun` returns (loss, aux).
+      **options: the other options of `jaxaccum.value_and_grad`.
+
+    Returns:
+      A function `f(variables, batch, key=None)` that returns `((loss, variables), grads)`, or
+      `((loss, (variables, aux)), grads)`: the variables with what was mutated, and the gradient with respect to
+      `variables["params"]`. `key` is needed where `rngs` names a stream.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxaccum.flax
+      >>> module, x = nn.BatchNorm(use_running_average=False), jnp.arange(8.0).reshape(8, 1)
+      >>> variables = module.init(jax.random.key(0), x)
+      >>> loss = lambda model, x: jnp.mean(model(x) ** 2)
+      >>> f = jaxaccum.flax.linen_value_and_grad(module, loss, 4, mutable="batch_stats")
+      >>> (value, variables), grads = f(variables, x)
+      >>> sorted(variables), grads["scale"].shape
+      (['batch_stats', 'params'], (1,))
+    """
+    mutable = (mutable,) if isinstance(mutable, str) else tuple(mutable)
+    rngs = (rngs,) if isinstance(rngs, str) else tuple(rngs)
+    apply = linen.apply(fun, module, mutable=list(mutable))
+
+    def pure(params, state, constants, batch, key):
+        streams = {name: jax.random.fold_in(key, i) for i, name in enumerate(rngs)}
+        returned, state = apply({"params": params, **state, **constants}, batch, rngs=streams)
+        return (returned[0], (state, returned[1])) if has_aux else (returned, state)
+
+    window = _value_and_grad.value_and_grad(
+        pure, num_micro_batches, has_aux=has_aux, batch_argnums=3, key_argnums=4, carry_argnums=1, **options
+    )
+
+    def value_and_grad(variables, batch, key=None):
+        if rngs and key is None:
+            raise TypeError(f"key is needed: rngs={rngs} draw from it.")
+        state = {name: variables[name] for name in mutable}
+        constants = {name: value for name, value in variables.items() if name not in (*mutable, "params")}
+        (loss, rest), grads = window(variables["params"], state, constants, batch, key)
+        state, aux = rest if has_aux else (rest, None)
+        variables = {**variables, **state}
+        return (loss, (variables, aux) if has_aux else variables), grads
+
+    return value_and_grad
+
+
+class TrainState(train_state.TrainState):
+    """flax's `TrainState`, whose `apply_gradients` also takes `weight=`, `boundary=` and the optimizer's extra args.
+
+    With a `jaxaccum.MultiSteps` as `tx` a micro-step between boundaries leaves the parameters unread. `step` counts
+    calls, as in flax: micro-steps; the optimizer steps are `opt_state.gradient_step`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxaccum, jaxaccum.flax, optax
+      >>> tx = jaxaccum.MultiSteps(optax.sgd(1.0), every_k_schedule=2)
+      >>> state = jaxaccum.flax.TrainState.create(apply_fn=None, params={"w": jnp.zeros(())}, tx=tx)
+      >>> for tokens, grad in ((30, 1.0), (10, 5.0)):
+      ...     state = state.apply_gradients(grads={"w": jnp.array(grad)}, weight=tokens)
+      >>> print(state.params["w"])
+      -2.0
+    """
+
+    def apply_gradients(self, *, grads: Tree, weight: Any = None, boundary: Any = None, **kwargs: Any) -> "TrainState":
+        """One micro-step.
+
+        Args:
+          grads: the micro-batch's gradient, a tree like `params`.
+          weight: what the micro-batch counts for; None is 1.
+          boundary: whether it is the window's last; None lets the state's counter decide.
+          **kwargs: fields of this dataclass to replace; all others are extra args for the optimizer.
+
+        Returns:
+          The new state.
+        """
+        fields = {name: kwargs.pop(name) for name in list(kwargs) if name in self.__dataclass_fields__}
+        extra_args = {name: value for name, value in (("weight", weight), ("boundary", boundary)) if value is not None}
+        extra_args |= kwargs
+        # Statistics that flax's fp8 layers keep among the parameters are replaced by their "gradient", not updated.
+        overwrites = OVERWRITE_WITH_GRADIENT in grads
+        params, grads_of = (self.params["params"], grads["params"]) if overwrites else (self.params, grads)
+        opt_state: Any = self.opt_state
+        if isinstance(self.tx, MultiSteps):
+            params, opt_state = self.tx.apply(params, opt_state, grads_of, **extra_args)
+        else:
+            tx = optax.with_extra_args_support(self.tx)
+            updates, opt_state = tx.update(grads_of, opt_state, params, **extra_args)
+            params = optax.apply_updates(params, updates)
+        if overwrites:
+            params = {"params": params, OVERWRITE_WITH_GRADIENT: grads[OVERWRITE_WITH_GRADIENT]}
+        return self.replace(step=self.step + 1, params=params, opt_state=opt_state, **fields)

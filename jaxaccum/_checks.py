@@ -22,7 +22,7 @@ def known(flag: Any) -> Any:
 
 def floating(name: str, dtype: Any) -> None:
     """A dtype argument: floating, or None."""
-    if dtype is not None and not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+    if not (dtype is None or _is_floating(dtype)):
         raise TypeError(f"{name} must be a floating dtype or None, got {dtype!r}.")
 
 
@@ -79,10 +79,9 @@ def scheduled_k(k: Any) -> Any:
 
 def weight(value: Any) -> None:
     """A weight: a real scalar; finite and not negative where the value can be read."""
-    if jnp.shape(value) or jnp.issubdtype(jnp.result_type(value), jnp.complexfloating):
+    if not _is_real(value):
         raise ValueError(
-            f"weight must be one real number, got {jnp.result_type(value)} of shape {jnp.shape(value)}; "
-            "sum the weights of the micro-batch's examples first."
+            f"weight must be one real number, got {_kind(value)}; sum the weights of the micro-batch's examples first."
         )
     if not isinstance(value, jax.core.Tracer) and not 0 <= float(value) < math.inf:
         raise ValueError(
@@ -91,9 +90,19 @@ def weight(value: Any) -> None:
         )
 
 
+def total(value: Any) -> None:
+    """A loss, or the total of a `Weighted` one: one floating scalar."""
+    dtype = _scalar_dtype(value)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"the loss must be one floating scalar, or a Weighted with such a total, got {_kind(value)}; "
+            "reduce an array first, and return other results with has_aux=True."
+        )
+
+
 def boundary(value: Any) -> Any:
     """A bool, Python's or numpy's or an array's; traced only if the array is."""
-    if jnp.shape(value) or jnp.result_type(value) != jnp.bool_:
+    if not _is_bool(value):
         raise TypeError(
             f"boundary must be None (the state's counter decides) or one bool, got {value!r}; "
             "for example boundary=(batch_index + 1) % k == 0."
@@ -103,20 +112,19 @@ def boundary(value: Any) -> Any:
 
 def averaged(name: str, value: Any) -> None:
     """An averaged extra arg: one real number."""
-    if jnp.shape(value) or not jnp.isrealobj(value):
+    if not _is_real(value):
         raise ValueError(
             f"the extra arg {name!r} is averaged over the window and must be one real number, got "
-            f"{jnp.result_type(value)} of shape {jnp.shape(value)}. To hand it over as it is at the boundary, leave "
+            f"{_kind(value)}. To hand it over as it is at the boundary, leave "
             f"{name!r} out of averaged_extra_args."
         )
 
 
 def skip(value: Any) -> Any:
     """The verdict of `should_skip_update_fn`: one bool."""
-    if jnp.shape(value) or jnp.result_type(value) != jnp.bool_:
+    if not _is_bool(value):
         raise ValueError(
-            "should_skip_update_fn must return (skip, skip_state) with skip one bool, got "
-            f"{jnp.result_type(value)} of shape {jnp.shape(value)}."
+            f"should_skip_update_fn must return (skip, skip_state) with skip one bool, got {_kind(value)}."
         )
     return value
 
@@ -141,7 +149,7 @@ def state(value: Any, method: str) -> MultiStepsState:
     """A state of `MultiSteps`."""
     if not isinstance(value, MultiStepsState):
         raise TypeError(
-            f"{method} takes the MultiStepsState that init returned, got {type(value).__name__}; in a chain's state "
+            f"{method} takes the MultiStepsState that init returned, got a {type(value)}; in a chain's state "
             "it is the entry of this transformation."
         )
     return value
@@ -183,3 +191,30 @@ def gradients(grads: Tree, acc_grads: Tree) -> None:
 
 def _name(path: Any) -> str:
     return jax.tree_util.keystr(path)
+
+
+def _is_floating(dtype: Any) -> bool:
+    try:
+        return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        return False
+
+
+def _scalar_dtype(value: Any) -> Any:
+    """The dtype of one number or one bool; None for anything else, such as a string, which jax takes for a dtype."""
+    is_scalar = isinstance(value, (bool, int, float, complex)) or getattr(value, "shape", None) == ()
+    return jnp.result_type(value) if is_scalar else None
+
+
+def _is_real(value: Any) -> bool:
+    dtype = _scalar_dtype(value)
+    return any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)) if dtype else False
+
+
+def _is_bool(value: Any) -> bool:
+    return _scalar_dtype(value) == jnp.bool_
+
+
+def _kind(value: Any) -> str:
+    """What `value` is, for an error: an array without its contents."""
+    return f"{value.dtype} of shape {value.shape}" if hasattr(value, "shape") else repr(value)

@@ -5,7 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+
+from jaxaccum._accumulator import is_inexact
 
 Tree = Any
 
@@ -46,6 +49,11 @@ def update(
     return updates, _cast_like(new_state, state)
 
 
+def like_gradients(params: Tree) -> Tree:
+    """A tree with the dtypes of the gradients of `params`: its own, and float0 where there is no gradient."""
+    return jax.tree.map(lambda p: p if is_inexact(p) else np.zeros(jnp.shape(p), jax.dtypes.float0), params)
+
+
 def update_shapes(opt, grads: Tree, state: Tree, params: Tree | None, extra_args: dict[str, Any]) -> Tree:
     """Shapes and dtypes of the updates that `opt` gives for `grads`; nothing is computed."""
     return jax.eval_shape(lambda g, s, p: opt.update(g, s, p, **extra_args)[0], grads, state, params)
@@ -53,7 +61,8 @@ def update_shapes(opt, grads: Tree, state: Tree, params: Tree | None, extra_args
 
 def zeros(shapes: Tree) -> Tree:
     """Updates that change nothing."""
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    numpy_or_jax = lambda dtype: np if dtype == jax.dtypes.float0 else jnp
+    return jax.tree.map(lambda x: numpy_or_jax(x.dtype).zeros(x.shape, x.dtype), shapes)
 
 
 def apply_updates(params: Tree, updates: Tree) -> Tree:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxaccum import _checks
 from jaxaccum._accumulator import Weighted
 
 Tree = Any
@@ -24,9 +25,9 @@ def value_and_grad(
     def total(*args, **kwargs):
         loss, rest = fun(*args, **kwargs)
         loss = loss if isinstance(loss, Weighted) else Weighted(loss, None)
-        for name, value in loss._asdict().items():
-            if value is not None and jnp.shape(value):
-                raise ValueError(f"the loss's {name} must be a scalar, got shape {jnp.shape(value)}; reduce it first.")
+        _checks.total(loss.total)
+        if loss.weight is not None:
+            _checks.weight(loss.weight)
         return loss.total, (loss, rest)
 
     def value_and_grad(*args, **kwargs):

@@ -1,11 +1,11 @@
 """One micro-step of `MultiSteps`, as functions of its configuration and state."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from jaxaccum import _accumulator, _checks, _inner
@@ -18,13 +18,18 @@ Tree = Any
 class Config(NamedTuple):
     """What tells one `MultiSteps` from another; its arguments are documented there."""
 
-    opt: optax.GradientTransformationExtraArgs
+    opt: optax.GradientTransformation
     every_k: int | Callable[[Any], Any]
     use_grad_mean: bool
     should_skip_update_fn: Callable[..., Any] | None
     accumulator_dtype: Any
     nonfinite: str
     averaged_extra_args: tuple[str, ...]
+
+    @property
+    def inner(self) -> optax.GradientTransformationExtraArgs:
+        """`opt`, taking extra args. Made when asked for: a new closure each time, it must not enter comparisons."""
+        return optax.with_extra_args_support(self.opt)
 
 
 class Output(NamedTuple):
@@ -108,44 +113,37 @@ def run(
 
     first = state.mini_step == 0
     acc_grads = _accumulator.add(state.acc_grads, grads, None if weighted else weight, keep=keep, first=first)
-    total_weight = _add_scalar(state.weight, jnp.ones_like(state.weight), weight, keep)
-    averages = state.averages | {
-        name: Weighted(
-            _add_scalar(state.averages[name].total, value, weight, keep),
-            _add_scalar(state.averages[name].weight, jnp.ones_like(state.weight), weight, keep),
-        )
-        for name, value in averaged.items()
-    }
+    add_scalar = functools.partial(_accumulator.add, weight=weight, keep=keep, first=first)
+    one = jnp.ones_like(state.weight)
+    total_weight = add_scalar(state.weight, one)
+    averages = {}
+    for name, sums in state.averages.items():
+        if name in averaged:
+            averages[name] = Weighted(add_scalar(sums.total, averaged[name]), add_scalar(sums.weight, one))
+        else:
+            averages[name] = _accumulator.select(first, _zeros_like(sums), sums)
 
     # A window can be empty only if its last micro-batch can be left out.
     filled = True if keep is None else _checks.known(total_weight != 0)
-    at_boundary = closed is True
     closed = _both(closed, accepted)
     applied = _both(closed, filled)
     means = {name: _average(averages[name], value) for name, value in averaged.items()}
     result, inner_opt_state = _emit(
-        config,
-        state,
-        params,
-        grads,
-        Weighted(acc_grads, total_weight),
-        extra_args | means,
-        output,
-        applied,
-        conditional=not at_boundary,
+        config, state, params, grads, Weighted(acc_grads, total_weight), extra_args | means, output, applied
     )
 
-    counted = _accumulator.select(closed, jnp.zeros_like(state.mini_step), state.mini_step + 1)
-    pending = _accumulator.select(closed, _zeros_like((total_weight, averages)), (total_weight, averages))
-    mini_step, (total_weight, averages), dropped = _accumulator.select(
-        accepted, (counted, pending, dropped), (state.mini_step, (state.weight, state.averages), state.dropped)
+    mini_step = _accumulator.select(closed, jnp.zeros_like(state.mini_step), state.mini_step + 1)
+    mini_step, total_weight, averages, dropped = _accumulator.select(
+        accepted,
+        (mini_step, total_weight, averages, dropped),
+        (state.mini_step, state.weight, state.averages, state.dropped),
     )
     return result, MultiStepsState(
         mini_step=mini_step,
         gradient_step=_accumulator.select(applied, optax.safe_increment(state.gradient_step), state.gradient_step),
         inner_opt_state=inner_opt_state,
-        # After a boundary that is known now, the old sums are as good as the new, and need not be written.
-        acc_grads=state.acc_grads if at_boundary else _accumulator.select(accepted, acc_grads, state.acc_grads),
+        # After a step that is certain, the old sums are as good as the new, and need not be written.
+        acc_grads=state.acc_grads if applied is True else _accumulator.select(accepted, acc_grads, state.acc_grads),
         skip_state=skip_state,
         weight=total_weight,
         averages=averages,
@@ -159,22 +157,18 @@ def flush(
     config: Config, state: MultiStepsState, params: Tree | None, extra_args: dict[str, Any]
 ) -> tuple[Tree, MultiStepsState]:
     """Closes the window with what it holds; does nothing where it holds nothing."""
-    absent = lambda acc, param: np.zeros(jnp.shape(param), jax.dtypes.float0) if acc is None else param
-    like = params if params is not None else state.acc_grads
-    grads = jax.tree.map(absent, state.acc_grads, like, is_leaf=lambda leaf: leaf is None)
+    grads = _inner.like_gradients(params if params is not None else state.acc_grads)
     extra_args = extra_args | {
         name: _average(sums, extra_args.get(name, jnp.nan)) for name, sums in state.averages.items()
     }
     applied = _checks.known((state.mini_step > 0) & (state.weight != 0))
     sums = Weighted(state.acc_grads, state.weight)
     output = updates_output(config, grads, state, params, extra_args)
-    updates, inner_opt_state = _emit(config, state, params, grads, sums, extra_args, output, applied, conditional=True)
+    updates, inner_opt_state = _emit(config, state, params, grads, sums, extra_args, output, applied)
     return updates, state._replace(
         mini_step=jnp.zeros_like(state.mini_step),
         gradient_step=_accumulator.select(applied, optax.safe_increment(state.gradient_step), state.gradient_step),
         inner_opt_state=inner_opt_state,
-        weight=jnp.zeros_like(state.weight),
-        averages=_zeros_like(state.averages),
         updated=jnp.asarray(applied),
     )
 
@@ -183,7 +177,7 @@ def updates_output(config, grads, state, params, extra_args) -> Output:
     """The optax contract: the updates at a boundary, zeros of the same types in between."""
 
     def stay():
-        return _inner.zeros(_inner.update_shapes(config.opt, grads, state.inner_opt_state, params, extra_args))
+        return _inner.zeros(_inner.update_shapes(config.inner, grads, state.inner_opt_state, params, extra_args))
 
     return Output(lambda updates: updates, stay)
 
@@ -193,25 +187,17 @@ def apply_output(params: Tree) -> Output:
     return Output(lambda updates: _inner.apply_updates(params, updates), lambda: params)
 
 
-def _emit(config, state, params, grads, sums, extra_args, output, applied, *, conditional):
-    """(output, inner state): of an optimizer step where `applied`, else unchanged.
-
-    `conditional` says how to decide what is traced: in a conditional, or by selecting from both results.
-    """
+def _emit(config, state, params, grads, sums, extra_args, output, applied):
+    """(output, inner state): of an optimizer step where `applied`, else unchanged."""
 
     def close():
         weight = sums.weight if config.use_grad_mean else jnp.ones_like(sums.weight)
         mean = _accumulator.mean(Weighted(sums.total, weight), grads)
         wide = jnp.float32 if config.accumulator_dtype is None else config.accumulator_dtype
-        updates, inner = _inner.update(config.opt, mean, grads, state.inner_opt_state, params, extra_args, wide)
+        updates, inner = _inner.update(config.inner, mean, grads, state.inner_opt_state, params, extra_args, wide)
         return output.close(updates), inner
 
-    def stay():
-        return output.stay(), state.inner_opt_state
-
-    if conditional or isinstance(applied, bool):
-        return _inner.branch(applied, close, stay)
-    return _accumulator.select(applied, close(), stay())
+    return _inner.branch(applied, close, lambda: (output.stay(), state.inner_opt_state))
 
 
 def _select(config, state, grads, params, weight, boundary, averaged):
@@ -246,10 +232,6 @@ def _both(a: Any, b: Any) -> Any:
     if isinstance(a, bool):
         return b if a else False
     return a if b is True else (False if b is False else jnp.logical_and(a, b))
-
-
-def _add_scalar(total, value, weight, keep):
-    return _accumulator.add(total, value, weight, keep=keep)
 
 
 def _average(sums: Weighted, value: Any) -> jax.Array:

@@ -26,8 +26,8 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
     Which call is the boundary is said in one of three ways:
 
     * not at all: the state's counter decides, in a conditional on the device;
-    * `boundary=` a Python bool, static under jit: two programs without a conditional, the fastest drive, for a host
-      that counts (the one compiled for False holds no optimizer);
+    * `boundary=` a Python bool, static under jit: two programs, the fastest drive, for a host that counts. The one for
+      False holds no optimizer, the one for True no conditional (with `weight` one, for a window that weighs nothing);
     * `boundary=` a traced bool: a conditional on the caller's own condition.
 
     Fields (it is a NamedTuple, and unpacks like every optax transformation):
@@ -82,11 +82,14 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
             raise TypeError(f"opt must be an optax.GradientTransformation, for example optax.adam(1e-3), got {opt!r}.")
         if nonfinite not in ("propagate", "drop"):
             raise ValueError(f"nonfinite must be 'propagate' or 'drop', got {nonfinite!r}.")
-        if isinstance(averaged_extra_args, str) or not all(isinstance(name, str) for name in averaged_extra_args):
+        is_sequence = isinstance(averaged_extra_args, (tuple, list))
+        if not is_sequence or not all(isinstance(name, str) for name in averaged_extra_args):
             raise TypeError(f"averaged_extra_args must be a tuple of names, got {averaged_extra_args!r}.")
+        if should_skip_update_fn is not None and not callable(should_skip_update_fn):
+            raise TypeError(f"should_skip_update_fn must be None or a function, got {should_skip_update_fn!r}.")
         _checks.floating("accumulator_dtype", accumulator_dtype)
         config = Config(
-            opt=optax.with_extra_args_support(opt),
+            opt=opt,
             every_k=_checks.every_k_schedule(every_k_schedule),
             use_grad_mean=bool(use_grad_mean),
             should_skip_update_fn=should_skip_update_fn,
@@ -219,7 +222,7 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
     @property
     def inner_opt(self) -> optax.GradientTransformationExtraArgs:
         """The inner optimizer."""
-        return self._config.opt
+        return self._config.inner
 
     # Identity is configuration: a copy is equal to its original, and two that differ in one option never share a trace.
 

@@ -12,15 +12,17 @@ from jaxaccum._integers import positive_int
 class MultiStepsState(NamedTuple):
     """State of `MultiSteps`: optax's five fields first, then what exact accumulation needs besides.
 
+    The window's sums, `acc_grads`, `weight` and `averages`, mean something while `mini_step` is above 0: the next
+    window's first micro-step overwrites them, and nothing ever clears them.
+
     Attributes:
       mini_step: int32 scalar, the micro-steps in the window so far; 0 when none is pending.
       gradient_step: int32 scalar, the optimizer steps made.
       inner_opt_state: the inner optimizer's state.
-      acc_grads: Σ w·g over the window, a tree like the parameters, None for leaves without gradient. Meaningful while
-        `mini_step` is above 0: it is overwritten by the next window's first micro-step, never cleared.
+      acc_grads: Σ w·g, a tree like the parameters, None for leaves without gradient.
       skip_state: what `should_skip_update_fn` returned last; `()` without one.
-      weight: float scalar, Σ w over the window.
-      averages: for each name in `averaged_extra_args`, its `Weighted` sum over the window.
+      weight: float scalar, Σ w.
+      averages: for each name in `averaged_extra_args`, its `Weighted` sum.
       every_k: int32 scalar, K; None where K is a function of `gradient_step`.
       updated: bool scalar, whether the last call ran the inner optimizer.
       dropped: int32 scalar, the micro-batches left out as non-finite since `init`.
@@ -76,12 +78,14 @@ def set_every_k(state: Any, k: int) -> Any:
                 f"k={k} can't be set: K is a function of gradient_step in this MultiSteps. "
                 "Build it with an integer every_k_schedule to set K from the host."
             )
-        return node._replace(every_k=jax.tree.map(lambda old: jnp.full_like(old, k), node.every_k))
+        every_k = jax.tree.map(lambda old: jnp.full_like(old, k), node.every_k)
+        return node._replace(every_k=every_k, inner_opt_state=everywhere(node.inner_opt_state))
 
-    state = jax.tree.map(replace, state, is_leaf=lambda node: isinstance(node, MultiStepsState))
+    everywhere = lambda tree: jax.tree.map(replace, tree, is_leaf=lambda node: isinstance(node, MultiStepsState))
+    state = everywhere(state)
     if not found:
         raise ValueError(
-            f"state holds no MultiStepsState to set k={k} in, got a {type(state).__name__}. Pass the state that "
+            f"state holds no MultiStepsState to set k={k} in, got a {type(state)}. Pass the state that "
             "MultiSteps.init returned, or a tree that contains it."
         )
     return state

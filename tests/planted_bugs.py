@@ -1,0 +1,180 @@
+"""Shows that the tests can fail: plants bugs in a copy of the package, one at a time, and runs the tests on each.
+
+    python tests/planted_bugs.py            # all of them
+    python tests/planted_bugs.py "sum mode" # those whose name holds these words
+
+Exits with 1 if a bug goes unnoticed. Not collected by pytest; test_planted_bugs.py keeps the list applicable.
+"""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+class Bug(NamedTuple):
+    """A change of the source that must not go unnoticed."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+
+
+BUGS = [
+    Bug("extra args dropped", "_micro_step.py", "extra_args | means, output, applied", "{}, output, applied"),
+    Bug("averaged args are the boundary's", "_micro_step.py", "extra_args | means", "extra_args"),
+    Bug("sum mode ignored", "_micro_step.py", "if config.use_grad_mean else jnp.ones_like(sums.weight)", ""),
+    Bug("accumulator not cleared", "_accumulator.py", "new = jnp.where(first, x, new)", "pass"),
+    Bug("a skip closes the window", "_micro_step.py", "closed = _both(closed, accepted)", "pass"),
+    Bug(
+        "gradients rounded to bfloat16",
+        "_accumulator.py",
+        "x = jnp.asarray(x).astype(wide)",
+        "x = jnp.asarray(x).astype(jnp.bfloat16 if wide == jnp.float32 else wide).astype(wide)",
+    ),
+    Bug(
+        "mean rounded to the gradients' dtype",
+        "_accumulator.py",
+        "jnp.promote_types(total.dtype, jnp.result_type(x))",
+        "x.dtype",
+    ),
+    Bug(
+        "only the last gradient counted, K times",
+        "_accumulator.py",
+        "new = total.astype(wide) + x",
+        "new = x if first is None else x * 4",
+    ),
+    Bug(
+        "inner state advanced every micro-step",
+        "_inner.py",
+        "return jax.lax.cond(pred, lambda: jax.lax.optimization_barrier(close()), stay)",
+        "return jax.lax.cond(pred, close, lambda: (stay()[0], close()[1]))",
+    ),
+    Bug(
+        "conditional turned into a selection",
+        "_inner.py",
+        "return jax.lax.cond(pred, lambda: jax.lax.optimization_barrier(close()), stay)",
+        "return jax.tree.map(lambda a, b: jnp.where(pred, a, b), close(), stay())",
+    ),
+    Bug(
+        "K fixed at its first value",
+        "_micro_step.py",
+        "_checks.scheduled_k(config.every_k(state.gradient_step)) if callable(config.every_k) else state.every_k",
+        "config.every_k(0) if callable(config.every_k) else config.every_k",
+    ),
+    Bug(
+        "zeroed parameters handed to the inner optimizer",
+        "_micro_step.py",
+        "grads, state.inner_opt_state, params, extra_args, wide)",
+        "grads, state.inner_opt_state, jax.tree.map(jnp.zeros_like, params), extra_args, wide)",
+    ),
+    Bug(
+        "NaN reset by multiply",
+        "_accumulator.py",
+        "new = jnp.where(first, x, new)",
+        "new = total.astype(wide) * (1 - first.astype(wide)) + x",
+    ),
+    Bug("weight 0 by multiply", "_accumulator.py", "x = jnp.where(keep, x, jnp.zeros_like(x))", "x = x * keep"),
+    Bug(
+        "K read before its change",
+        "_micro_step.py",
+        "closed = _checks.known(state.mini_step + 1 >= every_k)",
+        "closed = _checks.known(state.mini_step + 1 == every_k)",
+    ),
+    Bug(
+        "flush divides by K",
+        "_micro_step.py",
+        "    sums = Weighted(state.acc_grads, state.weight)",
+        "    sums = Weighted(state.acc_grads, state.every_k.astype(jnp.float32))",
+    ),
+    Bug(
+        "flush of an empty window steps",
+        "_micro_step.py",
+        "(state.mini_step > 0) & (state.weight != 0)",
+        "state.weight != 0",
+    ),
+    Bug(
+        "weights ignored in the divisor",
+        "_micro_step.py",
+        "add_scalar(state.weight, one)",
+        "_accumulator.add(state.weight, one, first=first)",
+    ),
+    Bug(
+        "an empty window steps",
+        "_micro_step.py",
+        "filled = True if keep is None else _checks.known(total_weight != 0)",
+        "filled = True",
+    ),
+    Bug(
+        "same key in every micro-batch",
+        "_value_and_grad.py",
+        "jax.random.fold_in(key, index)",
+        "jax.random.fold_in(key, 0)",
+    ),
+    Bug(
+        "model state of padding kept", "_value_and_grad.py", "_accumulator.select(keep, new_carry, carry)", "new_carry"
+    ),
+    Bug("absent micro-batches run", "_value_and_grad.py", "jnp.minimum(k, length)", "length"),
+]
+
+
+def plant(bug: Bug, folder: pathlib.Path) -> None:
+    """Copies the package to `folder` with the bug in it."""
+    shutil.copytree(ROOT / "jaxaccum", folder / "jaxaccum")
+    path = folder / "jaxaccum" / bug.file
+    source = path.read_text()
+    if source.count(bug.old) != 1:
+        raise ValueError(f"{bug.name}: {bug.old!r} stands {source.count(bug.old)} times in {bug.file}, not once")
+    path.write_text(source.replace(bug.old, bug.new))
+
+
+def caught_by(bug: Bug) -> str | None:
+    """The first test that fails on the bug, or None."""
+    with tempfile.TemporaryDirectory() as folder:
+        plant(bug, pathlib.Path(folder))
+        tests = [
+            "test_multi_steps.py",
+            "test_value_and_grad.py",
+            "test_compiled.py",
+            "test_compose.py",
+            "test_exact.py",
+        ]
+        run = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-x",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                *(f"{ROOT}/tests/{t}" for t in tests),
+            ],
+            env={**os.environ, "PYTHONPATH": folder},
+            cwd=folder,
+            capture_output=True,
+            text=True,
+        )
+    failed = [line for line in run.stdout.splitlines() if line.startswith("FAILED")]
+    return failed[0].split("::")[1].split(" - ")[0] if failed else None
+
+
+def main(words: list[str]) -> int:
+    """Runs the bugs whose name holds all `words`."""
+    missed = 0
+    for bug in BUGS:
+        if all(word in bug.name for word in words):
+            test = caught_by(bug)
+            missed += test is None
+            print(f"{bug.name}: {'NOT CAUGHT' if test is None else f'caught by {test}'}", flush=True)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxaccum import _checks
+from jaxaccum import _accumulator, _checks
 from jaxaccum._accumulator import Weighted
 
 Tree = Any
@@ -41,6 +41,6 @@ def mean(loss: Weighted) -> jax.Array:
     """Total over weight; 0 where the weight is 0, whatever the total holds."""
     if loss.weight is None:
         return loss.total
-    weight = jnp.asarray(loss.weight).astype(loss.total.dtype)
-    empty = weight == 0
-    return jnp.where(empty, jnp.zeros_like(loss.total), loss.total / jnp.where(empty, jnp.ones_like(weight), weight))
+    weight = jnp.asarray(loss.weight).astype(_accumulator.weight_dtype())
+    value = _accumulator.mean(Weighted(loss.total, weight), loss.total)
+    return jnp.where(weight == 0, jnp.zeros_like(value), value)

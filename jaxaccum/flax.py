@@ -62,7 +62,8 @@ def value_and_grad(
         graphdef, params, state = nnx.split(model, wrt, ...)
 
         def pure(params, state, *args, **kwargs):
-            model = nnx.merge(graphdef, params, state)
+            # Copied, because the carry's variables were made outside of this trace and nnx forbids to write to them.
+            model = nnx.merge(graphdef, params, state, copy=True)
             returned = fun(model, *args, **kwargs)
             _, _, state = nnx.split(model, wrt, ...)
             return (returned[0], (state, returned[1])) if has_aux else (returned, state)
@@ -137,6 +138,9 @@ def linen_value_and_grad(
     def value_and_grad(variables, batch, key=None):
         if rngs and key is None:
             raise TypeError(f"key is needed: rngs={rngs} draw from it.")
+        for name in ("params", *mutable):
+            if name not in variables:
+                raise ValueError(f"variables hold no collection {name!r}; they hold {sorted(variables)}.")
         state = {name: variables[name] for name in mutable}
         constants = {name: value for name, value in variables.items() if name not in (*mutable, "params")}
         (loss, rest), grads = window(variables["params"], state, constants, batch, key)

@@ -1,0 +1,53 @@
+"""Every example runs as its reader runs it, in a process of its own; the long one on a small part of its data."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(name, *arguments, cwd):
+    """What the example prints. It sees one device, not the eight that the tests force."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, EXAMPLES / name, *arguments]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_train_lm(tmp_path):
+    options = ["--limit", "400", "--epochs", "3", "--accumulate", "0:5,1:3,2:1", "--check", "--out", "out"]
+    printed = run("train_lm.py", *options, cwd=tmp_path)
+
+    epochs = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert [epoch["every_k"] for epoch in epochs] == [5, 3, 1]
+    # 380 functions are 24 micro-batches of 16, the last not full; 24 of them are 5 windows of 5, the last not full.
+    assert [epoch["optimizer_steps"] for epoch in epochs] == [5, 8, 24]
+    assert all(math.isfinite(value) for epoch in epochs for value in epoch.values())
+    for name in ("train_bits_per_byte", "held_out_bits_per_byte"):
+        first, *_, last = (epoch[name] for epoch in epochs)
+        assert last < 0.9 * first < 0.9 * math.log2(256), name
+
+    assert (tmp_path / "out/loss.png").read_bytes().startswith(b"\x89PNG")
+    moved, differ = map(float, re.search(r"moved\s+by up to (\S+) and differ by at most (\S+)", printed).groups())
+    assert moved > 1e-3
+    assert differ < 1e-4
+    assert "\n\ndef " in printed  # The sample.
+
+
+def test_digits(tmp_path):
+    assert accuracy(run("digits.py", cwd=tmp_path)) >= 0.97
+
+
+def test_minimal(tmp_path):
+    assert accuracy(run("minimal.py", cwd=tmp_path)) >= 0.85
+
+
+def accuracy(printed):
+    """The last held-out accuracy."""
+    return float(re.findall(r"held-out accuracy (\S+)", printed)[-1])

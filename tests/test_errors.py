@@ -1,0 +1,420 @@
+"""Bad input is refused before anything runs, by an error that names the argument, the value and the remedy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxaccum import AccumulationSchedule, MultiSteps, Weighted, cast, set_every_k, value_and_grad
+
+SGD = optax.sgd(1.0)
+PARAMS = {"w": jnp.zeros(2), "b": jnp.zeros(())}
+GRADS = {"w": jnp.ones(2), "b": jnp.ones(())}
+W, X = jnp.ones(3), jnp.ones((10, 3))
+
+
+def must_not_run(*args, **kwargs):
+    raise AssertionError("ran in spite of a bad argument")
+
+
+TX = MultiSteps(optax.GradientTransformationExtraArgs(SGD.init, must_not_run), 1)
+
+
+def numbered(cases):
+    """Test ids that hold no addresses, which differ from process to process."""
+    return [f"{i} {' '.join(options)}" for i, (options, *_) in enumerate(cases)]
+
+
+def fails(error, *words):
+    """A context in which `error` must be raised, with every one of `words` in its message."""
+
+    def check(caught):
+        missing = [word for word in words if word not in str(caught)]
+        assert not missing, f"{missing} not in: {caught}"
+        return True
+
+    return pytest.raises(error, check=check)
+
+
+def step(**kwargs):
+    """One `update` that closes a window, of an optimizer that must not run."""
+    arguments = dict(grads=GRADS, state=TX.init(PARAMS), params=PARAMS) | kwargs
+    return TX.update(**arguments)
+
+
+BAD_K = [
+    (0, ValueError, ["got 0", "from 1", "K=1 means no accumulation"]),
+    (-1, ValueError, ["got -1", "from 1"]),
+    (2**31, ValueError, [str(2**31), str(2**31 - 1)]),
+    (2.5, TypeError, ["2.5", "float", "an integer of at least 1"]),
+    (True, TypeError, ["True", "bool"]),
+    (np.True_, TypeError, ["True", "bool"]),
+    (jnp.array(True), TypeError, ["True", "bool"]),
+    ("2", TypeError, ["'2'", "str"]),
+    (None, TypeError, ["None"]),
+    (jnp.float32(2), TypeError, ["2.", "float32"]),
+    (np.float64(2), TypeError, ["2.0", "float64"]),
+    (jnp.array([2]), TypeError, ["[2]"]),
+    ({0: 2}, TypeError, ["{0: 2}", "dict"]),
+]
+SETTERS = {
+    "every_k_schedule": lambda k: MultiSteps(SGD, k),
+    "num_micro_batches": lambda k: value_and_grad(must_not_run, k),
+    "k": lambda k: set_every_k(MultiSteps(SGD, 2).init(PARAMS), k),
+}
+
+
+@pytest.mark.parametrize("name", SETTERS)
+@pytest.mark.parametrize(("k", "error", "words"), BAD_K, ids=[repr(k) for k, _, _ in BAD_K])
+def test_k_must_be_an_integer_of_at_least_1(name, k, error, words):
+    """Catches Lightning's own: 0 divides by zero inside fit, -1 silently ascends, 2.5 and True are accepted."""
+    with fails(error, f"{name} must be an integer", *words):
+        SETTERS[name](k)
+
+
+@pytest.mark.parametrize("integer", [int, np.int64, np.int32, np.uint8, jnp.int32], ids=lambda kind: kind.__name__)
+def test_k_may_be_an_integer_of_any_kind(integer):
+    """Catches a check by isinstance(int), which refuses what a configuration or numpy gives."""
+    assert int(MultiSteps(SGD, integer(3)).init(PARAMS).every_k) == 3
+    assert int(set_every_k(TX.init(PARAMS), integer(3)).every_k) == 3
+    loss = lambda w, x: jnp.mean(x @ w)
+    assert float(value_and_grad(loss, integer(2))(W, X)[0]) == 3.0
+
+
+@pytest.mark.parametrize(
+    ("schedule", "error", "words"),
+    [
+        (lambda step: step * 2.0, TypeError, ["one integer of at least 1", "float32"]),
+        (lambda step: 2.0, TypeError, ["an integer of at least 1", "2.0"]),
+        (lambda step: 0, ValueError, ["got 0"]),
+        (lambda step: True, TypeError, ["True", "bool"]),
+        (lambda step: None, TypeError, ["None"]),
+        (lambda step: jnp.full(1, 2), TypeError, ["one integer", "int32 of shape (1,)"]),
+        (optax.linear_schedule(2.0, 8.0, 10), TypeError, ["float32"]),
+    ],
+    ids=["float array", "float", "0", "bool", "None", "vector", "optax schedule"],
+)
+def test_a_schedule_function_must_give_integers(schedule, error, words):
+    """Catches a K of 2.5 that the comparison with the counter rounds up, found at construction and not in the trace."""
+    with fails(error, "the result of every_k_schedule", *words):
+        MultiSteps(SGD, schedule)
+
+
+def test_a_schedule_function_that_starts_below_1_is_refused_by_init():
+    """Catches a traced K of 0, whose value cannot be read before there is a state."""
+    with fails(ValueError, "the result of every_k_schedule", "got 0"):
+        MultiSteps(SGD, lambda step: jnp.where(step < 5, 0, 2)).init(PARAMS)
+
+
+def test_a_schedule_by_epoch_is_no_schedule_by_step():
+    """Catches an AccumulationSchedule, callable as it is, called with the optimizer step for an epoch."""
+    with fails(TypeError, "every_k_schedule=AccumulationSchedule({0: 2})", "by epoch", "set_every_k(state, schedule"):
+        MultiSteps(SGD, AccumulationSchedule({0: 2}))
+
+
+BAD_OPTIONS = [
+    (dict(opt=None), TypeError, ["opt must be an optax.GradientTransformation", "got None", "optax.adam(1e-3)"]),
+    (dict(opt=optax.adam), TypeError, ["opt must be", "function adam"]),
+    (dict(opt=tuple(SGD)), TypeError, ["opt must be"]),
+    (dict(nonfinite="skip"), ValueError, ["nonfinite must be 'propagate' or 'drop'", "'skip'"]),
+    (dict(nonfinite=True), ValueError, ["nonfinite", "True"]),
+    (dict(averaged_extra_args="value"), TypeError, ["averaged_extra_args must be a tuple of names", "'value'"]),
+    (dict(averaged_extra_args=None), TypeError, ["averaged_extra_args", "None"]),
+    (dict(averaged_extra_args=(1,)), TypeError, ["averaged_extra_args", "(1,)"]),
+    (dict(accumulator_dtype=jnp.int32), TypeError, ["accumulator_dtype must be a floating dtype or None", "int32"]),
+    (dict(accumulator_dtype="int8"), TypeError, ["accumulator_dtype", "'int8'"]),
+    (dict(accumulator_dtype="fp32"), TypeError, ["accumulator_dtype", "'fp32'"]),
+    (dict(accumulator_dtype=jnp.complex64), TypeError, ["accumulator_dtype", "complex64"]),
+    (dict(should_skip_update_fn=True), TypeError, ["should_skip_update_fn must be None or a function", "True"]),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "words"), BAD_OPTIONS, ids=numbered(BAD_OPTIONS))
+def test_multi_steps_refuses_an_option_at_construction(options, error, words):
+    """Catches an option that fails in the first step, or is never looked at and means something else."""
+    with fails(error, *words):
+        MultiSteps(**{"opt": SGD, "every_k_schedule": 2} | options)
+
+
+def test_float64_sums_need_x64():
+    """Catches sums that jax silently keeps in float32."""
+    with fails(ValueError, "accumulator_dtype=float64", "jax_enable_x64"):
+        MultiSteps(SGD, 2, accumulator_dtype=jnp.float64).init(PARAMS)
+    with fails(ValueError, "accumulator_dtype=float64", "jax_enable_x64"):
+        value_and_grad(must_not_run, 2, accumulator_dtype=jnp.float64)(W, X)
+
+
+@pytest.mark.parametrize(
+    ("grads", "error", "words"),
+    [
+        ({"w": GRADS["w"]}, ValueError, ["missing: ['b']", "tree of the parameters"]),
+        (GRADS | {"c": jnp.ones(2)}, ValueError, ["not among the parameters: ['c']"]),
+        ({"w": [GRADS["w"]], "b": GRADS["b"]}, ValueError, ["missing: ['w']", "not among the parameters: ['w'][0]"]),
+        (None, ValueError, ["missing: "]),
+        (GRADS | {"w": jnp.ones(3)}, ValueError, ["grads['w'] has shape (3,)", "shape (2,)"]),
+        (GRADS | {"w": jnp.ones(())}, ValueError, ["grads['w'] has shape ()", "shape (2,)"]),
+        (GRADS | {"w": jnp.ones(2, jnp.int32)}, TypeError, ["grads['w'] must be floating or complex", "int32"]),
+        (GRADS | {"w": None}, TypeError, ["grads['w']", "None", "allow_int=True"]),
+        (GRADS | {"w": np.zeros(2, jax.dtypes.float0)}, TypeError, ["grads['w']", "float0"]),
+    ],
+    ids=["missing", "extra", "nested", "None", "shape", "scalar", "integer", "None leaf", "float0"],
+)
+def test_gradients_must_match_the_parameters(grads, error, words):
+    """Catches broadcasting into the sums, and tree errors that don't say where; a float gradient of rank 0 included."""
+    with fails(error, *words):
+        step(grads=grads)
+
+
+@pytest.mark.parametrize(
+    ("weight", "words"),
+    [
+        (-1, ["finite and at least 0", "got -1", "tokens"]),
+        (jnp.float32(-2), ["finite and at least 0", "-2.0"]),
+        (float("nan"), ["finite", "nan"]),
+        (np.float32("inf"), ["finite", "inf"]),
+        (jnp.ones(4), ["one real number", "float32 of shape (4,)", "sum the weights"]),
+        (np.ones(1), ["one real number", "shape (1,)"]),
+        ([1, 2], ["one real number", "[1, 2]"]),
+        ("3", ["one real number", "'3'"]),
+        (1j, ["one real number", "1j"]),
+        (jax.random.key(0), ["one real number", "key"]),
+    ],
+)
+def test_a_weight_is_one_finite_number_of_at_least_0(weight, words):
+    """Catches gradient ascent by a negative weight, and weights of examples that broadcast against the gradients."""
+    with fails(ValueError, "weight must be", *words):
+        step(weight=weight)
+    with fails(ValueError, "weight must be", *words):
+        value_and_grad(lambda w, x: Weighted(jnp.sum(x @ w), weight), 2)(W, X)
+
+
+@pytest.mark.parametrize(
+    "boundary",
+    [1, 0, 1.0, "yes", "bool", np.int64(1), jnp.int32(1), np.array([True]), jnp.array([True, False]), [True], ()],
+    ids=repr,
+)
+def test_a_boundary_is_one_bool(boundary):
+    """Catches a batch index or a count given for a boundary: every truthy value would close the window."""
+    with fails(TypeError, "boundary must be None", "one bool", repr(boundary), "boundary=(batch_index + 1) % k == 0"):
+        step(boundary=boundary)
+    with fails(TypeError, "boundary must be None"):
+        TX.micro_step(lambda params: params["w"].sum(), PARAMS, TX.init(PARAMS), boundary=boundary)
+
+
+@pytest.mark.parametrize("value", [jnp.ones(3), np.ones(1), 1j, "x", [1.0]], ids=repr)
+def test_an_averaged_extra_arg_is_one_number(value):
+    """Catches losses of examples that are averaged by broadcasting, and an error that hides the way out."""
+    with fails(ValueError, "'value'", "one real number", "averaged_extra_args"):
+        step(value=value)
+
+
+@pytest.mark.parametrize(
+    ("skip", "words"),
+    [(1, ["got 1"]), (jnp.int32(1), ["int32"]), (jnp.array([True]), ["bool of shape (1,)"]), ("x", ["'x'"])],
+)
+def test_the_verdict_of_should_skip_update_fn_is_one_bool(skip, words):
+    """Catches a norm returned where its comparison was meant: every norm but 0 would skip."""
+    tx = MultiSteps(TX.inner_opt, 1, should_skip_update_fn=lambda *_: (skip, ()))
+    with fails(ValueError, "should_skip_update_fn must return (skip, skip_state)", "one bool", *words):
+        tx.update(GRADS, tx.init(PARAMS), PARAMS)
+
+
+METHODS = {
+    "update": lambda tx, state: tx.update(GRADS, state, PARAMS),
+    "apply": lambda tx, state: tx.apply(PARAMS, state, GRADS),
+    "micro_step": lambda tx, state: tx.micro_step(lambda params: params["w"].sum(), PARAMS, state),
+    "flush": lambda tx, state: tx.flush(state, PARAMS),
+    "has_updated": lambda tx, state: tx.has_updated(state),
+}
+OTHER_STATES = {
+    "tuple": optax.chain(TX).init(PARAMS),
+    "NoneType": None,
+    "optax.transforms._accumulation.MultiStepsState": optax.MultiSteps(SGD, 2).init(PARAMS),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", OTHER_STATES)
+def test_a_state_must_be_its_own(method, kind):
+    """Catches a chain's tuple, and optax's state of the same name, which fail deep inside or not at all."""
+    with fails(TypeError, f"{method} takes the MultiStepsState", f"'{kind}'", "in a chain's state it is the entry"):
+        METHODS[method](TX, OTHER_STATES[kind])
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        (SGD.init(PARAMS), ["holds no MultiStepsState", "'tuple'", "MultiSteps.init"]),
+        (None, ["holds no MultiStepsState", "'NoneType'"]),
+        (TX, ["holds no MultiStepsState", "MultiSteps'"]),
+        (optax.MultiSteps(SGD, 2).init(PARAMS), ["holds no MultiStepsState", "optax"]),
+        (MultiSteps(SGD, lambda step: 2).init(PARAMS), ["k=3", "K is a function", "integer every_k_schedule"]),
+        (optax.chain(TX, MultiSteps(SGD, lambda step: 2)).init(PARAMS), ["k=3", "K is a function"]),
+    ],
+    ids=["sgd", "None", "transformation", "optax", "function", "chain with a function"],
+)
+def test_set_every_k_says_where_there_is_nothing_to_set(state, words):
+    """Catches a silent return: the run would go on with the old K."""
+    with fails(ValueError, *words):
+        set_every_k(state, 3)
+
+
+@pytest.mark.parametrize(
+    ("length", "words"),
+    [
+        (10, ["10 examples", "num_micro_batches=4", "nearest sizes that can: 8 and 12", "Weighted"]),
+        (3, ["3 examples", "num_micro_batches=4", "nearest sizes that can: 4."]),
+        (0, ["0 examples", "num_micro_batches=4"]),
+    ],
+)
+def test_a_batch_must_divide_into_micro_batches(length, words):
+    """Catches examples dropped in silence, and an error that leaves the arithmetic to the reader."""
+    with fails(ValueError, *words):
+        value_and_grad(must_not_run, 4)(W, jnp.ones((length, 3)))
+
+
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [
+        ({"x": X, "y": X[:8]}, ["one leading length", "args[1]['x']: 10", "args[1]['y']: 8"]),
+        ({"x": X, "n": 3.0}, ["args[1]['n'] is a scalar", "outside batch_argnums"]),
+        ({}, ["batch_argnums=(1,)", "no array to split"]),
+        (None, ["batch_argnums=(1,)", "no array to split"]),
+    ],
+    ids=["lengths", "scalar", "empty", "None"],
+)
+def test_a_batch_must_be_one_that_can_be_split(batch, words):
+    """Catches labels that part from their inputs, and a scalar that is split or repeated."""
+    with fails(ValueError, *words):
+        value_and_grad(must_not_run, 2)(W, batch)
+
+
+def test_a_stacked_batch_must_hold_k_micro_batches():
+    """Catches a window of K that sees fewer, by a clamped index: the last would count twice."""
+    with fails(ValueError, "num_micro_batches=4", "holds 2 micro-batches", "num_micro_batches=2"):
+        value_and_grad(must_not_run, 4, stacked=True)(W, jnp.ones((2, 5, 3)))
+
+
+@pytest.mark.parametrize(
+    ("k", "stacked", "words"),
+    [
+        (2, False, ["traced", "not stacked", "stacked=True", "(K_max, N, ...)"]),
+        (2.0, True, ["num_micro_batches must be one integer", "float32"]),
+        (jnp.array([2]), True, ["num_micro_batches must be one integer", "shape (1,)"]),
+    ],
+    ids=["unstacked", "float", "vector"],
+)
+def test_a_traced_k_needs_a_stacked_batch(k, stacked, words):
+    """Catches jax's own error about a concrete value, deep in a reshape."""
+    with fails(TypeError, *words):
+        jax.jit(lambda k: value_and_grad(must_not_run, k, stacked=stacked)(W, X))(k)
+
+
+BAD_WINDOW_OPTIONS = [
+    (dict(argnums=1), ValueError, ["batch_argnums=1 names argument 1", "argnums names already"]),
+    (dict(key_argnums=1), ValueError, ["key_argnums=1 names argument 1", "batch_argnums names already"]),
+    (dict(carry_argnums=0), ValueError, ["carry_argnums=0 names argument 0", "argnums names already"]),
+    (dict(batch_argnums=(1, 1)), ValueError, ["batch_argnums=(1, 1) names argument 1"]),
+    (dict(argnums=-1), ValueError, ["argnums must be positions", "at least 0", "-1"]),
+    (dict(batch_argnums="x"), ValueError, ["batch_argnums must be positions", "'x'"]),
+    (dict(batch_argnums=()), ValueError, ["batch_argnums", "each name an argument"]),
+    (dict(prepare=1), TypeError, ["prepare must be None or a function", "got 1"]),
+    (dict(prepare=abs, argnums=(0, 2)), ValueError, ["prepare", "argnums=(0, 2)", "one tree"]),
+    (dict(accumulator_dtype=jnp.int32), TypeError, ["accumulator_dtype must be a floating dtype", "int32"]),
+    (dict(grad_dtype="fp8"), TypeError, ["grad_dtype must be a floating dtype", "'fp8'"]),
+    (dict(fun=3), TypeError, ["fun must be callable", "got 3"]),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "words"), BAD_WINDOW_OPTIONS, ids=numbered(BAD_WINDOW_OPTIONS))
+def test_value_and_grad_refuses_an_option_at_construction(options, error, words):
+    """Catches a batch that is differentiated, a key that is split, and errors that come from the trace."""
+    with fails(error, *words):
+        value_and_grad(**{"fun": must_not_run, "num_micro_batches": 2} | options)
+
+
+@pytest.mark.parametrize(
+    ("options", "args", "kwargs", "words"),
+    [
+        (dict(batch_argnums=3), (W, X), {}, ["batch argument is number 3", "only 2 arguments", "by position"]),
+        (dict(key_argnums=2), (W, X), {}, ["number 2", "only 2 arguments", "by position"]),
+        (dict(carry_argnums=5), (W, X), {}, ["carry argument is number 5", "by position"]),
+        (dict(), (W,), {"x": X}, ["batch argument is number 1", "only 1 arguments", "by position"]),
+    ],
+    ids=["batch", "key", "carry", "keyword"],
+)
+def test_an_argument_with_a_role_must_be_passed_by_position(options, args, kwargs, words):
+    """Catches a batch passed by keyword, which would go whole into every micro-batch."""
+    with fails(TypeError, *words):
+        value_and_grad(must_not_run, 2, **options)(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (lambda w: w, ["float32 of shape (3,)", "reduce"]),
+        (lambda w: Weighted(w, 3.0), ["float32 of shape (3,)", "Weighted"]),
+        (lambda w: (jnp.sum(w), {"accuracy": 1.0}), ["accuracy", "has_aux=True"]),
+        (lambda w: 3, ["got 3"]),
+        (lambda w: jnp.sum(w) * 1j, ["complex64"]),
+        (lambda w: None, ["got None"]),
+    ],
+    ids=["vector", "weighted vector", "aux", "integer", "complex", "None"],
+)
+def test_a_loss_is_one_floating_scalar(loss, words):
+    """Catches a vector of losses, and aux without has_aux, which jax reports as an array conversion."""
+    with fails(TypeError, "the loss must be one floating scalar", *words):
+        value_and_grad(lambda w, x: loss(w), 2)(W, X)
+    with fails(TypeError, "the loss must be one floating scalar", *words):
+        tx = MultiSteps(SGD, 2)
+        tx.micro_step(loss, W, tx.init(W))
+
+
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        ({"w": W, "table": jnp.arange(3)}, ["int32 at ['table']", "another argument"]),
+        (jnp.arange(3), ["int32 at its root"]),
+        ({"frozen": [True]}, ["bool at ['frozen'][0]"]),
+    ],
+    ids=["leaf", "root", "bool"],
+)
+def test_parameters_to_differentiate_are_floating(params, words):
+    """Catches jax's error about one dtype in a whole tree, without the path."""
+    with fails(TypeError, "no gradient", *words):
+        value_and_grad(must_not_run, 2)(params, X)
+
+
+@pytest.mark.parametrize(
+    ("carry", "words"),
+    [
+        (lambda c: jnp.zeros(3), ["(2,)", "(3,)"]),
+        (lambda c: c.astype(jnp.bfloat16), ["float32", "bfloat16"]),
+        (lambda c: {"c": c}, ["'c'"]),
+        (lambda c: None, ["None"]),
+    ],
+    ids=["shape", "dtype", "tree", "None"],
+)
+def test_a_carry_keeps_its_structure_shapes_and_dtypes(carry, words):
+    """Catches statistics that a bfloat16 model narrows, reported as a scan's own type mismatch."""
+    f = value_and_grad(lambda w, x, c: (jnp.sum(x @ w), carry(c)), 2, carry_argnums=2)
+    with fails(ValueError, "carry_argnums passed", "same tree, shapes and dtypes", *words):
+        f(W, X, jnp.zeros(2))
+
+
+@pytest.mark.parametrize("dtype", [int, jnp.int8, jnp.complex64, bool], ids=repr)
+def test_cast_takes_a_floating_dtype(dtype):
+    """Catches parameters truncated to integers, without a gradient."""
+    with fails(TypeError, "dtype must be floating", "jnp.bfloat16"):
+        cast(dtype)
+
+
+def test_cast_chooses_only_where_it_sees_the_loss():
+    """Catches a cast used alone that casts embeddings too, or nothing."""
+    with fails(TypeError, "only value_and_grad can apply it", "where=lambda path, leaf: leaf.ndim >= 2"):
+        cast(jnp.bfloat16)({"w": jnp.ones((2, 2))})
+    with fails(TypeError, "where must be None or a function of (path, leaf)", "got 3"):
+        cast(jnp.bfloat16, where=3)
+    alone = cast(jnp.bfloat16, where=lambda path, leaf: path == "w")({"w": jnp.ones(2), "b": jnp.ones(2)})
+    assert (alone["w"].dtype, alone["b"].dtype) == (jnp.bfloat16, jnp.float32)

@@ -1,0 +1,477 @@
+"""The flax adapters, each against what one would write by hand."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+import pytest
+from flax import nnx
+from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
+
+import jaxaccum
+import jaxaccum.flax
+from jaxaccum import MultiSteps, Weighted
+
+K = 4
+RNG = np.random.default_rng(0)
+X, Y = RNG.normal(size=(16, 3)).astype(np.float32), RNG.normal(size=(16, 2)).astype(np.float32)
+X = X * np.linspace(0.1, 3.0, 16, dtype=np.float32)[:, None]  # So that no two micro-batches have like statistics.
+BATCH = {"x": jnp.asarray(X), "y": jnp.asarray(Y)}
+MICRO_BATCHES = [jax.tree.map(lambda a, i=i: a[4 * i : 4 * i + 4], BATCH) for i in range(K)]
+
+
+def assert_close(a, b, rtol=1e-5):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol, atol=1e-6), a, b)
+
+
+def mean_of(trees):
+    return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *trees)
+
+
+def squared_error(model, batch):
+    return jnp.mean((model(batch["x"]) - batch["y"]) ** 2)
+
+
+class Network(nnx.Module):
+    """A stateless network, or one with batch statistics, or with dropout."""
+
+    def __init__(self, *, norm=False, dropout=0.0, dtype=None, param_dtype=jnp.float32):
+        rngs = nnx.Rngs(0)
+        make = functools.partial(nnx.Linear, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.inner, self.outer = make(3, 5), make(5, 2)
+        self.norm = nnx.BatchNorm(5, rngs=rngs) if norm else None
+        self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
+
+    def hidden(self, x):
+        h = self.inner(x)
+        h = self.norm(h) if self.norm else h
+        return self.dropout(h) if self.dropout else h
+
+    def __call__(self, x):
+        return self.outer(jnp.tanh(self.hidden(x)))
+
+
+def pure(model, *filters):
+    return nnx.to_pure_dict(nnx.state(model, *filters))
+
+
+def by_hand(model, loss=squared_error, has_aux=False):
+    """nnx's own gradient of each micro-batch in turn, averaged; the model is updated on the way."""
+    step = nnx.jit(nnx.value_and_grad(loss, has_aux=has_aux))
+    losses, grads = zip(*[step(model, batch) for batch in MICRO_BATCHES], strict=True)
+    if has_aux:
+        losses, aux = zip(*losses, strict=True)
+        return (sum(losses) / K, jax.tree.map(lambda *rows: jnp.stack(rows), *aux)), mean_of(grads)
+    return sum(losses) / K, mean_of(grads)
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, nnx.jit], ids=["eager", "nnx.jit"])
+def test_nnx_gradient_is_that_of_the_big_batch(transform):
+    """Catches a sum for a mean, a wrong split, and gradients that are no nnx.State like nnx's own."""
+    model = Network()
+    loss, grads = transform(jaxaccum.flax.value_and_grad(squared_error, K))(model, BATCH)
+    want_loss, want = nnx.jit(nnx.value_and_grad(squared_error))(model, BATCH)
+    assert jax.tree.structure(grads) == jax.tree.structure(want)
+    assert_close((loss, grads), (want_loss, want))
+
+
+def test_nnx_gradient_goes_into_an_nnx_optimizer():
+    """Catches gradients in a form that `nnx.Optimizer.update` doesn't take."""
+    model, twin = Network(), Network()
+    optimizers = [nnx.Optimizer(m, optax.adam(0.1), wrt=nnx.Param) for m in (model, twin)]
+    optimizers[0].update(model, nnx.jit(jaxaccum.flax.value_and_grad(squared_error, K))(model, BATCH)[1])
+    optimizers[1].update(twin, nnx.jit(nnx.grad(squared_error))(twin, BATCH))
+    assert_close(pure(model), pure(twin), rtol=1e-4)
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "nnx.jit"])
+def test_nnx_batch_statistics_go_from_micro_batch_to_micro_batch_into_the_model(jit):
+    """Catches statistics of the last micro-batch alone, of the big batch, or left behind in a copy of the model."""
+    model, twin = Network(norm=True), Network(norm=True)
+    f = jaxaccum.flax.value_and_grad(squared_error, K)
+    before = pure(model, nnx.BatchStat)
+    got = (nnx.jit(f) if jit else f)(model, BATCH)
+    assert_close(got, by_hand(twin))
+    assert_close(pure(model), pure(twin))
+    assert not np.allclose(before["norm"]["mean"], model.norm.mean[...])
+
+
+def seen_by_dropout(model, batch):
+    """The loss, and which hidden units dropout kept."""
+    return squared_error(model, batch), model.hidden(jnp.ones_like(batch["x"])) != 0
+
+
+def test_nnx_dropout_draws_anew_in_each_micro_batch_as_a_loop_would():
+    """Catches one mask for all micro-batches, and a stream that is not handed back to the model."""
+    model, twin = Network(dropout=0.5), Network(dropout=0.5)
+    f = nnx.jit(jaxaccum.flax.value_and_grad(seen_by_dropout, K, has_aux=True))
+    got = f(model, BATCH)
+    assert_close(got, by_hand(twin, seen_by_dropout, has_aux=True))
+    masks = np.asarray(got[0][1])
+    assert masks.shape == (K, 4, 5) and len({mask.tobytes() for mask in masks}) == K
+    again = np.asarray(f(model, BATCH)[0][1])
+    assert not {mask.tobytes() for mask in again} & {mask.tobytes() for mask in masks}
+
+
+def test_nnx_dropout_is_reproducible():
+    """Catches randomness from anywhere but the model's streams."""
+    f = nnx.jit(jaxaccum.flax.value_and_grad(squared_error, K))
+    assert_close(f(Network(dropout=0.5), BATCH), f(Network(dropout=0.5), BATCH), rtol=0)
+
+
+def test_nnx_key_argument_is_folded_with_the_micro_step():
+    """Catches argument numbers that are not moved with the model's: the key would be split, the batch folded."""
+    noise = lambda model, batch, scale, key: (squared_error(model, batch), scale * jax.random.normal(key))
+    f = jaxaccum.flax.value_and_grad(noise, K, key_argnums=3, has_aux=True)
+    (_, got), _ = f(Network(), BATCH, 2.0, jax.random.key(1))
+    assert_close(got, jnp.stack([2 * jax.random.normal(jax.random.fold_in(jax.random.key(1), i)) for i in range(K)]))
+
+
+def masked_error(model, batch):
+    """The loss per real token."""
+    errors = ((model(batch["x"]) - batch["y"]) ** 2).mean(-1)
+    return Weighted(jnp.sum(errors * batch["mask"]), batch["mask"].sum())
+
+
+def masked_batch():
+    """A batch whose micro-batches hold 4, 1, 0 and 2 real tokens."""
+    return BATCH | {"mask": jnp.array([1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0], jnp.float32)}
+
+
+def test_nnx_weighted_loss_is_exact_for_ragged_tokens():
+    """Catches a mean of means."""
+    model = Network()
+    loss, grads = jaxaccum.flax.value_and_grad(masked_error, K)(model, masked_batch())
+    exact = lambda model, batch: (lambda sums: sums.total / sums.weight)(masked_error(model, batch))
+    assert_close((loss, grads), nnx.value_and_grad(exact)(model, masked_batch()))
+
+
+def test_nnx_micro_batch_of_weight_0_leaves_the_model_alone():
+    """Catches statistics and random streams of padding, NaN here, that reach the model."""
+    model, twin = Network(norm=True), Network(norm=True)
+    batch = masked_batch()
+    batch["x"] = batch["x"].at[8:12].set(jnp.nan)
+    nnx.jit(jaxaccum.flax.value_and_grad(masked_error, K))(model, batch)
+    for i in (0, 1, 3):
+        twin(batch["x"][4 * i : 4 * i + 4])
+    assert_close(pure(model, nnx.BatchStat), pure(twin, nnx.BatchStat))
+
+
+def test_nnx_differentiates_what_wrt_names():
+    """Catches a filter that is ignored, and frozen parameters that are lost or changed."""
+    model = Network()
+    before = pure(model)
+    wrt = nnx.All(nnx.Param, nnx.PathContains("outer"))
+    loss, grads = jaxaccum.flax.value_and_grad(squared_error, K, wrt=wrt)(model, BATCH)
+    assert_close((loss, grads), nnx.value_and_grad(squared_error, argnums=nnx.DiffState(0, wrt))(model, BATCH))
+    assert set(nnx.to_pure_dict(grads)) == {"outer"}
+    jax.tree.map(np.testing.assert_array_equal, pure(model), before)
+
+
+def test_nnx_step_compiles_once():
+    """Catches a model that comes back with other types or another graph than it went in with."""
+    traces = 0
+
+    def loss(model, batch):
+        nonlocal traces
+        traces += 1
+        return squared_error(model, batch)
+
+    model = Network(norm=True, dropout=0.5)
+    f = nnx.jit(jaxaccum.flax.value_and_grad(loss, K))
+    f(model, BATCH)
+    first = traces
+    f(model, BATCH)
+    assert traces == first
+
+
+def test_nnx_bfloat16_gradients_are_summed_in_float32():
+    """Catches a sum in bfloat16, where 1024 ones make 256, and gradients of another dtype than the parameters'."""
+    model = nnx.Linear(1, 1, use_bias=False, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    f = nnx.jit(jaxaccum.flax.value_and_grad(lambda model, x: jnp.mean(model(x)), 1024))
+    loss, grads = f(model, jnp.ones((1024, 1), jnp.bfloat16))
+    assert grads["kernel"][...].dtype == jnp.bfloat16 and float(grads["kernel"][0, 0]) == 1.0
+    assert float(loss) == float(model.kernel[0, 0])
+
+
+def test_nnx_options_reach_the_window():
+    """Catches options that are dropped on the way: here a batch that is stacked, and a `grad_dtype`."""
+    model = Network()
+    stacked = jax.tree.map(lambda x: x.reshape(K, 4, -1), BATCH)
+    f = jaxaccum.flax.value_and_grad(squared_error, K, stacked=True, grad_dtype=jnp.bfloat16)
+    _, grads = f(model, stacked)
+    assert_close(grads, nnx.grad(squared_error)(model, BATCH), rtol=1e-2)
+    assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype(jnp.bfloat16)}
+
+
+class Linen(nn.Module):
+    """The same networks in linen."""
+
+    norm: bool = False
+    dropout: float = 0.0
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.Dense(5, dtype=self.dtype)(x)
+        h = nn.BatchNorm(use_running_average=False)(h) if self.norm else h
+        if self.dropout:
+            ones = nn.Dropout(self.dropout, deterministic=False)(jnp.ones_like(h))
+            self.sow("masks", "mask", ones != 0, reduce_fn=lambda old, new: new, init_fn=lambda: None)
+            h = h * ones
+        return nn.Dense(2, dtype=self.dtype)(jnp.tanh(h))
+
+
+@functools.cache
+def init(module):
+    """Variables of a module, made as a user would: from one micro-batch."""
+    return jax.jit(module.init)({"params": jax.random.key(0), "dropout": jax.random.key(1)}, MICRO_BATCHES[0]["x"])
+
+
+def linen_loss(module, **rngs):
+    """`loss(params, rest, batch)` by hand, with mutated collections as aux."""
+
+    def loss(params, rest, batch):
+        y, mutated = module.apply({"params": params, **rest}, batch["x"], mutable=list(rest), rngs=rngs)
+        return jnp.mean((y - batch["y"]) ** 2), mutated
+
+    return loss
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_linen_gradient_is_that_of_the_big_batch(transform):
+    """Catches a sum for a mean, a wrong split, and variables that come back changed."""
+    module = Linen()
+    variables = init(module)
+    f = transform(jaxaccum.flax.linen_value_and_grad(module, squared_error, K))
+    (loss, after), grads = f(variables, BATCH)
+    (want_loss, _), want = jax.value_and_grad(linen_loss(module), has_aux=True)(variables["params"], {}, BATCH)
+    assert_close((loss, grads), (want_loss, want))
+    assert jax.tree.structure(after) == jax.tree.structure(variables)
+    jax.tree.map(np.testing.assert_array_equal, after, variables)
+
+
+@pytest.mark.parametrize("mutable", ["batch_stats", ["batch_stats"]], ids=["name", "list"])
+def test_linen_batch_statistics_go_from_micro_batch_to_micro_batch(mutable):
+    """Catches statistics of one micro-batch alone, of the big batch, or none."""
+    module = Linen(norm=True)
+    variables = init(module)
+    f = jax.jit(jaxaccum.flax.linen_value_and_grad(module, squared_error, K, mutable=mutable))
+    (loss, after), grads = f(variables, BATCH)
+    rest, losses, want = {"batch_stats": variables["batch_stats"]}, [], []
+    step = jax.jit(jax.value_and_grad(linen_loss(module), has_aux=True))
+    for batch in MICRO_BATCHES:
+        (value, rest), g = step(variables["params"], rest, batch)
+        losses.append(value)
+        want.append(g)
+    assert_close((loss, grads), (sum(losses) / K, mean_of(want)))
+    assert_close(after, {"params": variables["params"], **rest})
+
+
+def masks_and_loss(model, batch):
+    loss = squared_error(model, batch)
+    return loss, model.get_variable("masks", "mask")
+
+
+def test_linen_dropout_draws_anew_in_each_micro_batch_from_the_key():
+    """Catches one mask for all micro-batches or for all keys, and masks that cannot be drawn again."""
+    module = Linen(dropout=0.5)
+    f = jaxaccum.flax.linen_value_and_grad(module, masks_and_loss, K, mutable="masks", rngs="dropout", has_aux=True)
+    f, masks = jax.jit(f), {}
+    for seed in (0, 1):
+        (_, (_, drawn)), grads = f(init(module), BATCH, jax.random.key(seed))
+        (_, (_, again)), grads_again = f(init(module), BATCH, jax.random.key(seed))
+        np.testing.assert_array_equal(drawn, again)
+        assert_close(grads, grads_again, rtol=0)
+        masks |= {np.asarray(mask).tobytes(): seed for mask in drawn}
+    assert len(masks) == 2 * K
+
+
+def test_linen_streams_draw_apart():
+    """Catches two named streams that share a key."""
+
+    class Noise(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            self.param("unused", nn.initializers.zeros, ())
+            return jnp.stack([jax.random.normal(self.make_rng(name)) for name in ("dropout", "noise")])
+
+    module, loss = Noise(), lambda model, x: (jnp.sum(x), model(x))
+    variables = module.init({name: jax.random.key(0) for name in ("params", "dropout", "noise")}, BATCH["x"])
+    f = jaxaccum.flax.linen_value_and_grad(module, loss, K, rngs=("dropout", "noise"), has_aux=True)
+    (_, (_, drawn)), _ = f(variables, BATCH["x"], jax.random.key(0))
+    assert drawn.shape == (K, 2) and len(np.unique(drawn)) == 2 * K
+
+
+def test_linen_says_that_a_key_is_needed():
+    """Catches flax's error about a missing stream, from the inside of a scan."""
+    f = jaxaccum.flax.linen_value_and_grad(Linen(dropout=0.5), squared_error, K, rngs="dropout")
+    with pytest.raises(TypeError, match=r"key is needed: .*dropout"):
+        f({"params": {}}, BATCH)
+
+
+def test_linen_says_which_collection_is_missing():
+    """Catches a bare KeyError where `mutable` names what the variables don't hold."""
+    module = Linen()
+    f = jaxaccum.flax.linen_value_and_grad(module, squared_error, K, mutable="batch_stats")
+    with pytest.raises(ValueError, match=r"no collection 'batch_stats'.*hold \['params'\]"):
+        f(init(module), BATCH)
+    with pytest.raises(ValueError, match=r"no collection 'params'"):
+        jaxaccum.flax.linen_value_and_grad(module, squared_error, K)(init(module)["params"], BATCH)
+
+
+def test_linen_aux_comes_back_for_each_micro_batch():
+    """Catches aux of the last micro-batch, and aux in the place of the variables."""
+    module = Linen(norm=True)
+    loss = lambda model, batch: (squared_error(model, batch), {"first": batch["y"][0, 0]})
+    f = jaxaccum.flax.linen_value_and_grad(module, loss, K, mutable="batch_stats", has_aux=True)
+    (_, (after, aux)), _ = jax.jit(f)(init(module), BATCH)
+    np.testing.assert_array_equal(aux["first"], Y[::4, 0])
+    assert set(after) == {"params", "batch_stats"}
+
+
+def test_linen_weighted_loss_is_exact_for_ragged_tokens():
+    """Catches a mean of means, and a micro-batch of weight 0 whose statistics are kept."""
+    module = Linen(norm=True)
+    variables, batch = init(module), masked_batch()
+    batch["x"] = batch["x"].at[8:12].set(jnp.nan)
+    f = jaxaccum.flax.linen_value_and_grad(module, masked_error, K, mutable="batch_stats")
+    (loss, after), grads = jax.jit(f)(variables, batch)
+
+    def exact(params):
+        total, weight, rest = 0.0, 0.0, {"batch_stats": variables["batch_stats"]}
+        for i in (0, 1, 3):
+            rows = jax.tree.map(lambda a: a[4 * i : 4 * i + 4], batch)  # noqa: B023
+            y, rest = module.apply({"params": params, **rest}, rows["x"], mutable=["batch_stats"])
+            total += jnp.sum(((y - rows["y"]) ** 2).mean(-1) * rows["mask"])
+            weight += rows["mask"].sum()
+        return total / weight, rest
+
+    (want_loss, rest), want = jax.jit(jax.value_and_grad(exact, has_aux=True))(variables["params"])
+    assert_close((loss, grads, after["batch_stats"]), (want_loss, want, rest["batch_stats"]))
+
+
+def test_linen_bfloat16_computes_narrow_and_sums_wide():
+    """Catches gradients of the compute dtype, and a sum that bfloat16 stops at 256."""
+
+    class Scale(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return x.astype(jnp.bfloat16) * self.param("scale", nn.initializers.ones, ()).astype(jnp.bfloat16)
+
+    variables = Scale().init(jax.random.key(0), jnp.ones(1))
+    f = jaxaccum.flax.linen_value_and_grad(Scale(), lambda model, x: jnp.mean(model(x)), 1024)
+    (loss, _), grads = jax.jit(f)(variables, jnp.ones(1024))
+    assert (float(grads["scale"]), grads["scale"].dtype) == (1.0, jnp.float32)
+    assert float(loss) == 1.0
+
+
+PARAMS = {"w": np.linspace(-1.0, 1.0, 6, dtype=np.float32).reshape(3, 2)}
+GRADIENTS = RNG.normal(size=(4, 3, 2)).astype(np.float32)
+WEIGHTS = np.array([3.0, 1.0, 2.0, 6.0], np.float32)
+ADAM = optax.adam(0.1)
+IN_A_CHAIN = {"alone": lambda opt: opt, "chain": lambda opt: optax.chain(optax.identity(), opt)}
+
+
+def create(tx, cls=jaxaccum.flax.TrainState, **fields):
+    return cls.create(apply_fn=None, params=jax.tree.map(jnp.array, PARAMS), tx=tx, **fields)
+
+
+def trained(opt, gradients, extras=None):
+    """Parameters after one update of bare `opt` for each of `gradients`."""
+    opt, params = optax.with_extra_args_support(opt), jax.tree.map(jnp.array, PARAMS)
+    state = opt.init(params)
+    for i, gradient in enumerate(gradients):
+        updates, state = opt.update({"w": gradient}, state, params, **(extras[i] if extras else {}))
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def weighted_means():
+    pairs = zip(GRADIENTS.reshape(2, 2, 3, 2), WEIGHTS.reshape(2, 2), strict=True)
+    return [np.average(g, axis=0, weights=w) for g, w in pairs]
+
+
+@pytest.mark.parametrize("static", [True, False], ids=["static", "traced"])
+@pytest.mark.parametrize("wrap", IN_A_CHAIN.values(), ids=IN_A_CHAIN)
+def test_train_state_takes_weight_and_boundary(wrap, static):
+    """Catches arguments that are lost on the way, in a chain above all, and a counter that overrules the boundary."""
+    step = jax.jit(
+        lambda state, gradient, weight, boundary: state.apply_gradients(
+            grads={"w": gradient}, weight=weight, boundary=boundary
+        ),
+        static_argnums=(3,) if static else (),
+    )
+    state = create(wrap(MultiSteps(ADAM, 100)))
+    for i in range(4):
+        before = state.params
+        state = step(state, GRADIENTS[i], WEIGHTS[i], i % 2 == 1)
+        assert np.array_equal(before["w"], state.params["w"]) == (i % 2 == 0)
+    assert_close(state.params, trained(ADAM, weighted_means()))
+    assert int(state.step) == 4
+
+
+@pytest.mark.parametrize("wrap", IN_A_CHAIN.values(), ids=IN_A_CHAIN)
+def test_train_state_counts_by_itself_and_counts_calls(wrap):
+    """Catches a `step` of optimizer steps, which would part from flax's, and a None that is taken for a boundary."""
+    state = create(wrap(MultiSteps(ADAM, 2)))
+    for i in range(4):
+        state = state.apply_gradients(grads={"w": GRADIENTS[i]})
+        assert int(state.step) == i + 1
+    assert_close(state.params, trained(ADAM, GRADIENTS.reshape(2, 2, 3, 2).mean(1)))
+    assert int(optax.tree.get(state.opt_state, "gradient_step")) == 2
+
+
+@pytest.mark.parametrize("wrap", IN_A_CHAIN.values(), ids=IN_A_CHAIN)
+def test_train_state_passes_extra_args(wrap):
+    """Catches `value` lost, or taken for a field: flax's own replaces fields with whatever it does not know."""
+    bare, values = optax.polyak_sgd(scaling=0.1), np.array([1.0, 3.0, 4.0, 8.0], np.float32)
+    state = create(wrap(MultiSteps(bare, 2)))
+    for i in range(4):
+        state = state.apply_gradients(grads={"w": GRADIENTS[i]}, value=values[i])
+    extras = [dict(value=v) for v in values.reshape(2, 2).mean(1)]
+    assert_close(state.params, trained(bare, GRADIENTS.reshape(2, 2, 3, 2).mean(1), extras))
+
+
+TRANSFORMATIONS = {"MultiSteps": MultiSteps(optax.sgd(1.0), 1), "sgd": optax.sgd(1.0), "scale": optax.scale(-1.0)}
+
+
+@pytest.mark.parametrize("tx", TRANSFORMATIONS.values(), ids=TRANSFORMATIONS)
+def test_train_state_replaces_fields_and_takes_any_transformation(tx):
+    """Catches a field of a subclass handed to the optimizer, and a bare optimizer that chokes on extra args."""
+
+    class WithStatistics(jaxaccum.flax.TrainState):
+        batch_stats: jax.Array
+
+    state = create(tx, WithStatistics, batch_stats=jnp.zeros(()))
+    state = state.apply_gradients(grads={"w": GRADIENTS[0]}, batch_stats=jnp.ones(()), value=1.0)
+    assert float(state.batch_stats) == 1.0
+    assert_close(state.params, trained(optax.sgd(1.0), GRADIENTS[:1]))
+
+
+def test_train_state_overwrites_fp8_statistics_and_accumulates_the_rest():
+    """Catches scales that are averaged, or stepped on by the optimizer, and parameters that lose their wrapping."""
+    params = {"params": {"w": jnp.array(PARAMS["w"])}, OVERWRITE_WITH_GRADIENT: {"scale": jnp.ones(())}}
+    state = jaxaccum.flax.TrainState.create(apply_fn=None, params=params, tx=MultiSteps(ADAM, 2))
+    for i in range(2):
+        assert_close(state.params["params"], PARAMS)
+        grads = {"params": {"w": GRADIENTS[i]}, OVERWRITE_WITH_GRADIENT: {"scale": jnp.float32(10 + i)}}
+        state = state.apply_gradients(grads=grads)
+        assert float(state.params[OVERWRITE_WITH_GRADIENT]["scale"]) == 10 + i
+    assert_close(state.params["params"], trained(ADAM, [GRADIENTS[:2].mean(0)]))
+
+
+@pytest.mark.parametrize("wrap", IN_A_CHAIN.values(), ids=IN_A_CHAIN)
+def test_train_state_can_be_donated(wrap):
+    """Catches two leaves of a fresh train state that share a buffer, and a step that compiles again."""
+    opt = optax.contrib.schedule_free(optax.sgd(0.1), learning_rate=0.1)
+    state = create(wrap(MultiSteps(opt, 2))).replace(step=jnp.zeros((), jnp.int32))
+    step = jax.jit(lambda state, gradient: state.apply_gradients(grads={"w": gradient}), donate_argnums=0)
+    for i in range(4):
+        state = step(state, GRADIENTS[i])
+    assert_close(state.params, trained(opt, GRADIENTS.reshape(2, 2, 3, 2).mean(1)))
+    assert step._cache_size() == 1

@@ -1,0 +1,83 @@
+"""What `import jaxaccum` brings in, and what it leaves out."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import jaxaccum
+
+EXTRAS = ["equinox", "flax", "matplotlib", "orbax", "sklearn", "tensorboardX", "tensorflow", "torch", "tqdm"]
+PUBLIC = {
+    "AccumulationSchedule",
+    "MultiSteps",
+    "MultiStepsState",
+    "Weighted",
+    "cast",
+    "set_every_k",
+    "value_and_grad",
+}
+
+
+def loaded(statement):
+    """The names of the modules that `statement` loads in an interpreter of its own."""
+    program = f"import json, sys\n{statement}\nprint(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=120, check=True
+    )
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_import_loads_no_extra():
+    """Catches an optional dependency that became a required one."""
+    modules = loaded("import jaxaccum")
+    assert {"jax", "optax", "jaxaccum"} <= modules
+    assert modules.isdisjoint(EXTRAS)
+
+
+def test_import_starts_no_device():
+    """Catches an array made at import: it would take the accelerator before `jax.distributed.initialize` could."""
+    loaded("import jaxaccum\nfrom jax._src import xla_bridge\nassert not xla_bridge._backends, xla_bridge._backends")
+
+
+def test_flax_adapters_import_flax_and_not_themselves():
+    """Catches `jaxaccum/flax.py` taking the place of flax, by import or by name."""
+    modules = loaded(
+        "import jaxaccum.flax, flax, flax.nnx\n"
+        "assert flax.__name__ == 'flax' and flax.nnx.Module, flax\n"
+        "assert jaxaccum.flax.__name__ == 'jaxaccum.flax' and jaxaccum.flax.TrainState"
+    )
+    assert {"flax", "flax.nnx", "jaxaccum.flax"} <= modules
+    assert modules.isdisjoint(set(EXTRAS) - {"flax", "orbax", "tqdm"})  # flax itself may load the latter two.
+
+
+def test_without_flax_the_core_works_and_the_adapters_say_what_is_missing():
+    """Catches a core that reaches for flax behind an import guard, and an adapter that swallows the import error."""
+    loaded(
+        "sys.modules['flax'] = None\n"
+        "import jaxaccum, optax\n"
+        "jaxaccum.MultiSteps(optax.sgd(1.0), 2)\n"
+        "try:\n"
+        "    import jaxaccum.flax\n"
+        "except ImportError as error:\n"
+        "    assert 'flax' in str(error)\n"
+        "else:\n"
+        "    raise AssertionError('imported without flax')"
+    )
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_the_public_name_is_there_and_documented(name):
+    """Catches a name lost from `__init__`, and one without a docstring of its own."""
+    public = getattr(jaxaccum, name)
+    assert public.__doc__ and "Alias for field" not in public.__doc__
+    assert public.__module__.startswith("jaxaccum")
+
+
+def test_no_other_name_is_public():
+    """Catches a helper or a third-party module that slips into the public namespace."""
+    modules = {name for name, value in vars(jaxaccum).items() if type(value) is type(sys)}
+    public = {name for name in vars(jaxaccum) if not name.startswith("_")}
+    assert public - modules == PUBLIC
+    assert all(vars(jaxaccum)[name].__name__ == f"jaxaccum.{name}" for name in modules)

@@ -1,0 +1,144 @@
+"""AccumulationSchedule: Lightning's rules, without Lightning's surprises."""
+
+import copy
+import pathlib
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import jaxaccum
+from jaxaccum import AccumulationSchedule
+
+
+@pytest.mark.parametrize(
+    ("scheduling", "ks"),
+    [
+        ({0: 8, 4: 4, 8: 1}, [8, 8, 8, 8, 4, 4, 4, 4, 1, 1]),
+        ({8: 1, 0: 8, 4: 4}, [8, 8, 8, 8, 4, 4, 4, 4, 1, 1]),
+        ({2: 3}, [1, 1, 3, 3]),
+        ({1: 2, 2: 5, 3: 2}, [1, 2, 5, 2]),
+        ({0: 7}, [7, 7]),
+        ({0: 2**31 - 1}, [2**31 - 1]),
+    ],
+)
+def test_the_largest_key_up_to_the_epoch_wins(scheduling, ks):
+    """Catches `<` for `<=`, keys read in the order given, and K other than 1 before the first key."""
+    schedule = AccumulationSchedule(scheduling)
+    assert [schedule(epoch) for epoch in range(len(ks))] == ks
+    assert schedule(10**6) == ks[-1]
+
+
+def test_the_callers_dict_is_neither_changed_nor_kept():
+    """Catches Lightning's own bug, which writes `{0: 1}` into the dict, and a schedule that follows later edits."""
+    scheduling = {4: 2}
+    schedule = AccumulationSchedule(scheduling)
+    assert schedule(0) == 1 and scheduling == {4: 2}
+    scheduling[0] = 9
+    assert schedule(0) == 1 and dict(schedule) == {4: 2}
+
+
+def test_it_is_a_mapping_of_what_it_was_given():
+    """Catches a Mapping that invents keys, and one that is not sorted by epoch."""
+    schedule = AccumulationSchedule({4: 2, 1: 3})
+    assert list(schedule.items()) == [(1, 3), (4, 2)] and len(schedule) == 2
+    assert 0 not in schedule and schedule[4] == 2
+    with pytest.raises(KeyError):
+        schedule[0]
+
+
+def test_it_cannot_be_changed():
+    """Catches a hashable object whose contents move: the hash would no longer find it."""
+    schedule = AccumulationSchedule({0: 2})
+    with pytest.raises(TypeError):
+        schedule[0] = 3
+    with pytest.raises(TypeError):
+        del schedule[0]
+    assert not hasattr(schedule, "update")
+
+
+def test_equal_schedules_are_equal_and_hash_alike():
+    """Catches identity in the place of equality, and an equality that the order of keys spoils."""
+    schedule = AccumulationSchedule({0: 8, 4: 4})
+    assert schedule == AccumulationSchedule({4: 4, 0: 8}) == {0: 8, 4: 4}
+    assert hash(schedule) == hash(AccumulationSchedule({4: 4, 0: 8}))
+    assert schedule != AccumulationSchedule({0: 8, 4: 2})
+    assert len({schedule, AccumulationSchedule({4: 4, 0: 8}), AccumulationSchedule({0: 8})}) == 2
+
+
+@pytest.mark.parametrize(
+    "again",
+    [copy.copy, copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s)), lambda s: eval(repr(s)), AccumulationSchedule],
+    ids=["copy", "deepcopy", "pickle", "repr", "constructor"],
+)
+def test_every_way_to_copy_it_gives_an_equal_one(again):
+    """Catches a mapping proxy that cannot be pickled, and a repr that is not the way to write it."""
+    schedule = AccumulationSchedule({4: 2, 1: 3})
+    made = again(schedule)
+    assert type(made) is AccumulationSchedule and made == schedule and hash(made) == hash(schedule)
+    assert [made(epoch) for epoch in range(6)] == [1, 3, 3, 3, 2, 2]
+
+
+def test_printing_it_shows_every_entry():
+    """Catches the default repr: a log of the run's plan must say what K was."""
+    assert str(AccumulationSchedule({4: 4, 0: 8})) == "AccumulationSchedule({0: 8, 4: 4})"
+
+
+def test_numpy_integers_become_ints():
+    """Catches a check by isinstance(int), and numpy scalars that leak into K, reprs and checkpoints."""
+    schedule = AccumulationSchedule({np.int64(0): np.int32(8), np.uint8(4): np.int8(2)})
+    assert repr(schedule) == "AccumulationSchedule({0: 8, 4: 2})"
+    assert schedule(np.int64(5)) == 2 and type(schedule(0)) is int
+
+
+@pytest.mark.parametrize(
+    ("scheduling", "error", "words"),
+    [
+        ({}, TypeError, ["empty", "{0: 1}"]),
+        (4, TypeError, ["map epochs to K", "got 4", "{0: K}"]),
+        ([(0, 4)], TypeError, ["map epochs to K", "[(0, 4)]"]),
+        (None, TypeError, ["map epochs to K", "None"]),
+        ({True: 2}, TypeError, ["epoch", "True", "bool"]),
+        ({0: True}, TypeError, ["K at epoch 0", "True", "bool"]),
+        ({0: np.True_}, TypeError, ["K at epoch 0", "bool"]),
+        ({1.0: 2}, TypeError, ["epoch", "1.0", "float"]),
+        ({0: 2.0}, TypeError, ["K at epoch 0", "2.0", "float"]),
+        ({"0": 2}, TypeError, ["epoch", "'0'", "str"]),
+        ({0: "2"}, TypeError, ["K at epoch 0", "'2'", "str"]),
+        ({0: None}, TypeError, ["K at epoch 0", "None"]),
+        ({-1: 2}, ValueError, ["epoch", "-1", "from 0"]),
+        ({0: 0}, ValueError, ["K at epoch 0", "got 0", "K=1 means no accumulation"]),
+        ({0: 4, 3: -2}, ValueError, ["K at epoch 3", "got -2"]),
+        ({0: 2**31}, ValueError, ["K at epoch 0", str(2**31)]),
+    ],
+)
+def test_a_bad_schedule_is_refused_by_name_and_value(scheduling, error, words):
+    """Catches what Lightning lets pass (bools) or finds out later (a K of 0), and errors that don't say which entry."""
+    with pytest.raises(error) as caught:
+        AccumulationSchedule(scheduling)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize(("epoch", "error"), [(-1, ValueError), (1.0, TypeError), (True, TypeError), ("1", TypeError)])
+def test_a_bad_epoch_is_refused_by_value(epoch, error):
+    """Catches a call that gives K=1 for whatever is not an epoch."""
+    with pytest.raises(error, match=f"epoch.*{epoch}"):
+        AccumulationSchedule({0: 2})(epoch)
+
+
+def test_the_schedule_needs_no_jax():
+    """Catches an import that makes a host-side plan pay for jax, or touch a device."""
+    package = pathlib.Path(jaxaccum.__file__).parent
+    program = f"""
+import sys, types
+stub = types.ModuleType("jaxaccum")  # The real __init__ imports jax; its place is taken.
+stub.__path__ = [{str(package)!r}]
+sys.modules["jaxaccum"] = stub
+from jaxaccum._schedule import AccumulationSchedule
+assert AccumulationSchedule({{0: 8, 4: 2}})(5) == 2
+print(sorted({{"jax", "jaxlib", "numpy", "optax"}} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr

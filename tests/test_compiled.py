@@ -95,6 +95,22 @@ def test_a_donated_micro_step_copies_no_array(drive, weight):
         assert len(copied) <= 1
 
 
+def test_an_optimizer_step_needs_no_memory_for_the_mean():
+    """Catches a mean that is written out before the optimizer reads it: as much memory as the parameters take."""
+    opt = optax.adamw(1e-3)
+    tx = jaxaccum.MultiSteps(opt, 4)
+
+    def bare(params, state, grads):
+        updates, state = opt.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    temporary = lambda step, state: (
+        compiled(step, PARAMS, state, PARAMS, donate_argnums=(0, 1)).memory_analysis().temp_size_in_bytes
+    )
+    ours = temporary(lambda p, s, g: tx.apply(p, s, g, boundary=True), tx.init(PARAMS))
+    assert ours <= temporary(bare, opt.init(PARAMS)) + 1024
+
+
 def test_a_window_needs_no_more_memory_with_more_micro_batches():
     """Catches gradients or activations kept for every micro-batch."""
     loss = lambda p, x: jnp.mean(jnp.tanh(x @ p["layer0"]["w"] + p["layer0"]["b"]) ** 2)

@@ -109,6 +109,9 @@ def merge(a: Weighted, b: Weighted, *, keep: Any = None) -> Weighted:
 def mean(sums: Weighted, like: Tree) -> Tree:
     """Σ w·x / Σ w, the one division; 0 where Σ w is 0 and so is the sum.
 
+    The division is that of a scalar: XLA does not fuse a division of every element into the optimizer's kernels, but
+    writes its result out first, in memory of the parameters' size.
+
     Args:
       sums: the weighted sum.
       like: a tree of the summed values. A leaf of the mean is never narrower than its leaf here, and where the sums
@@ -123,8 +126,8 @@ def mean(sums: Weighted, like: Tree) -> Tree:
         if total is None:
             return x
         wide = jnp.promote_types(total.dtype, jnp.float32)
-        quotient = total.astype(wide) / weight.astype(jnp.finfo(wide).dtype)
-        return quotient.astype(jnp.promote_types(total.dtype, jnp.result_type(x)))
+        mean = total.astype(wide) * (1 / weight.astype(jnp.finfo(wide).dtype))
+        return mean.astype(jnp.promote_types(total.dtype, jnp.result_type(x)))
 
     return jax.tree.map(leaf, sums.total, like, is_leaf=lambda leaf: leaf is None)
 

@@ -54,10 +54,17 @@ def is_inexact(leaf: Any) -> bool:
 
 def init(tree: Tree, accumulator_dtype: Any) -> Tree:
     """Zero sums for `tree`, leaf by leaf in `sum_dtype`; a leaf that cannot have a gradient gets None."""
-    return jax.tree.map(
-        lambda x: jnp.zeros_like(x, dtype=sum_dtype(jnp.result_type(x), accumulator_dtype)) if is_inexact(x) else None,
-        tree,
-    )
+    # Under jit only a dependence on the parameters makes the sums lie on the devices as they do; XLA can't see that
+    # it is none.
+    never = jax.lax.optimization_barrier(jnp.asarray(False))
+
+    def leaf(x):
+        if not is_inexact(x):
+            return None
+        zeros = jnp.zeros_like(x, dtype=sum_dtype(jnp.result_type(x), accumulator_dtype))
+        return jnp.where(never, x.astype(zeros.dtype), zeros) if isinstance(x, jax.core.Tracer) else zeros
+
+    return jax.tree.map(leaf, tree)
 
 
 def add(total: Tree, x: Tree, weight: Any = None, *, keep: Any = None, first: Any = None) -> Tree:
@@ -68,8 +75,9 @@ def add(total: Tree, x: Tree, weight: Any = None, *, keep: Any = None, first: An
     Args:
       total: the sums so far; where a leaf is None, the leaf of `x` is passed over.
       x: a tree like `total`, of any inexact dtypes.
-      weight: a scalar; None where `x` counts once or is weighted already.
-      keep: a bool scalar; where False, `x` is left out.
+      weight: a scalar, or one for each index of the leaves' leading axis; None where `x` counts once or is weighted
+        already.
+      keep: a bool, or one for each index; where False, `x` is left out.
       first: a bool scalar; where True, `x` takes the place of `total`, which is so never cleared.
 
     Returns:
@@ -82,9 +90,9 @@ def add(total: Tree, x: Tree, weight: Any = None, *, keep: Any = None, first: An
         wide = jnp.promote_types(total.dtype, jnp.float32)
         x = jnp.asarray(x).astype(wide)
         if weight is not None:
-            x = x * jnp.asarray(weight).astype(jnp.finfo(wide).dtype)
+            x = x * _beside(x, weight).astype(jnp.finfo(wide).dtype)
         if keep is not None:
-            x = jnp.where(keep, x, jnp.zeros_like(x))
+            x = jnp.where(_beside(x, keep), x, jnp.zeros_like(x))
         new = total.astype(wide) + x
         if first is not None:
             new = jnp.where(first, x, new)
@@ -124,10 +132,17 @@ def mean(sums: Weighted, like: Tree) -> Tree:
     return jax.tree.map(leaf, sums.total, like, is_leaf=lambda leaf: leaf is None)
 
 
-def all_finite(tree: Tree) -> jax.Array:
-    """A bool scalar: whether every inexact leaf of `tree` is free of NaN and infinity."""
-    finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree) if is_inexact(x)]
-    return jnp.all(jnp.stack(finite)) if finite else jnp.asarray(True)
+def all_finite(tree: Tree, shape: tuple[int, ...] = ()) -> jax.Array:
+    """Whether every inexact leaf of `tree` is free of NaN and infinity: a bool, or one for each leading index `shape`."""
+    leaves = [jnp.asarray(x) for x in jax.tree.leaves(tree) if is_inexact(x)]
+    finite = [jnp.all(jnp.isfinite(x), axis=tuple(range(len(shape), x.ndim))) for x in leaves]
+    return jnp.all(jnp.stack(finite), axis=0) if finite else jnp.ones(shape, jnp.bool_)
+
+
+def _beside(x: jax.Array, scalars: Any) -> jax.Array:
+    """`scalars`, () or of the leading shape of `x`, shaped to broadcast with it."""
+    scalars = jnp.asarray(scalars)
+    return scalars.reshape(scalars.shape + (1,) * (x.ndim - scalars.ndim)) if scalars.ndim else scalars
 
 
 def select(pred: Any, new: Tree, old: Tree) -> Tree:

@@ -1,16 +1,17 @@
 """Checks of what callers pass, made before anything runs: each error names the argument, the value and the remedy."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxaccum._accumulator import is_inexact
 from jaxaccum._integers import positive_int
 from jaxaccum._schedule import AccumulationSchedule
 from jaxaccum._state import MultiStepsState
+from jaxaccum._sync import MappedAxis, MeshAxis, OneDevice, Sync
 
 Tree = Any
 
@@ -77,17 +78,20 @@ def scheduled_k(k: Any) -> Any:
     return k
 
 
-def weight(value: Any) -> None:
-    """A weight: a real scalar; finite and not negative where the value can be read."""
-    if not _is_real(value):
+def weight(value: Any, shape: tuple[int, ...] = ()) -> None:
+    """A weight: a real scalar, or one for each device; finite and not negative where the value can be read."""
+    if not _is_real(value, shape):
         raise ValueError(
-            f"weight must be one real number, got {_kind(value)}; sum the weights of the micro-batch's examples first."
+            f"weight must be one real number{_or_one_each(shape)}, got {_kind(value)}; sum the weights of the "
+            "micro-batch's examples first."
         )
-    if not isinstance(value, jax.core.Tracer) and not 0 <= float(value) < math.inf:
-        raise ValueError(
-            f"weight must be finite and at least 0, got {value}; it is what the micro-batch counts for "
-            "(its number of examples or tokens), and 0 leaves the micro-batch out."
-        )
+    if not isinstance(value, jax.core.Tracer):
+        numbers = np.asarray(value, np.float64)
+        if not np.all((numbers >= 0) & np.isfinite(numbers)):
+            raise ValueError(
+                f"weight must be finite and at least 0, got {value}; it is what the micro-batch counts for "
+                "(its number of examples or tokens), and 0 leaves the micro-batch out."
+            )
 
 
 def total(value: Any) -> None:
@@ -100,21 +104,68 @@ def total(value: Any) -> None:
         )
 
 
-def boundary(value: Any) -> Any:
-    """A bool, Python's or numpy's or an array's; traced only if the array is."""
+def boundary(value: Any, sync: Sync) -> Any:
+    """A bool, Python's or numpy's or an array's; traced only if the array is, and then the same on every device."""
     if not _is_bool(value):
         raise TypeError(
             f"boundary must be None (the state's counter decides) or one bool, got {value!r}; "
             "for example boundary=(batch_index + 1) % k == 0."
         )
-    return known(value)
-
-
-def averaged(name: str, value: Any) -> None:
-    """An averaged extra arg: one real number."""
-    if not _is_real(value):
+    value = known(value)
+    if not isinstance(value, bool) and not sync.is_common(value):
         raise ValueError(
-            f"the extra arg {name!r} is averaged over the window and must be one real number, got "
+            f"boundary must be the same on every device of axis_name={sync.names!r}, but it varies over it: the devices "
+            "would wait for each other for ever. Decide it on the host, or from values that jax.lax.psum has made equal."
+        )
+    return value
+
+
+def sync(axis_name: Any, mesh: Any, data_axis: Any, should_skip_update_fn: Any = None) -> Sync:
+    """Where the local sums live: on one device, along a mapped axis, or along a mesh's data axis."""
+    if axis_name is None and mesh is None:
+        return OneDevice()
+    if axis_name is not None and mesh is not None:
+        raise ValueError(f"axis_name={axis_name!r} is for pmap and shard_map, mesh for jit: give one of them.")
+    if should_skip_update_fn is not None:
+        raise ValueError(
+            "should_skip_update_fn can't be used on several devices: one could skip a micro-step that the others count, "
+            "and they would wait for each other for ever. Use nonfinite='drop', or weight=0 where a micro-batch should "
+            "not count."
+        )
+    if axis_name is not None:
+        return MappedAxis(_names("axis_name", axis_name))
+    if not isinstance(mesh, jax.sharding.Mesh):
+        raise TypeError(f"mesh must be a jax.sharding.Mesh, for example jax.make_mesh((8,), ('data',)), got {mesh!r}.")
+    names = _names("data_axis", data_axis)
+    missing = [name for name in names if name not in mesh.axis_names]
+    if missing:
+        raise ValueError(f"data_axis={data_axis!r}: the mesh has no axis {missing[0]!r}, only {mesh.axis_names}.")
+    return MeshAxis(mesh, names)
+
+
+def _names(argument: str, value: Any) -> tuple[str, ...]:
+    names = value if isinstance(value, tuple) else (value,)
+    if not names or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"{argument} must be a name or a tuple of names, got {value!r}.")
+    return names
+
+
+def local_gradients(grads: Tree, sync: Sync) -> None:
+    """Gradients must be each device's own: summed over the devices already, they would be summed again."""
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        if is_inexact(grad) and not sync.is_local(grad):
+            raise ValueError(
+                f"grads{_name(path)} does not vary over axis_name={sync.names!r}: it has been reduced over it already, in "
+                "this micro-step. Differentiate with respect to parameters cast by jax.lax.pcast(params, "
+                f"{sync.names!r}, to='varying'), or use MultiSteps.micro_step or jaxaccum.value_and_grad, which do."
+            )
+
+
+def averaged(name: str, value: Any, shape: tuple[int, ...] = ()) -> None:
+    """An averaged extra arg: one real number, or one for each device."""
+    if not _is_real(value, shape):
+        raise ValueError(
+            f"the extra arg {name!r} is averaged over the window and must be one real number{_or_one_each(shape)}, got "
             f"{_kind(value)}. To hand it over as it is at the boundary, leave "
             f"{name!r} out of averaged_extra_args."
         )
@@ -155,13 +206,19 @@ def state(value: Any, method: str) -> MultiStepsState:
     return value
 
 
-def gradients(grads: Tree, acc_grads: Tree) -> None:
+def gradients(grads: Tree, acc_grads: Tree, sync: Sync) -> None:
     """Gradients must form the parameters' tree, shape by shape, and be inexact.
 
     Raises:
       ValueError: if the tree or a shape differs.
       TypeError: if a gradient is not floating or complex.
     """
+    hint = (
+        f" With mesh=, gradients have a leading axis for the {sync.shape[0]} devices of the data axis, as "
+        "jaxaccum.local_value_and_grad gives them."
+        if sync.shape
+        else ""
+    )
     is_none = lambda leaf: leaf is None
     want = dict(jax.tree_util.tree_leaves_with_path(acc_grads, is_leaf=is_none))
     got = dict(jax.tree_util.tree_leaves_with_path(grads, is_leaf=is_none))
@@ -186,7 +243,7 @@ def gradients(grads: Tree, acc_grads: Tree) -> None:
             )
         if acc is None or jnp.shape(grad) != acc.shape:
             shape = "an integer parameter" if acc is None else f"a parameter of shape {acc.shape}"
-            raise ValueError(f"grads{_name(path)} has shape {jnp.shape(grad)}, for {shape}.")
+            raise ValueError(f"grads{_name(path)} has shape {jnp.shape(grad)}, for {shape}.{hint}")
 
 
 def _name(path: Any) -> str:
@@ -206,9 +263,13 @@ def _scalar_dtype(value: Any) -> Any:
     return jnp.result_type(value) if is_scalar else None
 
 
-def _is_real(value: Any) -> bool:
-    dtype = _scalar_dtype(value)
+def _is_real(value: Any, shape: tuple[int, ...]) -> bool:
+    dtype = value.dtype if shape and getattr(value, "shape", None) == shape else _scalar_dtype(value)
     return any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)) if dtype else False
+
+
+def _or_one_each(shape: tuple[int, ...]) -> str:
+    return f", or an array of shape {shape} with one for each device" if shape else ""
 
 
 def _is_bool(value: Any) -> bool:

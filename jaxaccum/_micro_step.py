@@ -11,6 +11,7 @@ import optax
 from jaxaccum import _accumulator, _checks, _inner
 from jaxaccum._accumulator import Weighted
 from jaxaccum._state import MultiStepsState
+from jaxaccum._sync import Sync
 
 Tree = Any
 
@@ -25,6 +26,7 @@ class Config(NamedTuple):
     accumulator_dtype: Any
     nonfinite: str
     averaged_extra_args: tuple[str, ...]
+    sync: Sync
 
     @property
     def inner(self) -> optax.GradientTransformationExtraArgs:
@@ -37,6 +39,14 @@ class Output(NamedTuple):
 
     close: Callable[[Tree], Tree]
     stay: Callable[[], Tree]
+
+
+class _Window(NamedTuple):
+    """What is pending: the sums of the gradients, those of the extra args, and whether all of it may weigh nothing."""
+
+    sums: Weighted
+    averages: dict[str, Weighted]
+    may_be_empty: bool
 
 
 class _Selection(NamedTuple):
@@ -62,17 +72,18 @@ def init(config: Config, params: Tree) -> MultiStepsState:
     skip_state = ()
     if config.should_skip_update_fn is not None:
         _, skip_state = config.should_skip_update_fn(jax.tree.map(jnp.zeros_like, params), gradient_step, params)
+    local = config.sync.local
     state = MultiStepsState(
         mini_step=jnp.zeros((), jnp.int32),
         gradient_step=gradient_step,
         inner_opt_state=config.opt.init(params),
-        acc_grads=_accumulator.init(params, config.accumulator_dtype),
+        acc_grads=local(_accumulator.init(params, config.accumulator_dtype)),
         skip_state=skip_state,
-        weight=_zero(),
-        averages={name: Weighted(_zero(), _zero()) for name in config.averaged_extra_args},
+        weight=local(_zero()),
+        averages={name: local(Weighted(_zero(), _zero())) for name in config.averaged_extra_args},
         every_k=None if callable(config.every_k) else jnp.full((), config.every_k, jnp.int32),
         updated=jnp.zeros((), jnp.bool_),
-        dropped=jnp.zeros((), jnp.int32),
+        dropped=local(jnp.zeros((), jnp.int32)),
     )
     return _inner.unshared(state, params)
 
@@ -105,10 +116,11 @@ def run(
     Returns:
       (the output, the new state).
     """
-    _checks.gradients(grads, state.acc_grads)
+    _checks.gradients(grads, state.acc_grads, config.sync)
+    _checks.local_gradients(grads, config.sync)
     averaged = {name: extra_args[name] for name in config.averaged_extra_args if extra_args.get(name) is not None}
     for name, value in averaged.items():
-        _checks.averaged(name, value)
+        _checks.averaged(name, value, config.sync.shape)
     (accepted, keep, closed), skip_state, dropped = _select(config, state, grads, params, weight, boundary, averaged)
 
     first = state.mini_step == 0
@@ -123,14 +135,13 @@ def run(
         else:
             averages[name] = _accumulator.select(first, _zeros_like(sums), sums)
 
-    # A window can be empty only if its last micro-batch can be left out.
-    filled = True if keep is None else _checks.known(total_weight != 0)
     closed = _both(closed, accepted)
-    applied = _both(closed, filled)
-    means = {name: _average(averages[name], value) for name, value in averaged.items()}
-    result, inner_opt_state = _emit(
-        config, state, params, grads, Weighted(acc_grads, total_weight), extra_args | means, output, applied
+    # A window can be empty only if its last micro-batch can be left out.
+    window = _Window(
+        Weighted(acc_grads, total_weight), {n: averages[n] for n in averaged}, may_be_empty=keep is not None
     )
+    like = config.sync.one(grads)
+    result, inner_opt_state, applied = _emit(config, state, params, like, window, extra_args, output, closed)
 
     mini_step = _accumulator.select(closed, jnp.zeros_like(state.mini_step), state.mini_step + 1)
     mini_step, total_weight, averages, dropped = _accumulator.select(
@@ -157,14 +168,12 @@ def flush(
     config: Config, state: MultiStepsState, params: Tree | None, extra_args: dict[str, Any]
 ) -> tuple[Tree, MultiStepsState]:
     """Closes the window with what it holds; does nothing where it holds nothing."""
-    grads = _inner.like_gradients(params if params is not None else state.acc_grads)
-    extra_args = extra_args | {
-        name: _average(sums, extra_args.get(name, jnp.nan)) for name, sums in state.averages.items()
-    }
-    applied = _checks.known((state.mini_step > 0) & (state.weight != 0))
-    sums = Weighted(state.acc_grads, state.weight)
-    output = updates_output(config, grads, state, params, extra_args)
-    updates, inner_opt_state = _emit(config, state, params, grads, sums, extra_args, output, applied)
+    grads = _inner.like_gradients(params if params is not None else config.sync.one(state.acc_grads))
+    extra_args = {name: jnp.nan for name in state.averages} | extra_args
+    window = _Window(Weighted(state.acc_grads, state.weight), state.averages, may_be_empty=True)
+    output = updates_output(config, lambda: grads, state, params, extra_args)
+    pending = _checks.known(state.mini_step > 0)
+    updates, inner_opt_state, applied = _emit(config, state, params, grads, window, extra_args, output, pending)
     return updates, state._replace(
         mini_step=jnp.zeros_like(state.mini_step),
         gradient_step=_accumulator.select(applied, optax.safe_increment(state.gradient_step), state.gradient_step),
@@ -173,11 +182,11 @@ def flush(
     )
 
 
-def updates_output(config, grads, state, params, extra_args) -> Output:
-    """The optax contract: the updates at a boundary, zeros of the same types in between."""
+def updates_output(config, like, state, params, extra_args) -> Output:
+    """The optax contract: the updates at a boundary, zeros of the same types in between; `like()` is a gradient."""
 
     def stay():
-        return _inner.zeros(_inner.update_shapes(config.inner, grads, state.inner_opt_state, params, extra_args))
+        return _inner.zeros(_inner.update_shapes(config.inner, like(), state.inner_opt_state, params, extra_args))
 
     return Output(lambda updates: updates, stay)
 
@@ -187,17 +196,31 @@ def apply_output(params: Tree) -> Output:
     return Output(lambda updates: _inner.apply_updates(params, updates), lambda: params)
 
 
-def _emit(config, state, params, grads, sums, extra_args, output, applied):
-    """(output, inner state): of an optimizer step where `applied`, else unchanged."""
+def _emit(config, state, params, grads, window, extra_args, output, closed):
+    """(output, inner state, whether an optimizer step was made): of a window that is `closed`, else unchanged."""
 
     def close():
-        weight = sums.weight if config.use_grad_mean else jnp.ones_like(sums.weight)
-        mean = _accumulator.mean(Weighted(sums.total, weight), grads)
-        wide = jnp.float32 if config.accumulator_dtype is None else config.accumulator_dtype
-        updates, inner = _inner.update(config.inner, mean, grads, state.inner_opt_state, params, extra_args, wide)
-        return output.close(updates), inner
+        sums, averages = config.sync.joined((window.sums, window.averages))
+        means = {name: _average(average, extra_args[name]) for name, average in averages.items()}
 
-    return _inner.branch(applied, close, lambda: (output.stay(), state.inner_opt_state))
+        def step():
+            divisor = sums.weight if config.use_grad_mean else jnp.full_like(sums.weight, config.sync.size())
+            mean = _accumulator.mean(Weighted(sums.total, divisor), grads)
+            wide = jnp.float32 if config.accumulator_dtype is None else config.accumulator_dtype
+            args = (mean, grads, state.inner_opt_state, params, extra_args | means, wide)
+            updates, inner = _inner.update(config.inner, *args)
+            return output.close(updates), inner
+
+        if not window.may_be_empty:
+            return *step(), None
+        filled = _checks.known(sums.weight != 0)
+        return *_inner.branch(filled, step, unchanged), filled
+
+    def unchanged():
+        return output.stay(), state.inner_opt_state
+
+    result, inner, filled = _inner.branch(closed, close, lambda: (*unchanged(), False if window.may_be_empty else None))
+    return result, inner, closed if filled is None else filled
 
 
 def _select(config, state, grads, params, weight, boundary, averaged):
@@ -208,7 +231,7 @@ def _select(config, state, grads, params, weight, boundary, averaged):
         )
         closed = _checks.known(state.mini_step + 1 >= every_k)
     else:
-        closed = _checks.boundary(boundary)
+        closed = _checks.boundary(boundary, config.sync)
 
     accepted, skip_state = True, state.skip_state
     if config.should_skip_update_fn is not None:
@@ -217,10 +240,10 @@ def _select(config, state, grads, params, weight, boundary, averaged):
 
     keep, dropped = None, state.dropped
     if weight is not None:
-        _checks.weight(weight)
+        _checks.weight(weight, config.sync.shape)
         keep = jnp.asarray(weight) != 0
     if config.nonfinite == "drop":
-        finite = _accumulator.all_finite((grads, averaged))
+        finite = _accumulator.all_finite((grads, averaged), config.sync.shape)
         bad = jnp.logical_not(finite) if keep is None else jnp.logical_and(keep, jnp.logical_not(finite))
         dropped = dropped + bad.astype(dropped.dtype)
         keep = finite if keep is None else jnp.logical_and(keep, finite)
@@ -235,10 +258,9 @@ def _both(a: Any, b: Any) -> Any:
 
 
 def _average(sums: Weighted, value: Any) -> jax.Array:
-    """The window's mean of an extra arg, never narrower than `value`; `value` itself where nothing was summed."""
-    dtype = jnp.promote_types(jnp.result_type(value), jnp.float32)
-    mean = _accumulator.mean(sums, sums.total)
-    return jnp.where(sums.weight == 0, jnp.asarray(value).astype(dtype), mean.astype(dtype))
+    """The window's mean of an extra arg, never narrower than `value`; NaN where nothing was summed."""
+    mean = jnp.where(sums.weight == 0, jnp.nan, _accumulator.mean(sums, sums.total))
+    return mean.astype(jnp.promote_types(jnp.result_type(value), jnp.float32))
 
 
 def _zero() -> jax.Array:

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxaccum import _accumulator, _checks, _loss, _micro_step
+from jaxaccum import _accumulator, _checks, _local, _loss, _micro_step
 from jaxaccum._accumulator import Weighted
 from jaxaccum._micro_step import Config
 from jaxaccum._state import MultiStepsState
+from jaxaccum._sync import MeshAxis
 
 Tree = Any
 
@@ -45,6 +46,14 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         micro-step never happened: it is not counted and closes no window, even where `boundary` says so.
       accumulator_dtype: a floating dtype for the sums, whatever the gradients'; float64 and complex parameters keep
         theirs. None: the parameters' dtypes.
+      axis_name: inside `jax.pmap` or `jax.shard_map`, the name of the mapped data axis, or a tuple of names. Each device
+        sums on its own, and the sums are joined once a window, at the boundary: Σ over devices and micro-steps of w·g
+        over Σ w. Boundaries must fall on the same call on every device. With `use_grad_mean=False`, the mean over
+        devices of their sums.
+      mesh: under jit, a `jax.sharding.Mesh`. Then gradients come from `local_value_and_grad`, with a leading axis for the
+        P devices of the data axis; a weight or an averaged extra arg is a scalar for all or (P,), and local sums are
+        (P, ...), sharded over it. They are joined at the boundary alone. The mesh's other axes are left to jax.
+      data_axis: the mesh's data axis, a name or a tuple of names.
       nonfinite: "propagate", or "drop": a micro-batch with a NaN or an infinity in its gradient or averaged extra
         args gets weight 0 and is counted in `state.dropped`.
       averaged_extra_args: names of scalar extra args that reach the inner optimizer as the window's weighted mean.
@@ -75,6 +84,9 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         should_skip_update_fn: Callable[..., Any] | None = None,
         accumulator_dtype: Any = jnp.float32,
         *,
+        axis_name: Any = None,
+        mesh: Any = None,
+        data_axis: Any = "data",
         nonfinite: str = "propagate",
         averaged_extra_args: Sequence[str] = ("value",),
     ):
@@ -96,6 +108,7 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
             accumulator_dtype=None if accumulator_dtype is None else jnp.dtype(accumulator_dtype),
             nonfinite=nonfinite,
             averaged_extra_args=tuple(averaged_extra_args),
+            sync=_checks.sync(axis_name, mesh, data_axis, should_skip_update_fn),
         )
         self = super().__new__(cls, functools.partial(_micro_step.init, config), functools.partial(_update, config))
         self._config = config
@@ -146,11 +159,12 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
           fun: `fun(params, *args)` returns the micro-batch's mean loss, a floating scalar, or a `Weighted`.
           params: the parameters.
           state: the state.
-          *args: the micro-batch and whatever else `fun` takes.
+          *args: the micro-batch and whatever else `fun` takes. With `mesh=` the first is a batch of P·N examples, split
+            over the data axis, and all others are common to its devices.
           boundary: as for `update`.
 
         Returns:
-          (the micro-batch's mean loss, params, state). The loss is also the `value` of the inner optimizer's extra
+          (the micro-batch's mean loss, params, state). With `mesh=` the loss is (P,), one for each device. It is also the `value` of the inner optimizer's extra
           args, averaged over the window.
 
         Example:
@@ -164,11 +178,7 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
           9.0 0.0
         """
         config = self._config
-        (value, _), grads = _loss.value_and_grad(lambda *args: (fun(*args), None))(params, *args)
-        weighted = value.weight is not None
-        if weighted and config.should_skip_update_fn is not None:
-            grads = _accumulator.mean(Weighted(grads, value.weight), grads)  # The rule judges mean gradients.
-            weighted = False
+        value, grads, weighted = _gradient(config, fun, params, args)
         loss = _loss.mean(value)
         params, state = _micro_step.run(
             config,
@@ -252,11 +262,25 @@ jax.tree_util.register_static(MultiSteps)
 
 
 def _rebuild(cls: type[MultiSteps], config: tuple) -> MultiSteps:
-    *positional, nonfinite, averaged_extra_args = config
-    return cls(*positional, nonfinite=nonfinite, averaged_extra_args=averaged_extra_args)
+    *positional, nonfinite, averaged_extra_args, sync = config
+    devices = sync.options()
+    return cls(*positional, nonfinite=nonfinite, averaged_extra_args=averaged_extra_args, **devices)
 
 
 def _update(config, grads, state, params=None, *, weight=None, boundary=None, **extra_args):
     state = _checks.state(state, "update")
-    output = _micro_step.updates_output(config, grads, state, params, extra_args)
+    output = _micro_step.updates_output(config, lambda: config.sync.one(grads), state, params, extra_args)
     return _micro_step.run(config, grads, state, params, weight, boundary, extra_args, output)
+
+
+def _gradient(config, fun, params, args):
+    """(loss as a `Weighted`, gradient, whether that has its weight already) of one micro-batch, local to each device."""
+    if isinstance(config.sync, MeshAxis):
+        local = _local.local_value_and_grad(fun, mesh=config.sync.mesh, data_axis=config.sync.names)
+        value, grads = local(params, *args)
+        return value if isinstance(value, Weighted) else Weighted(value, None), grads, False
+    loss = lambda *args: (fun(*args), None)
+    (value, _), grads = _loss.value_and_grad(loss)(config.sync.local(params), *args)
+    if value.weight is None or config.should_skip_update_fn is None:
+        return value, grads, value.weight is not None
+    return value, _accumulator.mean(Weighted(grads, value.weight), grads), False  # The rule judges mean gradients.

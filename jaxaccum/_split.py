@@ -25,19 +25,7 @@ def split(args: Sequence[Tree], argnums: Sequence[int], k: Any, stacked: bool) -
       ValueError: if there is no array, a scalar, leaves of different lengths, or a length that K does not divide.
     """
     batches = tuple(args[i] for i in argnums)
-    lengths = {}
-    for i, batch in zip(argnums, batches, strict=True):
-        for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
-            name = f"args[{i}]{jax.tree_util.keystr(path)}"
-            if not jnp.shape(leaf):
-                raise ValueError(f"batch leaf {name} is a scalar and can't be split; pass it outside batch_argnums.")
-            lengths[name] = jnp.shape(leaf)[0]
-    if not lengths:
-        raise ValueError(f"the batch arguments (batch_argnums={tuple(argnums)}) hold no array to split.")
-    if len(set(lengths.values())) > 1:
-        listed = ", ".join(f"{name}: {length}" for name, length in lengths.items())
-        raise ValueError(f"batch leaves must have one leading length, got {listed}.")
-    (length,) = set(lengths.values())
+    length = _length(args, argnums, 0)
     if stacked:
         if isinstance(k, int) and k > length:
             raise ValueError(
@@ -58,3 +46,37 @@ def split(args: Sequence[Tree], argnums: Sequence[int], k: Any, stacked: bool) -
         return x.reshape((k, length // k, *x.shape[1:]))
 
     return jax.tree.map(leaf, batches), k
+
+
+def check_devices(args: Sequence[Tree], argnums: Sequence[int], k: Any, stacked: bool, devices: int) -> None:
+    """The batch must divide over the devices, and there into K.
+
+    Raises:
+      ValueError: if it doesn't; all numbers are named.
+    """
+    length = _length(args, argnums, 1 if stacked else 0)
+    pieces = devices if stacked else devices * k
+    if length == 0 or length % pieces:
+        into = f"{devices} devices" + ("" if stacked else f" of num_micro_batches={k}")
+        raise ValueError(
+            f"a batch of {length} examples can't be split over {into}: it must be a multiple of {pieces}, such as "
+            f"{max(length // pieces, 1) * pieces} or {(length // pieces + 1) * pieces}."
+        )
+
+
+def _length(args: Sequence[Tree], argnums: Sequence[int], dim: int) -> int:
+    """The one length of dimension `dim` that all leaves of the batch arguments have."""
+    lengths = {}
+    for i in argnums:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(args[i]):
+            name = f"args[{i}]{jax.tree_util.keystr(path)}"
+            if len(jnp.shape(leaf)) <= dim:
+                what = "is a scalar" if dim == 0 else f"has shape {jnp.shape(leaf)}"
+                raise ValueError(f"batch leaf {name} {what} and can't be split; pass it outside batch_argnums.")
+            lengths[name] = jnp.shape(leaf)[dim]
+    if not lengths:
+        raise ValueError(f"the batch arguments (batch_argnums={tuple(argnums)}) hold no array to split.")
+    if len(set(lengths.values())) > 1:
+        listed = ", ".join(f"{name}: {length}" for name, length in lengths.items())
+        raise ValueError(f"batch leaves must have one leading length, got {listed}.")
+    return next(iter(lengths.values()))

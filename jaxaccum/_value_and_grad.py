@@ -1,15 +1,18 @@
 """Driver 2: a whole window inside one jitted step, a drop-in for `jax.value_and_grad`."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend import core
+from jax.sharding import PartitionSpec as P
 
-from jaxaccum import _accumulator, _checks, _loss, _prepare, _split
+from jaxaccum import _accumulator, _checks, _loss, _mesh, _prepare, _split
 from jaxaccum._accumulator import Weighted
 from jaxaccum._cast import Cast
+from jaxaccum._roles import Roles
+from jaxaccum._sync import MappedAxis, MeshAxis
 
 Tree = Any
 
@@ -27,6 +30,9 @@ def value_and_grad(
     prepare: Callable[[Tree], Tree] | None = None,
     accumulator_dtype: Any = jnp.float32,
     grad_dtype: Any = None,
+    axis_name: Any = None,
+    mesh: Any = None,
+    data_axis: Any = "data",
 ) -> Callable[..., tuple[Any, Tree]]:
     """`jax.value_and_grad` over K micro-batches: the big batch's loss and gradient in one micro-batch's memory.
 
@@ -47,6 +53,15 @@ def value_and_grad(
         backward once a window, however large K is. See `cast`.
       accumulator_dtype: the dtype of the sums; float64 and complex parameters keep theirs. None: the parameters'.
       grad_dtype: the dtype of the returned gradients; None: the parameters', as jax gives.
+      axis_name: inside `jax.pmap` or `jax.shard_map`, the name of the mapped data axis, or a tuple of names. Each of the
+        P devices sums over its own batch of K·N, and the sums are joined once, after the loop: loss and gradient are
+        those of all P·K·N examples, as on one device with P·K micro-batches, whose keys are numbered alike: device p's
+        micro-batch i is number p·K + i. Floating leaves of the carry come back as their mean over the devices; others
+        must agree. aux stays each device's own.
+      mesh: under jit, a `jax.sharding.Mesh`. Then the batch is a global array of P·K·N examples (stacked: (K_max, P·N,
+        ...)), split over the data axis, and everything else is as with `axis_name`. aux comes back as (K, P, ...). The
+        mesh's other axes, for tensor parallelism or fsdp, are left to jax, whether Auto or Explicit.
+      data_axis: the mesh's data axis, a name or a tuple of names; P is its size.
 
     Returns:
       A function of the same arguments that returns what `jax.value_and_grad` does. Micro-batches of weight 0 are left
@@ -74,19 +89,22 @@ def value_and_grad(
     _checks.floating("accumulator_dtype", accumulator_dtype)
     _checks.floating("grad_dtype", grad_dtype)
     k = _checks.num_micro_batches(num_micro_batches, stacked)
-    roles = _Roles.of(argnums, batch_argnums, key_argnums, carry_argnums)
+    roles = Roles.of(argnums, batch_argnums, key_argnums, carry_argnums)
+    where = _checks.sync(axis_name, mesh, data_axis)
+    sync = MappedAxis(where.names) if isinstance(where, MeshAxis) else where
 
-    def value_and_grad(*args, **kwargs):
+    def window(*args, **kwargs):
         _checks.available(accumulator_dtype)
         roles.check(args)
         params = args[argnums] if isinstance(argnums, int) else tuple(args[i] for i in argnums)
         _checks.differentiable(params)
         batches, length = _split.split(args, roles.batch, k, stacked)
-        carry = jax.tree.map(_strong, tuple(args[i] for i in roles.carry))
+        carry = sync.local(jax.tree.map(_strong, tuple(args[i] for i in roles.carry)))
 
         def loss(seen, index, batch, carry):
             differentiated = (seen,) if isinstance(argnums, int) else seen
-            keys = tuple(jax.tree.map(lambda key: jax.random.fold_in(key, index), args[i]) for i in roles.keys)
+            number = sync.index() * k + index
+            keys = tuple(jax.tree.map(lambda key: jax.random.fold_in(key, number), args[i]) for i in roles.keys)
             returned = fun(*roles.put(args, differentiated, batch, keys, carry), **kwargs)
             value, new_carry, aux = _unpack(returned, has_aux, carry_argnums)
             return value, (_carried(new_carry, carry), aux)
@@ -97,15 +115,37 @@ def value_and_grad(
             visible = prepare.seeing(loss, params, *first) if isinstance(prepare, Cast) else prepare
             seen, transpose = _prepare.once(visible, params)
 
-        sums, loss_dtype, carry, aux = _sum(loss, seen, carry, batches, k, length, accumulator_dtype)
+        start = sync.local(_start(seen, accumulator_dtype))
+        sums, loss_dtype, carry, aux = _sum(loss, sync.local(seen), start, carry, batches, k, length)
+        sums, carry = sync.joined(sums), sync.averaged(carry)
         value, grads = _accumulator.mean(sums, (jnp.zeros((), loss_dtype), seen))
         grads = jax.tree.map(lambda g, p: g.astype(grad_dtype or jnp.result_type(p)), transpose(grads), params)
         return _pack(value.astype(loss_dtype), carry, aux, has_aux, carry_argnums), grads
 
-    return value_and_grad
+    def on_mesh(*args, **kwargs):
+        roles.check(args)
+        _split.check_devices(args, roles.batch, k, stacked, where.size())
+
+        def body(*args, **kwargs):
+            result, grads = window(*args, **kwargs)
+            value, carry, aux = _unpack(result, has_aux, carry_argnums)
+            return _pack(value, carry, jax.tree.map(lambda x: x[:, None], aux), has_aux, carry_argnums), grads
+
+        by_device = P(None, where.names)
+        out_specs = _pack(P(), (P(),) * len(roles.carry), by_device, has_aux, carry_argnums), P()
+        split = {"split": roles.batch, "split_dim": 1 if stacked else 0}
+        return _mesh.run(body, where.mesh, where.names, args, kwargs, out_specs=out_specs, **split)
+
+    return on_mesh if isinstance(where, MeshAxis) else window
 
 
-def _sum(loss, seen, carry, batches, k, length, accumulator_dtype):
+def _start(seen, accumulator_dtype):
+    """Sums of no micro-batch."""
+    zero = jnp.zeros((), _accumulator.weight_dtype())
+    return Weighted((zero, _accumulator.init(seen, accumulator_dtype)), zero)
+
+
+def _sum(loss, seen, sums, carry, batches, k, length):
     """(sums of loss and gradient, the loss's dtype, the last carry, aux) over the first k of `length` micro-batches."""
     dtypes = []
 
@@ -118,58 +158,12 @@ def _sum(loss, seen, carry, batches, k, length, accumulator_dtype):
         sums = _accumulator.merge(sums, Weighted((value.total, grads), weight), keep=keep)
         return (sums, new_carry if keep is None else _accumulator.select(keep, new_carry, carry)), aux
 
-    zero = jnp.zeros((), _accumulator.weight_dtype())
-    start = Weighted((zero, _accumulator.init(seen, accumulator_dtype)), zero), carry
+    start = sums, carry
     if isinstance(k, int) and k == length:
         (sums, carry), aux = jax.lax.scan(micro_step, start, (jnp.arange(k), batches))
     else:
         (sums, carry), aux = _loop(micro_step, start, batches, k, length)
     return sums, dtypes[0], carry, aux
-
-
-class _Roles(NamedTuple):
-    """Which positional arguments are what."""
-
-    params: tuple[int, ...]
-    batch: tuple[int, ...]
-    keys: tuple[int, ...]
-    carry: tuple[int, ...]
-
-    @classmethod
-    def of(cls, argnums, batch_argnums, key_argnums, carry_argnums) -> "_Roles":
-        """The roles as tuples, disjoint and none of them negative."""
-        given = dict(argnums=argnums, batch_argnums=batch_argnums, key_argnums=key_argnums, carry_argnums=carry_argnums)
-        owners: dict[int, str] = {}
-        roles = []
-        for name, value in given.items():
-            positions = () if value is None else (value,) if isinstance(value, int) else tuple(value)
-            for i in positions:
-                if not isinstance(i, int) or isinstance(i, bool) or i < 0:
-                    raise ValueError(f"{name} must be positions of arguments, integers of at least 0, got {value!r}.")
-                if i in owners:
-                    raise ValueError(f"{name}={value!r} names argument {i}, which {owners[i]} names already.")
-                owners[i] = name
-            roles.append(positions)
-        if not roles[0] or not roles[1]:
-            raise ValueError("argnums and batch_argnums must each name an argument.")
-        return cls(*roles)
-
-    def check(self, args: Sequence[Tree]) -> None:
-        """All of them must have been passed by position."""
-        for name, positions in self._asdict().items():
-            if max(positions, default=-1) >= len(args):
-                raise TypeError(
-                    f"the {name} argument is number {max(positions)}, counted from 0, but only {len(args)} arguments "
-                    "were passed by position; pass it so, or name another."
-                )
-
-    def put(self, args: Sequence[Tree], *values: tuple[Tree, ...]) -> list[Tree]:
-        """`args` with the arguments of each role replaced, in the order of the fields."""
-        new = list(args)
-        for positions, replacements in zip(self, values, strict=True):
-            for i, value in zip(positions, replacements, strict=True):
-                new[i] = value
-        return new
 
 
 def _loop(micro_step, start, batches, k, length):

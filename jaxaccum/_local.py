@@ -1,0 +1,80 @@
+"""One micro-batch's gradient on each device of a mesh, before any synchronisation."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from jaxaccum import _accumulator, _checks, _loss, _mesh, _split
+from jaxaccum._accumulator import Weighted
+from jaxaccum._roles import Roles
+from jaxaccum._sync import MappedAxis
+
+Tree = Any
+
+
+def local_value_and_grad(
+    fun: Callable[..., Any],
+    *,
+    mesh: Any,
+    data_axis: Any = "data",
+    has_aux: bool = False,
+    batch_argnums: int | Sequence[int] = 1,
+    key_argnums: int | Sequence[int] = (),
+) -> Callable[..., tuple[Any, Tree]]:
+    """One micro-batch's gradient on each device of a mesh's data axis, not synchronised: for `MultiSteps(mesh=)`.
+
+    Args:
+      fun: as for `value_and_grad`; differentiated with respect to its first argument.
+      mesh: a `jax.sharding.Mesh`.
+      data_axis: the mesh's data axis, a name or a tuple of names, of P devices in all.
+      has_aux: `fun` returns (loss, aux); aux comes back with a leading device axis.
+      batch_argnums: the arguments to split: their leaves are (P·N, ...).
+      key_argnums: random keys; device p sees `jax.random.fold_in(key, p)`.
+
+    Returns:
+      A function of the same arguments that returns `(value, grads)`, or `((value, aux), grads)`: leaves (P, *shape),
+      sharded over the data axis. The gradients are of each device's mean loss. For a `Weighted` loss, `value` is one
+      too: pass `weight=value.weight` on.
+
+    Raises:
+      TypeError, ValueError: as `value_and_grad`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxaccum
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
+      >>> f = jaxaccum.local_value_and_grad(lambda w, x: jnp.mean((x * w) ** 2), mesh=mesh)
+      >>> value, grads = jax.jit(f)(jnp.ones(()), jnp.ones(2 * mesh.size))
+      >>> value.shape == grads.shape == (mesh.size,)
+      True
+    """
+    sync = _checks.sync(None, mesh, data_axis)
+    roles = Roles.of(0, batch_argnums, key_argnums, None)
+
+    def value_and_grad(*args, **kwargs):
+        roles.check(args)
+        _checks.differentiable(args[0])
+        _split.check_devices(args, roles.batch, 1, False, sync.size())
+        return _mesh.run(
+            body, sync.mesh, sync.names, args, kwargs, split=roles.batch, split_dim=0, out_specs=P(sync.names)
+        )
+
+    def body(*args, **kwargs):
+        device = MappedAxis(sync.names)
+        keys = tuple(jax.tree.map(lambda key: jax.random.fold_in(key, device.index()), args[i]) for i in roles.keys)
+        batch = tuple(args[i] for i in roles.batch)
+        one = roles.put(args, (device.local(args[0]),), batch, keys, ())
+        normalised = lambda *args, **kwargs: fun(*args, **kwargs) if has_aux else (fun(*args, **kwargs), None)
+        (value, aux), grads = _loss.value_and_grad(normalised)(*one, **kwargs)
+        if value.weight is None:
+            value = value.total
+        else:
+            grads = _accumulator.mean(
+                Weighted(grads, jnp.asarray(value.weight).astype(_accumulator.weight_dtype())), grads
+            )
+        result = ((value, aux) if has_aux else value), grads
+        return jax.tree.map(lambda x: jnp.asarray(x)[None], result)
+
+    return value_and_grad

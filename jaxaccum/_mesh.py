@@ -1,0 +1,65 @@
+"""jit on a mesh: runs a window of local sums on each index of the data axis, every other axis left to jax."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+Tree = Any
+
+
+def run(
+    fun: Callable[..., Any],
+    mesh: Mesh,
+    axes: tuple[str, ...],
+    args: Sequence[Tree],
+    kwargs: dict[str, Tree],
+    *,
+    split: Sequence[int],
+    split_dim: int,
+    out_specs: Tree,
+) -> Tree:
+    """`fun(*args, **kwargs)` on each index of the data axes, inside `jax.shard_map`.
+
+    Args:
+      fun: sees its share of the arguments named by `split` and all of the others.
+      mesh: the mesh. Its other axes stay automatic: their collectives are where the model puts them.
+      axes: the data axes.
+      args: positional arguments; leaves that are not arrays are handed on as they are.
+      kwargs: keyword arguments, likewise.
+      split: the positions of the arguments to split over the data axes.
+      split_dim: which of their dimensions.
+      out_specs: how the results lie over the data axes.
+
+    Returns:
+      The results, as arrays on the mesh.
+    """
+    shared = P(*[None] * split_dim, axes)
+    leaves, treedef = jax.tree.flatten((tuple(args), kwargs))
+    spec_of = [shared if i in split else P() for i, arg in enumerate(args) for _ in jax.tree.leaves(arg)]
+    spec_of += [P()] * (len(leaves) - len(spec_of))
+    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
+    arrays = [_laid(leaf, mesh, spec) for leaf, spec, array in zip(leaves, spec_of, is_array, strict=True) if array]
+
+    def body(arrays):
+        iterator = iter(arrays)
+        args, kwargs = treedef.unflatten(
+            next(iterator) if array else leaf for leaf, array in zip(leaves, is_array, strict=True)
+        )
+        return fun(*args, **kwargs)
+
+    in_specs = ([spec for spec, array in zip(spec_of, is_array, strict=True) if array],)
+    mapped = jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes))
+    return mapped(arrays)
+
+
+def _laid(leaf: Any, mesh: Mesh, spec: P) -> Any:
+    """`leaf` laid out as `spec` wants it, where jax would refuse to do that by itself: on explicit axes."""
+    explicit = any(kind == jax.sharding.AxisType.Explicit for kind in mesh.axis_types)
+    if not explicit or not spec:
+        return leaf
+    current = jax.typeof(leaf).sharding
+    rest = list(current.spec)[len(spec) :] if isinstance(current, jax.sharding.NamedSharding) else []
+    return jax.reshard(leaf, jax.sharding.NamedSharding(mesh, P(*spec, *rest)))

@@ -1,0 +1,233 @@
+"""pmap and shard_map: P devices against one with the big batch, in float64, and the collectives, counted."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from devices import DEVICES, K, batch, big_batch, big_loss, close, inner, loss, params, split
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import jaxaccum
+
+FORMS = ["pmap", "shard_map", "shard_map without vma"]
+
+
+def mapped(form, fun, in_axes, out_axes):
+    """`fun` on every device, as pmap has it: an axis of 0 is split over the devices, one of None is common to all."""
+    if form == "pmap":
+        return jax.pmap(fun, axis_name="data", in_axes=in_axes, out_axes=out_axes)
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+    specs = lambda axes: tuple(P() if axis is None else P("data") for axis in axes)
+    per_leaf = lambda f, axes, trees: tuple(
+        tree if axis is None else jax.tree.map(f, tree) for axis, tree in zip(axes, trees, strict=True)
+    )
+
+    def body(*args):
+        results = fun(*per_leaf(lambda x: x[0], in_axes, args))
+        return per_leaf(lambda x: x[None], out_axes, results)
+
+    options = {"mesh": mesh, "check_vma": form == "shard_map"}
+    return jax.jit(jax.shard_map(body, in_specs=specs(in_axes), out_specs=specs(out_axes), **options))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_micro_steps_on_every_device_are_the_big_batch(form):
+    """Catches a mean of means over devices, a sum P times too large, and clipping before the sync."""
+    with jax.enable_x64(True):
+        tx = jaxaccum.MultiSteps(inner(), K, axis_name="data")
+
+        def train(p, data):
+            def step(carry, micro_batch):
+                value, *carry = tx.micro_step(loss, *carry, micro_batch)
+                return tuple(carry), value
+
+            (p, state), values = jax.lax.scan(step, (p, tx.init(p)), data)
+            return p, state.gradient_step, values
+
+        windows = [batch(0), batch(1)]
+        data = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *[split(w, DEVICES, K) for w in windows])
+        got, steps, values = mapped(form, train, (None, 0), (None, None, 0))(params(), data)
+        assert steps == 2 and values.shape == (DEVICES, 2 * K)
+        close(got, big_batch(windows))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_window_on_every_device_is_the_big_batch(form):
+    """Catches a loss or gradient that is one device's own."""
+    with jax.enable_x64(True):
+        f = jaxaccum.value_and_grad(loss, K, axis_name="data")
+        got = mapped(form, f, (None, 0), (None, None))(params(), split(batch(), DEVICES))
+        close(got, jax.value_and_grad(big_loss)(params(), batch()))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_keys_are_numbered_as_on_one_device(form):
+    """Catches the same dropout mask on every device."""
+
+    def noisy(p, data, key):
+        keep = jax.random.bernoulli(key, 0.5, data["x"].shape)
+        return loss(p, {**data, "x": data["x"] * keep})
+
+    with jax.enable_x64(True):
+        one = jaxaccum.value_and_grad(noisy, DEVICES * K, key_argnums=2)
+        f = jaxaccum.value_and_grad(noisy, K, key_argnums=2, axis_name="data")
+        got = mapped(form, f, (None, 0, None), (None, None))(params(), split(batch(), DEVICES), jax.random.key(1))
+        close(got, one(params(), batch(), jax.random.key(1)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_model_state_is_averaged_in_the_windows_sync(form):
+    """Catches statistics of one device, and integers that a mean would turn into floats."""
+    fun = lambda p, data, stats: (big_loss(p, data), {"mean": stats["mean"] + data["x"].sum(), "n": stats["n"] + 1})
+    with jax.enable_x64(True):
+        f = jaxaccum.value_and_grad(fun, K, carry_argnums=2, axis_name="data")
+        stats = {"mean": jnp.array(1.0), "n": jnp.int32(0)}
+        (_, new), _ = mapped(form, f, (None, 0, None), (None, None))(params(), split(batch(), DEVICES), stats)
+        assert new["n"] == K and new["n"].dtype == jnp.int32
+        np.testing.assert_allclose(new["mean"], 1 + batch()["x"].sum() / DEVICES, rtol=1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_nonfinite_micro_batch_is_dropped_on_its_device_alone(form):
+    """Catches a drop that the other devices wait for, or that loses the window."""
+    with jax.enable_x64(True):
+        tx = jaxaccum.MultiSteps(optax.sgd(1.0), 1, axis_name="data", nonfinite="drop")
+
+        def train(p, grad, weight):
+            p, state = tx.apply(p, tx.init(p), grad, weight=weight)
+            return p, state.dropped
+
+        grads, weights = jnp.arange(8.0).at[5].set(jnp.nan), jnp.arange(8.0) + 1
+        got, dropped = mapped(form, train, (None, 0, 0), (None, 0))(jnp.array(0.0), grads, weights)
+        assert dropped.tolist() == [0, 0, 0, 0, 0, 1, 0, 0]
+        keep = np.arange(8) != 5
+        np.testing.assert_allclose(got, -np.sum((grads * weights)[keep]) / np.sum(weights[keep]), rtol=1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_flush_joins_what_the_devices_hold(form):
+    """Catches a partial window divided by one device's weight."""
+    with jax.enable_x64(True):
+        tx = jaxaccum.MultiSteps(optax.sgd(1.0), 4, axis_name="data")
+
+        def train(p, grad, weight):
+            updates, state = tx.update(grad, tx.init(p), p, weight=weight)
+            updates, state = tx.flush(state, p)
+            return updates, state.gradient_step
+
+        weights = jnp.arange(8.0)
+        updates, steps = mapped(form, train, (None, 0, 0), (None, None))(jnp.array(0.0), jnp.arange(8.0), weights)
+        np.testing.assert_allclose(updates, -np.sum(np.arange(8.0) ** 2) / 28, rtol=1e-12)
+        assert steps == 1
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_window_that_weighs_nothing_on_any_device_changes_nothing(form):
+    """Catches an optimizer step on 0/0, decided device by device."""
+    tx = jaxaccum.MultiSteps(optax.adamw(0.1, weight_decay=0.1), 1, axis_name="data")
+
+    def train(p, grad, weight):
+        p, state = tx.apply(p, tx.init(p), grad, weight=weight)
+        return p, state.gradient_step
+
+    run = mapped(form, train, (None, 0, 0), (None, None))
+    for weights, steps in ((jnp.zeros(8), 0), (jnp.zeros(8).at[2].set(1.0), 1)):
+        got, count = run(jnp.array(1.0), jnp.full(8, 3.0), weights)
+        assert count == steps and (got == 1.0) == (steps == 0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("use_grad_mean", [True, False])
+def test_the_sum_mode_is_the_mean_over_devices(form, use_grad_mean):
+    """Catches a sum that grows with the number of devices."""
+    tx = jaxaccum.MultiSteps(optax.sgd(1.0), 2, use_grad_mean, axis_name="data")
+
+    def train(p, grad):
+        state = tx.init(p)
+        for _ in range(2):
+            p, state = tx.apply(p, state, grad)
+        return (p,)
+
+    (got,) = mapped(form, train, (None, 0), (None,))(jnp.array(0.0), jnp.arange(8.0))
+    assert got == (-3.5 if use_grad_mean else -7.0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_value_is_averaged_over_the_devices(form):
+    """Catches a schedule fed one device's loss: the replicas would part."""
+    seen = optax.GradientTransformationExtraArgs(
+        lambda p: jnp.zeros(()), lambda updates, state, params=None, *, value, **_: (updates, value)
+    )
+    tx = jaxaccum.MultiSteps(seen, 1, axis_name="data")
+
+    def train(p, grad, value, weight):
+        _, state = tx.update(grad, tx.init(p), p, value=value, weight=weight)
+        return (state.inner_opt_state,)
+
+    values, weights = jnp.arange(8.0), jnp.arange(8.0)
+    (got,) = mapped(form, train, (None, 0, 0, 0), (None,))(jnp.array(0.0), values, values, weights)
+    np.testing.assert_allclose(got, 140 / 28, rtol=1e-6)
+
+
+def reductions(program):
+    """How many all-reduces a compiled program has: (in the entry computation, in loops and branches)."""
+    computations = program.as_text().split("\n\n")
+    counts = [len(re.findall(r" all-reduce(?:-start)?\(", computation)) for computation in computations]
+    entry = sum(n for n, text in zip(counts, computations, strict=True) if text.lstrip().startswith("ENTRY"))
+    return entry, sum(counts) - entry
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_sync_is_once_a_window(form):
+    """Catches a reduction in every micro-step: it changes no number, and costs K times the wire."""
+    tx = jaxaccum.MultiSteps(optax.adam(1e-3), K, axis_name="data")
+
+    def program(boundary):
+        def train(p, data):
+            def step(carry, data):
+                return tx.micro_step(loss, *carry, data, boundary=boundary)[1:], None
+
+            (p, state), _ = jax.lax.scan(step, (p, tx.init(p)), data)
+            return p, state.gradient_step
+
+        return mapped(form, train, (None, 0), (None, None)).lower(params(), split(batch(), DEVICES, K)).compile()
+
+    assert reductions(program(False)) == (0, 0)
+    for boundary in (True, None):
+        entry, inside = reductions(program(boundary))
+        assert entry == 0 and inside >= 1  # In the loop of this test, and there in the conditional.
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_windows_sync_is_after_its_loop(form):
+    """Catches a reduction of every micro-batch's gradient inside the loop."""
+    f = jaxaccum.value_and_grad(loss, K, axis_name="data")
+    program = mapped(form, f, (None, 0), (None, None)).lower(params(), split(batch(), DEVICES)).compile()
+    entry, inside = reductions(program)
+    assert entry >= 1 and inside == 0
+
+
+def test_a_boundary_that_differs_between_devices_is_refused():
+    """Catches a deadlock."""
+    tx = jaxaccum.MultiSteps(optax.sgd(1.0), K, axis_name="data")
+    train = lambda p, data: (tx.micro_step(loss, p, tx.init(p), data, boundary=data["mask"].sum() > 0)[1],)
+    with pytest.raises(ValueError, match=r"boundary must be the same on every device of axis_name=\('data',\)"):
+        mapped("shard_map", train, (None, 0), (None,))(params(), split(batch(), DEVICES))
+
+
+def test_a_gradient_that_is_reduced_already_is_refused():
+    """Catches the reduction that jax inserts in every micro-step, and a gradient P times too large."""
+    tx = jaxaccum.MultiSteps(optax.sgd(1.0), K, axis_name="data")
+    train = lambda p, data: (tx.apply(p, tx.init(p), jax.grad(lambda p: loss(p, data).total)(p))[0],)
+    with pytest.raises(ValueError, match=r"has been reduced over it already.*pcast"):
+        mapped("shard_map", train, (None, 0), (None,))(params(), split(batch(), DEVICES))
+
+
+def test_a_skip_decided_on_one_device_is_refused():
+    """Catches a deadlock: the others would wait for a boundary that never comes."""
+    with pytest.raises(ValueError, match=r"should_skip_update_fn can't be used on several devices.*nonfinite='drop'"):
+        jaxaccum.MultiSteps(optax.sgd(1.0), 2, should_skip_update_fn=optax.skip_not_finite, axis_name="data")

@@ -133,7 +133,7 @@ def mean(sums: Weighted, like: Tree) -> Tree:
 
 
 def all_finite(tree: Tree, shape: tuple[int, ...] = ()) -> jax.Array:
-    """Whether every inexact leaf of `tree` is free of NaN and infinity: a bool, or one for each leading index `shape`."""
+    """Whether the inexact leaves of `tree` are free of NaN and infinity: a bool, or one for each index of `shape`."""
     leaves = [jnp.asarray(x) for x in jax.tree.leaves(tree) if is_inexact(x)]
     finite = [jnp.all(jnp.isfinite(x), axis=tuple(range(len(shape), x.ndim))) for x in leaves]
     return jnp.all(jnp.stack(finite), axis=0) if finite else jnp.ones(shape, jnp.bool_)

@@ -1,7 +1,7 @@
 """`cast`, a ready `prepare`: mixed precision with one cast of the parameters a window."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,9 +10,8 @@ from jax.extend import core
 
 Tree = Any
 
-_VIEWS = frozenset(
-    ["broadcast_in_dim", "convert_element_type", "copy", "expand_dims", "reshape", "slice", "squeeze", "transpose"]
-)
+# What mixes the entries of a parameter with so much else that its result is an activation.
+_PRODUCTS = frozenset(["conv_general_dilated", "dot_general", "ragged_dot_general"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,24 +39,30 @@ class Cast:
         """This cast with its choice made for `loss(params, *args)`, which is traced and not run."""
         if self.where is not None:
             return self
-        paths = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-        closed = jax.make_jaxpr(loss)(params, *args)
-        gathered, _ = _gathered(closed.jaxpr, [{path} for path in paths])
-        return dataclasses.replace(self, where=lambda path, leaf: leaf.ndim >= 2 and path not in gathered)
+        names = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        jaxpr = jax.make_jaxpr(loss)(params, *args).jaxpr
+        others = [set()] * (len(jaxpr.invars) - len(names))
+        wide, _ = _summed(jaxpr, [*({name} for name in names), *others])
+        return dataclasses.replace(self, where=lambda path, leaf: leaf.ndim >= 2 and path not in wide)
 
 
 def cast(dtype: Any, where: Callable[[str, Any], bool] | None = None) -> Cast:
     """A `prepare` for `value_and_grad`: parameters cast to `dtype` once a window, their gradient summed in float32.
 
     The gradient of a cast leaf is formed in `dtype` for each micro-batch, as it is where the loss casts, and its sum
-    goes back to the parameter's dtype unrounded. By default leaves of fewer than two dimensions stay (norms, biases),
-    and so do those that the loss gathers rows from, as from an embedding: the gradient of a gather is a scatter-add,
-    which in bfloat16 would lose all but the first few of a token's occurrences.
+    goes back to the parameter's dtype unrounded. By default leaves of fewer than two dimensions stay as they are
+    (norms and biases; in a scan over layers, those of each layer), and so do leaves whose gradient within one
+    micro-batch is a running sum, which is not to be had in bfloat16, where 1,024 ones make 256:
+
+    * what the loss gathers from, such as an embedding, tied or not: the gradient of a gather is a scatter-add;
+    * what a loop uses again in each iteration, such as a recurrent kernel, or a head applied to chunk after chunk.
+
+    The loss must say itself in which dtype it computes, as flax's layers do with `dtype=`.
 
     Args:
       dtype: a floating dtype, for example `jnp.bfloat16`.
       where: `where(path, leaf)`, with the path as in "blocks/0/kernel", says whether to cast a floating leaf; given,
-        it alone decides. Without it the loss is traced once more, to be looked at.
+        it alone decides. Without it the loss is traced twice, the first time to be looked at.
 
     Returns:
       The `prepare`.
@@ -80,34 +85,54 @@ def cast(dtype: Any, where: Callable[[str, Any], bool] | None = None) -> Cast:
     return Cast(jnp.dtype(dtype), where)
 
 
-def _gathered(jaxpr: core.Jaxpr, inputs: list[set[str]]) -> tuple[set[str], list[set[str]]]:
-    """Which of its sources `jaxpr` gathers from, directly or through a view, and which its outputs are views of.
+def _summed(jaxpr: core.Jaxpr, inputs: Sequence[set[str]]) -> tuple[set[str], list[set[str]]]:
+    """Which leaves have a gradient that is a running sum in their own dtype, and which leaves each output is made of.
 
-    `inputs` holds the sources of its first inputs; the others have none.
+    `inputs` says which leaves each input is made of. A product ends that: what comes out of it is an activation.
     """
-    found: set[str] = set()
-    sources = dict(zip(jaxpr.invars, inputs, strict=False))
-    of = lambda var: set() if isinstance(var, core.Literal) else sources.get(var, set())
+    summed: set[str] = set()
+    made_of = dict(zip(jaxpr.invars, inputs, strict=True))
+    leaves = lambda atom: set() if isinstance(atom, core.Literal) else made_of.get(atom, set())
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "gather":
-            found |= of(eqn.invars[0])
-        elif eqn.primitive.name in _VIEWS:
-            sources[eqn.outvars[0]] = of(eqn.invars[0])
-        for inner in _inner_jaxprs(eqn):
-            # Inner arguments are the last of the equation's: a conditional's index and a loop's condition come first.
-            arguments = eqn.invars[len(eqn.invars) - len(inner.invars) :]
-            inner_found, outputs = _gathered(inner, [of(argument) for argument in arguments])
-            found |= inner_found
-            for var, output in zip(eqn.outvars, outputs, strict=False):
-                sources[var] = of(var) | output
-    return found, [of(var) for var in jaxpr.outvars]
+        name, bodies = eqn.primitive.name, _bodies(eqn)
+        operands = [leaves(atom) for atom in eqn.invars]
+        if name == "gather":
+            summed |= operands[0]
+        elif name == "scan":
+            # A constant gets a term from each iteration. A stack of layers is walked along, and may be one of vectors.
+            vectors = [of for of, var in zip(operands, bodies[0].invars, strict=True) if _ndim(var) < 2]
+            summed = summed.union(*operands[: _num_constants(eqn, bodies[0])], *vectors)
+
+        own = set() if bodies or name in _PRODUCTS else set().union(*operands)
+        outputs = [own] * len(eqn.outvars)
+        for body in bodies:
+            found, returned = _summed(body, operands[len(operands) - len(body.invars) :])
+            summed |= found
+            outputs = [old | new for old, new in zip(outputs, returned, strict=True)]
+        made_of.update(zip(eqn.outvars, outputs, strict=True))
+    return summed, [leaves(atom) for atom in jaxpr.outvars]
 
 
-def _inner_jaxprs(eqn: core.JaxprEqn) -> list[core.Jaxpr]:
+def _bodies(eqn: core.JaxprEqn) -> list[core.Jaxpr]:
+    """The functions that an equation calls with its operands; a conditional keeps the first, its index, to itself."""
     params = [p for param in eqn.params.values() for p in (param if isinstance(param, (tuple, list)) else [param])]
     opened = [p.jaxpr if isinstance(p, core.ClosedJaxpr) else p for p in params]
-    return [p for p in opened if isinstance(p, core.Jaxpr)]
+    arity = len(eqn.invars) - (eqn.primitive.name == "cond"), len(eqn.outvars)
+    return [p for p in opened if isinstance(p, core.Jaxpr) and (len(p.invars), len(p.outvars)) == arity]
+
+
+def _num_constants(scan: core.JaxprEqn, body: core.Jaxpr) -> int:
+    """How many of a scan's operands, the first, are its constants: told by shapes, since jax's versions disagree."""
+    whole = lambda outer, inner: sum(_ndim(a) == _ndim(b) for a, b in zip(outer, inner, strict=True))
+    # Constants and carries go in whole, and the carries come out whole.
+    return whole(scan.invars, body.invars) - whole(scan.outvars, body.outvars)
+
+
+def _ndim(atom: Any) -> int:
+    return len(atom.aval.shape)
 
 
 def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    # nnx and linen keep a parameter in a box, whose field is no part of its name.
+    boxed = bool(path) and path[-1] == jax.tree_util.GetAttrKey("value")
+    return jax.tree_util.keystr(path[: len(path) - boxed], simple=True, separator="/")

@@ -112,10 +112,10 @@ def boundary(value: Any, sync: Sync) -> Any:
             "for example boundary=(batch_index + 1) % k == 0."
         )
     value = known(value)
-    if not isinstance(value, bool) and not sync.is_common(value):
+    if not isinstance(value, bool) and sync.varies(value):
         raise ValueError(
-            f"boundary must be the same on every device of axis_name={sync.names!r}, but it varies over it: the devices "
-            "would wait for each other for ever. Decide it on the host, or from values that jax.lax.psum has made equal."
+            f"boundary must be the same on every device, but it varies over axis_name={sync.names!r}: the devices "
+            "would wait for each other for ever. Decide it on the host, or from values that jax.lax.psum made equal."
         )
     return value
 
@@ -128,12 +128,15 @@ def sync(axis_name: Any, mesh: Any, data_axis: Any, should_skip_update_fn: Any =
         raise ValueError(f"axis_name={axis_name!r} is for pmap and shard_map, mesh for jit: give one of them.")
     if should_skip_update_fn is not None:
         raise ValueError(
-            "should_skip_update_fn can't be used on several devices: one could skip a micro-step that the others count, "
-            "and they would wait for each other for ever. Use nonfinite='drop', or weight=0 where a micro-batch should "
-            "not count."
+            "should_skip_update_fn can't be used on several devices: one could skip a micro-step that the others "
+            "count, and they would wait for each other for ever. Use nonfinite='drop', or weight=0 where a micro-batch "
+            "should not count."
         )
-    if axis_name is not None:
-        return MappedAxis(_names("axis_name", axis_name))
+    return mesh_axis(mesh, data_axis) if axis_name is None else MappedAxis(_names("axis_name", axis_name))
+
+
+def mesh_axis(mesh: Any, data_axis: Any) -> MeshAxis:
+    """The data axis of a mesh, which must have it."""
     if not isinstance(mesh, jax.sharding.Mesh):
         raise TypeError(f"mesh must be a jax.sharding.Mesh, for example jax.make_mesh((8,), ('data',)), got {mesh!r}.")
     names = _names("data_axis", data_axis)
@@ -153,10 +156,10 @@ def _names(argument: str, value: Any) -> tuple[str, ...]:
 def local_gradients(grads: Tree, sync: Sync) -> None:
     """Gradients must be each device's own: summed over the devices already, they would be summed again."""
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
-        if is_inexact(grad) and not sync.is_local(grad):
+        if is_inexact(grad) and sync.is_reduced(grad):
             raise ValueError(
-                f"grads{_name(path)} does not vary over axis_name={sync.names!r}: it has been reduced over it already, in "
-                "this micro-step. Differentiate with respect to parameters cast by jax.lax.pcast(params, "
+                f"grads{_name(path)} does not vary over axis_name={sync.names!r}: it has been reduced over it already, "
+                "in this micro-step. Differentiate with respect to parameters cast by jax.lax.pcast(params, "
                 f"{sync.names!r}, to='varying'), or use MultiSteps.micro_step or jaxaccum.value_and_grad, which do."
             )
 

@@ -50,16 +50,14 @@ def local_value_and_grad(
       >>> value.shape == grads.shape == (mesh.size,)
       True
     """
-    sync = _checks.sync(None, mesh, data_axis)
+    sync = _checks.mesh_axis(mesh, data_axis)
     roles = Roles.of(0, batch_argnums, key_argnums, None)
 
     def value_and_grad(*args, **kwargs):
         roles.check(args)
         _checks.differentiable(args[0])
         _split.check_devices(args, roles.batch, 1, False, sync.size())
-        return _mesh.run(
-            body, sync.mesh, sync.names, args, kwargs, split=roles.batch, split_dim=0, out_specs=P(sync.names)
-        )
+        return _mesh.run(body, sync, args, kwargs, split=roles.batch, split_dim=0, out_specs=P(sync.names))
 
     def body(*args, **kwargs):
         device = MappedAxis(sync.names)

@@ -7,13 +7,14 @@ import jax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from jaxaccum._sync import MeshAxis
+
 Tree = Any
 
 
 def run(
     fun: Callable[..., Any],
-    mesh: Mesh,
-    axes: tuple[str, ...],
+    sync: MeshAxis,
     args: Sequence[Tree],
     kwargs: dict[str, Tree],
     *,
@@ -25,8 +26,7 @@ def run(
 
     Args:
       fun: sees its share of the arguments named by `split` and all of the others.
-      mesh: the mesh. Its other axes stay automatic: their collectives are where the model puts them.
-      axes: the data axes.
+      sync: the mesh and its data axes. Its other axes stay automatic: their collectives are where the model puts them.
       args: positional arguments; leaves that are not arrays are handed on as they are.
       kwargs: keyword arguments, likewise.
       split: the positions of the arguments to split over the data axes.
@@ -36,6 +36,7 @@ def run(
     Returns:
       The results, as arrays on the mesh.
     """
+    mesh, axes = sync.mesh, sync.names
     shared = P(*[None] * split_dim, axes)
     leaves, treedef = jax.tree.flatten((tuple(args), kwargs))
     spec_of = [shared if i in split else P() for i, arg in enumerate(args) for _ in jax.tree.leaves(arg)]

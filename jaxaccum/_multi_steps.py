@@ -46,13 +46,13 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         micro-step never happened: it is not counted and closes no window, even where `boundary` says so.
       accumulator_dtype: a floating dtype for the sums, whatever the gradients'; float64 and complex parameters keep
         theirs. None: the parameters' dtypes.
-      axis_name: inside `jax.pmap` or `jax.shard_map`, the name of the mapped data axis, or a tuple of names. Each device
-        sums on its own, and the sums are joined once a window, at the boundary: Σ over devices and micro-steps of w·g
-        over Σ w. Boundaries must fall on the same call on every device. With `use_grad_mean=False`, the mean over
-        devices of their sums.
-      mesh: under jit, a `jax.sharding.Mesh`. Then gradients come from `local_value_and_grad`, with a leading axis for the
-        P devices of the data axis; a weight or an averaged extra arg is a scalar for all or (P,), and local sums are
-        (P, ...), sharded over it. They are joined at the boundary alone. The mesh's other axes are left to jax.
+      axis_name: inside `jax.pmap` or `jax.shard_map`, the name of the mapped data axis, or a tuple of names. Each
+        device sums on its own, and the sums are joined once a window, at the boundary: Σ over devices and micro-steps
+        of w·g over Σ w. Boundaries must fall on the same call on every device. With `use_grad_mean=False`, the mean
+        over devices of their sums.
+      mesh: under jit, a `jax.sharding.Mesh`. Then gradients come from `local_value_and_grad`, with a leading axis for
+        the P devices of the data axis; a weight or an averaged extra arg is a scalar for all or (P,), and local sums
+        are (P, ...), sharded over it. They are joined at the boundary alone. The mesh's other axes are left to jax.
       data_axis: the mesh's data axis, a name or a tuple of names.
       nonfinite: "propagate", or "drop": a micro-batch with a NaN or an infinity in its gradient or averaged extra
         args gets weight 0 and is counted in `state.dropped`.
@@ -164,8 +164,8 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
           boundary: as for `update`.
 
         Returns:
-          (the micro-batch's mean loss, params, state). With `mesh=` the loss is (P,), one for each device. It is also the `value` of the inner optimizer's extra
-          args, averaged over the window.
+          (the micro-batch's mean loss, params, state). With `mesh=` the loss is (P,), one for each device. It is also
+          the `value` of the inner optimizer's extra args, averaged over the window.
 
         Example:
           >>> import jax.numpy as jnp, optax, jaxaccum
@@ -274,7 +274,7 @@ def _update(config, grads, state, params=None, *, weight=None, boundary=None, **
 
 
 def _gradient(config, fun, params, args):
-    """(loss as a `Weighted`, gradient, whether that has its weight already) of one micro-batch, local to each device."""
+    """(loss as a `Weighted`, gradient, whether that has its weight already) of one micro-batch on each device."""
     if isinstance(config.sync, MeshAxis):
         local = _local.local_value_and_grad(fun, mesh=config.sync.mesh, data_axis=config.sync.names)
         value, grads = local(params, *args)

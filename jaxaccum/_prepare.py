@@ -1,6 +1,6 @@
 """What depends on the parameters alone, once a window: forward before the loop, its transpose after it, on the sum."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,48 +9,95 @@ from jax.extend import core
 
 Tree = Any
 
+# What only moves numbers about: it commutes with a cast, forward and back.
+_IN_SHAPE = ("broadcast_in_dim", "expand_dims", "reshape", "rev", "squeeze", "tile", "transpose")
+_IN_PARTS = ("concatenate", "slice", "split", "stack", "unstack")
+_IN_PLACE = ("all_gather", "all_gather_invariant", "copy", "device_put", "pvary", "reshard", "sharding_constraint")
+_MOVES = frozenset([*_IN_SHAPE, *_IN_PARTS, *_IN_PLACE])
+
 
 def once(prepare: Callable[[Tree], Tree], params: Tree) -> tuple[Tree, Callable[[Tree], Tree]]:
     """`prepare(params)`, and the function that carries a gradient back from there to the parameters.
 
-    A gradient is linear in its cotangents, so the map back commutes with the sum over the window. Where the last thing
-    that `prepare` does to a leaf is to narrow its dtype, the way back takes the sum as wide as it is: the transpose
-    of that cast would round it.
+    A gradient is linear in its cotangents, so the map back commutes with the sum over the window. A cast that ends a
+    leaf's way through `prepare`, or that only moves of its numbers follow (a transpose, a stack, an all-gather, another
+    sharding), is passed over on the way back: its transpose would round the sum. What `prepare` jits is looked into,
+    unless it is jitted with shardings of its own; what it wraps in `jax.checkpoint` or a scan is not.
 
     Args:
       prepare: a differentiable function of the parameters.
       params: the parameters.
 
     Returns:
-      (what the loss sees, transpose). `transpose` takes a tree like the former, of any floating dtypes.
+      (what the loss sees, transpose). `transpose` takes a tree like the former, of any floating dtypes, and returns
+      one like the parameters, in float32 where those are narrower.
+
+    Example:
+      >>> seen, transpose = once(lambda p: (2 * p).astype(jnp.bfloat16), jnp.ones(()))
+      >>> print(seen.dtype, transpose(jnp.array(0.75 + 2**-10)))
+      bfloat16 1.5019531
     """
+    leaves, treedef = jax.tree.flatten(params)
     closed, shapes = jax.make_jaxpr(prepare, return_shape=True)(params)
-    narrow, treedef = jax.tree.flatten(shapes)
-    wide, vjp = jax.vjp(core.jaxpr_as_fun(_without_last_casts(closed)), *jax.tree.leaves(params))
-    prepared = [x.astype(shape.dtype) for x, shape in zip(wide, narrow, strict=True)]
+
+    def forward(*wide):
+        inputs = [(x.astype(jnp.result_type(leaf)), x) for x, leaf in zip(wide, leaves, strict=True)]
+        values, wide = zip(*_evaluate(closed, inputs), strict=True) if closed.jaxpr.outvars else ((), ())
+        return wide, values
+
+    lifted = [jnp.asarray(leaf, _at_least_float32(jnp.result_type(leaf))) for leaf in leaves]
+    wide, vjp, values = jax.vjp(forward, *lifted, has_aux=True)
+    dtypes = [x.dtype for x in wide]
 
     def transpose(grads: Tree) -> Tree:
-        cotangents = [g.astype(x.dtype) for g, x in zip(jax.tree.leaves(grads), wide, strict=True)]
-        return jax.tree.unflatten(jax.tree.structure(params), vjp(cotangents))
+        cotangents = tuple(g.astype(dtype) for g, dtype in zip(jax.tree.leaves(grads), dtypes, strict=True))
+        return jax.tree.unflatten(treedef, vjp(cotangents))
 
-    return jax.tree.unflatten(treedef, prepared), transpose
-
-
-def _without_last_casts(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
-    """`closed` with each output taken from before the narrowing casts that end in it."""
-    casts = {
-        eqn.outvars[0]: eqn.invars[0]
-        for eqn in closed.jaxpr.eqns
-        if eqn.primitive.name == "convert_element_type"
-        and _narrows(eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype)
-    }
-
-    def before(var):
-        return before(casts[var]) if not isinstance(var, core.Literal) and var in casts else var
-
-    return closed.replace(jaxpr=closed.jaxpr.replace(outvars=[before(var) for var in closed.jaxpr.outvars]))
+    return jax.tree.unflatten(jax.tree.structure(shapes), values), transpose
 
 
-def _narrows(old: Any, new: Any) -> bool:
-    floating = jnp.issubdtype(old, jnp.floating) and jnp.issubdtype(new, jnp.floating)
-    return floating and jnp.promote_types(old, new) == old
+def _evaluate(closed: core.ClosedJaxpr, inputs: Sequence[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+    """The outputs of `closed`, each as (its value, what it was before the casts that end in it).
+
+    The second of each pair is there to be differentiated: it leads past the casts.
+    """
+    jaxpr = closed.jaxpr
+    pairs = dict(zip(jaxpr.invars, inputs, strict=True))
+    pairs |= {var: (const, const) for var, const in zip(jaxpr.constvars, closed.consts, strict=True)}
+    read = lambda atom: (atom.val, atom.val) if isinstance(atom, core.Literal) else pairs[atom]
+    for eqn in jaxpr.eqns:
+        operands = [read(atom) for atom in eqn.invars]
+        if _is_plain_jit(eqn):
+            pairs.update(zip(eqn.outvars, _evaluate(eqn.params["jaxpr"], operands), strict=True))
+            continue
+        values, wide = zip(*operands, strict=True) if operands else ((), ())
+        results = _run(eqn, values)
+        if eqn.primitive.name == "convert_element_type" and _floating(wide[0], results[0]):
+            before = wide
+        elif eqn.primitive.name in _MOVES and len({x.dtype for x in wide}) == 1:
+            before = _run(eqn, wide)
+        else:
+            before = results
+        pairs.update(zip(eqn.outvars, zip(results, before, strict=True), strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _run(eqn: core.JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
+    with eqn.ctx.manager:
+        results = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
+    return results if eqn.primitive.multiple_results else [results]
+
+
+def _is_plain_jit(eqn: core.JaxprEqn) -> bool:
+    if eqn.primitive.name != "jit":
+        return False
+    shardings = (*eqn.params["in_shardings"], *eqn.params["out_shardings"])
+    return not any(isinstance(sharding, jax.sharding.Sharding) for sharding in shardings)
+
+
+def _floating(*arrays: Any) -> bool:
+    return all(jnp.issubdtype(x.dtype, jnp.floating) for x in arrays)
+
+
+def _at_least_float32(dtype: Any) -> Any:
+    return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype

@@ -1,11 +1,12 @@
 """Devices: how the sums of one device differ from those of all, and the one reduction that joins them.
 
-Everything that the drivers know of devices is one of the three values here: `OneDevice()`; `MappedAxis(names)`
-inside a mapped axis; `MeshAxis(mesh, names)` under jit, where what is local has a leading device axis.
+What the drivers know of devices is one of three values with the same methods: `OneDevice()`; `MappedAxis(names)` inside
+a mapped axis; `MeshAxis(mesh, names)` under jit, where what is local has a leading device axis.
 """
 
+import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,22 +16,21 @@ from jax.sharding import PartitionSpec as P
 Tree = Any
 
 
-class OneDevice(NamedTuple):
-    """No device but this one: local sums are the sums."""
+@dataclasses.dataclass(frozen=True)
+class OneDevice:
+    """No device but this one: local sums are the sums.
 
+    Attributes:
+      names: of the axes that the devices lie along: none.
+      shape: of a scalar that each device has one of.
+    """
+
+    names: tuple[str, ...] = ()
     shape: tuple[int, ...] = ()
 
-    def local(self, tree: Tree) -> Tree:
-        """`tree`, as what each device may change on its own."""
-        return tree
-
-    def joined(self, tree: Tree) -> Tree:
-        """The sum of `tree` over the devices."""
-        return tree
-
-    def averaged(self, tree: Tree) -> Tree:
-        """The mean over the devices of what floats in `tree`; the rest must agree."""
-        return tree
+    def options(self) -> dict[str, Any]:
+        """The public arguments that ask for this."""
+        return {}
 
     def size(self) -> int:
         """The number of devices."""
@@ -40,26 +40,35 @@ class OneDevice(NamedTuple):
         """This device's number."""
         return 0
 
-    def one(self, tree: Tree) -> Tree:
-        """`tree` as one device has it."""
+    def local(self, tree: Tree) -> Tree:
+        """`tree`, common to all devices, as what each may change on its own."""
         return tree
 
-    def options(self) -> dict[str, Any]:
-        """The arguments that ask for this."""
-        return {}
+    def joined(self, tree: Tree) -> Tree:
+        """The sum over the devices of what is local."""
+        return tree
 
-    def is_local(self, leaf: Any) -> bool:
-        """Whether `leaf` is known to be one device's own."""
+    def averaged(self, tree: Tree) -> Tree:
+        """The mean over the devices of what floats in a local tree; the rest must agree."""
+        return tree
+
+    def one(self, tree: Tree) -> Tree:
+        """A local tree as one device has it; shapes and dtypes are enough."""
+        return tree
+
+    def varies(self, leaf: Any) -> bool:
+        """Whether `leaf` is known to differ between devices."""
         del leaf
-        return True
+        return False
 
-    def is_common(self, leaf: Any) -> bool:
-        """Whether `leaf` is not known to differ between devices."""
+    def is_reduced(self, leaf: Any) -> bool:
+        """Whether `leaf` is known to be the same on every device, though it should be local."""
         del leaf
-        return True
+        return False
 
 
-class MappedAxis(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class MappedAxis:
     """The devices of a mapped axis, inside `jax.pmap` or `jax.shard_map`.
 
     Under shard_map with `check_vma=True` jax tracks in its types what varies over the axis. There a gradient with
@@ -67,12 +76,24 @@ class MappedAxis(NamedTuple):
     parameters cast to varying keep their gradient local. Elsewhere nothing is tracked and nothing needs a cast.
 
     Attributes:
-      names: the axis' name, or several.
+      names: the axis, or several.
+      shape: of a scalar that each device has one of: inside the mapped function it sees its own.
     """
 
     names: tuple[str, ...]
+    shape: tuple[int, ...] = ()
 
-    shape = ()
+    def options(self) -> dict[str, Any]:
+        """The public arguments that ask for this."""
+        return {"axis_name": self.names}
+
+    def size(self) -> int:
+        """The number of devices."""
+        return jax.lax.axis_size(self.names)
+
+    def index(self) -> jax.Array:
+        """This device's number, an int32 scalar."""
+        return jax.lax.axis_index(self.names)
 
     def local(self, tree: Tree) -> Tree:
         """`tree` cast to varying over the axis, where jax tracks that."""
@@ -84,11 +105,11 @@ class MappedAxis(NamedTuple):
         return jax.tree.map(leaf, tree)
 
     def joined(self, tree: Tree) -> Tree:
-        """The sum of `tree` over the axis, in one reduction."""
+        """The sum over the devices of what is local, in one reduction."""
         return jax.lax.psum(self.local(tree), self.names)
 
     def averaged(self, tree: Tree) -> Tree:
-        """The mean over the axis of what floats in `tree`; the rest must agree, and is that of the largest."""
+        """The mean over the devices of what floats in a local tree; the rest must agree, and is the largest."""
 
         def leaf(x):
             if jnp.issubdtype(x.dtype, jnp.inexact):
@@ -97,39 +118,22 @@ class MappedAxis(NamedTuple):
 
         return jax.tree.map(leaf, self.local(tree))
 
-    def size(self) -> int:
-        """The number of devices of the axis."""
-        return jax.lax.axis_size(self.names)
-
-    def index(self) -> jax.Array:
-        """This device's number on the axis, an int32 scalar."""
-        return jax.lax.axis_index(self.names)
-
     def one(self, tree: Tree) -> Tree:
-        """`tree` as one device has it."""
+        """A local tree as one device has it."""
         return tree
 
-    def options(self) -> dict[str, Any]:
-        """The arguments that ask for this."""
-        return {"axis_name": self.names}
-
-    def is_local(self, leaf: Any) -> bool:
-        """Whether `leaf` varies over the axis, as far as jax tracks that."""
-        return not self._tracked or self._varies(leaf)
-
-    def is_common(self, leaf: Any) -> bool:
-        """Whether `leaf` is not known to vary over the axis."""
-        return not self._varies(leaf)
-
-    def _varies(self, leaf: Any) -> bool:
+    def varies(self, leaf: Any) -> bool:
+        """Whether jax knows that `leaf` differs between devices."""
         return any(name in jax.typeof(leaf).mat.varying for name in self.names)
 
-    @property
-    def _tracked(self) -> bool:
-        return self._varies(self.local(jnp.zeros(())))
+    def is_reduced(self, leaf: Any) -> bool:
+        """Whether jax knows that `leaf` is the same on every device."""
+        tracked = self.varies(self.local(jnp.zeros(())))
+        return tracked and not self.varies(leaf)
 
 
-class MeshAxis(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class MeshAxis:
     """The data axis of a mesh under jit: what is local is a global array with a leading device axis, sharded over it.
 
     Attributes:
@@ -140,6 +144,19 @@ class MeshAxis(NamedTuple):
     mesh: Mesh
     names: tuple[str, ...]
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of a scalar that each device has one of."""
+        return (self.size(),)
+
+    def options(self) -> dict[str, Any]:
+        """The public arguments that ask for this."""
+        return {"mesh": self.mesh, "data_axis": self.names}
+
+    def size(self) -> int:
+        """The number of devices of the data axis."""
+        return math.prod(self.mesh.shape[name] for name in self.names)
+
     def local(self, tree: Tree) -> Tree:
         """A copy of `tree` for each device: leaves (P, ...), laid out beyond that as they were."""
         expand = lambda tree: jax.tree.map(lambda x: x[None], tree)
@@ -148,35 +165,22 @@ class MeshAxis(NamedTuple):
         return jax.jit(jax.shard_map(expand, in_specs=P(), out_specs=P(self.names), **options))(tree)
 
     def joined(self, tree: Tree) -> Tree:
-        """The sum of `tree` over its leading axis: jax makes it a reduction over the data axis."""
+        """The sum over the leading axis: jax makes it a reduction over the data axis."""
         return jax.tree.map(lambda x: jnp.sum(x, axis=0), tree)
 
-    def size(self) -> int:
-        """The number of devices of the data axis."""
-        return math.prod(self.mesh.shape[name] for name in self.names)
-
     def one(self, tree: Tree) -> Tree:
-        """Shapes and dtypes of `tree` as one device has it."""
+        """Shapes and dtypes of a local tree as one device has it."""
         return jax.eval_shape(self.joined, tree)
 
-    def options(self) -> dict[str, Any]:
-        """The arguments that ask for this."""
-        return {"mesh": self.mesh, "data_axis": self.names}
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of a scalar of each device."""
-        return (self.size(),)
-
-    def is_local(self, leaf: Any) -> bool:
-        """Whether `leaf` is known to be each device's own: its leading axis says so, and is checked elsewhere."""
+    def varies(self, leaf: Any) -> bool:
+        """Whether `leaf` is known to differ between devices: under jit every array is one for all."""
         del leaf
-        return True
+        return False
 
-    def is_common(self, leaf: Any) -> bool:
-        """Whether `leaf` is not known to differ between devices: under jit every array is one for all."""
+    def is_reduced(self, leaf: Any) -> bool:
+        """Whether `leaf` lacks the leading device axis: that is checked by its shape."""
         del leaf
-        return True
+        return False
 
 
 Sync = OneDevice | MappedAxis | MeshAxis

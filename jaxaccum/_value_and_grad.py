@@ -53,11 +53,11 @@ def value_and_grad(
         backward once a window, however large K is. See `cast`.
       accumulator_dtype: the dtype of the sums; float64 and complex parameters keep theirs. None: the parameters'.
       grad_dtype: the dtype of the returned gradients; None: the parameters', as jax gives.
-      axis_name: inside `jax.pmap` or `jax.shard_map`, the name of the mapped data axis, or a tuple of names. Each of the
-        P devices sums over its own batch of K·N, and the sums are joined once, after the loop: loss and gradient are
-        those of all P·K·N examples, as on one device with P·K micro-batches, whose keys are numbered alike: device p's
-        micro-batch i is number p·K + i. Floating leaves of the carry come back as their mean over the devices; others
-        must agree. aux stays each device's own.
+      axis_name: inside `jax.pmap` or `jax.shard_map`, the name of the mapped data axis, or a tuple of names. Each of
+        the P devices sums over its own batch of K·N, and the sums are joined once, after the loop: loss and gradient
+        are those of all P·K·N examples, as on one device with P·K micro-batches, whose keys are numbered alike: device
+        p's micro-batch i is number p·K + i. Floating leaves of the carry come back as their mean over the devices;
+        others must agree. aux stays each device's own.
       mesh: under jit, a `jax.sharding.Mesh`. Then the batch is a global array of P·K·N examples (stacked: (K_max, P·N,
         ...)), split over the data axis, and everything else is as with `axis_name`. aux comes back as (K, P, ...). The
         mesh's other axes, for tensor parallelism or fsdp, are left to jax, whether Auto or Explicit.
@@ -90,8 +90,8 @@ def value_and_grad(
     _checks.floating("grad_dtype", grad_dtype)
     k = _checks.num_micro_batches(num_micro_batches, stacked)
     roles = Roles.of(argnums, batch_argnums, key_argnums, carry_argnums)
-    where = _checks.sync(axis_name, mesh, data_axis)
-    sync = MappedAxis(where.names) if isinstance(where, MeshAxis) else where
+    sync = _checks.sync(axis_name, mesh, data_axis)
+    device = MappedAxis(sync.names) if isinstance(sync, MeshAxis) else sync
 
     def window(*args, **kwargs):
         _checks.available(accumulator_dtype)
@@ -99,11 +99,11 @@ def value_and_grad(
         params = args[argnums] if isinstance(argnums, int) else tuple(args[i] for i in argnums)
         _checks.differentiable(params)
         batches, length = _split.split(args, roles.batch, k, stacked)
-        carry = sync.local(jax.tree.map(_strong, tuple(args[i] for i in roles.carry)))
+        carry = device.local(jax.tree.map(_strong, tuple(args[i] for i in roles.carry)))
 
         def loss(seen, index, batch, carry):
             differentiated = (seen,) if isinstance(argnums, int) else seen
-            number = sync.index() * k + index
+            number = device.index() * k + index
             keys = tuple(jax.tree.map(lambda key: jax.random.fold_in(key, number), args[i]) for i in roles.keys)
             returned = fun(*roles.put(args, differentiated, batch, keys, carry), **kwargs)
             value, new_carry, aux = _unpack(returned, has_aux, carry_argnums)
@@ -115,28 +115,30 @@ def value_and_grad(
             visible = prepare.seeing(loss, params, *first) if isinstance(prepare, Cast) else prepare
             seen, transpose = _prepare.once(visible, params)
 
-        start = sync.local(_start(seen, accumulator_dtype))
-        sums, loss_dtype, carry, aux = _sum(loss, sync.local(seen), start, carry, batches, k, length)
-        sums, carry = sync.joined(sums), sync.averaged(carry)
+        start = device.local(_start(seen, accumulator_dtype))
+        sums, loss_dtype, carry, aux = _sum(loss, device.local(seen), start, carry, batches, k, length)
+        sums, carry = device.joined(sums), device.averaged(carry)
         value, grads = _accumulator.mean(sums, (jnp.zeros((), loss_dtype), seen))
         grads = jax.tree.map(lambda g, p: g.astype(grad_dtype or jnp.result_type(p)), transpose(grads), params)
         return _pack(value.astype(loss_dtype), carry, aux, has_aux, carry_argnums), grads
 
+    if not isinstance(sync, MeshAxis):
+        return window
+
+    def by_device(*args, **kwargs):
+        result, grads = window(*args, **kwargs)
+        value, carry, aux = _unpack(result, has_aux, carry_argnums)
+        return _pack(value, carry, jax.tree.map(lambda x: x[:, None], aux), has_aux, carry_argnums), grads
+
     def on_mesh(*args, **kwargs):
         roles.check(args)
-        _split.check_devices(args, roles.batch, k, stacked, where.size())
+        _split.check_devices(args, roles.batch, k, stacked, sync.size())
+        aux_spec = P(None, sync.names)
+        out_specs = _pack(P(), (P(),) * len(roles.carry), aux_spec, has_aux, carry_argnums), P()
+        split_dim = 1 if stacked else 0
+        return _mesh.run(by_device, sync, args, kwargs, split=roles.batch, split_dim=split_dim, out_specs=out_specs)
 
-        def body(*args, **kwargs):
-            result, grads = window(*args, **kwargs)
-            value, carry, aux = _unpack(result, has_aux, carry_argnums)
-            return _pack(value, carry, jax.tree.map(lambda x: x[:, None], aux), has_aux, carry_argnums), grads
-
-        by_device = P(None, where.names)
-        out_specs = _pack(P(), (P(),) * len(roles.carry), by_device, has_aux, carry_argnums), P()
-        split = {"split": roles.batch, "split_dim": 1 if stacked else 0}
-        return _mesh.run(body, where.mesh, where.names, args, kwargs, out_specs=out_specs, **split)
-
-    return on_mesh if isinstance(where, MeshAxis) else window
+    return on_mesh
 
 
 def _start(seen, accumulator_dtype):

@@ -27,9 +27,14 @@ class Bug(NamedTuple):
 
 
 BUGS = [
-    Bug("extra args dropped", "_micro_step.py", "extra_args | means, output, applied", "{}, output, applied"),
+    Bug("extra args dropped", "_micro_step.py", "extra_args | means, wide", "{}, wide"),
     Bug("averaged args are the boundary's", "_micro_step.py", "extra_args | means", "extra_args"),
-    Bug("sum mode ignored", "_micro_step.py", "if config.use_grad_mean else jnp.ones_like(sums.weight)", ""),
+    Bug(
+        "sum mode ignored",
+        "_micro_step.py",
+        " if config.use_grad_mean else jnp.full_like(sums.weight, config.sync.size())",
+        "",
+    ),
     Bug("accumulator not cleared", "_accumulator.py", "new = jnp.where(first, x, new)", "pass"),
     Bug("a skip closes the window", "_micro_step.py", "closed = _both(closed, accepted)", "pass"),
     Bug(
@@ -71,8 +76,8 @@ BUGS = [
     Bug(
         "zeroed parameters handed to the inner optimizer",
         "_micro_step.py",
-        "grads, state.inner_opt_state, params, extra_args, wide)",
-        "grads, state.inner_opt_state, jax.tree.map(jnp.zeros_like, params), extra_args, wide)",
+        "(mean, grads, state.inner_opt_state, params,",
+        "(mean, grads, state.inner_opt_state, jax.tree.map(jnp.zeros_like, params),",
     ),
     Bug(
         "NaN reset by multiply",
@@ -80,7 +85,12 @@ BUGS = [
         "new = jnp.where(first, x, new)",
         "new = total.astype(wide) * (1 - first.astype(wide)) + x",
     ),
-    Bug("weight 0 by multiply", "_accumulator.py", "x = jnp.where(keep, x, jnp.zeros_like(x))", "x = x * keep"),
+    Bug(
+        "weight 0 by multiply",
+        "_accumulator.py",
+        "x = jnp.where(_beside(x, keep), x, jnp.zeros_like(x))",
+        "x = x * keep",
+    ),
     Bug(
         "K read before its change",
         "_micro_step.py",
@@ -90,14 +100,14 @@ BUGS = [
     Bug(
         "flush divides by K",
         "_micro_step.py",
-        "    sums = Weighted(state.acc_grads, state.weight)",
-        "    sums = Weighted(state.acc_grads, state.every_k.astype(jnp.float32))",
+        "_Window(Weighted(state.acc_grads, state.weight), state",
+        "_Window(Weighted(state.acc_grads, state.every_k.astype(jnp.float32)), state",
     ),
     Bug(
         "flush of an empty window steps",
         "_micro_step.py",
-        "(state.mini_step > 0) & (state.weight != 0)",
-        "state.weight != 0",
+        "_checks.known(state.mini_step > 0)",
+        "_checks.known(state.mini_step >= 0)",
     ),
     Bug(
         "weights ignored in the divisor",
@@ -108,14 +118,21 @@ BUGS = [
     Bug(
         "an empty window steps",
         "_micro_step.py",
-        "filled = True if keep is None else _checks.known(total_weight != 0)",
+        "filled = _checks.known(sums.weight != 0)",
         "filled = True",
     ),
     Bug(
         "same key in every micro-batch",
         "_value_and_grad.py",
-        "jax.random.fold_in(key, index)",
-        "jax.random.fold_in(key, 0)",
+        "number = device.index() * k + index",
+        "number = device.index() * k",
+    ),
+    Bug("same keys on every device", "_value_and_grad.py", "number = device.index() * k + index", "number = index"),
+    Bug(
+        "a mean of means over the devices",
+        "_sync.py",
+        "jax.lax.psum(self.local(tree), self.names)",
+        "jax.lax.pmean(tree, self.names)",
     ),
     Bug(
         "model state of padding kept", "_value_and_grad.py", "_accumulator.select(keep, new_carry, carry)", "new_carry"
@@ -160,6 +177,7 @@ def caught_by(bug: Bug) -> str | None:
             cwd=folder,
             capture_output=True,
             text=True,
+            check=False,
         )
     failed = [line for line in run.stdout.splitlines() if line.startswith("FAILED")]
     return failed[0].split("::")[1].split(" - ")[0] if failed else None

@@ -1,0 +1,212 @@
+"""jit on a mesh: its data axis against one device with the big batch, in float64, Auto and Explicit axes alike."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from devices import K, batch, big_batch, big_loss, close, inner, loss, params, split
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxaccum
+
+MESHES = {
+    "data": ((8,), ("data",), "data"),
+    "data x model": ((4, 2), ("data", "model"), "data"),
+    "data x fsdp x model": ((2, 2, 2), ("data", "fsdp", "model"), ("data", "fsdp")),
+}
+KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
+every_mesh = pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in MESHES for kind in KINDS])
+
+
+def make(name, kind):
+    """(mesh, data axis, number of its devices)."""
+    shape, names, data_axis = MESHES[name]
+    mesh = jax.make_mesh(shape, names, axis_types=(KINDS[kind],) * len(names))
+    return mesh, data_axis, 8 // mesh.shape.get("model", 1)
+
+
+def placed(mesh):
+    """The parameters on the mesh, the matrix split over the model axis if there is one."""
+    matrix = P(None, "model") if "model" in mesh.axis_names else P()
+    return jax.device_put(params(), {"w": NamedSharding(mesh, matrix), "b": NamedSharding(mesh, P())})
+
+
+def on_data(mesh, data_axis, data, dim=0):
+    return jax.device_put(data, NamedSharding(mesh, P(*[None] * dim, data_axis)))
+
+
+@every_mesh
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_window_on_a_mesh_is_the_big_batch(name, kind, stacked):
+    """Catches a gradient that is one device's own, P times too large, or laid out anew."""
+    with jax.enable_x64(True):
+        mesh, data_axis, devices = make(name, kind)
+        f = jaxaccum.value_and_grad(loss, K, mesh=mesh, data_axis=data_axis, stacked=stacked)
+        data = split(batch(0, devices), K) if stacked else batch(0, devices)
+        p = placed(mesh)
+        value, grads = jax.jit(f)(p, on_data(mesh, data_axis, data, dim=int(stacked)))
+        close((value, grads), jax.value_and_grad(big_loss)(params(), batch(0, devices)))
+        assert grads["w"].sharding.is_equivalent_to(p["w"].sharding, 2)
+
+
+@every_mesh
+def test_a_k_that_is_traced_compiles_once_on_a_mesh(name, kind):
+    """Catches a K that leaks into shapes."""
+    mesh, data_axis, devices = make(name, kind)
+    step = jax.jit(lambda p, x, k: jaxaccum.value_and_grad(loss, k, mesh=mesh, data_axis=data_axis, stacked=True)(p, x))
+    p, data = placed(mesh), on_data(mesh, data_axis, split(batch(0, devices), K), dim=1)
+    for k in (K, 1, 2):
+        want = jax.value_and_grad(big_loss)(
+            params(), jax.tree.map(lambda x, k=k: x[: k * 2 * devices], batch(0, devices))
+        )
+        got = step(p, data, k)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
+    assert step._cache_size() == 1
+
+
+@every_mesh
+def test_aux_on_a_mesh_is_that_of_every_device(name, kind):
+    """Catches aux that is gathered, averaged or one device's own."""
+    mesh, data_axis, devices = make(name, kind)
+    fun = lambda p, data: (loss(p, data), data["x"].sum())
+    f = jaxaccum.value_and_grad(fun, K, mesh=mesh, data_axis=data_axis, has_aux=True)
+    (_, aux), _ = jax.jit(f)(placed(mesh), on_data(mesh, data_axis, batch(0, devices)))
+    want = split(batch(0, devices)["x"], devices, K).sum(axis=(2, 3)).T
+    np.testing.assert_allclose(aux, want, rtol=1e-5)
+    assert aux.sharding.spec[:2] == (None, data_axis)
+
+
+def test_keys_on_a_mesh_are_numbered_as_on_one_device():
+    """Catches the same dropout mask on every device."""
+
+    def noisy(p, data, key):
+        keep = jax.random.bernoulli(key, 0.5, data["x"].shape)
+        return loss(p, {**data, "x": data["x"] * keep})
+
+    with jax.enable_x64(True):
+        mesh, _, devices = make("data", "auto")
+        one = jaxaccum.value_and_grad(noisy, devices * K, key_argnums=2)
+        f = jaxaccum.value_and_grad(noisy, K, key_argnums=2, mesh=mesh)
+        close(jax.jit(f)(params(), batch(), jax.random.key(1)), one(params(), batch(), jax.random.key(1)))
+
+
+@every_mesh
+@pytest.mark.parametrize("drive", ["counter", "static"])
+def test_micro_steps_on_a_mesh_are_the_big_batch(name, kind, drive):
+    """Catches clipping before the sync, a device without weight that counts, and state that is laid out anew."""
+    with jax.enable_x64(True):
+        mesh, data_axis, devices = make(name, kind)
+        tx = jaxaccum.MultiSteps(inner(), K, mesh=mesh, data_axis=data_axis)
+        start = placed(mesh)
+        p, state = start, tx.init(start)
+        step = jax.jit(lambda p, s, x, b: tx.micro_step(loss, p, s, x, boundary=b), static_argnums=3)
+        windows = [batch(seed, devices) for seed in (0, 1)]
+        for i in range(2 * K):
+            rows = jax.tree.map(
+                lambda x, i=i: split(x, devices, K)[:, i % K].reshape(-1, *x.shape[1:]), windows[i // K]
+            )
+            boundary = None if drive == "counter" else i % K == K - 1
+            values, p, state = step(p, state, on_data(mesh, data_axis, rows), boundary)
+            assert values.shape == (devices,)
+        close(p, big_batch(windows))
+        assert int(state.gradient_step) == 2
+        for leaf in (p["w"], state.inner_opt_state[1][0].mu["w"]):
+            assert leaf.sharding.is_equivalent_to(start["w"].sharding, 2)
+        assert state.acc_grads["w"].sharding.spec[0] == data_axis
+
+
+def test_the_host_sets_k_on_a_mesh_without_a_compile():
+    """Catches a K of another sharding than the one compiled for; a window flushed in the middle."""
+    with jax.enable_x64(True):
+        mesh, _, _ = make("data x model", "auto")
+        tx = jaxaccum.MultiSteps(optax.sgd(1.0), 2, mesh=mesh)
+        step = jax.jit(tx.apply)
+        p = jax.device_put(jnp.zeros(3), NamedSharding(mesh, P()))
+        state = tx.init(p)
+        grads = on_data(mesh, "data", jnp.ones((4, 3)))
+        for _ in range(2):  # The first call moves fresh scalars onto the mesh.
+            p, state = step(p, state, grads)
+        compiled = step._cache_size()
+        for k in (8, 3, 1, 5):
+            state = jaxaccum.set_every_k(state, k)
+            p, state = step(p, state, grads)
+        assert step._cache_size() == compiled
+        updates, state = jax.jit(tx.flush)(state, p)
+        np.testing.assert_allclose(updates, -np.ones(3))
+
+
+def test_a_micro_batch_is_dropped_on_its_device_alone_on_a_mesh():
+    """Catches a drop that costs the other devices their micro-batch."""
+    mesh, _, _ = make("data", "auto")
+    tx = jaxaccum.MultiSteps(optax.sgd(1.0), 1, mesh=mesh, nonfinite="drop")
+    grads, weights = jnp.arange(8.0).at[5].set(jnp.nan), jnp.arange(8.0) + 1
+    p = jnp.array(0.0)
+    p, state = jax.jit(tx.apply)(p, tx.init(p), grads, weight=weights)
+    keep = np.arange(8) != 5
+    np.testing.assert_allclose(p, -np.sum((grads * weights)[keep]) / np.sum(weights[keep]), rtol=1e-6)
+    assert state.dropped.tolist() == [0, 0, 0, 0, 0, 1, 0, 0]
+
+
+def all_reduces(program):
+    """[in the entry computation, in loops and branches]: the sizes of the groups of the all-reduces."""
+    found = [[], []]
+    for computation in program.as_text().split("\n\n"):
+        inside = not computation.lstrip().startswith("ENTRY")
+        found[inside] += re.findall(r" all-reduce(?:-start)?\(.*?replica_groups=(\S+?),? ", computation)
+    return found
+
+
+def test_the_sync_on_a_mesh_is_once_a_window():
+    """Catches a reduction in every micro-step: it changes no number."""
+    mesh, data_axis, _ = make("data", "auto")
+    tx = jaxaccum.MultiSteps(optax.adam(1e-3), K, mesh=mesh)
+    p = placed(mesh)
+    state, data = tx.init(p), on_data(mesh, data_axis, batch())
+
+    def program(boundary):
+        step = jax.jit(lambda p, s, x: tx.micro_step(loss, p, s, x, boundary=boundary))
+        return step.lower(p, state, data).compile()
+
+    assert all_reduces(program(False)) == [[], []]
+    entry, inside = all_reduces(program(True))
+    assert entry and not inside
+    entry, inside = all_reduces(program(None))
+    assert inside and not entry
+    window = jax.jit(jaxaccum.value_and_grad(loss, K, mesh=mesh)).lower(p, data).compile()
+    entry, inside = all_reduces(window)
+    assert entry and not inside
+
+
+@pytest.mark.parametrize(
+    ("make_it", "message"),
+    [
+        (lambda mesh: jaxaccum.MultiSteps(optax.sgd(1.0), 2, mesh=mesh, data_axis="rows"), "no axis 'rows'"),
+        (lambda mesh: jaxaccum.MultiSteps(optax.sgd(1.0), 2, mesh=mesh, axis_name="data"), "give one of them"),
+        (lambda mesh: jaxaccum.value_and_grad(loss, K, mesh=mesh, axis_name="data"), "give one of them"),
+        (
+            lambda mesh: jaxaccum.value_and_grad(loss, 3, mesh=mesh)(params(), batch()),
+            "64 examples.*8 devices.*3.*48 or 72",
+        ),
+        (
+            lambda mesh: (lambda tx: tx.apply(params(), tx.init(params()), params()))(
+                jaxaccum.MultiSteps(optax.sgd(1.0), 2, mesh=mesh)
+            ),
+            r"shape \(4,\).*leading axis for the 8 devices",
+        ),
+    ],
+)
+def test_bad_input_on_a_mesh_is_refused(make_it, message):
+    """Catches a traceback from inside jax, or a batch that is cut."""
+    mesh, _, _ = make("data", "auto")
+    with pytest.raises(ValueError, match=message):
+        make_it(mesh)
+
+
+def test_a_mesh_that_is_none_is_refused():
+    """Catches a shape given for a mesh."""
+    with pytest.raises(TypeError, match=r"mesh must be a jax.sharding.Mesh.*got \(8,\)"):
+        jaxaccum.value_and_grad(loss, K, mesh=(8,))

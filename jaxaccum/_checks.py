@@ -183,10 +183,10 @@ def skip(value: Any) -> Any:
     return value
 
 
-def available(accumulator_dtype: Any) -> None:
-    """The accumulator's dtype must be one that jax has switched on."""
-    if accumulator_dtype is not None and jax.dtypes.canonicalize_dtype(accumulator_dtype) != accumulator_dtype:
-        raise ValueError(f"accumulator_dtype={jnp.dtype(accumulator_dtype)} needs x64: set jax_enable_x64 first.")
+def available(name: str, dtype: Any) -> None:
+    """A dtype argument must be one that jax has switched on."""
+    if dtype is not None and jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(f"{name}={jnp.dtype(dtype)} needs x64: set jax_enable_x64 first.")
 
 
 def differentiable(params: Tree) -> None:

@@ -65,7 +65,7 @@ class _Selection(NamedTuple):
 
 def init(config: Config, params: Tree) -> MultiStepsState:
     """A state with nothing pending; no two leaves of it and of `params` share a buffer."""
-    _checks.available(config.accumulator_dtype)
+    _checks.available("accumulator_dtype", config.accumulator_dtype)
     gradient_step = jnp.zeros((), jnp.int32)
     if callable(config.every_k):
         _checks.scheduled_k(config.every_k(gradient_step))

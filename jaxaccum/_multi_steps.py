@@ -92,6 +92,8 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
     ):
         if not (callable(getattr(opt, "init", None)) and callable(getattr(opt, "update", None))):
             raise TypeError(f"opt must be an optax.GradientTransformation, for example optax.adam(1e-3), got {opt!r}.")
+        if not isinstance(use_grad_mean, bool):
+            raise TypeError(f"use_grad_mean must be True or False, got {use_grad_mean!r}.")
         if nonfinite not in ("propagate", "drop"):
             raise ValueError(f"nonfinite must be 'propagate' or 'drop', got {nonfinite!r}.")
         is_sequence = isinstance(averaged_extra_args, (tuple, list))
@@ -103,7 +105,7 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         config = Config(
             opt=opt,
             every_k=_checks.every_k_schedule(every_k_schedule),
-            use_grad_mean=bool(use_grad_mean),
+            use_grad_mean=use_grad_mean,
             should_skip_update_fn=should_skip_update_fn,
             accumulator_dtype=None if accumulator_dtype is None else jnp.dtype(accumulator_dtype),
             nonfinite=nonfinite,

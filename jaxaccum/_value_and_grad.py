@@ -94,7 +94,8 @@ def value_and_grad(
     device = MappedAxis(sync.names) if isinstance(sync, MeshAxis) else sync
 
     def window(*args, **kwargs):
-        _checks.available(accumulator_dtype)
+        _checks.available("accumulator_dtype", accumulator_dtype)
+        _checks.available("grad_dtype", grad_dtype)
         roles.check(args)
         params = args[argnums] if isinstance(argnums, int) else tuple(args[i] for i in argnums)
         _checks.differentiable(params)
@@ -188,11 +189,28 @@ def _loop(micro_step, start, batches, k, length):
 
 def _unpack(returned: Any, has_aux: bool, carry_argnums: Any) -> tuple[Any, tuple[Tree, ...], Tree]:
     """What `fun` returned as (loss, new carry, aux), with () and None for what it does not return."""
-    if carry_argnums is None:
-        value, aux = returned if has_aux else (returned, None)
-        return value, (), aux
-    value, rest = returned
-    carry, aux = rest if has_aux else (rest, None)
+    has_carry = carry_argnums is not None
+    if not has_aux and not has_carry:
+        return returned, (), None
+
+    def pair(value):
+        if not isinstance(value, (tuple, list)) or isinstance(value, Weighted) or len(value) != 2:
+            form = (
+                "(loss, (new_carry, aux))"
+                if has_aux and has_carry
+                else "(loss, new_carry)"
+                if has_carry
+                else "(loss, aux)"
+            )
+            raise TypeError(
+                f"with {has_aux=} and {carry_argnums=} fun must return {form}, got {type(value)} for a pair."
+            )
+        return value
+
+    value, rest = pair(returned)
+    if not has_carry:
+        return value, (), rest
+    carry, aux = pair(rest) if has_aux else (rest, None)
     return value, (carry,) if isinstance(carry_argnums, int) else tuple(carry), aux
 
 

@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import linen, nnx
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
 
-from jaxaccum import _value_and_grad
+from jaxaccum import _accumulator, _value_and_grad
 from jaxaccum._multi_steps import MultiSteps
+from jaxaccum._state import MultiStepsState
 
 Tree = Any
 
@@ -178,9 +180,17 @@ class TrainState(train_state.TrainState):
 
         Returns:
           The new state.
+
+        Raises:
+          ValueError: if `weight` or `boundary` is given and `tx` holds no `MultiSteps`.
         """
         fields = {name: kwargs.pop(name) for name in list(kwargs) if name in self.__dataclass_fields__}
         extra_args = {name: value for name, value in (("weight", weight), ("boundary", boundary)) if value is not None}
+        nodes = jax.tree.leaves(self.opt_state, is_leaf=lambda node: isinstance(node, MultiStepsState))
+        if extra_args and not any(isinstance(node, MultiStepsState) for node in nodes):
+            raise ValueError(
+                f"{' and '.join(extra_args)} can't be used: tx holds no jaxaccum.MultiSteps. Wrap the optimizer in one."
+            )
         extra_args |= kwargs
         # Statistics that flax's fp8 layers keep among the parameters are replaced by their "gradient", not updated.
         overwrites = OVERWRITE_WITH_GRADIENT in grads
@@ -193,5 +203,7 @@ class TrainState(train_state.TrainState):
             updates, opt_state = tx.update(grads_of, opt_state, params, **extra_args)
             params = optax.apply_updates(params, updates)
         if overwrites:
-            params = {"params": params, OVERWRITE_WITH_GRADIENT: grads[OVERWRITE_WITH_GRADIENT]}
+            new, old = grads[OVERWRITE_WITH_GRADIENT], self.params[OVERWRITE_WITH_GRADIENT]
+            new = new if weight is None else _accumulator.select(jnp.asarray(weight) != 0, new, old)
+            params = {"params": params, OVERWRITE_WITH_GRADIENT: new}
         return self.replace(step=self.step + 1, params=params, opt_state=opt_state, **fields)

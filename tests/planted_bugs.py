@@ -160,6 +160,7 @@ def caught_by(bug: Bug) -> str | None:
             "test_value_and_grad.py",
             "test_compiled.py",
             "test_compose.py",
+            "test_mapped.py",
             "test_exact.py",
         ]
         run = subprocess.run(

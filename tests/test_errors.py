@@ -418,3 +418,31 @@ def test_cast_chooses_only_where_it_sees_the_loss():
         cast(jnp.bfloat16, where=3)
     alone = cast(jnp.bfloat16, where=lambda path, leaf: path == "w")({"w": jnp.ones(2), "b": jnp.ones(2)})
     assert (alone["w"].dtype, alone["b"].dtype) == (jnp.bfloat16, jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("options", "form"),
+    [
+        ({"has_aux": True}, "(loss, aux)"),
+        ({"carry_argnums": 2}, "(loss, new_carry)"),
+        ({"carry_argnums": 2, "has_aux": True}, "(loss, (new_carry, aux))"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("loss", [lambda w, x, *_: jnp.sum(x @ w), lambda w, x, *_: Weighted(jnp.sum(x @ w), 1)])
+def test_a_loss_must_return_what_its_options_say(options, form, loss):
+    """Catches a `Weighted` loss taken for a loss and its aux, and an error from inside the loop."""
+    with fails(TypeError, f"fun must return {form}"):
+        value_and_grad(loss, 2, **options)(W, X, jnp.zeros(2))
+
+
+def test_use_grad_mean_is_a_bool():
+    """Catches "no" taken for True."""
+    with fails(TypeError, "use_grad_mean must be True or False", "got 'no'"):
+        MultiSteps(SGD, 2, use_grad_mean="no")
+
+
+def test_a_gradient_dtype_must_be_switched_on():
+    """Catches float64 gradients that come back as float32 with no more than a warning."""
+    with fails(ValueError, "grad_dtype=float64 needs x64"):
+        value_and_grad(lambda w, x: jnp.sum(x @ w), 2, grad_dtype=jnp.float64)(W, X)

@@ -475,3 +475,11 @@ def test_train_state_can_be_donated(wrap):
         state = step(state, GRADIENTS[i])
     assert_close(state.params, trained(opt, GRADIENTS.reshape(2, 2, 3, 2).mean(1)))
     assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("option", [{"weight": 2.0}, {"boundary": False}])
+def test_a_train_state_without_multi_steps_refuses_what_it_would_ignore(option):
+    """Catches a boundary that is ignored, so that every micro-step is an optimizer step."""
+    state = jaxaccum.flax.TrainState.create(apply_fn=None, params={"w": jnp.ones(2)}, tx=optax.sgd(1.0))
+    with pytest.raises(ValueError, match=rf"{next(iter(option))} can't be used: tx holds no jaxaccum.MultiSteps"):
+        state.apply_gradients(grads={"w": jnp.ones(2)}, **option)

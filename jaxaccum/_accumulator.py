@@ -127,7 +127,7 @@ def mean(sums: Weighted, like: Tree) -> Tree:
             return x
         wide = jnp.promote_types(total.dtype, jnp.float32)
         mean = total.astype(wide) * (1 / weight.astype(jnp.finfo(wide).dtype))
-        return mean.astype(jnp.promote_types(total.dtype, jnp.result_type(x)))
+        return mean.astype(_wider(total.dtype, jnp.result_type(x)))
 
     return jax.tree.map(leaf, sums.total, like, is_leaf=lambda leaf: leaf is None)
 
@@ -137,6 +137,11 @@ def all_finite(tree: Tree, shape: tuple[int, ...] = ()) -> jax.Array:
     leaves = [jnp.asarray(x) for x in jax.tree.leaves(tree) if is_inexact(x)]
     finite = [jnp.all(jnp.isfinite(x), axis=tuple(range(len(shape), x.ndim))) for x in leaves]
     return jnp.all(jnp.stack(finite), axis=0) if finite else jnp.ones(shape, jnp.bool_)
+
+
+def _wider(a: Any, b: Any) -> Any:
+    """The wider of two inexact dtypes; jax promotes none of 8 bits, and `a` is none."""
+    return a if jnp.finfo(b).bits < 16 else jnp.promote_types(a, b)
 
 
 def _beside(x: jax.Array, scalars: Any) -> jax.Array:

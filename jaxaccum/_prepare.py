@@ -1,6 +1,6 @@
 """What depends on the parameters alone, once a window: forward before the loop, its transpose after it, on the sum."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -54,6 +54,29 @@ def once(prepare: Callable[[Tree], Tree], params: Tree) -> tuple[Tree, Callable[
         return jax.tree.unflatten(treedef, vjp(cotangents))
 
     return jax.tree.unflatten(jax.tree.structure(shapes), values), transpose
+
+
+def refuse_collectives(prepare: Callable[[Tree], Tree], params: Tree) -> None:
+    """Along a mapped axis: the transpose of a gather would reduce what the window's sync then reduces again.
+
+    Raises:
+      NotImplementedError: if `prepare` communicates over a mapped axis.
+    """
+    names = {eqn.primitive.name for eqn in _equations(jax.make_jaxpr(prepare)(params).jaxpr)}
+    collectives = [name for name in names if name.startswith(("all_gather", "all_to_all", "psum", "ppermute"))]
+    if collectives:
+        raise NotImplementedError(
+            f"prepare calls {collectives[0]} over a mapped axis, which is not supported yet: gather the parameters in "
+            "the loss, or use mesh= with parameters sharded over another axis than data_axis."
+        )
+
+
+def _equations(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in eqn.params.values():
+            if isinstance(value, core.ClosedJaxpr):
+                yield from _equations(value.jaxpr)
 
 
 def _evaluate(closed: core.ClosedJaxpr, inputs: Sequence[tuple[Any, Any]]) -> list[tuple[Any, Any]]:

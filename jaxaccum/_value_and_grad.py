@@ -114,6 +114,8 @@ def value_and_grad(
         if prepare is not None:
             first = (jnp.zeros((), jnp.int32), jax.tree.map(lambda x: x[0], batches), carry)
             visible = prepare.seeing(loss, params, *first) if isinstance(prepare, Cast) else prepare
+            if isinstance(device, MappedAxis):
+                _prepare.refuse_collectives(visible, params)
             seen, transpose = _prepare.once(visible, params)
 
         start = device.local(_start(seen, accumulator_dtype))

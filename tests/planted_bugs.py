@@ -46,7 +46,7 @@ BUGS = [
     Bug(
         "mean rounded to the gradients' dtype",
         "_accumulator.py",
-        "jnp.promote_types(total.dtype, jnp.result_type(x))",
+        "_wider(total.dtype, jnp.result_type(x))",
         "x.dtype",
     ),
     Bug(

@@ -231,3 +231,11 @@ def test_a_skip_decided_on_one_device_is_refused():
     """Catches a deadlock: the others would wait for a boundary that never comes."""
     with pytest.raises(ValueError, match=r"should_skip_update_fn can't be used on several devices.*nonfinite='drop'"):
         jaxaccum.MultiSteps(optax.sgd(1.0), 2, should_skip_update_fn=optax.skip_not_finite, axis_name="data")
+
+
+def test_a_prepare_that_gathers_over_the_axis_is_refused():
+    """Catches a gradient P times too large: its transpose reduces what the window's sync reduces again."""
+    gather = lambda p: jax.tree.map(lambda x: jax.lax.all_gather(x, "data", tiled=True), p)
+    f = jaxaccum.value_and_grad(lambda p, x: jnp.mean(x @ p), K, prepare=gather, axis_name="data")
+    with pytest.raises(NotImplementedError, match="prepare calls all_gather over a mapped axis"):
+        mapped("pmap", f, (0, 0), (None, 0))(jnp.ones((DEVICES, 3)), jnp.ones((DEVICES, K, 24)))

@@ -76,7 +76,7 @@ PREPARES = {
     "low-rank merge": (lambda p: {"w": jnp.asarray(W) + p["a"] @ p["b"], "b": jnp.zeros(5)}, FACTORS),
     "dequantisation": (lambda p: {"w": p["q"] * p["scale"], "b": jnp.zeros(5)}, {"q": np.round(9 * W), "scale": W[:1]}),
     "another tree": (lambda p: {"w": jnp.stack(p[:6]), "b": p[6]["bias"]}, [*W, {"bias": W[1], "unused": W[2]}]),
-    "a mask": (lambda p: {"w": 2 * p, "b": (p[0] > 0).astype(p.dtype)}, W),
+    "truncation": (lambda p: {"w": 2 * p, "b": p[0].astype(int).astype(p.dtype)}, W),  # has no gradient
     "shared": (lambda p: {"w": jnp.concatenate([p, p]), "b": p[0]}, W[:3]),
     "jitted": (jax.jit(jax.jit(weight_norm)), {"g": W[:1], "v": W, "b": W[0]}),
     "a conditional": (lambda p: jax.lax.cond(p["w"][0, 0] > 9, jnp.sin, jnp.cos, p["w"]), {"w": W}),

@@ -215,3 +215,12 @@ def test_batches_may_hold_keys_and_none():
         jaxaccum.value_and_grad(fun, 3)(jnp.ones(()), {"keys": keys, "none": None}),
         jax.value_and_grad(fun)(jnp.ones(()), {"keys": keys, "none": None}),
     )
+
+
+def test_parameters_may_be_prepared_in_eight_bits():
+    """Catches a promotion that jax does not do."""
+    loss = lambda w, x: jnp.sum(w.astype(jnp.float32) * x)
+    f = jaxaccum.value_and_grad(loss, 4, prepare=lambda w: w.astype(jnp.float8_e4m3fn))
+    value, grad = f(jnp.ones(3), jnp.ones((4, 3)))
+    assert value == 3 and grad.dtype == jnp.float32
+    close(grad, jnp.ones(3))

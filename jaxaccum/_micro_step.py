@@ -125,15 +125,12 @@ def run(
 
     first = state.mini_step == 0
     acc_grads = _accumulator.add(state.acc_grads, grads, None if weighted else weight, keep=keep, first=first)
-    add_scalar = functools.partial(_accumulator.add, weight=weight, keep=keep, first=first)
     one = jnp.ones_like(state.weight)
-    total_weight = add_scalar(state.weight, one)
-    averages = {}
-    for name, sums in state.averages.items():
-        if name in averaged:
-            averages[name] = Weighted(add_scalar(sums.total, averaged[name]), add_scalar(sums.weight, one))
-        else:
-            averages[name] = _accumulator.select(first, _zeros_like(sums), sums)
+    total_weight = _accumulator.add(state.weight, one, weight, keep=keep, first=first)
+    averages = dict(state.averages)
+    for name, value in averaged.items():
+        add = functools.partial(_accumulator.add, weight=weight, keep=keep)
+        averages[name] = Weighted(add(averages[name].total, value), add(averages[name].weight, one))
 
     closed = _both(closed, accepted)
     # A window can be empty only if its last micro-batch can be left out.
@@ -144,6 +141,7 @@ def run(
     result, inner_opt_state, applied = _emit(config, state, params, like, window, extra_args, output, closed)
 
     mini_step = _accumulator.select(closed, jnp.zeros_like(state.mini_step), state.mini_step + 1)
+    averages = _accumulator.select(closed, _zeros_like(averages), averages)
     mini_step, total_weight, averages, dropped = _accumulator.select(
         accepted,
         (mini_step, total_weight, averages, dropped),
@@ -178,6 +176,7 @@ def flush(
         mini_step=jnp.zeros_like(state.mini_step),
         gradient_step=_accumulator.select(applied, optax.safe_increment(state.gradient_step), state.gradient_step),
         inner_opt_state=inner_opt_state,
+        averages=_zeros_like(state.averages),
         updated=jnp.asarray(applied),
     )
 

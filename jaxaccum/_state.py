@@ -12,8 +12,8 @@ from jaxaccum._integers import positive_int
 class MultiStepsState(NamedTuple):
     """State of `MultiSteps`: optax's five fields first, then what exact accumulation needs besides.
 
-    The window's sums, `acc_grads`, `weight` and `averages`, mean something while `mini_step` is above 0: the next
-    window's first micro-step overwrites them, and nothing ever clears them.
+    `acc_grads` and `weight` mean something while `mini_step` is above 0: the next window's first micro-step overwrites
+    them, and nothing ever clears them.
 
     Attributes:
       mini_step: int32 scalar, the micro-steps in the window so far; 0 when none is pending.
@@ -22,7 +22,7 @@ class MultiStepsState(NamedTuple):
       acc_grads: Σ w·g, a tree like the parameters, None for leaves without gradient.
       skip_state: what `should_skip_update_fn` returned last; `()` without one.
       weight: float scalar, Σ w.
-      averages: for each name in `averaged_extra_args`, its `Weighted` sum.
+      averages: for each name in `averaged_extra_args`, its `Weighted` sum; 0 where none was passed in this window.
       every_k: int32 scalar, K; None where K is a function of `gradient_step`.
       updated: bool scalar, whether the last call ran the inner optimizer.
       dropped: int32 scalar, the micro-batches left out as non-finite since `init`.

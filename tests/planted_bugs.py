@@ -112,7 +112,7 @@ BUGS = [
     Bug(
         "weights ignored in the divisor",
         "_micro_step.py",
-        "add_scalar(state.weight, one)",
+        "_accumulator.add(state.weight, one, weight, keep=keep, first=first)",
         "_accumulator.add(state.weight, one, first=first)",
     ),
     Bug(

@@ -276,3 +276,20 @@ def test_the_static_boundary_may_be_numpys():
     tx = jaxaccum.MultiSteps(optax.sgd(1.0), 8)
     params, state = tx.apply(jnp.zeros(()), tx.init(jnp.zeros(())), jnp.ones(()), boundary=np.bool_(True))
     assert params == -1.0 and int(state.gradient_step) == 1
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_value_of_one_window_does_not_reach_the_next(static):
+    """Catches a mean that holds values of an earlier window, where not every call passes one."""
+    seen = optax.GradientTransformationExtraArgs(
+        lambda params: jnp.zeros(()),
+        lambda updates, state, params=None, *, value=0.0, **_: (updates, jnp.asarray(value)),
+    )
+    tx = jaxaccum.MultiSteps(seen, 3)
+    state = tx.init(jnp.zeros(()))
+    for i, value in enumerate((None, 7.0, None, None, 1.0, 3.0)):
+        extra = {} if value is None else {"value": jnp.asarray(value)}
+        boundary = i % 3 == 2 if static else None
+        update = jax.jit(lambda s, extra, b=boundary: tx.update(jnp.ones(()), s, boundary=b, **extra)[1])
+        state = update(state, extra)
+    assert state.inner_opt_state == 2.0

@@ -11,7 +11,7 @@ import jaxaccum
 
 DEVICES = 8
 K = 4
-close = functools.partial(jax.tree.map, functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12))
+assert_close = functools.partial(jax.tree.map, functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12))
 
 
 def params():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from devices import DEVICES, K, batch, big_batch, big_loss, close, inner, loss, params, split
+from devices import DEVICES, K, assert_close, batch, big_batch, big_loss, inner, loss, params, split
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -52,7 +52,7 @@ def test_micro_steps_on_every_device_are_the_big_batch(form):
         data = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *[split(w, DEVICES, K) for w in windows])
         got, steps, values = mapped(form, train, (None, 0), (None, None, 0))(params(), data)
         assert steps == 2 and values.shape == (DEVICES, 2 * K)
-        close(got, big_batch(windows))
+        assert_close(got, big_batch(windows))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -61,7 +61,7 @@ def test_a_window_on_every_device_is_the_big_batch(form):
     with jax.enable_x64(True):
         f = jaxaccum.value_and_grad(loss, K, axis_name="data")
         got = mapped(form, f, (None, 0), (None, None))(params(), split(batch(), DEVICES))
-        close(got, jax.value_and_grad(big_loss)(params(), batch()))
+        assert_close(got, jax.value_and_grad(big_loss)(params(), batch()))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -76,7 +76,7 @@ def test_keys_are_numbered_as_on_one_device(form):
         one = jaxaccum.value_and_grad(noisy, DEVICES * K, key_argnums=2)
         f = jaxaccum.value_and_grad(noisy, K, key_argnums=2, axis_name="data")
         got = mapped(form, f, (None, 0, None), (None, None))(params(), split(batch(), DEVICES), jax.random.key(1))
-        close(got, one(params(), batch(), jax.random.key(1)))
+        assert_close(got, one(params(), batch(), jax.random.key(1)))
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from devices import K, batch, big_batch, big_loss, close, inner, loss, params, split
+from devices import K, assert_close, batch, big_batch, big_loss, inner, loss, params, split
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -49,7 +49,7 @@ def test_a_window_on_a_mesh_is_the_big_batch(name, kind, stacked):
         data = split(batch(0, devices), K) if stacked else batch(0, devices)
         p = placed(mesh)
         value, grads = jax.jit(f)(p, on_data(mesh, data_axis, data, dim=int(stacked)))
-        close((value, grads), jax.value_and_grad(big_loss)(params(), batch(0, devices)))
+        assert_close((value, grads), jax.value_and_grad(big_loss)(params(), batch(0, devices)))
         assert grads["w"].sharding.is_equivalent_to(p["w"].sharding, 2)
 
 
@@ -91,7 +91,7 @@ def test_keys_on_a_mesh_are_numbered_as_on_one_device():
         mesh, _, devices = make("data", "auto")
         one = jaxaccum.value_and_grad(noisy, devices * K, key_argnums=2)
         f = jaxaccum.value_and_grad(noisy, K, key_argnums=2, mesh=mesh)
-        close(jax.jit(f)(params(), batch(), jax.random.key(1)), one(params(), batch(), jax.random.key(1)))
+        assert_close(jax.jit(f)(params(), batch(), jax.random.key(1)), one(params(), batch(), jax.random.key(1)))
 
 
 @every_mesh
@@ -112,7 +112,7 @@ def test_micro_steps_on_a_mesh_are_the_big_batch(name, kind, drive):
             boundary = None if drive == "counter" else i % K == K - 1
             values, p, state = step(p, state, on_data(mesh, data_axis, rows), boundary)
             assert values.shape == (devices,)
-        close(p, big_batch(windows))
+        assert_close(p, big_batch(windows))
         assert int(state.gradient_step) == 2
         for leaf in (p["w"], state.inner_opt_state[1][0].mu["w"]):
             assert leaf.sharding.is_equivalent_to(start["w"].sharding, 2)

@@ -25,7 +25,7 @@ def run(tx, params, grads, weights=None, *, drive="counter", k=None, state=None,
     return params, state
 
 
-def same(got, want):
+def assert_same(got, want):
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
@@ -48,7 +48,7 @@ def test_dropping_costs_the_nonfinite_micro_batch_only(drive):
     tx = jaxaccum.MultiSteps(optax.sgd(1.0), 3, nonfinite="drop")
     grads = [jnp.array([1.0, 1.0]), jnp.array([5.0, np.nan]), jnp.array([3.0, 5.0])]
     params, state = run(tx, jnp.zeros(2), grads, drive=drive, k=3)
-    same(params, jnp.array([-2.0, -3.0]))
+    assert_same(params, jnp.array([-2.0, -3.0]))
     assert int(state.dropped) == 1 and int(state.gradient_step) == 1
 
 
@@ -61,7 +61,7 @@ def test_a_window_that_weighs_nothing_changes_nothing(drive):
     assert tx.has_updated(state)
     nothing = jax.tree.map(lambda p: jnp.full_like(p, np.nan), params)
     after, new_state = run(tx, params, [nothing, nothing], [0.0, 0.0], drive=drive, k=2, state=state)
-    same((after, new_state.inner_opt_state), (params, state.inner_opt_state))
+    assert_same((after, new_state.inner_opt_state), (params, state.inner_opt_state))
     assert int(new_state.mini_step) == 0 and int(new_state.gradient_step) == 1
     assert not tx.has_updated(new_state)
 
@@ -99,7 +99,7 @@ def test_a_skipped_micro_step_never_happened(drive):
     for bad in (np.nan, np.inf):
         step = jax.jit(tx.apply, static_argnames="boundary")
         params, after = step(params, state, jnp.array(bad), boundary=True if drive == "static" else None)
-        same(after._replace(skip_state=(), updated=()), state._replace(skip_state=(), updated=()))
+        assert_same(after._replace(skip_state=(), updated=()), state._replace(skip_state=(), updated=()))
         assert not tx.has_updated(after) and bool(after.skip_state["should_skip"])
         state = after
     params, state = run(tx, params, [jnp.array(3.0)], drive=drive, k=1, state=state)
@@ -131,8 +131,8 @@ def test_flush_of_nothing_does_nothing(jitted):
     tx = jaxaccum.MultiSteps(optax.adamw(0.1), 2)
     params, state = run(tx, jnp.ones(3), [jnp.ones(3), jnp.ones(3)])
     updates, after = (jax.jit(tx.flush) if jitted else tx.flush)(state, params)
-    same(updates, jnp.zeros(3))
-    same(after._replace(updated=()), state._replace(updated=()))
+    assert_same(updates, jnp.zeros(3))
+    assert_same(after._replace(updated=()), state._replace(updated=()))
     assert not tx.has_updated(after)
 
 
@@ -176,7 +176,7 @@ def test_k_of_one_is_the_bare_optimizer_bit_for_bit():
     updates, _ = jax.jit(opt.update)(params, opt.init(params), params)
     tx = jaxaccum.MultiSteps(opt, 1)
     ours, _ = jax.jit(tx.update)(params, tx.init(params), params)
-    same(ours, updates)
+    assert_same(ours, updates)
 
 
 def test_a_value_reaches_the_optimizer_as_the_windows_weighted_mean():
@@ -191,7 +191,7 @@ def test_a_value_reaches_the_optimizer_as_the_windows_weighted_mean():
         _, state = run(
             tx, jnp.zeros(2), [jnp.ones(2)] * 3, [1.0, 3.0, 0.0], drive=drive, k=3, value=values, other=[7.0, 8.0, 9.0]
         )
-        same(state.inner_opt_state, {"value": 4.0, "other": 9.0})
+        assert_same(state.inner_opt_state, {"value": 4.0, "other": 9.0})
 
 
 @pytest.mark.parametrize("nonfinite", ["propagate", "drop"])
@@ -232,11 +232,13 @@ def test_leaves_without_gradient_pass_through():
     tx = jaxaccum.MultiSteps(only_w, 2)
     for drive in DRIVES:
         new, state = run(tx, params, [grads, grads], drive=drive, k=2)
-        same(new["w"], jnp.zeros(2))
-        same((new["steps"], jax.random.key_data(new["key"])), (params["steps"], jax.random.key_data(params["key"])))
+        assert_same(new["w"], jnp.zeros(2))
+        assert_same(
+            (new["steps"], jax.random.key_data(new["key"])), (params["steps"], jax.random.key_data(params["key"]))
+        )
         assert state.acc_grads["steps"] is None
     updates, _ = jax.jit(tx.flush)(run(tx, params, [grads])[1], params)
-    same(updates["w"], -jnp.ones(2))
+    assert_same(updates["w"], -jnp.ones(2))
 
 
 def test_double_precision_parameters_are_summed_in_double_precision():
@@ -253,7 +255,7 @@ def test_the_accumulator_dtype_is_the_callers(dtype):
     tx = jaxaccum.MultiSteps(optax.sgd(1.0), 2, accumulator_dtype=dtype)
     params, state = run(tx, jnp.zeros(3, jnp.float16), [jnp.ones(3, jnp.float16)] * 2)
     assert state.acc_grads.dtype == (dtype or jnp.float16) and params.dtype == jnp.float16
-    same(params, -jnp.ones(3, jnp.float16))
+    assert_same(params, -jnp.ones(3, jnp.float16))
 
 
 def test_a_state_is_carried_through_a_scan():

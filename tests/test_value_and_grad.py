@@ -9,7 +9,7 @@ import pytest
 
 import jaxaccum
 
-close = functools.partial(jax.tree.map, functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7))
+assert_close = functools.partial(jax.tree.map, functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7))
 
 
 def params():
@@ -53,7 +53,7 @@ FORMS = ["split", "stacked", "room", "traced", "eager"]
 def test_a_window_is_the_big_batch(form, k):
     """Catches micro-batches lost or doubled, and a mean taken twice."""
     got = windows(loss, k, batch())[form](params())
-    close(got, jax.value_and_grad(loss)(params(), batch()))
+    assert_close(got, jax.value_and_grad(loss)(params(), batch()))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -66,7 +66,7 @@ def test_ragged_tokens_are_weighted_exactly(form):
     data = {**clean, "x": clean["x"].at[2].set(jnp.nan)}
     total = lambda w, data: jaxaccum.Weighted(jnp.sum((data["x"] * w - 1) ** 2 * data["mask"]), data["mask"].sum())
     got = windows(total, 4, data)[form](jnp.array(0.7))
-    close(got, jax.value_and_grad(lambda w: total(w, clean).total / 12)(jnp.array(0.7)))
+    assert_close(got, jax.value_and_grad(lambda w: total(w, clean).total / 12)(jnp.array(0.7)))
 
 
 def test_a_window_without_tokens_has_loss_and_gradient_zero():
@@ -82,9 +82,9 @@ def test_aux_comes_back_for_every_micro_batch(form):
     data = batch()
     fun = lambda p, data: (loss(p, data), {"first": data["x"][0], "n": jnp.int32(data["x"].shape[0])})
     (value, aux), _ = windows(fun, 3, data, has_aux=True)[form](params())
-    close(value, loss(params(), data))
+    assert_close(value, loss(params(), data))
     assert aux["n"].dtype == jnp.int32 and aux["n"][:3].tolist() == [4, 4, 4]
-    close(aux["first"][:3], data["x"][::4])
+    assert_close(aux["first"][:3], data["x"][::4])
     assert np.all(aux["first"][3:] == 0)
 
 
@@ -92,7 +92,7 @@ def test_argnums_may_name_several_arguments():
     """Catches gradients of the wrong argument, or out of order."""
     fun = lambda w, data, b: loss({"w": w, "b": b}, data)
     got = jaxaccum.value_and_grad(fun, 3, argnums=(2, 0))(params()["w"], batch(), params()["b"])
-    close(got, jax.value_and_grad(fun, (2, 0))(params()["w"], batch(), params()["b"]))
+    assert_close(got, jax.value_and_grad(fun, (2, 0))(params()["w"], batch(), params()["b"]))
 
 
 def test_batches_may_come_in_several_arguments_and_kwargs_pass_through():
@@ -101,7 +101,7 @@ def test_batches_may_come_in_several_arguments_and_kwargs_pass_through():
     data = batch()
     args = (params(), data["x"], jnp.arange(1.0, 4.0), data["y"])
     got = jaxaccum.value_and_grad(fun, 3, batch_argnums=(1, 3))(*args, shift=jnp.ones(2))
-    close(got, jax.value_and_grad(fun)(*args, shift=jnp.ones(2)))
+    assert_close(got, jax.value_and_grad(fun)(*args, shift=jnp.ones(2)))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -120,8 +120,8 @@ def test_every_micro_batch_has_a_key_of_its_own(form, make_key):
         jax.value_and_grad(fun, has_aux=True)(params(), part, jax.random.fold_in(key, i))
         for i, part in enumerate(parts)
     ]
-    close(value, sum(v for (v, _), _ in each) / 3)
-    close(grads, jax.tree.map(lambda *g: sum(g) / 3, *[g for _, g in each]))
+    assert_close(value, sum(v for (v, _), _ in each) / 3)
+    assert_close(grads, jax.tree.map(lambda *g: sum(g) / 3, *[g for _, g in each]))
     assert not np.array_equal(kept[0], kept[1])
 
 
@@ -145,8 +145,8 @@ def test_model_state_goes_from_micro_batch_to_micro_batch(form, has_aux):
         values.append(value)
         grads.append(grad)
     (value, rest), grad = got
-    close((value, grad), (sum(values) / 3, jax.tree.map(lambda *g: sum(g) / 3, *grads)))
-    close(rest[0] if has_aux else rest, carry)
+    assert_close((value, grad), (sum(values) / 3, jax.tree.map(lambda *g: sum(g) / 3, *grads)))
+    assert_close(rest[0] if has_aux else rest, carry)
     if has_aux:
         assert rest[1][:3].tolist() == [1, 2, 3]
 
@@ -196,7 +196,7 @@ def test_complex_parameters_have_jaxs_gradient():
     """Catches conjugates and real parts lost."""
     fun = lambda w, x: jnp.mean(jnp.abs(w * x) ** 2 + w.imag * x)
     w, x = jnp.complex64(1 + 2j), jnp.arange(8.0)
-    close(jaxaccum.value_and_grad(fun, 4)(w, x), jax.value_and_grad(fun)(w, x))
+    assert_close(jaxaccum.value_and_grad(fun, 4)(w, x), jax.value_and_grad(fun)(w, x))
 
 
 def test_the_window_is_differentiable_again():
@@ -204,14 +204,14 @@ def test_the_window_is_differentiable_again():
     inner = lambda w, x: jaxaccum.value_and_grad(lambda w, x: jnp.mean((w * x) ** 3), 4)(w, x)[1]
     got = jax.grad(inner)(jnp.array(2.0), jnp.arange(8.0))
     want = jax.grad(jax.grad(lambda w, x: jnp.mean((w * x) ** 3)))(jnp.array(2.0), jnp.arange(8.0))
-    close(got, want)
+    assert_close(got, want)
 
 
 def test_batches_may_hold_keys_and_none():
     """Catches leaves that only arrays of numbers survive."""
     keys = jax.random.split(jax.random.key(0), 6)
     fun = lambda w, data: jnp.mean(w * jax.vmap(jax.random.normal)(data["keys"]))
-    close(
+    assert_close(
         jaxaccum.value_and_grad(fun, 3)(jnp.ones(()), {"keys": keys, "none": None}),
         jax.value_and_grad(fun)(jnp.ones(()), {"keys": keys, "none": None}),
     )
@@ -223,4 +223,4 @@ def test_parameters_may_be_prepared_in_eight_bits():
     f = jaxaccum.value_and_grad(loss, 4, prepare=lambda w: w.astype(jnp.float8_e4m3fn))
     value, grad = f(jnp.ones(3), jnp.ones((4, 3)))
     assert value == 3 and grad.dtype == jnp.float32
-    close(grad, jnp.ones(3))
+    assert_close(grad, jnp.ones(3))

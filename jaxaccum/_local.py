@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxaccum import _accumulator, _checks, _loss, _mesh, _split
-from jaxaccum._accumulator import Weighted
+from jaxaccum import _checks, _loss, _mesh, _split
 from jaxaccum._roles import Roles
 from jaxaccum._sync import MappedAxis
 
@@ -69,9 +68,7 @@ def local_value_and_grad(
         if value.weight is None:
             value = value.total
         else:
-            grads = _accumulator.mean(
-                Weighted(grads, jnp.asarray(value.weight).astype(_accumulator.weight_dtype())), grads
-            )
+            grads = _loss.mean_gradient(value, grads)
         result = ((value, aux) if has_aux else value), grads
         return jax.tree.map(lambda x: jnp.asarray(x)[None], result)
 

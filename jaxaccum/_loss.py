@@ -44,3 +44,9 @@ def mean(loss: Weighted) -> jax.Array:
     weight = jnp.asarray(loss.weight).astype(_accumulator.weight_dtype())
     value = _accumulator.mean(Weighted(loss.total, weight), loss.total)
     return jnp.where(weight == 0, jnp.zeros_like(value), value)
+
+
+def mean_gradient(loss: Weighted, grads: Tree) -> Tree:
+    """The gradient of a `Weighted` loss's mean, from that of its total."""
+    weight = jnp.asarray(loss.weight).astype(_accumulator.weight_dtype())
+    return _accumulator.mean(Weighted(grads, weight), grads)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxaccum import _accumulator, _checks, _local, _loss, _micro_step
+from jaxaccum import _checks, _local, _loss, _micro_step
 from jaxaccum._accumulator import Weighted
 from jaxaccum._micro_step import Config
 from jaxaccum._state import MultiStepsState
@@ -285,4 +285,4 @@ def _gradient(config, fun, params, args):
     (value, _), grads = _loss.value_and_grad(loss)(config.sync.local(params), *args)
     if value.weight is None or config.should_skip_update_fn is None:
         return value, grads, value.weight is not None
-    return value, _accumulator.mean(Weighted(grads, value.weight), grads), False  # The rule judges mean gradients.
+    return value, _loss.mean_gradient(value, grads), False  # The rule judges mean gradients.

@@ -1,13 +1,11 @@
 """pmap and shard_map: P devices against one with the big batch, in float64, and the collectives, counted."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from devices import DEVICES, K, assert_close, batch, big_batch, big_loss, inner, loss, params, split
+from devices import DEVICES, K, assert_close, batch, big_batch, big_loss, inner, loss, params, reductions, split
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -171,14 +169,6 @@ def test_a_value_is_averaged_over_the_devices(form):
     values, weights = jnp.arange(8.0), jnp.arange(8.0)
     (got,) = mapped(form, train, (None, 0, 0, 0), (None,))(jnp.array(0.0), values, values, weights)
     np.testing.assert_allclose(got, 140 / 28, rtol=1e-6)
-
-
-def reductions(program):
-    """How many all-reduces a compiled program has: (in the entry computation, in loops and branches)."""
-    computations = program.as_text().split("\n\n")
-    counts = [len(re.findall(r" all-reduce(?:-start)?\(", computation)) for computation in computations]
-    entry = sum(n for n, text in zip(counts, computations, strict=True) if text.lstrip().startswith("ENTRY"))
-    return entry, sum(counts) - entry
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -1,13 +1,11 @@
 """jit on a mesh: its data axis against one device with the big batch, in float64, Auto and Explicit axes alike."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from devices import K, assert_close, batch, big_batch, big_loss, inner, loss, params, split
+from devices import K, assert_close, batch, big_batch, big_loss, inner, loss, params, reductions, split
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -151,15 +149,6 @@ def test_a_micro_batch_is_dropped_on_its_device_alone_on_a_mesh():
     assert state.dropped.tolist() == [0, 0, 0, 0, 0, 1, 0, 0]
 
 
-def all_reduces(program):
-    """[in the entry computation, in loops and branches]: the sizes of the groups of the all-reduces."""
-    found = [[], []]
-    for computation in program.as_text().split("\n\n"):
-        inside = not computation.lstrip().startswith("ENTRY")
-        found[inside] += re.findall(r" all-reduce(?:-start)?\(.*?replica_groups=(\S+?),? ", computation)
-    return found
-
-
 def test_the_sync_on_a_mesh_is_once_a_window():
     """Catches a reduction in every micro-step: it changes no number."""
     mesh, data_axis, _ = make("data", "auto")
@@ -171,13 +160,13 @@ def test_the_sync_on_a_mesh_is_once_a_window():
         step = jax.jit(lambda p, s, x: tx.micro_step(loss, p, s, x, boundary=boundary))
         return step.lower(p, state, data).compile()
 
-    assert all_reduces(program(False)) == [[], []]
-    entry, inside = all_reduces(program(True))
+    assert reductions(program(False)) == (0, 0)
+    entry, inside = reductions(program(True))
     assert entry and not inside
-    entry, inside = all_reduces(program(None))
+    entry, inside = reductions(program(None))
     assert inside and not entry
     window = jax.jit(jaxaccum.value_and_grad(loss, K, mesh=mesh)).lower(p, data).compile()
-    entry, inside = all_reduces(window)
+    entry, inside = reductions(window)
     assert entry and not inside
 
 

@@ -8,3 +8,4 @@ from jaxaccum._schedule import AccumulationSchedule as AccumulationSchedule
 from jaxaccum._state import MultiStepsState as MultiStepsState
 from jaxaccum._state import set_every_k as set_every_k
 from jaxaccum._value_and_grad import value_and_grad as value_and_grad
+from jaxaccum._zero import zero_sharding as zero_sharding

@@ -66,6 +66,7 @@ class _Selection(NamedTuple):
 def init(config: Config, params: Tree) -> MultiStepsState:
     """A state with nothing pending; no two leaves of it and of `params` share a buffer."""
     _checks.available("accumulator_dtype", config.accumulator_dtype)
+    _checks.placed(params, config.sync)
     gradient_step = jnp.zeros((), jnp.int32)
     if callable(config.every_k):
         _checks.scheduled_k(config.every_k(gradient_step))
@@ -76,7 +77,7 @@ def init(config: Config, params: Tree) -> MultiStepsState:
     state = MultiStepsState(
         mini_step=jnp.zeros((), jnp.int32),
         gradient_step=gradient_step,
-        inner_opt_state=config.opt.init(params),
+        inner_opt_state=config.sync.spread(config.opt.init(params)),
         acc_grads=local(_accumulator.init(params, config.accumulator_dtype)),
         skip_state=skip_state,
         weight=local(_zero()),
@@ -208,7 +209,7 @@ def _emit(config, state, params, grads, window, extra_args, output, closed):
             wide = jnp.float32 if config.accumulator_dtype is None else config.accumulator_dtype
             args = (mean, grads, state.inner_opt_state, params, extra_args | means, wide)
             updates, inner = _inner.update(config.inner, *args)
-            return output.close(updates), inner
+            return config.sync.whole(output.close(updates)), config.sync.spread(inner)
 
         if not window.may_be_empty:
             return *step(), None

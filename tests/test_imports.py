@@ -18,6 +18,7 @@ PUBLIC = {
     "local_value_and_grad",
     "set_every_k",
     "value_and_grad",
+    "zero_sharding",
 }
 
 

@@ -195,6 +195,28 @@ def test_bad_input_on_a_mesh_is_refused(make_it, message):
         make_it(mesh)
 
 
+def test_a_prepare_that_gathers_what_is_whole_is_refused():
+    """Catches a parameter repeated for every device."""
+    mesh, _, _ = make("data", "auto")
+    gather = lambda p: jax.tree.map(lambda x: jax.lax.all_gather(x, "data", tiled=True), p)
+    f = jaxaccum.value_and_grad(lambda p, x: jnp.mean(x["x"]) * p["w"].sum(), K, prepare=gather, mesh=mesh)
+    with pytest.raises(ValueError, match=r"prepare gathers over data_axis=\('data',\).*Leave the gather out"):
+        jax.jit(f)(params(), batch())
+
+
+def test_parameters_on_another_device_are_refused():
+    """Catches parameters that jax would move, or a message about a computation that nobody wrote."""
+    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
+    p = jax.device_put(params(), jax.devices()[5])
+    for call in (
+        lambda: jaxaccum.MultiSteps(optax.sgd(1.0), 2, mesh=mesh).init(p),
+        lambda: jaxaccum.value_and_grad(loss, K, mesh=mesh)(p, batch()),
+        lambda: jaxaccum.local_value_and_grad(loss, mesh=mesh)(p, batch()),
+    ):
+        with pytest.raises(ValueError, match=r"\['b'\] lies on .*5.*not among the mesh's 4 devices"):
+            call()
+
+
 def test_a_mesh_that_is_none_is_refused():
     """Catches a shape given for a mesh."""
     with pytest.raises(TypeError, match=r"mesh must be a jax.sharding.Mesh.*got \(8,\)"):

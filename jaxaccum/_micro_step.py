@@ -86,7 +86,7 @@ def init(config: Config, params: Tree) -> MultiStepsState:
         updated=jnp.zeros((), jnp.bool_),
         dropped=local(jnp.zeros((), jnp.int32)),
     )
-    return _inner.unshared(state, params)
+    return config.sync.settled(_inner.unshared(state, params))
 
 
 def run(

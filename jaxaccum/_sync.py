@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxaccum import _shards
@@ -66,6 +66,10 @@ class OneDevice:
     def whole(self, tree: Tree) -> Tree:
         """`tree`, made of joined sums, laid out as parameters are."""
         return tree
+
+    def settled(self, state: Tree) -> Tree:
+        """`state` where the steps to come will leave it."""
+        return state
 
     def like(self, tree: Tree, params: Tree) -> Tree:
         """Joined sums `tree`, laid out as jax's types say that `params` are."""
@@ -164,6 +168,10 @@ class MappedAxis:
         """`tree`: joined sums are whole on every device."""
         return tree
 
+    def settled(self, state: Tree) -> Tree:
+        """`state` where the steps to come will leave it."""
+        return state
+
     def like(self, tree: Tree, params: Tree) -> Tree:
         """`tree`: joined sums lie as the parameters do."""
         del params
@@ -237,6 +245,18 @@ class MeshAxis:
         """`tree`, made of joined sums, laid out as parameters are: on every device."""
         lay = lambda x: _shards.lay(x, self.mesh, self.names, None)
         return jax.tree.map(lay, tree) if self.scatter else tree
+
+    def settled(self, state: Tree) -> Tree:
+        """`state` with what lies on no particular device put on every one of the mesh, where a step would leave it.
+
+        Under jit that is for jax to say; elsewhere a step would compile twice, for a fresh state and for its own.
+        """
+
+        def leaf(x):
+            fresh = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and not x.committed
+            return jax.device_put(x, NamedSharding(self.mesh, P())) if fresh else x
+
+        return jax.tree.map(leaf, state)
 
     def like(self, tree: Tree, params: Tree) -> Tree:
         """Joined sums `tree`, laid out as jax's types say that `params` are."""

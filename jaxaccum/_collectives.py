@@ -95,6 +95,10 @@ def _found(module: _hlo.Module, mesh: Any) -> tuple[Collective, ...]:
 
     @functools.cache
     def inside(computation: str) -> tuple[Collective, ...]:
+        if computation not in own:
+            raise ValueError(
+                f"compiled is cut short: the computation {computation} is called, but it is not in the text."
+            )
         reached.add(computation)
         found: list[Collective] = []
         for instruction, collective in own[computation]:

@@ -67,6 +67,9 @@ def devices(opcode: str, attributes: str, replicas: int, partitions: int) -> Gro
     else:  # Partitions', and each replica is by itself.
         numbered = pairs or groups or [range(partitions)]
         found = [[r * partitions + p for p in group] for r in range(replicas) for group in numbered]
+    strange = [device for group in found for device in group if device >= replicas * partitions]
+    if strange:
+        raise ValueError(f"{opcode} takes in device {strange[0]}, but the program has {replicas * partitions}.")
     order = tuple if opcode == "collective-permute" else sorted
     return tuple(sorted(tuple(order(group)) for group in found))
 

@@ -1,7 +1,6 @@
-"""What the tests of several devices share: a ragged problem, its big batch on one device, and counts of all-reduces."""
+"""What the tests of several devices share: a ragged problem, and its big batch on one device."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -59,11 +58,3 @@ def big_batch(windows):
         updates, state = opt.update(jax.grad(big_loss)(p, data), state, p)
         p = optax.apply_updates(p, updates)
     return p
-
-
-def reductions(program):
-    """How many all-reduces a compiled program has: (in the entry computation, in loops and branches)."""
-    computations = program.as_text().split("\n\n")
-    counts = [len(re.findall(r" all-reduce(?:-start)?\(", computation)) for computation in computations]
-    entry = sum(n for n, text in zip(counts, computations, strict=True) if text.lstrip().startswith("ENTRY"))
-    return entry, sum(counts) - entry

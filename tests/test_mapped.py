@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from devices import DEVICES, K, assert_close, batch, big_batch, big_loss, inner, loss, params, reductions, split
+from devices import DEVICES, K, assert_close, batch, big_batch, big_loss, inner, loss, params, split
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -184,12 +184,13 @@ def test_the_sync_is_once_a_window(form):
             (p, state), _ = jax.lax.scan(step, (p, tx.init(p)), data)
             return p, state.gradient_step
 
-        return mapped(form, train, (None, 0), (None, None)).lower(params(), split(batch(), DEVICES, K)).compile()
+        compiled = mapped(form, train, (None, 0), (None, None)).lower(params(), split(batch(), DEVICES, K)).compile()
+        return jaxaccum.collectives(compiled, mesh=jax.make_mesh((DEVICES,), ("data",)))
 
-    assert reductions(program(False)) == (0, 0)
-    for boundary in (True, None):
-        entry, inside = reductions(program(boundary))
-        assert entry == 0 and inside >= 1  # In the loop of this test, and there in the conditional.
+    assert program(False).all == ()
+    assert len(program(True).all) == program(True).count("all-reduce", axis="data", in_conditional=False) == 1
+    (sync,) = program(None).all
+    assert sync.kind == "all-reduce" and sync.axes == ("data",) and sync.where == ("loop", "conditional")
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -197,8 +198,8 @@ def test_a_windows_sync_is_after_its_loop(form):
     """Catches a reduction of every micro-batch's gradient inside the loop."""
     f = jaxaccum.value_and_grad(loss, K, axis_name="data")
     program = mapped(form, f, (None, 0), (None, None)).lower(params(), split(batch(), DEVICES)).compile()
-    entry, inside = reductions(program)
-    assert entry >= 1 and inside == 0
+    found = jaxaccum.collectives(program, mesh=jax.make_mesh((DEVICES,), ("data",)))
+    assert len(found.all) == found.count("all-reduce", axis="data", in_loop=False, in_conditional=False) == 1
 
 
 def test_a_boundary_that_differs_between_devices_is_refused():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from devices import K, assert_close, batch, big_batch, big_loss, inner, loss, params, reductions, split
+from devices import K, assert_close, batch, big_batch, big_loss, inner, loss, params, split
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -147,25 +147,25 @@ def test_a_micro_batch_is_dropped_on_its_device_alone_on_a_mesh():
     assert state.dropped.tolist() == [0, 0, 0, 0, 0, 1, 0, 0]
 
 
-def test_the_sync_on_a_mesh_is_once_a_window():
-    """Catches a reduction in every micro-step: it changes no number."""
-    mesh, data_axis, _ = make("data", "auto")
-    tx = jaxaccum.MultiSteps(optax.adam(1e-3), K, mesh=mesh)
+@every_mesh
+def test_the_sync_on_a_mesh_is_once_a_window(name, kind):
+    """Catches a reduction over the data axis in every micro-step: it changes no number. The model's own may stay."""
+    mesh, data_axis, devices = make(name, kind)
+    tx = jaxaccum.MultiSteps(optax.adam(1e-3), K, mesh=mesh, data_axis=data_axis)
     p = placed(mesh)
-    state, data = tx.init(p), on_data(mesh, data_axis, batch())
+    state, data = tx.init(p), on_data(mesh, data_axis, batch(0, devices))
 
-    def program(boundary):
-        step = jax.jit(lambda p, s, x: tx.micro_step(loss, p, s, x, boundary=boundary))
-        return step.lower(p, state, data).compile()
+    def over_data(fun, *args):
+        found = jaxaccum.collectives(jax.jit(fun).lower(*args).compile(), mesh=mesh, data_axis=data_axis)
+        return [(one.kind, one.axes, one.where) for one in found.all if set(one.axes) & set(found.data_axes)]
 
-    assert reductions(program(False)) == (0, 0)
-    entry, inside = reductions(program(True))
-    assert entry and not inside
-    entry, inside = reductions(program(None))
-    assert inside and not entry
-    window = jax.jit(jaxaccum.value_and_grad(loss, K, mesh=mesh)).lower(p, data).compile()
-    entry, inside = reductions(window)
-    assert entry and not inside
+    axes = data_axis if isinstance(data_axis, tuple) else (data_axis,)
+    micro_step = lambda boundary: lambda p, s, x: tx.micro_step(loss, p, s, x, boundary=boundary)
+    assert over_data(micro_step(False), p, state, data) == []
+    assert over_data(micro_step(True), p, state, data) == [("all-reduce", axes, ())]
+    assert over_data(micro_step(None), p, state, data) == [("all-reduce", axes, ("conditional",))]
+    window = jaxaccum.value_and_grad(loss, K, mesh=mesh, data_axis=data_axis)
+    assert over_data(window, p, data) == [("all-reduce", axes, ())]
 
 
 @pytest.mark.parametrize(

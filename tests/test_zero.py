@@ -101,6 +101,30 @@ def test_the_update_in_global_code_clips_by_the_true_norm(name, kind):
         assert_close(narrow(new), big_batch([data]))
 
 
+def over_data(compiled, mesh, data_axis="data"):
+    """(kind, axes, whether in a loop) of each collective over a data axis."""
+    found = jaxaccum.collectives(compiled, mesh=mesh, data_axis=data_axis)
+    return sorted((one.kind, one.axes, one.in_loop) for one in found.all if set(one.axes) & set(found.data_axes))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_split_state_costs_a_reduce_scatter_and_a_gather(kind):
+    """Catches an all-reduce, whose other parts nobody needs, and a sync off the boundary."""
+    mesh, devices = make("data", kind)
+    tx = jaxaccum.MultiSteps(optax.adam(1e-3), K, mesh=mesh, reduce="scatter")
+    p = placed(mesh)
+    rows = on_data(mesh, split(batch(0, devices), devices, K)["x"][:, 0].reshape(-1, 3))
+    fun = lambda p, x: jnp.sum((jnp.pad(x, ((0, 0), (0, 13))) @ p["w"]) ** 2)
+    step = jax.jit(lambda p, s, x, b: tx.micro_step(fun, p, s, x, boundary=b), static_argnums=3)
+    program = lambda boundary: over_data(step.lower(p, tx.init(p), rows, boundary).compile(), mesh)
+    assert program(False) == []
+    assert [(kind, loop) for kind, _, loop in program(True)] == [
+        ("all-gather", False),
+        ("all-reduce", False),  # Of the bias, which 8 devices can't share.
+        ("reduce-scatter", False),
+    ]
+
+
 def test_the_state_takes_its_share_of_memory():
     """Catches moments that every device keeps whole."""
     mesh, devices = make("data", "auto")
@@ -127,6 +151,8 @@ def test_parameters_over_an_fsdp_axis_that_is_a_data_axis_are_gathered_once(kind
         value, grads = compiled(p, data)
         want = jax.value_and_grad(big_loss)(params(), batch())
         assert_close((value, narrow(grads)), want)
+        found = over_data(compiled, mesh, axes)
+        assert ("all-gather", ("fsdp",), False) in found and not any(in_loop for _, _, in_loop in found)
         if kind == "explicit" and reduce == "mean":
             assert grads["w"].sharding.is_equivalent_to(shardings["w"], 2)
 

@@ -96,13 +96,26 @@ class MappedAxis:
         return jax.lax.axis_index(self.names)
 
     def local(self, tree: Tree) -> Tree:
-        """`tree` cast to varying over the axis, where jax tracks that."""
+        """`tree` cast to varying over the axis, where jax tracks that.
+
+        Outside of the mapped function, where a pmap script makes its state before it replicates it, it is as it is.
+        """
+        if not self._is_bound():
+            return tree
 
         def leaf(x):
             missing = tuple(name for name in self.names if name not in jax.typeof(x).mat.varying)
             return jax.lax.pcast(x, missing, to="varying") if missing else x
 
         return jax.tree.map(leaf, tree)
+
+    def _is_bound(self) -> bool:
+        """Whether this is called inside the mapped function."""
+        try:
+            self.size()
+        except NameError:
+            return False
+        return True
 
     def joined(self, tree: Tree) -> Tree:
         """The sum over the devices of what is local, in one reduction."""

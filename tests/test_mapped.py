@@ -53,6 +53,19 @@ def test_micro_steps_on_every_device_are_the_big_batch(form):
         assert_close(got, big_batch(windows))
 
 
+def test_a_state_made_outside_of_pmap_is_replicated():
+    """Catches an init that only runs inside the mapped function: flax's scripts make their state before it."""
+    with jax.enable_x64(True):
+        tx = jaxaccum.MultiSteps(inner(), K, axis_name="data")
+        replicated = jax.tree.map(lambda x: jnp.stack([x] * DEVICES), (params(), tx.init(params())))
+        step = jax.pmap(lambda p, state, data: tx.micro_step(loss, p, state, data), axis_name="data")
+        for i in range(K):
+            micro_batch = jax.tree.map(lambda x, i=i: x[:, i], split(batch(), DEVICES, K))
+            _, *replicated = step(*replicated, micro_batch)
+        for device in range(DEVICES):
+            assert_close(jax.tree.map(lambda x, device=device: x[device], replicated[0]), big_batch([batch()]))
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_window_on_every_device_is_the_big_batch(form):
     """Catches a loss or gradient that is one device's own."""

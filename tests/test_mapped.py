@@ -5,31 +5,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from devices import DEVICES, K, assert_close, batch, big_batch, big_loss, inner, loss, params, reductions, split
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
+from devices import (
+    DEVICES,
+    FORMS,
+    K,
+    assert_close,
+    batch,
+    big_batch,
+    big_loss,
+    inner,
+    loss,
+    mapped,
+    params,
+    reductions,
+    split,
+)
 
 import jaxaccum
-
-FORMS = ["pmap", "shard_map", "shard_map without vma"]
-
-
-def mapped(form, fun, in_axes, out_axes):
-    """`fun` on every device, as pmap has it: an axis of 0 is split over the devices, one of None is common to all."""
-    if form == "pmap":
-        return jax.pmap(fun, axis_name="data", in_axes=in_axes, out_axes=out_axes)
-    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
-    specs = lambda axes: tuple(P() if axis is None else P("data") for axis in axes)
-    per_leaf = lambda f, axes, trees: tuple(
-        tree if axis is None else jax.tree.map(f, tree) for axis, tree in zip(axes, trees, strict=True)
-    )
-
-    def body(*args):
-        results = fun(*per_leaf(lambda x: x[0], in_axes, args))
-        return per_leaf(lambda x: x[None], out_axes, results)
-
-    options = {"mesh": mesh, "check_vma": form == "shard_map"}
-    return jax.jit(jax.shard_map(body, in_specs=specs(in_axes), out_specs=specs(out_axes), **options))
 
 
 @pytest.mark.parametrize("form", FORMS)

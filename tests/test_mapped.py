@@ -5,31 +5,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from devices import DEVICES, K, assert_close, batch, big_batch, big_loss, inner, loss, params, split
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
+from devices import (
+    DEVICES,
+    FORMS,
+    K,
+    assert_close,
+    batch,
+    big_batch,
+    big_loss,
+    inner,
+    loss,
+    mapped,
+    params,
+    split,
+)
 
 import jaxaccum
-
-FORMS = ["pmap", "shard_map", "shard_map without vma"]
-
-
-def mapped(form, fun, in_axes, out_axes):
-    """`fun` on every device, as pmap has it: an axis of 0 is split over the devices, one of None is common to all."""
-    if form == "pmap":
-        return jax.pmap(fun, axis_name="data", in_axes=in_axes, out_axes=out_axes)
-    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
-    specs = lambda axes: tuple(P() if axis is None else P("data") for axis in axes)
-    per_leaf = lambda f, axes, trees: tuple(
-        tree if axis is None else jax.tree.map(f, tree) for axis, tree in zip(axes, trees, strict=True)
-    )
-
-    def body(*args):
-        results = fun(*per_leaf(lambda x: x[0], in_axes, args))
-        return per_leaf(lambda x: x[None], out_axes, results)
-
-    options = {"mesh": mesh, "check_vma": form == "shard_map"}
-    return jax.jit(jax.shard_map(body, in_specs=specs(in_axes), out_specs=specs(out_axes), **options))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -51,6 +42,19 @@ def test_micro_steps_on_every_device_are_the_big_batch(form):
         got, steps, values = mapped(form, train, (None, 0), (None, None, 0))(params(), data)
         assert steps == 2 and values.shape == (DEVICES, 2 * K)
         assert_close(got, big_batch(windows))
+
+
+def test_a_state_made_outside_of_pmap_is_replicated():
+    """Catches an init that only runs inside the mapped function: flax's scripts make their state before it."""
+    with jax.enable_x64(True):
+        tx = jaxaccum.MultiSteps(inner(), K, axis_name="data")
+        replicated = jax.tree.map(lambda x: jnp.stack([x] * DEVICES), (params(), tx.init(params())))
+        step = jax.pmap(lambda p, state, data: tx.micro_step(loss, p, state, data), axis_name="data")
+        for i in range(K):
+            micro_batch = jax.tree.map(lambda x, i=i: x[:, i], split(batch(), DEVICES, K))
+            _, *replicated = step(*replicated, micro_batch)
+        for device in range(DEVICES):
+            assert_close(jax.tree.map(lambda x, device=device: x[device], replicated[0]), big_batch([batch()]))
 
 
 @pytest.mark.parametrize("form", FORMS)

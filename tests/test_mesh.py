@@ -5,36 +5,28 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from devices import K, assert_close, batch, big_batch, big_loss, inner, loss, params, split
-from jax.sharding import AxisType, NamedSharding
+from devices import (
+    KINDS,
+    MESHES,
+    K,
+    assert_close,
+    batch,
+    big_batch,
+    big_loss,
+    inner,
+    loss,
+    make,
+    on_data,
+    params,
+    placed,
+    split,
+)
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxaccum
 
-MESHES = {
-    "data": ((8,), ("data",), "data"),
-    "data x model": ((4, 2), ("data", "model"), "data"),
-    "data x fsdp x model": ((2, 2, 2), ("data", "fsdp", "model"), ("data", "fsdp")),
-}
-KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 every_mesh = pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in MESHES for kind in KINDS])
-
-
-def make(name, kind):
-    """(mesh, data axis, number of its devices)."""
-    shape, names, data_axis = MESHES[name]
-    mesh = jax.make_mesh(shape, names, axis_types=(KINDS[kind],) * len(names))
-    return mesh, data_axis, 8 // mesh.shape.get("model", 1)
-
-
-def placed(mesh):
-    """The parameters on the mesh, the matrix split over the model axis if there is one."""
-    matrix = P(None, "model") if "model" in mesh.axis_names else P()
-    return jax.device_put(params(), {"w": NamedSharding(mesh, matrix), "b": NamedSharding(mesh, P())})
-
-
-def on_data(mesh, data_axis, data, dim=0):
-    return jax.device_put(data, NamedSharding(mesh, P(*[None] * dim, data_axis)))
 
 
 @every_mesh

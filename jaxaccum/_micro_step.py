@@ -198,6 +198,10 @@ def apply_output(params: Tree) -> Output:
 
 def _emit(config, state, params, grads, window, extra_args, output, closed):
     """(output, inner state, whether an optimizer step was made): of a window that is `closed`, else unchanged."""
+    # Where every device holds a state of its own, all copies equal, jax counts as varying what comes of it.
+    held = jax.tree.leaves((state.mini_step, state.inner_opt_state, params))
+    same = config.sync.local if any(config.sync.varies(leaf) for leaf in held) else lambda tree: tree
+    branch = lambda pred, close, stay: _inner.branch(pred, lambda: same(close()), lambda: same(stay()))
 
     def close():
         sums, averages = config.sync.joined((window.sums, window.averages))
@@ -214,12 +218,13 @@ def _emit(config, state, params, grads, window, extra_args, output, closed):
         if not window.may_be_empty:
             return *step(), None
         filled = _checks.known(sums.weight != 0)
-        return *_inner.branch(filled, step, unchanged), filled
+        return *branch(filled, step, unchanged), filled
 
     def unchanged():
         return output.stay(), state.inner_opt_state
 
-    result, inner, filled = _inner.branch(closed, close, lambda: (*unchanged(), False if window.may_be_empty else None))
+    none_made = jnp.asarray(False) if window.may_be_empty else None
+    result, inner, filled = branch(closed, close, lambda: (*unchanged(), none_made))
     return result, inner, closed if filled is None else filled
 
 

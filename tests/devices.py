@@ -59,10 +59,11 @@ def inner():
     return optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(0.01))
 
 
-def big_batch(windows):
+def big_batch(windows, start=None):
     """The bare optimizer on each window as one batch, on one device."""
     opt = inner()
-    p, state = params(), opt.init(params())
+    p = params() if start is None else start
+    state = opt.init(p)
     for data in windows:
         updates, state = opt.update(jax.grad(big_loss)(p, data), state, p)
         p = optax.apply_updates(p, updates)

@@ -211,6 +211,15 @@ def test_what_xla_prints_for_gpus_is_read():
     ]
 
 
+def test_a_count_is_of_what_is_all_that_is_asked_for():
+    """Catches a question that counts what another would."""
+    found = jaxaccum.collectives(GPU, mesh=mesh_of(4, 2))
+    assert (found.count(), found.count("all-reduce"), found.count("all-to-all")) == (7, 3, 0)
+    assert (found.count(in_loop=True), found.count(in_loop=False), found.count(in_conditional=True)) == (1, 6, 1)
+    assert (found.count("all-reduce", in_loop=False), found.count(in_loop=True, in_conditional=True)) == (2, 0)
+    assert (found.count(axis="data"), found.count(axis="model"), found.count(axis=("data", "model"))) == (3, 6, 2)
+
+
 def test_every_kind_that_jax_compiles_is_found():
     """Catches a kind misnamed, an axis taken for the other, and sizes of results in the place of operands."""
     mesh = mesh_of(4, 2)
@@ -245,6 +254,7 @@ def test_every_kind_that_jax_compiles_is_found():
     }
     assert found.count("all-gather") == found.count(axis="model") - found.count(axis=both) == 1
     assert found.count(axis="data") == len(found.all) - 1
+    assert "- 1 collective-permute over 'data', 96 B" in str(found)
     assert found.by_axes()[both] == found.by_groups()[ALL] == 1
     assert found.by_axes()["model",] == found.by_groups()[NEIGHBOURS] == 1
 
@@ -302,26 +312,27 @@ def test_loops_and_conditionals_are_told_apart_by_which_is_outside():
     """Catches a loop inside the boundary's branch that passes for a boundary inside the loop, and a lost trip count."""
     mesh = mesh_of(8, names=("data",))
     total = lambda x: jax.lax.psum(x, "data")
-    repeat = lambda fun, k: lambda x: jax.lax.fori_loop(0, k, lambda _, x: fun(x), x)
-    sometimes = lambda fun: lambda x: jax.lax.cond(jax.lax.psum(x[0], "data") > 0, fun, jnp.cos, x)
+    repeat = lambda fun, k: lambda x: jax.lax.fori_loop(0, k, lambda _, x: jnp.sin(fun(x)), x)
+    sometimes = lambda fun: lambda x: jax.lax.cond(x[0] > 0, fun, jnp.cos, x)
 
-    def places(fun):
+    def told(fun):
         found = jaxaccum.collectives(on_shards(mesh, fun, 3), mesh=mesh)
-        # The predicate's own reduction is of one number.
-        return [(one.where, one.trip_counts, one.times) for one in found.all if one.num_bytes > 4], found
+        return [(one.where, one.trip_counts, one.times) for one in found.all], str(found)
 
-    (inside,), found = places(sometimes(repeat(total, 5)))
-    assert inside == (("conditional", "loop"), (5,), 5)
-    assert "in a conditional, there in a loop: at most 5 times a call" in str(found) and "NOT deferred" in str(found)
-    (inside,), found = places(repeat(sometimes(total), 5))
-    assert inside == (("loop", "conditional"), (5,), 5)
-    assert found.count(in_loop=True, in_conditional=True) == found.count(in_loop=True, in_conditional=False) == 1
-    (inside,), _ = places(repeat(repeat(lambda x: jnp.sin(total(x)), 3), 5))
-    assert inside == (("loop", "loop"), (5, 3), 15)
-    unknown = lambda x: jax.lax.while_loop(lambda x: x[1] > 0, lambda x: jnp.sin(total(x)), x)
-    (inside,), found = places(unknown)
-    assert inside == (("loop",), (None,), None)
-    assert "in a loop: how often is not known" in str(found)
+    places, words = told(sometimes(repeat(total, 5)))
+    assert places == [(("conditional", "loop"), (5,), 5)]
+    assert "in a conditional, there in a loop: at most 5 times a call" in words and "NOT deferred" in words
+    places, words = told(repeat(sometimes(total), 5))
+    assert places == [(("loop", "conditional"), (5,), 5)]
+    assert words.endswith("Over 'data' nothing runs but where a conditional decides: the sync is deferred.")
+    places, words = told(lambda x: sometimes(total)(total(x)))
+    assert places == [((), (), 1), (("conditional",), (), 1)]
+    assert "the sync is deferred if a call is a window" in words
+    places, words = told(repeat(repeat(total, 3), 5))
+    assert places == [(("loop", "loop"), (5, 3), 15)] and "15 times a call" in words
+    # XLA does not know how often this is, and the condition is asked in every iteration too.
+    places, words = told(lambda x: jax.lax.while_loop(lambda x: total(x)[0] > 0, jnp.sin, x))
+    assert places == [(("loop",), (None,), None)] and "in a loop: how often is not known" in words
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
@@ -388,12 +399,12 @@ ALL_REDUCE = "all-reduce(%a), channel_id=1, replica_groups={}, use_global_device
         ),
         (
             module(
-                entry="  %b = f32[3145728]{0} broadcast(%a), dimensions={}\n"
-                "  ROOT %r = f32[25165824]{0} all-gather(%b), channel_id=1, replica_groups={}, dimensions={0}, "
+                entry="  %b = f32[32000]{0} broadcast(%a), dimensions={}\n"
+                "  ROOT %r = f32[256000]{0} all-gather(%b), channel_id=1, replica_groups={}, dimensions={0}, "
                 "use_global_device_ids=true"
             ),
             [
-                "- 1 all-gather over 8 devices, 96.0 MiB, outside",
+                "- 1 all-gather over 8 devices, 1000.0 KiB, outside",
                 "nothing is reduced: this program doesn't synchronise.",
             ],
         ),

@@ -11,7 +11,7 @@ import optax
 from jaxaccum import _accumulator, _checks, _inner
 from jaxaccum._accumulator import Weighted
 from jaxaccum._state import MultiStepsState
-from jaxaccum._sync import Sync
+from jaxaccum._sync import MeshAxis, Sync
 
 Tree = Any
 
@@ -77,7 +77,7 @@ def init(config: Config, params: Tree) -> MultiStepsState:
     state = MultiStepsState(
         mini_step=jnp.zeros((), jnp.int32),
         gradient_step=gradient_step,
-        inner_opt_state=config.sync.spread(config.opt.init(params)),
+        inner_opt_state=_inner_state(config, params),
         acc_grads=local(_accumulator.init(params, config.accumulator_dtype)),
         skip_state=skip_state,
         weight=local(_zero()),
@@ -87,6 +87,15 @@ def init(config: Config, params: Tree) -> MultiStepsState:
         dropped=local(jnp.zeros((), jnp.int32)),
     )
     return config.sync.settled(_inner.unshared(state, params))
+
+
+def _inner_state(config: Config, params: Tree) -> Tree:
+    """The inner optimizer's fresh state, laid out as its updates will leave it."""
+    state = config.opt.init(params)
+    if not isinstance(config.sync, MeshAxis):
+        return state
+    # Under jit optax's zeros forget on which explicit axes the parameters lie.
+    return config.sync.spread(_inner.beside_params(config.sync.like, state, params))
 
 
 def run(

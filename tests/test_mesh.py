@@ -127,6 +127,23 @@ def test_the_host_sets_k_on_a_mesh_without_a_compile():
         np.testing.assert_allclose(updates, -np.ones(3))
 
 
+@every_mesh
+@pytest.mark.parametrize(
+    "opt", [optax.adam(0.1), optax.adafactor(0.1), optax.masked(optax.adam(0.1), {"w": True, "b": False})]
+)
+def test_a_jitted_init_keeps_the_layout(name, kind, opt):
+    """Catches accumulators on one device, and moments that jax's types take for whole: the step would not trace."""
+    mesh, data_axis, devices = make(name, kind)
+    tx = jaxaccum.MultiSteps(opt, 2, mesh=mesh, data_axis=data_axis)
+    p = placed(mesh)
+    state = jax.jit(tx.init)(p)
+    step = jax.jit(lambda p, s, x: tx.micro_step(loss, p, s, x))
+    _, new, state = step(p, state, on_data(mesh, data_axis, batch(0, devices)))
+    assert new["w"].sharding.is_equivalent_to(p["w"].sharding, 2)
+    want = NamedSharding(mesh, P(data_axis, *p["w"].sharding.spec))
+    assert state.acc_grads["w"].sharding.is_equivalent_to(want, 3)
+
+
 def test_a_micro_batch_is_dropped_on_its_device_alone_on_a_mesh():
     """Catches a drop that costs the other devices their micro-batch."""
     mesh, _, _ = make("data", "auto")

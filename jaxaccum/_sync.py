@@ -168,6 +168,16 @@ class MeshAxis:
         """The sum over the leading axis: jax makes it a reduction over the data axis."""
         return jax.tree.map(lambda x: jnp.sum(x, axis=0), tree)
 
+    def averaged(self, tree: Tree) -> Tree:
+        """The mean over the leading axis of what floats; the rest must agree, and is the largest."""
+
+        def leaf(x):
+            if jnp.issubdtype(x.dtype, jnp.inexact):
+                return jnp.mean(x, axis=0)
+            return jnp.max(x, axis=0) if jnp.issubdtype(x.dtype, jnp.number) else x[0]
+
+        return jax.tree.map(leaf, tree)
+
     def one(self, tree: Tree) -> Tree:
         """Shapes and dtypes of a local tree as one device has it."""
         return jax.eval_shape(self.joined, tree)

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxaccum._schedule import AccumulationSchedule
 from jaxaccum._integers import positive_int
+from jaxaccum._schedule import AccumulationSchedule
 from jaxaccum.callbacks import Callback, GradientAccumulationScheduler
 from jaxaccum.loggers import JSONLLogger
 

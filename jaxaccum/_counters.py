@@ -15,6 +15,7 @@ class Counters:
       samples_seen: the examples in them.
       window_step: the micro-steps in the open window.
       window_samples: the examples in it.
+      effective_batch: the examples in the last window that was closed.
       every_k: K.
     """
 
@@ -25,4 +26,5 @@ class Counters:
     samples_seen: int = 0
     window_step: int = 0
     window_samples: int = 0
+    effective_batch: int = 0
     every_k: int = 1

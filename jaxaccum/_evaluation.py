@@ -42,7 +42,10 @@ class Evaluation:
                 sums = self._zeros(params, model_state, *piece) if sums is None else sums
                 sums = self._add(sums, params, model_state, *piece)
         if sums is None:
-            raise ValueError("val_loader gave no batch; pass one that does, or limit_val_batches=0 for no validation.")
+            raise ValueError(
+                "val_loader gave no batch: pass something that can be iterated again and again, such as a list, "
+                "or limit_val_batches=0 for no validation."
+            )
         return {f"val_{name}": _outputs.mean([part]) for name, part in sums.items()}
 
     def _zeros(self, *args: Any) -> Logs:

@@ -61,8 +61,8 @@ def batches(loader: Iterable[Any], limit: int | float, name: str) -> int | None:
     return max(1, int(known * limit)) if limit else 0
 
 
-def interval(value: int | float, epoch: int | None, name: str) -> float:
-    """Every how many micro-steps something is due, out of the epoch's; infinite: at its end alone.
+def validation_interval(value: int | float, epoch: int | float) -> int | float:
+    """Every how many micro-steps of an epoch of `epoch` validation is due; infinite: at the epoch's end alone.
 
     Raises:
       ValueError: if `value` is a fraction of a length that is not known.
@@ -71,6 +71,8 @@ def interval(value: int | float, epoch: int | None, name: str) -> float:
         return value
     if value == 1.0:
         return math.inf
-    if epoch is None:
-        raise ValueError(f"{name}={value} is a fraction of an epoch whose length is not known; pass an int.")
+    if math.isinf(epoch):
+        raise ValueError(
+            f"val_check_interval={value} is a fraction of an epoch whose length is not known; pass an int."
+        )
     return max(1, int(epoch * value))

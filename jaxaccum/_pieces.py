@@ -96,8 +96,8 @@ def _logs(value: Weighted, metrics: dict[str, Any], batch: Tree, present: Any) -
     def sums(name, entry):
         if jnp.ndim(entry.total) or jnp.ndim(entry.weight):
             raise ValueError(
-                f"metric {name!r} must be a scalar or a Weighted of two, got a total of shape {jnp.shape(entry.total)}; "
-                "reduce it in the loss."
+                f"metric {name!r} must be a scalar or a Weighted of two, got a total of shape "
+                f"{jnp.shape(entry.total)}; reduce it in the loss."
             )
         counted = jnp.where(present, wide(entry.weight), 0)
         return Weighted(jnp.where(counted == 0, 0, wide(entry.total)), counted)
@@ -114,8 +114,8 @@ def _examples(batch: Tree) -> int:
     lengths = {shape[:1] for shape in shapes.values()}
     if len(lengths) != 1 or lengths == {()}:
         raise ValueError(
-            f"a plain loss counts for its number of examples, but the batch's leaves have no one leading length: {shapes}. "
-            "Return a jaxaccum.Weighted to say what the batch counts for."
+            "a plain loss counts for its number of examples, but the batch's leaves have no one leading length: "
+            f"{shapes}. Return a jaxaccum.Weighted to say what the batch counts for."
         )
     return lengths.pop()[0]
 

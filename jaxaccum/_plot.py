@@ -15,7 +15,10 @@ def draw(history: Sequence[dict[str, float]], path: str | os.PathLike[str] | Non
     names = dict.fromkeys(itertools.chain.from_iterable(history))
     for name in (name for name in names if name.endswith("loss")):
         _curve(panels[0], history, name, label=name)
-    for axes, name, label in ((panels[1], "accumulate_grad_batches", "K"), (panels[2], "effective_batch_size", "batch")):
+    for axes, name, label in (
+        (panels[1], "accumulate_grad_batches", "K"),
+        (panels[2], "effective_batch_size", "batch"),
+    ):
         _curve(axes, history, name, drawstyle="steps-pre")
         axes.set_ylabel(label)
     panels[0].set_ylabel("loss")

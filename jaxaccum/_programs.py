@@ -20,6 +20,7 @@ from jaxaccum.task import Task
 
 Tree = Any
 
+
 class Pending(NamedTuple):
     """What an open window holds, on P devices each its own: all of its arrays but `index` are (P, ...) then.
 
@@ -36,7 +37,7 @@ class Pending(NamedTuple):
     index: Any
 
 
-class TrainState(NamedTuple):
+class FitState(NamedTuple):
     """All arrays of a run. Each micro-step donates them: to keep one beyond it, copy it.
 
     Attributes:
@@ -74,7 +75,7 @@ class Programs:
         # K is the host's to know: every call says whether it is a boundary.
         self._tx = MultiSteps(optimizer, 1, nonfinite=nonfinite, **self._sync.options())
 
-    def initial(self, batch: Tree) -> TrainState:
+    def initial(self, batch: Tree) -> FitState:
         """The state at the start of a run, on the devices, and the programs for it.
 
         Args:
@@ -86,7 +87,7 @@ class Programs:
         # Copied: every step donates them, and init may return arrays that the caller keeps.
         params, model_state = jax.device_put(made, self._strategy.common, may_alias=False)
         _checks.differentiable(params)
-        sums = self._tx.init(params)
+        sums: Any = self._tx.init(params)
         _refuse_multi_steps(sums.inner_opt_state)
         # Copied: on one device what is local is the common state itself, which can't be donated twice.
         own = jax.tree.map(jnp.copy, self._sync.local(model_state))
@@ -94,12 +95,12 @@ class Programs:
         piece, *_ = self._strategy.pieces([batch])
         _, _, logs, _ = jax.eval_shape(self._gradients, params, own, *piece, pending.index)
         pending = pending._replace(logs=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), logs))
-        state = TrainState(params, sums.inner_opt_state, model_state, pending)
+        state = FitState(params, sums.inner_opt_state, model_state, pending)
         shardings = self._shardings(state)
         self._compile(shardings)
         return jax.device_put(state, shardings)
 
-    def _shardings(self, state: TrainState) -> TrainState:
+    def _shardings(self, state: FitState) -> FitState:
         common, local = self._strategy.common, self._strategy.local
         everywhere = lambda tree, sharding: jax.tree.map(lambda _: sharding, tree)
         sums = everywhere(state.pending.sums, common)._replace(
@@ -111,17 +112,18 @@ class Programs:
         pending = Pending(
             sums, everywhere(state.pending.logs, local), everywhere(state.pending.model_state, local), common
         )
-        return TrainState(*(everywhere(tree, common) for tree in state[:3]), pending)
+        params, opt_state, model_state = (everywhere(tree, common) for tree in state[:3])
+        return FitState(params, opt_state, model_state, pending)
 
-    def _compile(self, shardings: TrainState) -> None:
+    def _compile(self, shardings: FitState) -> None:
         common, local = self._strategy.common, self._strategy.local
         self._accumulate = jax.jit(self._add_piece, donate_argnums=1, out_shardings=(shardings.pending, local))
         self._step = jax.jit(self._close_with, donate_argnums=0, out_shardings=(shardings, local, common))
         self._flush = jax.jit(self._close, donate_argnums=0, out_shardings=(shardings, common))
 
     def run(
-        self, state: TrainState, pieces: Sequence[Piece], boundary: bool, share: jax.Array | None
-    ) -> tuple[TrainState, Outputs, dict[str, jax.Array] | None]:
+        self, state: FitState, pieces: Sequence[Piece], boundary: bool, share: jax.Array | None
+    ) -> tuple[FitState, Outputs, dict[str, jax.Array]]:
         """One micro-step.
 
         Args:
@@ -134,17 +136,17 @@ class Programs:
           (state, the micro-step's loss and metrics, at a boundary the window's means).
         """
         params, opt_state, model_state, pending = state
-        outputs, means = [], None
+        outputs, means = [], {}
         for piece in pieces if not boundary else pieces[:-1]:
             pending, logs = self._accumulate(params, pending, *piece)
             outputs.append(logs)
-        state = TrainState(params, opt_state, model_state, pending)
+        state = FitState(params, opt_state, model_state, pending)
         if boundary:
             state, logs, means = self._step(state, *pieces[-1], share)
             outputs.append(logs)
         return state, Outputs(outputs), means
 
-    def flush(self, state: TrainState, share: jax.Array | None) -> tuple[TrainState, dict[str, jax.Array]]:
+    def flush(self, state: FitState, share: jax.Array | None) -> tuple[FitState, dict[str, jax.Array]]:
         """An optimizer step on what is pending: (state, the window's means). `state` is donated."""
         return self._flush(state, share)
 
@@ -173,7 +175,7 @@ class Programs:
         """The state after a window: the model's state is every device's again."""
         model_state = self._sync.averaged(pending.model_state)
         pending = pending._replace(model_state=self._sync.local(model_state))
-        return TrainState(params, opt_state, model_state, pending)
+        return FitState(params, opt_state, model_state, pending)
 
     def _means(self, logs: Logs) -> dict[str, jax.Array]:
         """The window's weighted means; NaN where it weighs nothing."""
@@ -205,6 +207,7 @@ class Programs:
         )
         return params, sums.inner_opt_state, pending, logs
 
+
 def _refuse_multi_steps(opt_state: Tree) -> None:
     is_wrapper = lambda node: isinstance(node, (MultiStepsState, optax.MultiStepsState))
     if any(is_wrapper(node) for node in jax.tree.leaves(opt_state, is_leaf=is_wrapper)):
@@ -212,4 +215,3 @@ def _refuse_multi_steps(opt_state: Tree) -> None:
             "the task's optimizer accumulates by itself: it holds a MultiSteps. Pass the optimizer without it, and K "
             "to the Trainer as accumulate_grad_batches."
         )
-

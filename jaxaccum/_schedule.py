@@ -52,7 +52,7 @@ class AccumulationSchedule(Mapping[int, int]):
         return max(((start, k) for start, k in self._entries.items() if start <= epoch), default=(0, 1))[1]
 
     def optimizer_steps(self, epochs: int, micro_steps: int) -> int:
-        """How many optimizer steps the first `epochs` epochs make, of `micro_steps` each, whose last window may be short.
+        """How many optimizer steps the first `epochs` epochs make, of `micro_steps` each; the last window may be short.
 
         Raises:
           TypeError: if either is not an integer.

@@ -63,10 +63,8 @@ class Strategy:
         if name not in NAMES:
             raise ValueError(f"strategy must be one of {NAMES}, got {name!r}.")
         available = jax.devices()
-        if devices == "auto":
-            count = 1 if name == "single" else len(available)
-        else:
-            count = positive_int(devices, "devices")
+        every = 1 if name == "single" else len(available)
+        count = every if devices == "auto" else positive_int(devices, "devices")
         if count > len(available):
             raise ValueError(f"devices={count}, but there are only {len(available)}: {available}; pass devices='auto'.")
         if name == "single" and count > 1:
@@ -82,7 +80,7 @@ class Strategy:
             self.common, self.local = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
         self.size = count
         self.group = count if self.name == "ddp" else 1  # loader batches in a micro-step
-        self._places: dict[Place, jax.Array] = {}
+        self._constants: dict[Any, jax.Array] = {}
         # A CPU has a host's arrays in its memory already, and jit takes them faster than device_put does.
         self._puts = count > 1 or available[0].platform != "cpu"
 
@@ -94,7 +92,7 @@ class Strategy:
             pieces = [self._run(list(run)) for _, run in itertools.groupby(batches, key=_signature)]
         else:
             pieces = self._split(batches[0])
-        return [Piece(self._put(piece.batch), self._place(piece.place)) for piece in pieces]
+        return [Piece(self._put(piece.batch), self.constant(piece.place, np.int32)) for piece in pieces]
 
     def _run(self, run: list[Tree]) -> Piece:
         """Batches of one shape, one for each device."""
@@ -110,21 +108,20 @@ class Strategy:
         if whole:
             pieces.append(Piece(jax.tree.map(lambda x: x[:whole], batch), Place(0, self.size, 0 if rest else 1)))
         if rest:
-            repeated = jax.tree_util.tree_map_with_path(lambda path, x: _concatenate(path, [x[whole:]] * self.size), batch)
+            repeated = jax.tree_util.tree_map_with_path(
+                lambda path, x: _concatenate(path, [x[whole:]] * self.size), batch
+            )
             pieces.append(Piece(repeated, Place(self.size if whole else 0, 1, 1)))
         return pieces
 
     def _put(self, batch: Tree) -> Tree:
         return jax.device_put(batch, self.local) if self._puts else batch
 
-    def _place(self, place: Place) -> jax.Array:
-        if place not in self._places:
-            self._places[place] = self.scalar(place, np.int32)
-        return self._places[place]
-
-    def scalar(self, value: Any, dtype: Any) -> jax.Array:
-        """`value`, a scalar or a few, on every device."""
-        return jax.device_put(np.asarray(value, dtype), self.common)
+    def constant(self, value: float | tuple[int, ...], dtype: Any) -> jax.Array:
+        """`value` on every device, where it stays: sending the few that there are anew would cost each call."""
+        if value not in self._constants:
+            self._constants[value] = jax.device_put(np.asarray(value, dtype), self.common)
+        return self._constants[value]
 
 
 def length(batch: Tree) -> int:
@@ -148,8 +145,8 @@ def _signature(batch: Tree) -> Any:
 def _concatenate(path: Any, leaves: Sequence[Any]) -> Any:
     if not np.shape(leaves[0]):
         raise ValueError(
-            f"batch{jax.tree_util.keystr(path)} is a scalar and can't be spread over several devices; give it one entry "
-            "for each example."
+            f"batch{jax.tree_util.keystr(path)} is a scalar and can't be spread over several devices; give it one "
+            "entry for each example."
         )
     on_device = any(isinstance(leaf, jax.Array) for leaf in leaves)
     return jnp.concatenate(leaves) if on_device else np.concatenate(leaves)

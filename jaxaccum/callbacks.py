@@ -1,4 +1,4 @@
-"""Callbacks: they observe a `Trainer`, ask it to stop, or ask for K. The sums of a window are none of their business."""
+"""Callbacks: they observe a `Trainer`, ask it to stop, or ask for K. They never touch the sums of a window."""
 
 import math
 import time
@@ -160,9 +160,7 @@ class EarlyStopping(Callback):
         return {"best": self.best, "wait": self.wait, "stopped_epoch": self.stopped_epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best, self.wait, self.stopped_epoch = (
-            state_dict[name] for name in ("best", "wait", "stopped_epoch")
-        )
+        self.best, self.wait, self.stopped_epoch = (state_dict[name] for name in ("best", "wait", "stopped_epoch"))
 
 
 class LearningRateMonitor(Callback):
@@ -215,9 +213,12 @@ class ProgressBar(Callback):
         self._started = (0.0, 0)  # when the epoch did, and the samples seen by then
         self._done = 0
 
+    def on_train_start(self, trainer: "Trainer", task: "Task") -> None:
+        self._bar = self._tqdm(unit="micro-step")
+
     def on_train_epoch_start(self, trainer: "Trainer", task: "Task") -> None:
         total = trainer.num_training_batches
-        self._bar = self._tqdm(total=None if math.isinf(total) else total, unit="micro-step", mininterval=0)
+        self._bar.reset(None if math.isinf(total) else total)
         self._started = time.monotonic(), trainer.samples_seen
         self._done = 0
         self._next_draw = 0.0
@@ -233,6 +234,8 @@ class ProgressBar(Callback):
 
     def on_train_epoch_end(self, trainer: "Trainer", task: "Task") -> None:
         self._draw(trainer, time.monotonic())
+
+    def on_train_end(self, trainer: "Trainer", task: "Task") -> None:
         self._close()
 
     def on_exception(self, trainer: "Trainer", task: "Task", error: BaseException) -> None:

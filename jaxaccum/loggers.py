@@ -10,7 +10,7 @@ from jaxaccum import _extras
 
 
 class JSONLLogger:
-    """One JSON object a line, appended to a file: `{"step": 8, "train_loss": 0.5, ...}`.
+    r"""One JSON object a line, appended to a file: `{"step": 8, "train_loss": 0.5, ...}`.
 
     Args:
       path: the file; its folder is made.
@@ -20,7 +20,7 @@ class JSONLLogger:
       >>> path = pathlib.Path(tempfile.mkdtemp()) / "metrics.jsonl"
       >>> JSONLLogger(path).write_scalars(8, {"train_loss": 0.5})
       >>> path.read_text()
-      '{"step": 8, "train_loss": 0.5}\\n'
+      '{"step": 8, "train_loss": 0.5}\n'
     """
 
     def __init__(self, path: str | os.PathLike[str]):

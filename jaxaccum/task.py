@@ -17,15 +17,15 @@ class Task:
 
     Attributes:
       init: `init(key, batch) -> params`; `batch` is the loader's first one. What it returns is copied.
-      loss: `loss(params, batch, key)` returns the micro-batch's mean loss, a floating scalar, or a `Weighted`; or a pair
-        of either and a dict of metrics, each a scalar or a `Weighted`. A plain loss counts for the number of its
+      loss: `loss(params, batch, key)` returns the micro-batch's mean loss, a floating scalar, or a `Weighted`; or a
+        pair of either and a dict of metrics, each a scalar or a `Weighted`. A plain loss counts for the number of its
         examples, the leading length of the batch's leaves; a plain metric counts as the loss does. `key` is the
         micro-batch's own in training, and None in validation: there a loss draws no dropout mask.
       optimizer: an optax transformation for one window. How many micro-batches that is, is the Trainer's to say.
       model_state: whether the model has state that a loss changes, such as batch statistics. Then
         `init(key, batch) -> (params, model_state)`, and `loss(params, model_state, batch, key)` returns
-        `(loss, model_state)` or `(loss, model_state, metrics)`. Within a window it is each device's own; at the boundary
-        its floating leaves are averaged over the devices, and all others must agree.
+        `(loss, model_state)` or `(loss, model_state, metrics)`. Within a window it is each device's own; at the
+        boundary its floating leaves are averaged over the devices, and all others must agree.
 
     Raises:
       TypeError: for an argument that is none of these, at construction.

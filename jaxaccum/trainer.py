@@ -1,24 +1,24 @@
 """The loop: epochs of micro-steps in windows of K, on one device or several."""
 
-import dataclasses
 import itertools
 import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxaccum import _arguments, _limits, _optimizer, _plot
+from jaxaccum import _accumulator, _arguments, _limits, _optimizer, _plot
 from jaxaccum._counters import Counters
 from jaxaccum._evaluation import Evaluation
 from jaxaccum._feed import MicroStep, micro_steps
 from jaxaccum._integers import as_int, positive_int
-from jaxaccum._programs import Programs, TrainState
+from jaxaccum._programs import FitState, Programs
 from jaxaccum._records import Records
+from jaxaccum._run import Run
 from jaxaccum._strategy import Strategy, length
 from jaxaccum.callbacks import Callback, ProgressBar
 from jaxaccum.task import Task
@@ -26,9 +26,10 @@ from jaxaccum.task import Task
 Tree = Any
 
 _ONE_SHOT = (
-    "It is an iterator, which gives its batches once, but there are several epochs: pass something that can be iterated "
-    "again, such as a list, or set limit_train_batches, max_steps or max_epochs=1."
+    "It is an iterator, which gives its batches once, but there are several epochs: pass something that can be "
+    "iterated again, such as a list, or set limit_train_batches, max_steps or max_epochs=1."
 )
+_NOTHING = object()
 
 
 class Trainer:
@@ -131,10 +132,10 @@ class Trainer:
         self._hooks = {name: _overridden(self._callbacks, name) for name in vars(Callback) if name.startswith("on_")}
         self.should_stop = False
         self._at = Counters()
-        self._run: _Run | None = None
+        self._run: Run | None = None
         self._sets_k = False
 
-    def fit(self, task: Task, train_loader: Iterable[Tree], val_loader: Iterable[Tree] | None = None) -> TrainState:
+    def fit(self, task: Task, train_loader: Iterable[Tree], val_loader: Iterable[Tree] | None = None) -> FitState:
         """Trains, from the start.
 
         Args:
@@ -168,7 +169,7 @@ class Trainer:
             self._running.records.flush()
         return self.state
 
-    def validate(self, task: Task, val_loader: Iterable[Tree], state: TrainState | None = None) -> dict[str, float]:
+    def validate(self, task: Task, val_loader: Iterable[Tree], state: FitState | None = None) -> dict[str, float]:
         """The weighted means of loss and metrics over `val_loader`.
 
         Args:
@@ -203,7 +204,7 @@ class Trainer:
         self._running.metrics[name] = self._running.logged[name] = value
 
     @property
-    def state(self) -> TrainState:
+    def state(self) -> FitState:
         """The run's arrays after its last micro-step. The next one donates them."""
         return self._running.state
 
@@ -294,7 +295,7 @@ class Trainer:
             raise ValueError(f"train_loader={train_loader!r} is empty: it gave no batch.")
         optimizer = _optimizer.of_window(task.optimizer, self._gradient_clip_val, self._divide_by_k)
         programs = Programs(task, self._strategy, optimizer, self._nonfinite, self._seed)
-        self._run = _Run(
+        self._run = Run(
             task=task,
             programs=programs,
             evaluation=Evaluation(task, self._strategy),
@@ -312,11 +313,10 @@ class Trainer:
         self.accumulate_grad_batches = self._schedule(at.epoch)
         self._call("on_train_epoch_start")
         self._sets_k = False
-        val_interval = _limits.interval(self._val_check_interval, self.num_training_batches)
         for micro_step in micro_steps(itertools.islice(batches, self._running.epoch_batches), self._strategy):
             self._train_batch(micro_step)
             last = micro_step.last
-            if val_loader is not None and (at.batch_idx % val_interval == 0 or (last and val_interval == math.inf)):
+            if val_loader is not None and self._limit_val_batches and self._validation_is_due(last):
                 self._validate(val_loader)
             if self._finished():
                 break
@@ -343,10 +343,105 @@ class Trainer:
         at.batch_idx += 1
         at.micro_step += 1
         at.samples_seen += micro_step.examples
-        window_samples = self._close_window(means) if boundary else 0
+        if boundary:
+            self._closed(means)
         if self._detect_anomaly:
             self._refuse_anomaly(outputs)
         for hook in self._hooks["on_train_batch_end"]:
             hook(self, run.task, outputs, batch, batch_idx)
         if boundary and self.should_log:
-            self._record(window_samples)
+            self._record()
+
+    def _share(self) -> jax.Array | None:
+        """What to multiply a window's gradient with, if windows are divided by K."""
+        at = self._at
+        share = at.window_step / at.every_k
+        return self._strategy.constant(share, _accumulator.weight_dtype()) if self._divide_by_k else None
+
+    def _closed(self, means: dict[str, jax.Array]) -> None:
+        """Counts an optimizer step."""
+        at = self._at
+        self._running.means = means
+        at.global_step += 1
+        at.window_step = 0
+        at.effective_batch, at.window_samples = at.window_samples, 0
+
+    def _flush_if_asked(self) -> None:
+        """Closes the window that a stop left open."""
+        run = self._running
+        if self._flush_on_stop and self._at.window_step:
+            run.state, means = run.programs.flush(run.state, self._share())
+            self._closed(means)
+            if self.should_log:
+                self._record()
+
+    def _refuse_anomaly(self, outputs: Mapping[str, float]) -> None:
+        """Waits for the device."""
+        at = self._at
+        if np.any(np.asarray(self.state.pending.sums.dropped)):
+            raise FloatingPointError(
+                f"micro-step {at.batch_idx - 1} of epoch {at.epoch} has a NaN or an infinity in its loss "
+                f"({outputs['loss']}) or in its gradient. It was left out of its window; nonfinite='drop' leaves out "
+                "all such micro-batches and goes on."
+            )
+
+    def _record(self) -> None:
+        """Logs the last window, without waiting for it."""
+        run, at = self._running, self._at
+        scalars = self._place() | {"accumulate_grad_batches": at.every_k, "effective_batch_size": at.effective_batch}
+        run.records.add(at.global_step, scalars | run.train_metrics() | run.logged)
+        run.logged = {}
+
+    def _place(self) -> dict[str, int]:
+        """Where in the run a record was made."""
+        at = self._at
+        return {"epoch": at.epoch, "micro_step": at.micro_step, "samples_seen": at.samples_seen}
+
+    def _validation_is_due(self, last: bool) -> bool:
+        interval = _limits.validation_interval(self._val_check_interval, self.num_training_batches)
+        return last if math.isinf(interval) else self._at.batch_idx % interval == 0
+
+    def _validate(self, val_loader: Iterable[Tree]) -> None:
+        """A validation in fit; what is pending stays so."""
+        run = self._running
+        self._call("on_validation_start")
+        results = self._evaluate(run.evaluation, run.state, val_loader)
+        run.metrics |= results
+        run.records.add(self.global_step, self._place() | results)
+        self._call("on_validation_epoch_end")
+        self._call("on_validation_end")
+
+    def _evaluate(self, evaluation: Evaluation, state: FitState, val_loader: Iterable[Tree]) -> dict[str, float]:
+        limit = _limits.batches(val_loader, self._limit_val_batches, "limit_val_batches")
+        return evaluation.run(state.params, state.model_state, itertools.islice(val_loader, limit))
+
+    def _finished(self) -> bool:
+        at = self._at
+        steps_done = self._max_steps != -1 and at.global_step >= self._max_steps
+        return self.should_stop or steps_done or at.epoch >= self._epochs
+
+    @property
+    def _epochs(self) -> int | float:
+        """`max_epochs` with its default; infinite for no end."""
+        if self._max_epochs is None:
+            return 1000 if self._max_steps == -1 else math.inf
+        return math.inf if self._max_epochs == -1 else self._max_epochs
+
+    @property
+    def _running(self) -> Run:
+        if self._run is None:
+            raise RuntimeError("this is known once fit has been called.")
+        return self._run
+
+    def _call(self, hook: str, *args: Any) -> None:
+        for function in self._hooks[hook]:
+            function(self, self._running.task, *args)
+
+
+def _overridden(callbacks: Sequence[Callback], name: str) -> list[Callable[..., None]]:
+    """The callbacks' own methods of that name: a hook that nobody fills costs nothing."""
+    return [
+        getattr(callback, name)
+        for callback in callbacks
+        if getattr(type(callback), name) is not getattr(Callback, name)
+    ]

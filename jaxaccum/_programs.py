@@ -87,33 +87,41 @@ class Programs:
         # Copied: every step donates them, and init may return arrays that the caller keeps.
         params, model_state = jax.device_put(made, self._strategy.common, may_alias=False)
         _checks.differentiable(params)
+        piece, *_ = self._strategy.pieces([batch])
+        args = params, model_state, *piece
+        shardings = self._shardings(*args[:2], *jax.eval_shape(self._begin, *args))
+        self._compile(shardings)
+        begin = jax.jit(self._begin, out_shardings=(shardings.opt_state, shardings.pending))
+        opt_state, pending = begin(*args)
+        return FitState(params, opt_state, model_state, pending)
+
+    def _begin(self, params, model_state, batch, place):
+        """(optimizer state, an empty window)."""
         sums: Any = self._tx.init(params)
         _refuse_multi_steps(sums.inner_opt_state)
-        # Copied: on one device what is local is the common state itself, which can't be donated twice.
-        own = jax.tree.map(jnp.copy, self._sync.local(model_state))
-        pending = Pending(sums._replace(inner_opt_state=None), {}, own, jnp.zeros((), jnp.uint32))
-        piece, *_ = self._strategy.pieces([batch])
-        _, _, logs, _ = jax.eval_shape(self._gradients, params, own, *piece, pending.index)
-        pending = pending._replace(logs=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), logs))
-        state = FitState(params, sums.inner_opt_state, model_state, pending)
-        shardings = self._shardings(state)
-        self._compile(shardings)
-        return jax.device_put(state, shardings)
+        own, index = self._sync.local(jax.tree.map(jnp.copy, model_state)), jnp.zeros((), jnp.uint32)
+        _, _, logs, _ = jax.eval_shape(self._gradients, params, own, batch, place, index)
+        logs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), logs)
+        return sums.inner_opt_state, Pending(sums._replace(inner_opt_state=None), logs, own, index)
 
-    def _shardings(self, state: FitState) -> FitState:
+    def _shardings(self, params, model_state, opt_state, pending) -> FitState:
+        """Where all of it lies: on every device, but for what an open window holds."""
         common, local = self._strategy.common, self._strategy.local
         everywhere = lambda tree, sharding: jax.tree.map(lambda _: sharding, tree)
-        sums = everywhere(state.pending.sums, common)._replace(
-            acc_grads=everywhere(state.pending.sums.acc_grads, local),
+        sums = everywhere(pending.sums, common)._replace(
+            acc_grads=everywhere(pending.sums.acc_grads, local),
             weight=local,
-            averages=everywhere(state.pending.sums.averages, local),
+            averages=everywhere(pending.sums.averages, local),
             dropped=local,
         )
-        pending = Pending(
-            sums, everywhere(state.pending.logs, local), everywhere(state.pending.model_state, local), common
+        return FitState(
+            params=everywhere(params, common),
+            opt_state=everywhere(opt_state, common),
+            model_state=everywhere(model_state, common),
+            pending=Pending(
+                sums, everywhere(pending.logs, local), everywhere(pending.model_state, local), index=common
+            ),
         )
-        params, opt_state, model_state = (everywhere(tree, common) for tree in state[:3])
-        return FitState(params, opt_state, model_state, pending)
 
     def _compile(self, shardings: FitState) -> None:
         common, local = self._strategy.common, self._strategy.local

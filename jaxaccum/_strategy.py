@@ -1,7 +1,7 @@
 """How a loader's batches become micro-steps on devices: one device, or the data axis of a mesh."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -97,7 +97,7 @@ class Strategy:
     def _run(self, run: list[Tree]) -> Piece:
         """Batches of one shape, one for each device."""
         filled = run + [run[-1]] * (self.size - len(run))
-        batch = jax.tree_util.tree_map_with_path(lambda path, *leaves: _concatenate(path, leaves), *filled)
+        batch = _map(lambda *leaves: _concatenate(leaves), *filled)
         return Piece(batch, Place(0, len(run), len(run)))
 
     def _split(self, batch: Tree) -> list[Piece]:
@@ -106,11 +106,9 @@ class Strategy:
         rest = length(batch) - whole
         pieces = []
         if whole:
-            pieces.append(Piece(jax.tree.map(lambda x: x[:whole], batch), Place(0, self.size, 0 if rest else 1)))
+            pieces.append(Piece(_map(lambda x: x[:whole], batch), Place(0, self.size, 0 if rest else 1)))
         if rest:
-            repeated = jax.tree_util.tree_map_with_path(
-                lambda path, x: _concatenate(path, [x[whole:]] * self.size), batch
-            )
+            repeated = _map(lambda x: _concatenate([x[whole:]] * self.size), batch)
             pieces.append(Piece(repeated, Place(self.size if whole else 0, 1, 1)))
         return pieces
 
@@ -142,11 +140,20 @@ def _signature(batch: Tree) -> Any:
     return treedef, [(np.shape(leaf), getattr(leaf, "dtype", None)) for leaf in leaves]
 
 
-def _concatenate(path: Any, leaves: Sequence[Any]) -> Any:
-    if not np.shape(leaves[0]):
-        raise ValueError(
-            f"batch{jax.tree_util.keystr(path)} is a scalar and can't be spread over several devices; give it one "
-            "entry for each example."
-        )
+def _map(fun: Callable[..., Any], *batches: Tree) -> Tree:
+    """`fun` of the batches' leaves, all of which must have examples to be spread over devices."""
+
+    def leaf(path, *leaves):
+        if not np.shape(leaves[0]):
+            raise ValueError(
+                f"batch{jax.tree_util.keystr(path)} is a scalar and can't be spread over several devices; give it one "
+                "entry for each example."
+            )
+        return fun(*leaves)
+
+    return jax.tree_util.tree_map_with_path(leaf, *batches)
+
+
+def _concatenate(leaves: Sequence[Any]) -> Any:
     on_device = any(isinstance(leaf, jax.Array) for leaf in leaves)
     return jnp.concatenate(leaves) if on_device else np.concatenate(leaves)

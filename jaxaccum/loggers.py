@@ -101,8 +101,8 @@ class TensorBoardLogger:
             self._writer.add_scalar(name, value, step)
 
     def flush(self) -> None:
-        """Writes to disk what is buffered."""
-        self._writer.flush()
+        """Writes everything to disk; what comes later goes to a further file."""
+        self._writer.close()  # Its own flush passes over what its thread has not taken up yet.
 
 
 def _made(path: str | os.PathLike[str]) -> Path:

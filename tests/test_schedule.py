@@ -162,5 +162,5 @@ def test_optimizer_steps_are_counted_epoch_by_epoch(scheduling, epochs, micro_st
 @pytest.mark.parametrize(("epochs", "micro_steps"), [(-1, 3), (1, 0), (1.5, 3), (1, True)])
 def test_optimizer_steps_of_nonsense_are_refused(epochs, micro_steps):
     """Catches a silent 0."""
-    with pytest.raises((TypeError, ValueError), match="epoch|micro_steps"):
+    with pytest.raises((TypeError, ValueError), match=r"epoch|micro_steps"):
         AccumulationSchedule({0: 2}).optimizer_steps(epochs, micro_steps)

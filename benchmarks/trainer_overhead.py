@@ -6,6 +6,7 @@ epoch of micro-steps, and is timed from one of them on, when everything has been
     bare loop           the programs that the Trainer compiles, called in turn
     Trainer             without a progress bar
     Trainer, with bar   as it is by default, the bar drawn into a file
+    Lightning           PyTorch Lightning on a like model, where it is installed, without and with its bar
 
     PYTHONPATH=. python benchmarks/trainer_overhead.py
     PYTHONPATH=. python benchmarks/trainer_overhead.py --micro-steps 800 --repeats 9 --out trainer.json
@@ -13,10 +14,13 @@ epoch of micro-steps, and is timed from one of them on, when everything has been
 """
 
 import contextlib
+import importlib.util
 import json
+import logging
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -93,6 +97,36 @@ def trained(loader: list[Any], k: int, bar: bool) -> float:
     return clock.seconds
 
 
+def lightning(loader: list[Any], k: int, bar: bool) -> float:
+    """Seconds for each micro-step of a fit of PyTorch Lightning."""
+    import torch
+    from lightning import LightningModule, Trainer
+
+    class Module(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(4))
+
+        def training_step(self, batch, batch_idx):
+            if batch_idx == WARMUP:
+                self.start = time.perf_counter()
+            return torch.mean((batch["x"] @ self.weight - batch["y"]) ** 2)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+        def on_train_end(self):
+            self.seconds = (time.perf_counter() - self.start) / (len(loader) - WARMUP)
+
+    module = Module()
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary"), False)
+    trainer = Trainer(max_epochs=1, accelerator="cpu", accumulate_grad_batches=k, enable_progress_bar=bar, **quiet)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        tensors = [{name: torch.from_numpy(x) for name, x in batch.items()} for batch in loader]
+        trainer.fit(module, torch.utils.data.DataLoader(tensors, batch_size=None))
+    return module.seconds
+
+
 def measure(micro_steps: int, k: int, repeats: int) -> dict[str, list[float]]:
     """Each side's seconds for a micro-step, all sides once a round."""
     loader = batches(WARMUP + micro_steps)
@@ -101,6 +135,11 @@ def measure(micro_steps: int, k: int, repeats: int) -> dict[str, list[float]]:
         PLAIN: lambda: trained(loader, k, bar=False),
         BAR: lambda: trained(loader, k, bar=True),
     }
+    if importlib.util.find_spec("lightning") is not None:
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", module="lightning")
+        sides["Lightning"] = lambda: lightning(loader, k, bar=False)
+        sides["Lightning, with bar"] = lambda: lightning(loader, k, bar=True)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, side in sides.items():

@@ -40,7 +40,7 @@ def test_trainer_overhead(tmp_path):
     out = tmp_path / "trainer.json"
     printed = run("trainer_overhead.py", "--micro-steps", "20", "--k", "3", "--repeats", "2", "--out", str(out))
     seconds = json.loads(out.read_text())["seconds"]
-    assert list(seconds) == ["bare loop", "Trainer", "Trainer, with bar"]
+    assert list(seconds)[:3] == ["bare loop", "Trainer", "Trainer, with bar"]
     for side, times in seconds.items():
         assert f"| {side} |" in printed
         assert len(times) == 2 and all(math.isfinite(time) and time > 0 for time in times)

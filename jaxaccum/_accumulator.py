@@ -151,7 +151,10 @@ def _beside(x: jax.Array, scalars: Any) -> jax.Array:
 
 
 def select(pred: Any, new: Tree, old: Tree) -> Tree:
-    """`new` where `pred`, else `old`, leaf by leaf; at once if `pred` is a Python bool."""
+    """`new` where `pred`, else `old`, leaf by leaf; at once if `pred` is a Python bool.
+
+    `pred` is a scalar, or has one for each index of the leaves' leading axis.
+    """
     if isinstance(pred, bool):
         return new if pred else old
-    return jax.tree.map(lambda n, o: n if n.dtype == jax.dtypes.float0 else jnp.where(pred, n, o), new, old)
+    return jax.tree.map(lambda n, o: n if n.dtype == jax.dtypes.float0 else jnp.where(_beside(n, pred), n, o), new, old)

@@ -51,6 +51,20 @@ class AccumulationSchedule(Mapping[int, int]):
         epoch = _epoch(epoch)
         return max(((start, k) for start, k in self._entries.items() if start <= epoch), default=(0, 1))[1]
 
+    def optimizer_steps(self, epochs: int, micro_steps: int) -> int:
+        """How many optimizer steps the first `epochs` epochs make, of `micro_steps` each; the last window may be short.
+
+        Raises:
+          TypeError: if either is not an integer.
+          ValueError: if `epochs` is negative or `micro_steps` is below 1.
+
+        Example:
+          >>> AccumulationSchedule({0: 8, 4: 4, 8: 1}).optimizer_steps(epochs=10, micro_steps=14)
+          52
+        """
+        micro_steps = positive_int(micro_steps, "micro_steps")
+        return sum(-(-micro_steps // self(epoch)) for epoch in range(_epoch(epochs)))
+
     def __getitem__(self, epoch: int) -> int:
         return self._entries[epoch]
 

@@ -231,6 +231,16 @@ class MeshAxis:
             return jax.tree.map(lambda x: _shards.reduce_scatter(x, self.mesh, self.names), tree)
         return jax.tree.map(lambda x: jnp.sum(x, axis=0), tree)
 
+    def averaged(self, tree: Tree) -> Tree:
+        """The mean over the leading axis of what floats; the rest must agree, and is the largest."""
+
+        def leaf(x):
+            if jnp.issubdtype(x.dtype, jnp.inexact):
+                return jnp.mean(x, axis=0)
+            return jnp.max(x, axis=0) if jnp.issubdtype(x.dtype, jnp.number) else x[0]
+
+        return jax.tree.map(leaf, tree)
+
     def one(self, tree: Tree) -> Tree:
         """Shapes and dtypes of a local tree as one device has it."""
         return jax.eval_shape(self.joined, tree)

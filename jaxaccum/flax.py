@@ -1,4 +1,4 @@
-"""Flax adapters: a window for nnx and for linen models, and linen's `TrainState` with weights and boundaries.
+"""Flax adapters: windows and tasks of nnx and linen models, and linen's `TrainState` with weights and boundaries.
 
 Needs flax, which the core does not: `pip install "jaxaccum[flax]"`.
 """
@@ -14,8 +14,10 @@ from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
 
 from jaxaccum import _accumulator, _value_and_grad
+from jaxaccum._accumulator import Weighted
 from jaxaccum._multi_steps import MultiSteps
 from jaxaccum._state import MultiStepsState
+from jaxaccum.task import Task
 
 Tree = Any
 
@@ -151,6 +153,120 @@ def linen_value_and_grad(
         return (loss, (variables, aux) if has_aux else variables), grads
 
     return value_and_grad
+
+
+def linen_task(
+    module: linen.Module,
+    fun: Callable[..., Any],
+    optimizer: optax.GradientTransformation,
+    *,
+    mutable: str | Iterable[str] = (),
+    rngs: str | Iterable[str] = (),
+) -> Task:
+    """A `jaxaccum.Task` that trains a linen model.
+
+    Args:
+      module: the model.
+      fun: `fun(model, batch, train)`, with `model` the module bound to its variables and `train` False in validation,
+        returns what a Task's loss may: a loss, a `jaxaccum.Weighted`, or a pair of either and a dict of metrics. The
+        variables are made by running it.
+      optimizer: as for `Task`.
+      mutable: the collections that a call changes in training, such as "batch_stats".
+      rngs: the random streams that a call draws from in training, such as "dropout".
+
+    Returns:
+      A Task whose parameters are `variables["params"]`, and whose model state is all other collections.
+
+    Example:
+      >>> import flax.linen as nn, jax.numpy as jnp, jaxaccum.flax, optax
+      >>> loss = lambda model, batch, train: jnp.mean(model(batch["x"]) ** 2)
+      >>> task = jaxaccum.flax.linen_task(nn.Dense(1), loss, optax.sgd(0.1))
+      >>> params, model_state = task.init(jax.random.key(0), {"x": jnp.ones((2, 3))})
+      >>> params["kernel"].shape, model_state
+      ((3, 1), {})
+    """
+    mutable = (mutable,) if isinstance(mutable, str) else tuple(mutable)
+    rngs = (rngs,) if isinstance(rngs, str) else tuple(rngs)
+    streams = lambda key, names: {name: jax.random.fold_in(key, i) for i, name in enumerate(names)}
+
+    def init(key, batch):
+        make = linen.init(lambda model, batch: fun(model, batch, True), module)
+        variables = dict(jax.jit(make)(streams(key, ("params", *rngs)), batch))
+        return variables.pop("params"), variables
+
+    def loss(params, model_state, batch, key):
+        train = key is not None
+        apply = linen.apply(fun, module, mutable=list(mutable) if train else False)
+        variables = {"params": params, **model_state}
+        if not train:
+            return _with_state(apply(variables, batch, False), model_state)
+        returned, changed = apply(variables, batch, True, rngs=streams(key, rngs))
+        return _with_state(returned, {**model_state, **changed})
+
+    return Task(init, loss, optimizer, model_state=True)
+
+
+def nnx_task(
+    make: Callable[[nnx.Rngs], Any],
+    fun: Callable[..., Any],
+    optimizer: optax.GradientTransformation,
+    *,
+    wrt: Any = nnx.Param,
+) -> Task:
+    """A `jaxaccum.Task` that trains an nnx model.
+
+    Args:
+      make: `make(rngs)` returns the model.
+      fun: `fun(model, batch)` returns what a Task's loss may: a loss, a `jaxaccum.Weighted`, or a pair of either and a
+        dict of metrics. The model is in `train()` mode in training, with random streams of the micro-batch's own, and
+        in `eval()` mode in validation.
+      optimizer: as for `Task`.
+      wrt: the filter of the variables to train.
+
+    Returns:
+      A Task whose parameters are the `nnx.State` of the variables to train, and whose model state is that of all others
+      except the random streams. `nnx.update(model, state.params, state.model_state)` puts both into a model.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxaccum.flax, optax
+      >>> from flax import nnx
+      >>> loss = lambda model, batch: jnp.mean(model(batch["x"]) ** 2)
+      >>> task = jaxaccum.flax.nnx_task(lambda rngs: nnx.Linear(3, 1, rngs=rngs), loss, optax.sgd(0.1))
+      >>> params, model_state = task.init(jax.random.key(0), {"x": jnp.ones((2, 3))})
+      >>> params["kernel"].shape
+      (3, 1)
+    """
+    # The structure of a model, and of its random streams, is that of any other from the same function.
+    graphdef, _, random, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), wrt, nnx.RngState, ...)
+    streams, structure = jax.tree.flatten(random)
+
+    def init(key, batch):
+        del batch
+        _, params, _, others = nnx.split(make(nnx.Rngs(key)), wrt, nnx.RngState, ...)
+        return params, others
+
+    def loss(params, model_state, batch, key):
+        train = key is not None
+        key = key if train else jax.random.key(0)
+        is_key = lambda stream: jax.dtypes.issubdtype(stream.dtype, jax.dtypes.prng_key)
+        drawn = [
+            jax.random.fold_in(key, i) if is_key(stream) else jnp.zeros(stream.shape, stream.dtype)
+            for i, stream in enumerate(streams)
+        ]
+        model = nnx.merge(graphdef, params, structure.unflatten(drawn), model_state, copy=True)
+        (model.train if train else model.eval)()
+        returned = fun(model, batch)
+        return _with_state(returned, nnx.split(model, wrt, nnx.RngState, ...)[3])
+
+    return Task(init, loss, optimizer, model_state=True)
+
+
+def _with_state(returned: Any, model_state: Tree) -> tuple[Any, ...]:
+    """A loss, or a pair of a loss and metrics, with the model's state put second."""
+    if isinstance(returned, tuple) and not isinstance(returned, Weighted):
+        value, metrics = returned
+        return value, model_state, metrics
+    return returned, model_state
 
 
 class TrainState(train_state.TrainState):

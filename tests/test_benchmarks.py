@@ -36,6 +36,17 @@ def test_transform(tmp_path):
             assert case["difference"][side] < 1e-3  # a lost micro-batch would make it 0.1 and more; NaN fails too
 
 
+def test_trainer_overhead(tmp_path):
+    out = tmp_path / "trainer.json"
+    printed = run("trainer_overhead.py", "--micro-steps", "20", "--k", "3", "--repeats", "2", "--out", str(out))
+    seconds = json.loads(out.read_text())["seconds"]
+    assert list(seconds)[:3] == ["bare loop", "Trainer", "Trainer, with bar"]
+    for side, times in seconds.items():
+        assert f"| {side} |" in printed
+        assert len(times) == 2 and all(math.isfinite(time) and time > 0 for time in times)
+    assert run("trainer_overhead.py", "--table", str(out)) == printed
+
+
 @pytest.mark.parametrize("record", sorted(BENCHMARKS.glob("results/transform-*.json")), ids=lambda path: path.stem)
 def test_the_readme_has_the_table_of_each_record(record):
     assert run("transform.py", "--table", str(record)) in (BENCHMARKS / "README.md").read_text()

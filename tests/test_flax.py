@@ -483,3 +483,60 @@ def test_a_train_state_without_multi_steps_refuses_what_it_would_ignore(option):
     state = jaxaccum.flax.TrainState.create(apply_fn=None, params={"w": jnp.ones(2)}, tx=optax.sgd(1.0))
     with pytest.raises(ValueError, match=rf"{next(iter(option))} can't be used: tx holds no jaxaccum.MultiSteps"):
         state.apply_gradients(grads={"w": jnp.ones(2)}, **option)
+
+
+class Tower(nn.Module):
+    """A linen network with batch statistics and dropout."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.5)(nn.Dense(5)(x))
+        return nn.Dense(2)(nn.Dropout(0.5, deterministic=not train)(x))
+
+
+def linen_tower():
+    loss = lambda model, batch, train: (jnp.mean((model(batch["x"], train) - batch["y"]) ** 2), {"seen": train})
+    return jaxaccum.flax.linen_task(Tower(), loss, optax.sgd(0.1), mutable="batch_stats", rngs="dropout")
+
+
+def nnx_tower():
+    loss = lambda model, batch: (squared_error(model, batch), {"seen": not model.dropout.deterministic})
+    return jaxaccum.flax.nnx_task(NnxTower, loss, optax.sgd(0.1))
+
+
+class NnxTower(nnx.Module):
+    """The same in nnx."""
+
+    def __init__(self, rngs):
+        self.inner, self.outer = nnx.Linear(3, 5, rngs=rngs), nnx.Linear(5, 2, rngs=rngs)
+        self.norm, self.dropout = nnx.BatchNorm(5, momentum=0.5, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.outer(self.dropout(self.norm(self.inner(x))))
+
+
+@pytest.mark.parametrize("make", [linen_tower, nnx_tower], ids=["linen", "nnx"])
+def test_a_task_of_a_flax_model_trains_as_by_hand(make):
+    """Catches statistics that stand still, masks that are shared, and a mode that validation does not switch."""
+    options = {"enable_progress_bar": False, "max_epochs": 1, "strategy": "single", "accumulate_grad_batches": K}
+    task = make()
+    trainer = jaxaccum.Trainer(**options)
+    state = trainer.fit(task, MICRO_BATCHES, MICRO_BATCHES[:1])
+
+    key = jax.random.key(0)
+    params, statistics = task.init(jax.random.fold_in(key, np.uint32(2**32 - 1)), MICRO_BATCHES[0])
+    start, gradients = params, []
+    for i, batch in enumerate(MICRO_BATCHES):
+        args = params, statistics, batch, jax.random.fold_in(key, i)
+        (_, statistics), gradient = jax.value_and_grad(lambda *args: task.loss(*args)[:2], has_aux=True)(*args)
+        gradients.append(gradient)
+    assert_close(state.params, jax.tree.map(lambda p, g: p - 0.1 * g, start, mean_of(gradients)))
+    assert_close(state.model_state, statistics)
+    assert jax.tree.leaves(state.model_state)
+    masked = {float(task.loss(params, statistics, MICRO_BATCHES[0], key)[0]) for key in jax.random.split(key, 3)}
+    assert len(masked) == 3
+    assert float(trainer.callback_metrics["train_seen"]) == 1 and trainer.callback_metrics["val_seen"] == 0
+    again = [task.loss(state.params, state.model_state, MICRO_BATCHES[0], None)[0] for _ in range(2)]
+    assert again[0] == again[1] == pytest.approx(trainer.callback_metrics["val_loss"])
+    two = jaxaccum.Trainer(**options | {"strategy": "ddp", "devices": 2, "accumulate_grad_batches": 2})
+    assert jax.tree.structure(two.fit(task, MICRO_BATCHES)) == jax.tree.structure(state)

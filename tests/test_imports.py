@@ -21,6 +21,7 @@ PUBLIC = {
     "value_and_grad",
     "zero_sharding",
 }
+LAZY = {"Task": "task", "Trainer": "trainer", "callbacks": "callbacks", "loggers": "loggers"}  # name: its module
 
 
 def loaded(statement):
@@ -70,12 +71,22 @@ def test_without_flax_the_core_works_and_the_adapters_say_what_is_missing():
     )
 
 
-@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_the_host_side_is_loaded_when_it_is_asked_for():
+    """Catches a Trainer that `import jaxaccum` loads, one that needs an extra, and a name that `dir` hides."""
+    assert loaded("import jaxaccum").isdisjoint({f"jaxaccum.{module}" for module in LAZY.values()})
+    for name, module in LAZY.items():
+        modules = loaded(f"import jaxaccum\nassert jaxaccum.{name} and {name!r} in dir(jaxaccum)")
+        assert f"jaxaccum.{module}" in modules and modules.isdisjoint(EXTRAS)
+    with pytest.raises(AttributeError, match="'jaxaccum' has no attribute 'Trainr'"):
+        _ = jaxaccum.Trainr
+
+
+@pytest.mark.parametrize("name", sorted({*PUBLIC, *LAZY}))
 def test_the_public_name_is_there_and_documented(name):
     """Catches a name lost from `__init__`, and one without a docstring of its own."""
     public = getattr(jaxaccum, name)
     assert public.__doc__ and "Alias for field" not in public.__doc__
-    assert public.__module__.startswith("jaxaccum")
+    assert getattr(public, "__module__", public.__name__).startswith("jaxaccum")
 
 
 def test_no_other_name_is_public():
@@ -83,4 +94,4 @@ def test_no_other_name_is_public():
     modules = {name for name, value in vars(jaxaccum).items() if type(value) is type(sys)}
     public = {name for name in vars(jaxaccum) if not name.startswith("_")}
     assert public - modules == PUBLIC
-    assert all(vars(jaxaccum)[name].__name__ == f"jaxaccum.{name}" for name in modules)
+    assert all(vars(jaxaccum)[name].__name__ == f"jaxaccum.{name}" for name in modules & public)

@@ -142,3 +142,25 @@ print(sorted({{"jax", "jaxlib", "numpy", "optax"}} & sys.modules.keys()))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("scheduling", "epochs", "micro_steps", "want"),
+    [
+        ({0: 8, 4: 4, 8: 1}, 10, 14, 8 + 16 + 28),
+        ({0: 1}, 3, 7, 21),
+        ({0: 100}, 3, 7, 3),
+        ({1: 2}, 2, 5, 8),
+        ({0: 2}, 0, 5, 0),
+    ],
+)
+def test_optimizer_steps_are_counted_epoch_by_epoch(scheduling, epochs, micro_steps, want):
+    """Catches windows that run on across epochs, and a short one that is not counted."""
+    assert AccumulationSchedule(scheduling).optimizer_steps(epochs, micro_steps) == want
+
+
+@pytest.mark.parametrize(("epochs", "micro_steps"), [(-1, 3), (1, 0), (1.5, 3), (1, True)])
+def test_optimizer_steps_of_nonsense_are_refused(epochs, micro_steps):
+    """Catches a silent 0."""
+    with pytest.raises((TypeError, ValueError), match=r"epoch|micro_steps"):
+        AccumulationSchedule({0: 2}).optimizer_steps(epochs, micro_steps)

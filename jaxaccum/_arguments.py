@@ -1,0 +1,65 @@
+"""What a `Trainer` is given, checked and in one form."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxaccum._integers import positive_int
+from jaxaccum._schedule import AccumulationSchedule
+from jaxaccum.callbacks import Callback, GradientAccumulationScheduler
+from jaxaccum.loggers import JSONLLogger
+
+
+def choice(value: Any, name: str, choices: Sequence[str]) -> str:
+    """`value`, one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {tuple(choices)}, got {value!r}.")
+    return value
+
+
+def callbacks(value: Any) -> tuple[Callback, ...]:
+    """A callback or a sequence of them, as a tuple; at most one of them a `GradientAccumulationScheduler`."""
+    found = (value,) if isinstance(value, Callback) else value
+    if not isinstance(found, Sequence) or not all(isinstance(callback, Callback) for callback in found):
+        raise TypeError(f"callbacks must be a jaxaccum.callbacks.Callback or a sequence of them, got {value!r}.")
+    if sum(isinstance(callback, GradientAccumulationScheduler) for callback in found) > 1:
+        raise ValueError(f"callbacks hold more than one GradientAccumulationScheduler: {found!r}; merge them into one.")
+    return tuple(found)
+
+
+def schedule(accumulate_grad_batches: Any, callbacks: Sequence[Callback]) -> AccumulationSchedule:
+    """K by epoch, from the argument or from a callback."""
+    if isinstance(accumulate_grad_batches, Mapping):
+        given = AccumulationSchedule(accumulate_grad_batches)
+    else:
+        given = AccumulationSchedule({0: positive_int(accumulate_grad_batches, "accumulate_grad_batches")})
+    for callback in callbacks:
+        if isinstance(callback, GradientAccumulationScheduler):
+            if given != {0: 1}:
+                raise ValueError(
+                    f"accumulate_grad_batches={accumulate_grad_batches!r} and a GradientAccumulationScheduler both say "
+                    "what K is: give one of them."
+                )
+            return callback.schedule
+    return given
+
+
+def loggers(value: Any, root: Path) -> tuple[Any, ...]:
+    """A logger, a sequence of them, True for a file under `root`, or False."""
+    if isinstance(value, bool):
+        return (JSONLLogger(root / "metrics.jsonl"),) if value else ()
+    found = tuple(value) if isinstance(value, Sequence) else (value,)
+    for logger in found:
+        if not callable(getattr(logger, "write_scalars", None)):
+            raise TypeError(
+                "logger must be True, False, or an object (or a sequence of them) with write_scalars(step, dict), such "
+                f"as jaxaccum.loggers.JSONLLogger(path), got {logger!r}."
+            )
+    return found
+
+
+def gradient_clip_val(value: Any) -> float | None:
+    """A positive number, or None."""
+    if value is not None and (isinstance(value, (bool, str)) or not value > 0):
+        raise ValueError(f"gradient_clip_val must be None or a number above 0, got {value!r}.")
+    return value

@@ -1,0 +1,78 @@
+"""From a loader to micro-steps: grouped, on their way to the devices ahead of time, the last of an epoch marked."""
+
+import collections
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from jaxaccum._strategy import Piece, Strategy, length
+
+Tree = Any
+
+AHEAD = 2  # micro-steps that are on their way to the devices while one runs
+
+
+class MicroStep(NamedTuple):
+    """What one micro-step runs on.
+
+    Attributes:
+      pieces: what the programs take, one call for each.
+      batches: the loader batches in it.
+      examples: how many examples they hold.
+      last: whether it is the epoch's last.
+    """
+
+    pieces: list[Piece]
+    batches: list[Tree]
+    examples: int
+    last: bool
+
+
+def micro_steps(batches: Iterable[Tree], strategy: Strategy) -> Iterator[MicroStep]:
+    """The micro-steps of an epoch.
+
+    One is held back until it is known whether another follows, so that the last is known where a loader has no
+    length. If the loader raises, what it gave before comes first, and none of that is the last.
+
+    Args:
+      batches: the epoch's loader batches.
+      strategy: groups them and puts them on the devices.
+    """
+    groups = _Groups(iter(batches), strategy.group)
+    ahead: collections.deque[tuple[list[Piece], list[Tree]]] = collections.deque()
+    for group in groups:
+        if len(ahead) > AHEAD:
+            yield _micro_step(ahead.popleft(), last=False)
+        ahead.append((strategy.pieces(group), group))
+    while ahead:
+        step = ahead.popleft()
+        yield _micro_step(step, last=not ahead and groups.error is None)
+    if groups.error is not None:
+        raise groups.error
+
+
+def _micro_step(step: tuple[list[Piece], list[Tree]], last: bool) -> MicroStep:
+    pieces, batches = step
+    return MicroStep(pieces, batches, sum(map(length, batches)), last)
+
+
+class _Groups:
+    """The batches of an iterator in lists of up to `size`; what the iterator raises is kept as `error`, and ends them.
+
+    A group that the error cut short is given up: its batches are not a whole micro-step.
+    """
+
+    def __init__(self, batches: Iterator[Tree], size: int):
+        self._batches, self._size = batches, size
+        self.error: Exception | None = None
+
+    def __iter__(self) -> Iterator[list[Tree]]:
+        while True:
+            try:
+                group = list(itertools.islice(self._batches, self._size))
+            except Exception as error:
+                self.error = error
+                return
+            if not group:
+                return
+            yield group

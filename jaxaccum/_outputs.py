@@ -1,0 +1,41 @@
+"""A micro-step's loss and metrics, left on the device until someone reads them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from jaxaccum._accumulator import Weighted
+
+
+class Outputs(Mapping[str, float]):
+    """Names to numbers: "loss", and the names of the metrics.
+
+    Reading one waits for the device. It is the weighted mean over the micro-step's examples, whatever devices they
+    were on; NaN where nothing has weight.
+
+    Args:
+      parts: the weighted sums of each call that the micro-step took, () or (P,) each.
+    """
+
+    __slots__ = ("_parts",)
+
+    def __init__(self, parts: Sequence[dict[str, Weighted]]):
+        self._parts = parts
+
+    def __getitem__(self, name: str) -> float:
+        return mean([part[name] for part in self._parts])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts[0])
+
+    def __len__(self) -> int:
+        return len(self._parts[0])
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+def mean(sums: Sequence[Weighted]) -> float:
+    """Σ total / Σ weight over the parts and their devices; NaN where nothing has weight."""
+    total, weight = (sum(np.sum(np.asarray(x, np.float64)) for x in parts) for parts in zip(*sums, strict=True))
+    return float(total / weight) if weight else float("nan")

@@ -1,0 +1,130 @@
+"""One piece of a micro-step on each device: its gradient, or its loss alone, before any synchronisation."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from jaxaccum import _accumulator, _checks, _loss, _mesh
+from jaxaccum import task as _task
+from jaxaccum._accumulator import Weighted
+from jaxaccum._strategy import Strategy
+from jaxaccum._sync import MappedAxis, OneDevice
+from jaxaccum.task import Task
+
+Tree = Any
+Logs = dict[str, Weighted]
+
+
+def gradients(
+    task: Task, strategy: Strategy, seed: int, params: Tree, model_state: Tree, batch: Tree, place: Any, index: Any
+) -> tuple[Tree, jax.Array, Logs, Tree]:
+    """A piece's gradient on each device.
+
+    Args:
+      task: what to train.
+      strategy: the devices, P of them.
+      seed: of the key that is folded with the micro-batch's number.
+      params: the parameters.
+      model_state: each device's own, leaves (P, ...).
+      batch: leaves (P·N, ...).
+      place: a `Place`, int32 (3,).
+      index: uint32 scalar, the loader batches before this one.
+
+    Returns:
+      (mean gradient, mean loss, weighted sums of loss and metrics, new model state): on one device as they are, on
+      several with a leading axis for them.
+    """
+
+    def on_device(device, params, model_state, batch, place, index):
+        key = _key(strategy, seed, device.index(), place, index)
+        loss = lambda params: _with_rest(_task.evaluate(task, params, model_state, batch, key))
+        (value, (new_model_state, metrics)), grads = _loss.value_and_grad(loss)(device.local(params))
+        if value.weight is not None:
+            grads = _loss.mean_gradient(value, grads)
+        _check_unchanged(model_state, new_model_state)
+        return grads, _loss.mean(value), _logs(value, metrics, batch, device.index() < place[1]), new_model_state
+
+    return _on_devices(strategy, on_device, (params, model_state, batch, place, index), split=(1, 2))
+
+
+def losses(task: Task, strategy: Strategy, params: Tree, model_state: Tree, batch: Tree, place: Any) -> Logs:
+    """The weighted sums of a piece's loss and metrics in validation, on each device; `model_state` is all devices'."""
+
+    def on_device(device, params, model_state, batch, place):
+        value, _, metrics = _task.evaluate(task, params, model_state, batch, None)
+        value = value if isinstance(value, Weighted) else Weighted(value, None)
+        _checks.total(value.total)
+        return _logs(value, metrics, batch, device.index() < place[1])
+
+    return _on_devices(strategy, on_device, (params, model_state, batch, place), split=(2,))
+
+
+def _on_devices(strategy: Strategy, on_device: Callable[..., Any], args: tuple, split: tuple[int, ...]) -> Any:
+    """`on_device(device, *args)` on each device, which sees its share of the arguments that `split` names."""
+    if isinstance(strategy.sync, OneDevice):
+        return on_device(strategy.sync, *args)
+    device = MappedAxis(strategy.sync.names)
+
+    def body(params, model_state, *args):
+        own = jax.tree.map(lambda x: x[0], model_state) if 1 in split else model_state
+        return jax.tree.map(lambda x: jnp.asarray(x)[None], on_device(device, params, own, *args))
+
+    return _mesh.run(body, strategy.sync, args, {}, split=split, split_dim=0, out_specs=P(strategy.sync.names))
+
+
+def _key(strategy: Strategy, seed: int, device: Any, place: Any, index: Any) -> jax.Array:
+    """The micro-batch's key: by the loader batch, and by the share where several devices have one of it."""
+    key, device = jax.random.key(seed), jnp.asarray(device, jnp.uint32)
+    if strategy.name != "dp":
+        return jax.random.fold_in(key, index + device)
+    return jax.random.fold_in(jax.random.fold_in(key, index), place[0].astype(jnp.uint32) + device)
+
+
+def _with_rest(evaluated: tuple[Any, Tree, dict[str, Any]]) -> tuple[Any, tuple[Tree, dict[str, Any]]]:
+    value, model_state, metrics = evaluated
+    return value, (model_state, metrics)
+
+
+def _logs(value: Weighted, metrics: dict[str, Any], batch: Tree, present: Any) -> Logs:
+    """The weighted sums of a loss and its metrics, in the weights' dtype; zeros where the device has no share."""
+    wide = lambda x: jnp.asarray(x).astype(_accumulator.weight_dtype())
+    weight = wide(_examples(batch) if value.weight is None else value.weight)
+
+    def sums(name, entry):
+        if jnp.ndim(entry.total) or jnp.ndim(entry.weight):
+            raise ValueError(
+                f"metric {name!r} must be a scalar or a Weighted of two, got a total of shape "
+                f"{jnp.shape(entry.total)}; reduce it in the loss."
+            )
+        counted = jnp.where(present, wide(entry.weight), 0)
+        return Weighted(jnp.where(counted == 0, 0, wide(entry.total)), counted)
+
+    as_the_loss = lambda mean: Weighted(wide(mean) * weight, weight)
+    loss = as_the_loss(value.total) if value.weight is None else value
+    entries = {name: x if isinstance(x, Weighted) else as_the_loss(x) for name, x in metrics.items()}
+    return {name: sums(name, entry) for name, entry in {"loss": loss, **entries}.items()}
+
+
+def _examples(batch: Tree) -> int:
+    """What a plain loss counts for: the one leading length of the batch's leaves."""
+    shapes = {jax.tree_util.keystr(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(batch)}
+    lengths = {shape[:1] for shape in shapes.values()}
+    if len(lengths) != 1 or lengths == {()}:
+        raise ValueError(
+            "a plain loss counts for its number of examples, but the batch's leaves have no one leading length: "
+            f"{shapes}. Return a jaxaccum.Weighted to say what the batch counts for."
+        )
+    return lengths.pop()[0]
+
+
+def _check_unchanged(old: Tree, new: Tree) -> None:
+    """A loss must return a model state of the tree, shapes and dtypes of the one it was given."""
+    kinds = lambda tree: jax.tree.map(lambda x: f"{jnp.result_type(x)}{list(jnp.shape(x))}", tree)
+    if jax.tree.structure(old) != jax.tree.structure(new) or kinds(old) != kinds(new):
+        raise ValueError(
+            "the loss must return a model state of the tree, shapes and dtypes of the one it was given, "
+            f"{kinds(old)}; it returned {kinds(new)}."
+        )

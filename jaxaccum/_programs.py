@@ -1,0 +1,225 @@
+"""The compiled programs of a run, and the arrays that go through them."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxaccum import _accumulator, _checks, _inner, _pieces
+from jaxaccum import task as _task
+from jaxaccum._multi_steps import MultiSteps
+from jaxaccum._outputs import Outputs
+from jaxaccum._pieces import Logs
+from jaxaccum._state import MultiStepsState
+from jaxaccum._strategy import Piece, Strategy
+from jaxaccum.task import Task
+
+Tree = Any
+
+
+class Pending(NamedTuple):
+    """What an open window holds, on P devices each its own: all of its arrays but `index` are (P, ...) then.
+
+    Attributes:
+      sums: of the gradients; a `MultiStepsState` without its `inner_opt_state`.
+      logs: of the loss and the metrics, as scalars.
+      model_state: the model's state after the last micro-batch; () without.
+      index: uint32 scalar, the loader batches that went into the run so far, which number the keys.
+    """
+
+    sums: MultiStepsState
+    logs: Logs
+    model_state: Tree
+    index: Any
+
+
+class FitState(NamedTuple):
+    """All arrays of a run. Each micro-step donates them: to keep one beyond it, copy it.
+
+    Attributes:
+      params: the parameters.
+      opt_state: the optimizer's state; with clipping, of the chain of both.
+      model_state: the model's state at the last optimizer step; () without.
+      pending: what the open window holds.
+    """
+
+    params: Tree
+    opt_state: Tree
+    model_state: Tree
+    pending: Pending
+
+
+class Programs:
+    """The programs of one run, each compiled at most once for a shape of batch.
+
+    `accumulate` takes parameters and pending sums and nothing else; `step` adds the window's last piece and runs the
+    optimizer; `flush` runs it on what is pending.
+
+    Args:
+      task: what to train.
+      strategy: the devices.
+      optimizer: the task's, with what goes before it once a window.
+      nonfinite: as for `MultiSteps`.
+      seed: the key of a micro-batch is `fold_in(key(seed), index of the loader batch)`.
+    """
+
+    def __init__(
+        self, task: Task, strategy: Strategy, optimizer: optax.GradientTransformation, nonfinite: str, seed: int
+    ):
+        self._task, self._strategy, self._sync, self._seed = task, strategy, strategy.sync, seed
+        self._gradients = functools.partial(_pieces.gradients, task, strategy, seed)
+        # K is the host's to know: every call says whether it is a boundary.
+        self._tx = MultiSteps(optimizer, 1, nonfinite=nonfinite, **self._sync.options())
+
+    def initial(self, batch: Tree) -> FitState:
+        """The state at the start of a run, on the devices, and the programs for it.
+
+        Args:
+          batch: a loader batch, for `task.init`.
+        """
+        # The last number that a key is folded with, which no loader batch has.
+        key = jax.random.fold_in(jax.random.key(self._seed), np.uint32(2**32 - 1))
+        made = _task.initial(self._task, key, batch)
+        # Copied: every step donates them, and init may return arrays that the caller keeps.
+        params, model_state = jax.device_put(made, self._strategy.common, may_alias=False)
+        _checks.differentiable(params)
+        piece, *_ = self._strategy.pieces([batch])
+        args = params, model_state, *piece
+        shardings = self._shardings(*args[:2], *jax.eval_shape(self._begin, *args))
+        self._compile(shardings)
+        begin = jax.jit(self._begin, out_shardings=(shardings.opt_state, shardings.pending))
+        opt_state, pending = begin(*args)
+        return FitState(params, opt_state, model_state, pending)
+
+    def _begin(self, params, model_state, batch, place):
+        """(optimizer state, an empty window)."""
+        sums: Any = self._tx.init(params)
+        _refuse_multi_steps(sums.inner_opt_state)
+        own, index = self._sync.local(jax.tree.map(jnp.copy, model_state)), jnp.zeros((), jnp.uint32)
+        _, _, logs, _ = jax.eval_shape(self._gradients, params, own, batch, place, index)
+        logs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), logs)
+        return sums.inner_opt_state, Pending(sums._replace(inner_opt_state=None), logs, own, index)
+
+    def _shardings(self, params, model_state, opt_state, pending) -> FitState:
+        """Where all of it lies: on every device, but for what an open window holds."""
+        common, local = self._strategy.common, self._strategy.local
+        everywhere = lambda tree, sharding: jax.tree.map(lambda _: sharding, tree)
+        sums = everywhere(pending.sums, common)._replace(
+            acc_grads=everywhere(pending.sums.acc_grads, local),
+            weight=local,
+            averages=everywhere(pending.sums.averages, local),
+            dropped=local,
+        )
+        return FitState(
+            params=everywhere(params, common),
+            opt_state=everywhere(opt_state, common),
+            model_state=everywhere(model_state, common),
+            pending=Pending(
+                sums, everywhere(pending.logs, local), everywhere(pending.model_state, local), index=common
+            ),
+        )
+
+    def _compile(self, shardings: FitState) -> None:
+        common, local = self._strategy.common, self._strategy.local
+        self._accumulate = jax.jit(self._add_piece, donate_argnums=1, out_shardings=(shardings.pending, local))
+        self._step = jax.jit(self._close_with, donate_argnums=0, out_shardings=(shardings, local, common))
+        self._flush = jax.jit(self._close, donate_argnums=0, out_shardings=(shardings, common))
+
+    def run(
+        self, state: FitState, pieces: Sequence[Piece], boundary: bool, share: jax.Array | None
+    ) -> tuple[FitState, Outputs, dict[str, jax.Array]]:
+        """One micro-step.
+
+        Args:
+          state: is donated.
+          pieces: the micro-step's.
+          boundary: whether the window ends with it.
+          share: at a boundary, what to multiply the window's gradient with; None is 1.
+
+        Returns:
+          (state, the micro-step's loss and metrics, at a boundary the window's means).
+        """
+        params, opt_state, model_state, pending = state
+        outputs, means = [], {}
+        for piece in pieces if not boundary else pieces[:-1]:
+            pending, logs = self._accumulate(params, pending, *piece)
+            outputs.append(logs)
+        state = FitState(params, opt_state, model_state, pending)
+        if boundary:
+            state, logs, means = self._step(state, *pieces[-1], share)
+            outputs.append(logs)
+        return state, Outputs(outputs), means
+
+    def flush(self, state: FitState, share: jax.Array | None) -> tuple[FitState, dict[str, jax.Array]]:
+        """An optimizer step on what is pending: (state, the window's means). `state` is donated."""
+        return self._flush(state, share)
+
+    # What is compiled.
+
+    def _add_piece(self, params, pending, batch, place):
+        _, _, pending, logs = self._add(params, None, pending, batch, place, boundary=False)
+        return pending, logs
+
+    def _close_with(self, state, batch, place, share):
+        share = {} if share is None else {"share": share}
+        params, opt_state, pending, logs = self._add(
+            state.params, state.opt_state, state.pending, batch, place, boundary=True, **share
+        )
+        return self._closed(params, opt_state, pending), logs, self._means(pending.logs)
+
+    def _close(self, state, share):
+        share = {} if share is None else {"share": share}
+        sums = state.pending.sums._replace(inner_opt_state=state.opt_state)
+        updates, sums = self._tx.flush(sums, state.params, **share)
+        params = _inner.apply_updates(state.params, updates)
+        pending = state.pending._replace(sums=sums._replace(inner_opt_state=None))
+        return self._closed(params, sums.inner_opt_state, pending), self._means(pending.logs)
+
+    def _closed(self, params, opt_state, pending):
+        """The state after a window: the model's state is every device's again."""
+        model_state = self._sync.averaged(pending.model_state)
+        pending = pending._replace(model_state=self._sync.local(model_state))
+        return FitState(params, opt_state, model_state, pending)
+
+    def _means(self, logs: Logs) -> dict[str, jax.Array]:
+        """The window's weighted means; NaN where it weighs nothing."""
+        joined = self._sync.joined(logs)
+        divide = lambda sums: jnp.where(sums.weight == 0, jnp.nan, _accumulator.mean(sums, sums.total))
+        return {name: divide(sums) for name, sums in joined.items()}
+
+    def _add(self, params, opt_state, pending, batch, place, boundary, **extra_args):
+        """(params, opt_state, pending, logs) with one more piece; the optimizer runs at a boundary."""
+        grads, value, logs, model_state = self._gradients(params, pending.model_state, batch, place, pending.index)
+        weight = logs["loss"].weight
+        params, sums = self._tx.apply(
+            params,
+            pending.sums._replace(inner_opt_state=opt_state),
+            grads,
+            weight=weight,
+            boundary=boundary,
+            value=value,
+            **extra_args,
+        )
+        counts = jnp.logical_and(weight != 0, sums.dropped == pending.sums.dropped)
+        first = pending.sums.mini_step == 0
+        add = lambda total, x: _accumulator.add(total, x, keep=counts, first=first)
+        pending = Pending(
+            sums=sums._replace(inner_opt_state=None),
+            logs=jax.tree.map(add, pending.logs, logs),
+            model_state=_accumulator.select(counts, model_state, pending.model_state),
+            index=pending.index + place[2].astype(jnp.uint32),
+        )
+        return params, sums.inner_opt_state, pending, logs
+
+
+def _refuse_multi_steps(opt_state: Tree) -> None:
+    is_wrapper = lambda node: isinstance(node, (MultiStepsState, optax.MultiStepsState))
+    if any(is_wrapper(node) for node in jax.tree.leaves(opt_state, is_leaf=is_wrapper)):
+        raise ValueError(
+            "the task's optimizer accumulates by itself: it holds a MultiSteps. Pass the optimizer without it, and K "
+            "to the Trainer as accumulate_grad_batches."
+        )

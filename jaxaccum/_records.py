@@ -1,0 +1,48 @@
+"""What a run has logged: fetched from the device a step late, so that logging doesn't empty its queue."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+
+class Records:
+    """Hands scalars to loggers in the order in which they were made.
+
+    Each record waits until the next one is made, when the device has long computed it, or until `flush`.
+
+    Args:
+      loggers: objects with `write_scalars(step, dict)`.
+
+    Attributes:
+      history: all records as dicts of numbers, "step" among them.
+    """
+
+    def __init__(self, loggers: Sequence[Any]):
+        self._loggers = loggers
+        self._waiting: list[tuple[int, dict[str, Any]]] = []
+        self.history: list[dict[str, float]] = []
+
+    def add(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Keeps a record; its values may be arrays that no program donates."""
+        self._write()
+        for value in scalars.values():
+            if isinstance(value, jax.Array):
+                value.copy_to_host_async()
+        self._waiting.append((step, dict(scalars)))
+
+    def flush(self) -> None:
+        """Waits for what is still on its way, and has the loggers write all of it."""
+        self._write()
+        for logger in self._loggers:
+            if hasattr(logger, "flush"):
+                logger.flush()
+
+    def _write(self) -> None:
+        while self._waiting:
+            step, scalars = self._waiting.pop(0)
+            numbers = {name: np.asarray(value).item() for name, value in scalars.items()}
+            self.history.append({"step": step, **numbers})
+            for logger in self._loggers:
+                logger.write_scalars(step, numbers)

@@ -1,0 +1,95 @@
+"""What to train, as values: an initialisation, a loss and an optimizer."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+from jaxaccum._accumulator import Weighted
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a `Trainer` trains: pure functions and an optimizer, no base class.
+
+    Attributes:
+      init: `init(key, batch) -> params`; `batch` is the loader's first one. What it returns is copied.
+      loss: `loss(params, batch, key)` returns the micro-batch's mean loss, a floating scalar, or a `Weighted`; or a
+        pair of either and a dict of metrics, each a scalar or a `Weighted`. A plain loss counts for the number of its
+        examples, the leading length of the batch's leaves; a plain metric counts as the loss does. `key` is the
+        micro-batch's own in training, and None in validation: there a loss draws no dropout mask.
+      optimizer: an optax transformation for one window. How many micro-batches that is, is the Trainer's to say.
+      model_state: whether the model has state that a loss changes, such as batch statistics. Then
+        `init(key, batch) -> (params, model_state)`, and `loss(params, model_state, batch, key)` returns
+        `(loss, model_state)` or `(loss, model_state, metrics)`. Within a window it is each device's own; at the
+        boundary its floating leaves are averaged over the devices, and all others must agree.
+
+    Raises:
+      TypeError: for an argument that is none of these, at construction.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, jaxaccum
+      >>> task = jaxaccum.Task(
+      ...     init=lambda key, batch: jnp.zeros(batch["x"].shape[1]),
+      ...     loss=lambda params, batch, key: jnp.mean((batch["x"] @ params - batch["y"]) ** 2),
+      ...     optimizer=optax.sgd(0.1),
+      ... )
+      >>> task.model_state
+      False
+    """
+
+    init: Callable[..., Any]
+    loss: Callable[..., Any]
+    optimizer: optax.GradientTransformation
+    model_state: bool = False
+
+    def __post_init__(self):
+        for name in ("init", "loss"):
+            if not callable(getattr(self, name)):
+                raise TypeError(f"{name} must be a function, got {getattr(self, name)!r}.")
+        if not (callable(getattr(self.optimizer, "init", None)) and callable(getattr(self.optimizer, "update", None))):
+            raise TypeError(
+                "optimizer must be an optax.GradientTransformation, for example optax.adam(1e-3), "
+                f"got {self.optimizer!r}."
+            )
+        if not isinstance(self.model_state, bool):
+            raise TypeError(
+                f"model_state must be True or False, got {self.model_state!r}; the state itself is what init returns."
+            )
+
+
+def initial(task: Task, key: Any, batch: Tree) -> tuple[Tree, Tree]:
+    """(params, model state) as `task.init` makes them; the model state is () where the task has none."""
+    made = task.init(key, batch)
+    if not task.model_state:
+        return made, ()
+    if not isinstance(made, tuple) or len(made) != 2:
+        raise TypeError(f"with model_state=True init must return (params, model_state), got {type(made)}.")
+    return made
+
+
+def evaluate(task: Task, params: Tree, model_state: Tree, batch: Tree, key: Any) -> tuple[Any, Tree, dict[str, Any]]:
+    """(loss, new model state, metrics) of one micro-batch, in one form for every form that a loss may return."""
+    if task.model_state:
+        returned = task.loss(params, model_state, batch, key)
+        if not isinstance(returned, tuple) or isinstance(returned, Weighted) or len(returned) not in (2, 3):
+            raise TypeError(
+                "with model_state=True the loss must return (loss, model_state) or (loss, model_state, metrics), "
+                f"got {type(returned)}."
+            )
+        value, model_state, metrics = (*returned, {})[:3]
+    else:
+        value, metrics = task.loss(params, batch, key), {}
+        if isinstance(value, tuple) and not isinstance(value, Weighted):
+            if len(value) != 2:
+                raise TypeError(f"the loss must return a loss or (loss, metrics), got a tuple of {len(value)}.")
+            value, metrics = value
+    if not isinstance(metrics, dict) or "loss" in metrics:
+        raise TypeError(
+            f"metrics must be a dict from names other than 'loss' to scalars or Weighteds, got {metrics!r}; "
+            "model state is returned with model_state=True."
+        )
+    return value, model_state, metrics

@@ -1,0 +1,447 @@
+"""The loop: epochs of micro-steps in windows of K, on one device or several."""
+
+import itertools
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxaccum import _accumulator, _arguments, _limits, _optimizer, _plot
+from jaxaccum._counters import Counters
+from jaxaccum._evaluation import Evaluation
+from jaxaccum._feed import MicroStep, micro_steps
+from jaxaccum._integers import as_int, positive_int
+from jaxaccum._programs import FitState, Programs
+from jaxaccum._records import Records
+from jaxaccum._run import Run
+from jaxaccum._strategy import Strategy, length
+from jaxaccum.callbacks import Callback, ProgressBar
+from jaxaccum.task import Task
+
+Tree = Any
+
+_ONE_SHOT = (
+    "It is an iterator, which gives its batches once, but there are several epochs: pass something that can be "
+    "iterated again, such as a list, or set limit_train_batches, max_steps or max_epochs=1."
+)
+_NOTHING = object()
+
+
+class Trainer:
+    """Trains a `Task` in windows of K micro-batches, in the vocabulary of PyTorch Lightning.
+
+    A window is K micro-steps, and the last one of an epoch closes it, full or not. Every gradient is the exact weighted
+    mean over what the window holds, on one device or several; devices are synchronised once a window.
+
+    Args:
+      accumulate_grad_batches: K: an int, a dict from epochs to K, or an `AccumulationSchedule`.
+      max_epochs: -1 is without end; None is 1000, with a warning, or without end where `max_steps` is given.
+      max_steps: optimizer steps; -1 is without limit.
+      strategy: "single": one device. "ddp": each of the P devices takes a loader batch of its own, so that a window has
+        P·K. "dp": a loader batch is split over the devices. "auto": "single" on one device, "ddp" on several.
+      devices: how many, or "auto" for all.
+      callbacks: a callback or a sequence of them, run in order.
+      limit_train_batches: how many loader batches an epoch has at most, or which fraction of them.
+      limit_val_batches: likewise in validation; 0 is none of them.
+      val_check_interval: validate every so many micro-steps of an epoch, or after every such fraction of it.
+      log_every_n_steps: counts optimizer steps.
+      gradient_clip_val: the largest global norm of a window's gradient.
+      default_root_dir: where `logger=True` writes; None is the working directory.
+      enable_progress_bar: needs tqdm.
+      logger: an object with `write_scalars(step, dict)`, or a sequence of them; True: a JSON line for each record, in
+        `metrics.jsonl`; False: none.
+      seed: of the initialisation, and of the micro-batches' keys.
+      partial_window: how an epoch's last window, if it is not full, is divided: "exact", by what it holds, or
+        "divide_by_k", as Lightning does.
+      flush_on_stop: whether a window that a stop leaves open is closed with what it holds. Else it stays pending.
+      nonfinite: "propagate", or "drop": a micro-batch with a NaN or an infinity in its loss or gradient is left out.
+      detect_anomaly: whether such a one raises FloatingPointError instead, before it enters the sums. The host then
+        waits for the device after every micro-step.
+
+    Raises:
+      TypeError, ValueError: for an argument that is none of these, at construction.
+      ImportError: for a progress bar without tqdm.
+
+    Example:
+      >>> import jax.numpy as jnp, numpy as np, optax, jaxaccum
+      >>> task = jaxaccum.Task(
+      ...     init=lambda key, batch: jnp.zeros(batch["x"].shape[1]),
+      ...     loss=lambda params, batch, key: jnp.mean((batch["x"] @ params - batch["y"]) ** 2),
+      ...     optimizer=optax.sgd(0.1),
+      ... )
+      >>> loader = [{"x": np.ones((4, 2), np.float32), "y": np.ones(4, np.float32)}] * 6
+      >>> trainer = jaxaccum.Trainer(
+      ...     accumulate_grad_batches={0: 4, 2: 2}, max_epochs=3, strategy="single", enable_progress_bar=False
+      ... )
+      >>> state = trainer.fit(task, loader)
+      >>> trainer.global_step, trainer.micro_step, trainer.samples_seen
+      (7, 18, 72)
+    """
+
+    def __init__(
+        self,
+        *,
+        accumulate_grad_batches: int | Mapping[int, int] = 1,
+        max_epochs: int | None = None,
+        max_steps: int = -1,
+        strategy: str = "auto",
+        devices: int | str = "auto",
+        callbacks: Callback | Sequence[Callback] = (),
+        limit_train_batches: int | float = 1.0,
+        limit_val_batches: int | float = 1.0,
+        val_check_interval: int | float = 1.0,
+        log_every_n_steps: int = 50,
+        gradient_clip_val: float | None = None,
+        default_root_dir: str | os.PathLike[str] | None = None,
+        enable_progress_bar: bool = True,
+        logger: Any = False,
+        seed: int = 0,
+        partial_window: str = "exact",
+        flush_on_stop: bool = False,
+        nonfinite: str = "propagate",
+        detect_anomaly: bool = False,
+    ):
+        observers = _arguments.callbacks(callbacks)
+        self._schedule = _arguments.schedule(accumulate_grad_batches, observers)
+        self._callbacks = (*observers, ProgressBar()) if enable_progress_bar else observers
+        self._max_epochs = None if max_epochs is None else _limits.count_or_endless(max_epochs, "max_epochs")
+        self._max_steps = _limits.count_or_endless(max_steps, "max_steps")
+        self._strategy = Strategy(strategy, devices)
+        self._limit_train_batches = _limits.count_or_fraction(limit_train_batches, "limit_train_batches", least=1)
+        self._limit_val_batches = _limits.count_or_fraction(limit_val_batches, "limit_val_batches", least=0)
+        self._val_check_interval = _limits.count_or_fraction(val_check_interval, "val_check_interval", least=1)
+        self._log_every_n_steps = positive_int(log_every_n_steps, "log_every_n_steps")
+        self._gradient_clip_val = _arguments.gradient_clip_val(gradient_clip_val)
+        self._loggers = _arguments.loggers(logger, Path(default_root_dir or "."))
+        self._seed = as_int(seed, "seed", "an integer")
+        self._divide_by_k = (
+            _arguments.choice(partial_window, "partial_window", ("exact", "divide_by_k")) == "divide_by_k"
+        )
+        self._flush_on_stop = flush_on_stop
+        self._nonfinite = _arguments.choice(nonfinite, "nonfinite", ("propagate", "drop"))
+        self._detect_anomaly = detect_anomaly
+        if detect_anomaly:
+            if nonfinite == "drop":
+                raise ValueError("detect_anomaly=True raises where nonfinite='drop' goes on: choose one of them.")
+            self._nonfinite = "drop"  # What raises is left out too, so that the state which remains is sound.
+        self._hooks = {name: _overridden(self._callbacks, name) for name in vars(Callback) if name.startswith("on_")}
+        self.should_stop = False
+        self._at = Counters()
+        self._run: Run | None = None
+        self._sets_k = False
+
+    def fit(self, task: Task, train_loader: Iterable[Tree], val_loader: Iterable[Tree] | None = None) -> FitState:
+        """Trains, from the start.
+
+        Args:
+          task: what to train.
+          train_loader: an iterable of batches, pytrees whose leaves have one leading length; iterated anew in every
+            epoch. A batch that it gave must not be written to.
+          val_loader: likewise, or None for no validation.
+
+        Returns:
+          The arrays of the run: `params`, `opt_state`, `model_state`, and what is pending.
+
+        Raises:
+          TypeError, ValueError: for a task or a loader that can't be trained.
+          FloatingPointError: with `detect_anomaly`.
+        """
+        first_epoch = self._start(task, train_loader)
+        try:
+            self._call("on_fit_start")
+            self._call("on_train_start")
+            epochs = itertools.chain([first_epoch], map(iter, itertools.repeat(train_loader)))
+            while not self._finished():
+                self._train_epoch(next(epochs), val_loader)
+            self._call("on_train_end")
+            self._call("on_fit_end")
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                self._flush_if_asked()
+            self._call("on_exception", error)
+            raise
+        finally:
+            self._running.records.flush()
+        return self.state
+
+    def validate(self, task: Task, val_loader: Iterable[Tree], state: FitState | None = None) -> dict[str, float]:
+        """The weighted means of loss and metrics over `val_loader`.
+
+        Args:
+          task: what `state` was trained for.
+          val_loader: an iterable of batches.
+          state: as `fit` returned it; None is that of the last `fit`.
+
+        Returns:
+          "val_loss", and the metrics with "val_" before their names.
+
+        Raises:
+          ValueError: if the loader is empty.
+        """
+        return self._evaluate(Evaluation(task, self._strategy), self.state if state is None else state, val_loader)
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
+        """Draws the run's losses, K and effective batch over the samples seen.
+
+        Args:
+          path: where to save the figure, or None.
+
+        Returns:
+          The matplotlib figure.
+
+        Raises:
+          ImportError: if matplotlib is missing.
+        """
+        return _plot.draw(self._running.records.history, path)
+
+    def log(self, name: str, value: float) -> None:
+        """Adds a value to `callback_metrics`, and to the next record."""
+        self._running.metrics[name] = self._running.logged[name] = value
+
+    @property
+    def state(self) -> FitState:
+        """The run's arrays after its last micro-step. The next one donates them."""
+        return self._running.state
+
+    @property
+    def current_epoch(self) -> int:
+        """The epoch, from 0; after `fit`, how many were completed."""
+        return self._at.epoch
+
+    @property
+    def micro_step(self) -> int:
+        """The micro-steps made since the run's start."""
+        return self._at.micro_step
+
+    @property
+    def window_step(self) -> int:
+        """The micro-steps in the open window; 0 where none is pending."""
+        return self._at.window_step
+
+    @property
+    def global_step(self) -> int:
+        """The optimizer steps made: the windows closed, even one in which nothing had weight."""
+        return self._at.global_step
+
+    @property
+    def samples_seen(self) -> int:
+        """The examples in all micro-steps made."""
+        return self._at.samples_seen
+
+    @property
+    def accumulate_grad_batches(self) -> int:
+        """K, now. A callback may set it in `on_train_epoch_start`, for that epoch."""
+        return self._at.every_k
+
+    @accumulate_grad_batches.setter
+    def accumulate_grad_batches(self, k: int) -> None:
+        if not self._sets_k:
+            raise RuntimeError(
+                f"accumulate_grad_batches={k!r} can't be set here: K changes at an epoch's start alone. Set it in a "
+                "callback's on_train_epoch_start, or pass the Trainer a dict from epochs to K."
+            )
+        self._at.every_k = positive_int(k, "accumulate_grad_batches")
+
+    @property
+    def effective_batch_size(self) -> int:
+        """The examples in a full window, now: P·N·K with "ddp", else N·K; N is that of the first loader batch."""
+        return self._running.examples * self._strategy.group * self.accumulate_grad_batches
+
+    @property
+    def num_training_batches(self) -> int | float:
+        """The micro-steps in an epoch; infinite where that is not known."""
+        batches = self._running.epoch_batches
+        return math.inf if batches is None else -(-batches // self._strategy.group)
+
+    @property
+    def estimated_stepping_batches(self) -> int | float:
+        """The optimizer steps of the run if nothing stops it, with every K of the schedule; may be infinite."""
+        micro_steps, epochs = self.num_training_batches, self._epochs
+        known = isinstance(micro_steps, int) and isinstance(epochs, int)
+        steps = self._schedule.optimizer_steps(epochs, micro_steps) if known else math.inf
+        return steps if self._max_steps == -1 else min(steps, self._max_steps)
+
+    @property
+    def callback_metrics(self) -> dict[str, Any]:
+        """By name, the last window's means ("train_loss"), arrays on the device, and the last validation's, floats."""
+        return self._running.train_metrics() | self._running.metrics
+
+    @property
+    def should_log(self) -> bool:
+        """In `on_train_batch_end`: whether a record follows."""
+        return not self._at.window_step and self._at.global_step % self._log_every_n_steps == 0
+
+    # The parts of fit, in the order in which they run.
+
+    def _start(self, task: Task, train_loader: Iterable[Tree]) -> Iterable[Tree]:
+        """Begins a new run, and returns the batches of its first epoch."""
+        if not isinstance(task, Task):
+            raise TypeError(f"task must be a jaxaccum.Task, got {task!r}.")
+        if self._max_epochs is None and self._max_steps == -1:
+            warnings.warn(
+                "max_epochs is not set: training for 1000 epochs. Pass max_epochs=-1 for no end.", stacklevel=3
+            )
+        epoch_batches = _limits.batches(train_loader, self._limit_train_batches, "limit_train_batches")
+        batches = iter(train_loader)
+        if batches is train_loader and epoch_batches is None and self._epochs != 1 and self._max_steps == -1:
+            raise ValueError(f"train_loader={train_loader!r} would be empty in epoch 1. {_ONE_SHOT}")
+        first = next(batches, _NOTHING)
+        if first is _NOTHING:
+            raise ValueError(f"train_loader={train_loader!r} is empty: it gave no batch.")
+        optimizer = _optimizer.of_window(task.optimizer, self._gradient_clip_val, self._divide_by_k)
+        programs = Programs(task, self._strategy, optimizer, self._nonfinite, self._seed)
+        self._run = Run(
+            task=task,
+            programs=programs,
+            evaluation=Evaluation(task, self._strategy),
+            state=programs.initial(first),
+            records=Records(self._loggers),
+            examples=length(first),
+            epoch_batches=epoch_batches,
+        )
+        self._at, self.should_stop = Counters(), False
+        return itertools.chain([first], batches)
+
+    def _train_epoch(self, batches: Iterable[Tree], val_loader: Iterable[Tree] | None) -> None:
+        at, last = self._at, False
+        self._sets_k = True
+        self.accumulate_grad_batches = self._schedule(at.epoch)
+        self._call("on_train_epoch_start")
+        self._sets_k = False
+        for micro_step in micro_steps(itertools.islice(batches, self._running.epoch_batches), self._strategy):
+            self._train_batch(micro_step)
+            last = micro_step.last
+            if val_loader is not None and self._limit_val_batches and self._validation_is_due(last):
+                self._validate(val_loader)
+            if self._finished():
+                break
+        if not at.batch_idx:
+            raise ValueError(f"train_loader gave no batch in epoch {at.epoch}. {_ONE_SHOT}")
+        self._flush_if_asked()
+        self._call("on_train_epoch_end")
+        if last:
+            at.epoch, at.batch_idx = at.epoch + 1, 0
+
+    def _train_batch(self, micro_step: MicroStep) -> None:
+        run, at = self._running, self._at
+        batch, batch_idx = micro_step.batches, at.batch_idx
+        if self._strategy.group == 1:
+            (batch,) = batch
+        for hook in self._hooks["on_train_batch_start"]:
+            hook(self, run.task, batch, batch_idx)
+        at.window_step += 1
+        at.window_samples += micro_step.examples
+        boundary = micro_step.last or at.window_step >= at.every_k
+        with jax.profiler.StepTraceAnnotation("train", step_num=at.micro_step):
+            share = self._share() if boundary else None
+            run.state, outputs, means = run.programs.run(run.state, micro_step.pieces, boundary, share)
+        at.batch_idx += 1
+        at.micro_step += 1
+        at.samples_seen += micro_step.examples
+        if boundary:
+            self._closed(means)
+        if self._detect_anomaly:
+            self._refuse_anomaly(outputs)
+        for hook in self._hooks["on_train_batch_end"]:
+            hook(self, run.task, outputs, batch, batch_idx)
+        if boundary and self.should_log:
+            self._record()
+
+    def _share(self) -> jax.Array | None:
+        """What to multiply a window's gradient with, if windows are divided by K."""
+        at = self._at
+        share = at.window_step / at.every_k
+        return self._strategy.constant(share, _accumulator.weight_dtype()) if self._divide_by_k else None
+
+    def _closed(self, means: dict[str, jax.Array]) -> None:
+        """Counts an optimizer step."""
+        at = self._at
+        self._running.means = means
+        at.global_step += 1
+        at.window_step = 0
+        at.effective_batch, at.window_samples = at.window_samples, 0
+
+    def _flush_if_asked(self) -> None:
+        """Closes the window that a stop left open."""
+        run = self._running
+        if self._flush_on_stop and self._at.window_step:
+            run.state, means = run.programs.flush(run.state, self._share())
+            self._closed(means)
+            if self.should_log:
+                self._record()
+
+    def _refuse_anomaly(self, outputs: Mapping[str, float]) -> None:
+        """Waits for the device."""
+        at = self._at
+        if np.any(np.asarray(self.state.pending.sums.dropped)):
+            raise FloatingPointError(
+                f"micro-step {at.batch_idx - 1} of epoch {at.epoch} has a NaN or an infinity in its loss "
+                f"({outputs['loss']}) or in its gradient. It was left out of its window; nonfinite='drop' leaves out "
+                "all such micro-batches and goes on."
+            )
+
+    def _record(self) -> None:
+        """Logs the last window, without waiting for it."""
+        run, at = self._running, self._at
+        scalars = self._place() | {"accumulate_grad_batches": at.every_k, "effective_batch_size": at.effective_batch}
+        run.records.add(at.global_step, scalars | run.train_metrics() | run.logged)
+        run.logged = {}
+
+    def _place(self) -> dict[str, int]:
+        """Where in the run a record was made."""
+        at = self._at
+        return {"epoch": at.epoch, "micro_step": at.micro_step, "samples_seen": at.samples_seen}
+
+    def _validation_is_due(self, last: bool) -> bool:
+        interval = _limits.validation_interval(self._val_check_interval, self.num_training_batches)
+        return last if math.isinf(interval) else self._at.batch_idx % interval == 0
+
+    def _validate(self, val_loader: Iterable[Tree]) -> None:
+        """A validation in fit; what is pending stays so."""
+        run = self._running
+        self._call("on_validation_start")
+        results = self._evaluate(run.evaluation, run.state, val_loader)
+        run.metrics |= results
+        run.records.add(self.global_step, self._place() | results)
+        self._call("on_validation_epoch_end")
+        self._call("on_validation_end")
+
+    def _evaluate(self, evaluation: Evaluation, state: FitState, val_loader: Iterable[Tree]) -> dict[str, float]:
+        limit = _limits.batches(val_loader, self._limit_val_batches, "limit_val_batches")
+        return evaluation.run(state.params, state.model_state, itertools.islice(val_loader, limit))
+
+    def _finished(self) -> bool:
+        at = self._at
+        steps_done = self._max_steps != -1 and at.global_step >= self._max_steps
+        return self.should_stop or steps_done or at.epoch >= self._epochs
+
+    @property
+    def _epochs(self) -> int | float:
+        """`max_epochs` with its default; infinite for no end."""
+        if self._max_epochs is None:
+            return 1000 if self._max_steps == -1 else math.inf
+        return math.inf if self._max_epochs == -1 else self._max_epochs
+
+    @property
+    def _running(self) -> Run:
+        if self._run is None:
+            raise RuntimeError("this is known once fit has been called.")
+        return self._run
+
+    def _call(self, hook: str, *args: Any) -> None:
+        for function in self._hooks[hook]:
+            function(self, self._running.task, *args)
+
+
+def _overridden(callbacks: Sequence[Callback], name: str) -> list[Callable[..., None]]:
+    """The callbacks' own methods of that name: a hook that nobody fills costs nothing."""
+    return [
+        getattr(callback, name)
+        for callback in callbacks
+        if getattr(type(callback), name) is not getattr(Callback, name)
+    ]

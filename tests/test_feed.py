@@ -1,0 +1,103 @@
+"""From loader batches to micro-steps: groups, pieces, what is held back, and what happens when a loader breaks."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxaccum._feed import AHEAD, micro_steps
+from jaxaccum._strategy import Strategy
+
+
+def rows(*sizes):
+    """Batches of consecutive numbers."""
+    ends = np.cumsum(sizes)
+    return [np.arange(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+
+def shape(name, devices, sizes):
+    """For each micro-step, for each of its pieces: (its rows, its place); and whether it is the last."""
+    steps = list(micro_steps(rows(*sizes), Strategy(name, devices)))
+    assert [step.last for step in steps] == [False] * (len(steps) - 1) + [True]
+    assert sum(step.examples for step in steps) == sum(sizes)
+    return [[(np.asarray(p.batch).tolist(), tuple(np.asarray(p.place).tolist())) for p in s.pieces] for s in steps]
+
+
+def test_single_is_a_piece_for_each_batch():
+    """Catches a batch that is copied, or marked as anything but whole."""
+    assert shape("single", 1, [2, 1]) == [[([0, 1], (0, 1, 1))], [([2], (0, 1, 1))]]
+
+
+def test_ddp_is_a_micro_step_for_every_p_batches_whatever_their_shapes():
+    """Catches windows that shift where a batch has another size, and fills that are taken for batches."""
+    assert shape("ddp", 2, [2, 2, 2, 1, 2]) == [
+        [([0, 1, 2, 3], (0, 2, 2))],
+        [([4, 5, 4, 5], (0, 1, 1)), ([6, 6], (0, 1, 1))],
+        [([7, 8, 7, 8], (0, 1, 1))],
+    ]
+
+
+def test_dp_splits_a_batch_and_gives_the_rest_to_one_device():
+    """Catches a rest that is dropped, or numbered as a share that there was, and a batch counted twice."""
+    assert shape("dp", 2, [4, 5, 1]) == [
+        [([0, 1, 2, 3], (0, 2, 1))],
+        [([4, 5, 6, 7], (0, 2, 0)), ([8, 8], (2, 1, 1))],
+        [([9, 9], (0, 1, 1))],
+    ]
+
+
+def test_pieces_lie_on_the_devices_of_the_data_axis():
+    """Catches a batch that is laid out when its program runs, not ahead of it."""
+    strategy = Strategy("ddp", 4)
+    (step,) = micro_steps(rows(2, 2, 2, 2), strategy)
+    assert step.pieces[0].batch.sharding.is_equivalent_to(strategy.local, 1)
+    assert len(step.pieces[0].batch.sharding.device_set) == 4
+
+
+def test_micro_steps_are_sent_ahead_and_no_further():
+    """Catches a loader that is waited for between micro-steps, and one that is read to its end."""
+    read = []
+
+    def loader():
+        for i in range(10):
+            read.append(i)
+            yield np.zeros(2)
+
+    steps = micro_steps(loader(), Strategy("single", 1))
+    next(steps)
+    assert len(read) == 1 + AHEAD + 1
+    next(steps)
+    assert len(read) == 1 + AHEAD + 2
+
+
+@pytest.mark.parametrize(("name", "devices", "whole"), [("single", 1, 5), ("ddp", 2, 2)])
+def test_what_came_before_an_error_comes_first_and_is_not_the_last(name, devices, whole):
+    """Catches batches lost to an error that was met while reading ahead, and an epoch that seems to end with it."""
+
+    def loader():
+        yield from rows(2, 2, 2, 2, 2)
+        raise OSError("disk")
+
+    steps = []
+    with pytest.raises(OSError, match="disk"):
+        steps.extend(micro_steps(loader(), Strategy(name, devices)))
+    steps = []
+    with pytest.raises(OSError, match="disk"):
+        for step in micro_steps(loader(), Strategy(name, devices)):
+            steps.append(step.last)
+    assert steps == [False] * whole
+
+
+def test_batches_that_cannot_be_spread_are_refused_in_words():
+    """Catches numpy's words for a scalar, and a batch of nothing."""
+    for name in ("ddp", "dp"):
+        with pytest.raises(ValueError, match=r"batch\['n'\] is a scalar"):
+            list(micro_steps([{"a": np.ones(3), "n": 3}], Strategy(name, 2)))
+    with pytest.raises(ValueError, match="without arrays"):
+        list(micro_steps([{}], Strategy("single", 1)))
+
+
+def test_auto_is_single_on_one_device_and_ddp_on_several():
+    """Catches devices that stand idle."""
+    assert Strategy("auto", 1).name == "single"
+    assert (Strategy("auto", "auto").name, Strategy("auto", "auto").size) == ("ddp", jax.device_count())
+    assert Strategy("single", "auto").size == 1

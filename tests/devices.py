@@ -1,7 +1,6 @@
 """What the tests of several devices share: a ragged problem, its big batch on one device, mapped functions, meshes."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -60,22 +59,15 @@ def inner():
     return optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(0.01))
 
 
-def big_batch(windows):
+def big_batch(windows, start=None):
     """The bare optimizer on each window as one batch, on one device."""
     opt = inner()
-    p, state = params(), opt.init(params())
+    p = params() if start is None else start
+    state = opt.init(p)
     for data in windows:
         updates, state = opt.update(jax.grad(big_loss)(p, data), state, p)
         p = optax.apply_updates(p, updates)
     return p
-
-
-def reductions(program):
-    """How many all-reduces a compiled program has: (in the entry computation, in loops and branches)."""
-    computations = program.as_text().split("\n\n")
-    counts = [len(re.findall(r" all-reduce(?:-start)?\(", computation)) for computation in computations]
-    entry = sum(n for n, text in zip(counts, computations, strict=True) if text.lstrip().startswith("ENTRY"))
-    return entry, sum(counts) - entry
 
 
 def mapped(form, fun, in_axes, out_axes):

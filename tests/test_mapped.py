@@ -17,7 +17,6 @@ from devices import (
     loss,
     mapped,
     params,
-    reductions,
     split,
 )
 
@@ -189,12 +188,13 @@ def test_the_sync_is_once_a_window(form):
             (p, state), _ = jax.lax.scan(step, (p, tx.init(p)), data)
             return p, state.gradient_step
 
-        return mapped(form, train, (None, 0), (None, None)).lower(params(), split(batch(), DEVICES, K)).compile()
+        compiled = mapped(form, train, (None, 0), (None, None)).lower(params(), split(batch(), DEVICES, K)).compile()
+        return jaxaccum.collectives(compiled, mesh=jax.make_mesh((DEVICES,), ("data",)))
 
-    assert reductions(program(False)) == (0, 0)
-    for boundary in (True, None):
-        entry, inside = reductions(program(boundary))
-        assert entry == 0 and inside >= 1  # In the loop of this test, and there in the conditional.
+    assert program(False).all == ()
+    assert len(program(True).all) == program(True).count("all-reduce", axis="data", in_conditional=False) == 1
+    (sync,) = program(None).all
+    assert sync.kind == "all-reduce" and sync.axes == ("data",) and sync.where == ("loop", "conditional")
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -202,8 +202,8 @@ def test_a_windows_sync_is_after_its_loop(form):
     """Catches a reduction of every micro-batch's gradient inside the loop."""
     f = jaxaccum.value_and_grad(loss, K, axis_name="data")
     program = mapped(form, f, (None, 0), (None, None)).lower(params(), split(batch(), DEVICES)).compile()
-    entry, inside = reductions(program)
-    assert entry >= 1 and inside == 0
+    found = jaxaccum.collectives(program, mesh=jax.make_mesh((DEVICES,), ("data",)))
+    assert len(found.all) == found.count("all-reduce", axis="data", in_loop=False, in_conditional=False) == 1
 
 
 def test_a_boundary_that_differs_between_devices_is_refused():
@@ -228,9 +228,48 @@ def test_a_skip_decided_on_one_device_is_refused():
         jaxaccum.MultiSteps(optax.sgd(1.0), 2, should_skip_update_fn=optax.skip_not_finite, axis_name="data")
 
 
-def test_a_prepare_that_gathers_over_the_axis_is_refused():
-    """Catches a gradient P times too large: its transpose reduces what the window's sync reduces again."""
-    gather = lambda p: jax.tree.map(lambda x: jax.lax.all_gather(x, "data", tiled=True), p)
-    f = jaxaccum.value_and_grad(lambda p, x: jnp.mean(x @ p), K, prepare=gather, axis_name="data")
-    with pytest.raises(NotImplementedError, match="prepare calls all_gather over a mapped axis"):
+@pytest.mark.parametrize("form", FORMS)
+def test_a_prepare_that_gathers_is_carried_back_once(form):
+    """Catches a shard's gradient summed over the devices twice, one that is not, and a gather in every micro-step."""
+    with jax.enable_x64(True):
+        gather = lambda p: {"w": jax.lax.all_gather(p["w"], "data", tiled=True), "b": p["b"]}
+        padded = lambda x: jnp.pad(x, ((0, 0), (0, 13)))
+        fun = lambda p, data: loss(p, {**data, "x": padded(data["x"])})
+        f = jaxaccum.value_and_grad(fun, K, prepare=gather, axis_name="data")
+        shards = jnp.zeros((16, 4)).at[:3].set(params()["w"]).reshape(DEVICES, 2, 4)
+
+        def window(w, b, data):
+            value, grads = f({"w": w, "b": b}, data)
+            return value, grads["w"], grads["b"]
+
+        mapped_window = mapped(form, window, (0, None, 0), (None, 0, None))
+        value, w, b = mapped_window(shards, params()["b"], split(batch(), DEVICES))
+        got = value, {"w": w.reshape(16, 4)[:3], "b": b}
+        assert_close(got, jax.value_and_grad(big_loss)(params(), batch()))
+        text = mapped_window.lower(shards, params()["b"], split(batch(), DEVICES)).compile().as_text()
+        entry = text[text.index("ENTRY") :]
+        for kind in ("all-gather", "reduce-scatter"):
+            assert entry.count(f" {kind}(") == text.count(f" {kind}(") == 1
+
+
+@pytest.mark.parametrize(
+    ("prepare", "error", "message"),
+    [
+        (lambda p: jax.lax.psum(p, "data"), NotImplementedError, "prepare calls psum.*over.*data.*all_gather"),
+        (
+            lambda p: (p, jax.lax.all_gather(p, "data")),
+            ValueError,
+            r"hands params on gathered over \('data',\) and also not",
+        ),
+        (
+            lambda p: jax.lax.scan(lambda c, x: (c, jax.lax.all_gather(x, "data")), 0, p)[1],
+            NotImplementedError,
+            "prepare calls scan over.*outside of loops",
+        ),
+    ],
+)
+def test_a_prepare_that_communicates_otherwise_is_refused(prepare, error, message):
+    """Catches a gradient P times too large."""
+    f = jaxaccum.value_and_grad(lambda p, x: jnp.mean(x), K, prepare=prepare, axis_name="data")
+    with pytest.raises(error, match=message):
         mapped("pmap", f, (0, 0), (None, 0))(jnp.ones((DEVICES, 3)), jnp.ones((DEVICES, K, 24)))

@@ -5,6 +5,7 @@ float32, computed in bfloat16) with AdamW, data-parallel over all devices, by th
 
     no sync                   each device for itself: no side can cost less, and the devices' parameters part
     window                    `value_and_grad(mesh=)` and the update, in one jit
+    ZeRO                      `value_and_grad(mesh=, reduce="scatter")` and the update of a state in parts, in one jit
     micro-steps               `MultiSteps(mesh=)` driven by the host: K - 1 calls without a boundary, one with it
     pmap                      `value_and_grad(axis_name=)` and the update, in one pmap
     sync in every micro-step  by hand: a scan inside shard_map that reduces each gradient where it arises
@@ -32,7 +33,6 @@ import functools
 import itertools
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -154,6 +154,15 @@ def window(problem: Problem) -> Contender:
     return under_jit("window", gradient, problem, problem.by_device())
 
 
+def zero(problem: Problem) -> Contender:
+    """The whole window at hand, the optimizer's state split over the devices."""
+    gradient = jaxaccum.value_and_grad(problem.model.loss, problem.k, mesh=problem.mesh, reduce="scatter")
+    params, state, windows = problem.put(problem.start), OPTIMIZER.init(problem.start), problem.by_device()
+    state = jax.device_put(state, jaxaccum.zero_sharding(state, problem.mesh))
+    program = laid_out(functools.partial(step, gradient), params, state, windows[0])
+    return one_call("ZeRO", program, (params, state), windows)
+
+
 def micro_steps(problem: Problem) -> Contender:
     """Micro-batches that come one a call. What accumulates is handed the parameters and the sums alone."""
     tx = jaxaccum.MultiSteps(OPTIMIZER, problem.k, mesh=problem.mesh)
@@ -234,30 +243,13 @@ def last_peeled(problem: Problem) -> Contender:
     return under_shard_map("last peeled", gradient, problem)
 
 
-def collectives(program: jax.stages.Compiled) -> tuple[Counter[str], Counter[str]]:
-    """The collectives in a compiled program's text, by kind: (outside of loops, in their bodies)."""
-    computations = dict(re.findall(r"^(?:ENTRY )?%([\w.-]+) .*{$((?:\n.+)*)", program.as_text(), re.MULTILINE))
-    new = {name for text in computations.values() for name in re.findall(r"body=%([\w.-]+)", text)}
-    loops = set()
-    while new:
-        loops |= new
-        called = {name for caller in new for name in re.findall(r"%([\w.-]+)", computations[caller])}
-        new = called & computations.keys() - loops
-    kinds = r" (all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute)(?:-start)?\("
-    counts = Counter(), Counter()
-    for name, text in computations.items():
-        counts[name in loops].update(re.findall(kinds, text))
-    return counts
-
-
 def collectives_of(contender: Contender) -> dict[str, int]:
     """Those of a window: "kind" outside of loops, "kind in a loop" however often that runs."""
-    result = Counter()
+    counts = Counter()
     for calls, program in contender.programs:
-        outside, inside = collectives(program)
-        result.update({kind: calls * count for kind, count in outside.items()})
-        result.update({f"{kind} in a loop": calls * count for kind, count in inside.items()})
-    return dict(result)
+        for one in jaxaccum.collectives(program).all:
+            counts[one.kind + " in a loop" * one.in_loop] += calls
+    return dict(counts)
 
 
 def collectives_cell(case: Record, side: str) -> str:
@@ -265,7 +257,7 @@ def collectives_cell(case: Record, side: str) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in case["collectives"][side].items()) or "none"
 
 
-SIDES = [no_sync, window, micro_steps, pmap, every_micro_step, automatic]
+SIDES = [no_sync, window, zero, micro_steps, pmap, every_micro_step, automatic]
 OVERLAP = [no_sync, window, every_micro_step, last_peeled]
 COMPARISON = Comparison(
     floor="no sync",

@@ -13,10 +13,10 @@ ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 
 
-def run(script, *arguments):
+def run(script, *arguments, **variables):
     """The output of a benchmark, run from the repository's root as its README says."""
     command = [sys.executable, str(BENCHMARKS / script), *arguments]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
     done = subprocess.run(command, check=False, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -47,6 +47,37 @@ def test_trainer_overhead(tmp_path):
     assert run("trainer_overhead.py", "--table", str(out)) == printed
 
 
-@pytest.mark.parametrize("record", sorted(BENCHMARKS.glob("results/transform-*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("options", [[], ["--overlap", "--unrolled"]])
+def test_devices(tmp_path, options):
+    """Catches a side that does other work than its name says: a sync too many or too few, or other data."""
+    out = tmp_path / "devices.json"
+    model = {"layers": 1, "width": 32, "heads": 2, "vocabulary": 128, "length": 16}
+    sizes = [text for name, size in model.items() for text in (f"--{name}", str(size))]
+    # Two devices, compiled in a hurry.
+    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    options = [*options, *sizes, "--batches", "1", "--k", "2", "--repeats", "2", "--out", str(out)]
+    printed = run("devices.py", *options, XLA_FLAGS=flags)
+    [case] = json.loads(out.read_text())["cases"]
+    loss, rival = case["loss"], "sync in every micro-step"
+    assert {"no sync", "window", rival} < loss.keys()
+    for side, seconds in case["seconds"].items():
+        assert f"| {side} |" in printed
+        assert len(seconds) == 2 and all(math.isfinite(time) and time > 0 for time in seconds)
+        parts = 2 if side == "ZeRO" else 1
+        assert case["state_bytes"][side] == pytest.approx(case["state_bytes"]["no sync"] / parts, rel=1e-3)
+        in_loop = " in a loop" * (side in (rival, "automatic"))
+        kinds = ["all-reduce", "reduce-scatter", "all-gather"] if side == "ZeRO" else [f"all-reduce{in_loop}"]
+        assert sorted(case["collectives"][side]) == sorted(kinds if side != "no sync" else [])
+        assert math.isfinite(case["difference"][side])
+        if side == "no sync":
+            assert case["difference"][side] > 0.5 and abs(loss[side] - loss[rival]) > 1e-3
+        else:
+            assert case["difference"][side] < (1 if side == "automatic" else 1e-4)
+            assert abs(loss[side] - loss[rival]) < 1e-3
+
+
+@pytest.mark.parametrize("record", sorted(BENCHMARKS.glob("results/*.json")), ids=lambda path: path.stem)
 def test_the_readme_has_the_table_of_each_record(record):
-    assert run("transform.py", "--table", str(record)) in (BENCHMARKS / "README.md").read_text()
+    """A record is named after its benchmark."""
+    script = f"{record.stem.split('-')[0]}.py"
+    assert run(script, "--table", str(record)) in (BENCHMARKS / "README.md").read_text()

@@ -176,6 +176,19 @@ def test_a_window_on_a_mesh_lowers(name, kind, window_name):
     lower(f, placed(mesh), on_data(mesh, data_axis, batch(0, devices)), *rest)
 
 
+@every_mesh
+def test_zero_lowers(name, kind):
+    """Catches a reduce-scatter of the sums, or a gather of the parameters, that is not for a TPU."""
+    mesh, data_axis, devices = make(name, kind)
+    fun = lambda w, x: jnp.mean((x @ w) ** 2)
+    w = jax.device_put(jnp.ones((16, 4)), placed(mesh)["w"].sharding)
+    x = on_data(mesh, data_axis, jnp.ones((2 * K * devices, 16)))
+    options = {"mesh": mesh, "data_axis": data_axis, "reduce": "scatter"}
+    lower(jaxaccum.value_and_grad(fun, K, **options), w, x)
+    tx = jaxaccum.MultiSteps(inner(), K, **options)
+    lower(lambda w, state, x: tx.micro_step(fun, w, state, x), w, tx.init(w), x)
+
+
 def test_what_a_tpu_has_not_is_refused():
     """Catches a check that checks nothing: an inner optimizer with an eigendecomposition, and a call of a library."""
     decomposed = lambda g: jnp.linalg.eig(g)[0].real

@@ -5,19 +5,20 @@ counts for its number of real tokens: a window of K micro-batches then gives the
 holds them all. K halves from epoch to epoch. Nothing is downloaded; two CPU cores need a minute or two.
 
     python examples/train_lm.py
-    python examples/train_lm.py --epochs 2 --accumulate 0:16,1:2 --check
+    python examples/train_lm.py --epochs 2 --accumulate 0:16,1:2
+
+`train_lm_loop.py` is the same training as a loop of one's own, without the Trainer.
 """
 
 import argparse
 import ast
-import functools
 import hashlib
 import json
 import math
 import platform
 import sysconfig
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import jaxaccum
+from jaxaccum.callbacks import Callback
 
 LENGTH = 128  # bytes of a function that are read; what is longer is cut off
 VOCABULARY = 128  # ASCII; byte 0, which source text never holds, begins a sequence, ends it and pads it
 WIDTH, LAYERS, HEADS = 64, 2, 2
 PEAK_LEARNING_RATE = 8e-3
 PROMPT, TEMPERATURE = b"def ", 0.7
-CHECKED_WINDOWS = 4
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -60,12 +60,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, metavar="S", help="use S functions only, for a quick look")
     parser.add_argument("--seed", type=int, default=0, help="of the split, the order, the parameters and the sample")
     parser.add_argument("--out", type=Path, default="runs/train_lm", help="folder for metrics.jsonl and loss.png")
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help="before training, take the first windows also as one big batch each, with plain optax, and print by how "
-        "much the parameters differ",
-    )
     return parser.parse_args()
 
 
@@ -108,6 +102,19 @@ def micro_batches(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
     for start in range(0, len(rows), size):
         batch = rows[start : start + size]
         yield np.pad(batch, ((0, size - len(batch)), (0, 0)))
+
+
+class Loader:
+    """The micro-batches of an epoch, in another order each time."""
+
+    def __init__(self, rows: np.ndarray, size: int, rng: np.random.Generator):
+        self.rows, self.size, self.rng = rows, size, rng
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.rows) / self.size)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return micro_batches(self.rng.permutation(self.rows), self.size)
 
 
 def real_tokens(rows: Any) -> Any:
@@ -165,36 +172,15 @@ def loss(graphdef: nnx.GraphDef, params: nnx.State, rows: jax.Array) -> jaxaccum
     return jaxaccum.Weighted(jnp.sum(nats, where=real), jnp.sum(real))
 
 
-def check(
-    micro_step: Callable[..., Any],
-    loss_fn: Callable[..., jaxaccum.Weighted],
-    tx: jaxaccum.MultiSteps,
-    params: nnx.State,
-    windows: Sequence[Sequence[np.ndarray]],
-) -> tuple[float, float]:
-    """Trains on `windows` twice: by micro-steps, and taking each as one big batch with the bare optimizer.
-
-    Returns:
-      The largest difference between the two in any parameter, and the farthest that one moved.
-    """
-
-    def mean_loss(params, rows):
-        total, tokens = loss_fn(params, rows)
-        return total / tokens
-
-    @jax.jit
-    def big_step(params, opt_state, rows):
-        updates, opt_state = tx.inner_opt.update(jax.grad(mean_loss)(params, rows), opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
-
-    accumulated, opt_state = jax.tree.map(jnp.copy, params), tx.init(params)  # A copy: micro_step donates it.
-    big, big_opt_state = params, tx.inner_opt.init(params)
-    for window in windows:
-        for i, rows in enumerate(window):
-            _, accumulated, opt_state = micro_step(accumulated, opt_state, rows, boundary=i == len(window) - 1)
-        big, big_opt_state = big_step(big, big_opt_state, np.concatenate(window))
-    distance = lambda a, b: max(jax.tree.leaves(jax.tree.map(lambda x, y: float(jnp.abs(x - y).max()), a, b)))
-    return distance(accumulated, big), distance(big, params)
+def optimizer(steps: int) -> optax.GradientTransformation:
+    """AdamW after clipping, for so many windows: everything that should happen once a window."""
+    learning_rate = optax.warmup_cosine_decay_schedule(
+        init_value=0.1 * PEAK_LEARNING_RATE,
+        peak_value=PEAK_LEARNING_RATE,
+        warmup_steps=steps // 20,
+        decay_steps=steps,
+    )
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(learning_rate, b2=0.95, weight_decay=0.1))
 
 
 def generate(graphdef: nnx.GraphDef, params: nnx.State, rng: np.random.Generator) -> str:
@@ -210,22 +196,34 @@ def generate(graphdef: nnx.GraphDef, params: nnx.State, rng: np.random.Generator
     return row.tobytes().strip(b"\0").decode()
 
 
-def plot(losses: Sequence[np.ndarray], epochs: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draws bits per byte over micro-steps: the training loss, smoothed, and the held-out loss after each epoch."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    train = np.concatenate(losses)
-    span = math.ceil(len(train) / 200)
-    means = [train[start : start + span].mean() for start in range(0, len(train), span)]
-    axes.plot(np.minimum(np.arange(1, 1 + len(means)) * span, len(train)), means, label="training")
-    ends = np.cumsum([len(epoch) for epoch in losses])
-    axes.plot(ends, [epoch["held_out_bits_per_byte"] for epoch in epochs], "o-", label="held out")
-    for start, epoch in zip([0, *ends], epochs, strict=False):
-        axes.axvline(start, color="lightgray", zorder=0)
-        axes.text(start, 1.01, f" K={epoch['every_k']}", transform=axes.get_xaxis_transform())
-    axes.set(xlabel="micro-step", ylabel="bits per byte")
-    axes.legend()
-    figure.savefig(path, dpi=150)
+class Table(Callback):
+    """Prints a line at the end of each epoch, and keeps it as a record."""
+
+    def __init__(self):
+        self.epochs: list[dict[str, Any]] = []
+
+    def on_train_epoch_start(self, trainer, task):
+        self.losses, self.tokens = [], []
+        self.start, self.steps_before = time.perf_counter(), trainer.global_step
+
+    def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
+        self.losses.append(outputs)
+        self.tokens.append(np.count_nonzero(real_tokens(batch)))
+
+    def on_train_epoch_end(self, trainer, task):
+        nats = np.average([outputs["loss"] for outputs in self.losses], weights=self.tokens)
+        self.epochs.append(
+            {
+                "epoch": trainer.current_epoch,
+                "every_k": trainer.accumulate_grad_batches,
+                "effective_batch": trainer.effective_batch_size,
+                "optimizer_steps": trainer.global_step - self.steps_before,
+                "train_bits_per_byte": nats / math.log(2),
+                "held_out_bits_per_byte": trainer.callback_metrics["val_loss"] / math.log(2),
+                "seconds": time.perf_counter() - self.start,
+            }
+        )
+        tqdm.write("{:>5}{:>4}{:>17}{:>17}{:>17.4f}{:>20.4f}{:>9.1f}".format(*self.epochs[-1].values()))
 
 
 def main() -> None:
@@ -237,83 +235,43 @@ def main() -> None:
     shuffled = rng.permutation(library)[: args.limit]
     held_out, train = np.split(shuffled, [math.ceil(len(shuffled) / 20)])
     graphdef, params = nnx.split(ByteLM(nnx.Rngs(args.seed)))
-    loss_fn = functools.partial(loss, graphdef)
+    loader = Loader(train, args.batch_size, rng)
 
     # The optimizer's clock ticks once a window, and each epoch closes its last one, full or not.
-    micro_steps = math.ceil(len(train) / args.batch_size)
     every_k = [args.accumulate(epoch) for epoch in range(args.epochs)]
-    effective_batch = [k * args.batch_size for k in every_k]
-    optimizer_steps = [math.ceil(micro_steps / k) for k in every_k]
-    learning_rate = optax.warmup_cosine_decay_schedule(
-        init_value=0.1 * PEAK_LEARNING_RATE,
-        peak_value=PEAK_LEARNING_RATE,
-        warmup_steps=sum(optimizer_steps) // 20,
-        decay_steps=sum(optimizer_steps),
+    optimizer_steps = args.accumulate.optimizer_steps(args.epochs, len(loader))
+    task = jaxaccum.Task(
+        init=lambda key, batch: params,
+        loss=lambda params, rows, key: loss(graphdef, params, rows),
+        optimizer=optimizer(optimizer_steps),
     )
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(learning_rate, b2=0.95, weight_decay=0.1))
-    tx = jaxaccum.MultiSteps(optimizer, every_k_schedule=every_k[0])
-    opt_state = tx.init(params)
 
     print(f"data             {len(library):,} functions of Python {platform.python_version()}'s standard library")
     print(f"                 sha256 {hashlib.sha256(library).hexdigest()[:16]}")
     print(f"                 {len(train):,} to train on, {len(held_out):,} held out")
     print(f"model            {sum(x.size for x in jax.tree.leaves(params)):,} parameters")
-    print(f"micro-batch      N = {args.batch_size} functions, {micro_steps:,} micro-steps an epoch")
-    print(f"window           K by epoch = {every_k}, effective batch {effective_batch}")
-    print(f"optimizer steps  {optimizer_steps}, together {sum(optimizer_steps):,}")
-
-    # The host knows its place in the window, so `boundary` is static: two programs, and only one holds the optimizer.
-    @functools.partial(jax.jit, static_argnames="boundary", donate_argnames=("params", "opt_state"))
-    def micro_step(params, opt_state, rows, boundary):
-        return tx.micro_step(loss_fn, params, opt_state, rows, boundary=boundary)
-
-    if args.check:
-        batches = list(micro_batches(train[: CHECKED_WINDOWS * effective_batch[0]], args.batch_size))
-        windows = [batches[start : start + every_k[0]] for start in range(0, len(batches), every_k[0])]
-        difference, movement = check(micro_step, loss_fn, tx, params, windows)
-        print(f"check            {len(windows)} windows, accumulated and as one big batch each: the parameters moved")
-        print(f"                 by up to {movement:.1e} and differ by at most {difference:.1e}")
-
-    evaluate = jax.jit(loss_fn)
-    optimizer_step, epochs, losses = 0, [], []
+    print(f"micro-batch      N = {args.batch_size} functions, {len(loader):,} micro-steps an epoch")
+    print(f"window           K by epoch = {every_k}, effective batch {[k * args.batch_size for k in every_k]}")
+    print(f"optimizer steps  {optimizer_steps:,}")
     print(f"\n{'epoch':>5}{'K':>4}{'effective batch':>17}{'optimizer steps':>17}", end="")
     print(f"{'train bits/byte':>17}{'held-out bits/byte':>20}{'seconds':>9}")
-    with tqdm(total=args.epochs * micro_steps, unit="micro-step", mininterval=0.5, leave=False) as bar:
-        for epoch, k in enumerate(every_k):
-            start = time.perf_counter()
-            opt_state = jaxaccum.set_every_k(opt_state, k)
-            bar.set_description(f"epoch {epoch}")
-            nats, tokens = [], []
-            for i, rows in enumerate(micro_batches(rng.permutation(train), args.batch_size)):
-                boundary = (i + 1) % k == 0 or i + 1 == micro_steps
-                mean, params, opt_state = micro_step(params, opt_state, rows, boundary=boundary)
-                nats.append(mean)
-                tokens.append(np.count_nonzero(real_tokens(rows)))
-                optimizer_step += boundary
-                place = f"micro-step {i % k + 1}/{k}, optimizer step {optimizer_step}"
-                bar.set_postfix_str(f"{place}, effective batch {effective_batch[epoch]}", refresh=False)
-                bar.update()
-            losses.append(np.array(jax.device_get(nats)) / math.log(2))
-            held_out_sums = [evaluate(params, rows) for rows in micro_batches(held_out, args.batch_size)]
-            held_out_nats = sum(total for total, _ in held_out_sums) / sum(weight for _, weight in held_out_sums)
-            epochs.append(
-                {
-                    "epoch": epoch,
-                    "every_k": k,
-                    "effective_batch": effective_batch[epoch],
-                    "optimizer_steps": int(opt_state.gradient_step) - sum(optimizer_steps[:epoch]),
-                    "train_bits_per_byte": float(np.average(losses[-1], weights=tokens)),
-                    "held_out_bits_per_byte": float(held_out_nats) / math.log(2),
-                    "seconds": time.perf_counter() - start,
-                }
-            )
-            bar.write("{:>5}{:>4}{:>17}{:>17}{:>17.4f}{:>20.4f}{:>9.1f}".format(*epochs[-1].values()))
+
+    table = Table()
+    trainer = jaxaccum.Trainer(
+        accumulate_grad_batches=args.accumulate,
+        max_epochs=args.epochs,
+        strategy="single",
+        callbacks=table,
+        log_every_n_steps=10,
+        seed=args.seed,
+    )
+    state = trainer.fit(task, loader, list(micro_batches(held_out, args.batch_size)))
 
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "metrics.jsonl").write_text("".join(json.dumps(epoch) + "\n" for epoch in epochs))
-    plot(losses, epochs, args.out / "loss.png")
+    (args.out / "metrics.jsonl").write_text("".join(json.dumps(epoch) + "\n" for epoch in table.epochs))
+    trainer.plot(args.out / "loss.png")
     print(f"\nwrote {args.out}/metrics.jsonl and {args.out}/loss.png; a sample:\n")
-    print(generate(graphdef, params, rng))
+    print(generate(graphdef, state.params, rng))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def run(name, *arguments, cwd):
 
 
 def test_train_lm(tmp_path):
-    options = ["--limit", "400", "--epochs", "3", "--accumulate", "0:5,1:3,2:1", "--check", "--out", "out"]
+    options = ["--limit", "400", "--epochs", "3", "--accumulate", "0:5,1:3,2:1", "--out", "out"]
     printed = run("train_lm.py", *options, cwd=tmp_path)
 
     epochs = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
@@ -32,12 +32,18 @@ def test_train_lm(tmp_path):
     for name in ("train_bits_per_byte", "held_out_bits_per_byte"):
         first, *_, last = (epoch[name] for epoch in epochs)
         assert last < 0.9 * first < 0.9 * math.log2(256), name
-
     assert (tmp_path / "out/loss.png").read_bytes().startswith(b"\x89PNG")
-    moved, differ = map(float, re.search(r"moved\s+by up to (\S+) and differ by at most (\S+)", printed).groups())
+    assert "\n\ndef " in printed  # The sample.
+
+
+def test_train_lm_loop(tmp_path):
+    printed = run("train_lm_loop.py", "--limit", "400", "--epochs", "2", "--accumulate", "0:5,1:2", cwd=tmp_path)
+    moved, differ = map(float, re.search(r"moved by up to (\S+)\nand differ by at most (\S+)", printed).groups())
     assert moved > 1e-3
     assert differ < 1e-4
-    assert "\n\ndef " in printed  # The sample.
+    assert "epoch 0, K = 5: 5 of 17 optimizer steps" in printed
+    first, last = map(float, re.findall(r"(\S+) bits per byte", printed))
+    assert last < 0.95 * first
 
 
 def test_digits(tmp_path):

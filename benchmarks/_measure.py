@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import jaxlib
 import optax
 
@@ -21,7 +22,6 @@ Tree = Any
 Record = dict[str, Any]
 
 WARMUP = 2  # untimed rounds: the first compiles, the second runs on buffers that were donated once
-FLOOR, RIVAL = "floor", "optax.MultiSteps"  # the two sides that every table compares with
 
 
 @dataclasses.dataclass
@@ -82,38 +82,65 @@ def environment() -> dict[str, Any]:
     }
 
 
-def table(record: Record) -> str:
-    """The markdown of a run: a table for each case, with a row for each side.
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What a benchmark's tables show.
 
-    A cell is a ratio of medians and, in brackets, the side's fastest and slowest round over the same median of the
-    floor. Milliseconds are shown for accelerators only: those of a shared CPU mean nothing elsewhere.
-
-    Args:
-      record: what `finish` wrote.
+    Attributes:
+      floor: the side that costs the least that the work can cost.
+      rival: the side that does it the other way.
+      columns: further columns: what to write for a side, `columns[header](case, side)`.
     """
-    env, settings = record["environment"], record["settings"]
-    absolute = env["platform"] != "cpu"
-    machine = env["device"] if absolute else f"CPU, {env['cores']} cores"
-    used = ", ".join(f"{key} {value}" for key, value in settings.items())
-    lines = [
-        f"{env['date']}: {machine}; jax {env['jax']}, optax {env['optax']}, jaxaccum {env['jaxaccum']}, "
-        f"Python {env['python']}; {used}."
-    ]
-    for case in record["cases"]:
-        header = [case["name"], f"time / {FLOOR}", f"{RIVAL} / time", "difference", *["ms"] * absolute]
-        lines += ["", _row(header), _row(["---"] * len(header))]
-        medians = {name: statistics.median(times) for name, times in case["seconds"].items()}
-        for name, median in medians.items():
-            floor, times = medians[FLOOR], case["seconds"][name]
-            cells = [
-                name,
-                f"{median / floor:.2f} ({min(times) / floor:.2f} to {max(times) / floor:.2f})",
-                f"{medians[RIVAL] / median:.2f}",
-                f"{case['difference'][name]:.0e}",
-                *[f"{1e3 * median:.2f}"] * absolute,
-            ]
-            lines.append(_row(cells))
-    return "\n".join(lines)
+
+    floor: str
+    rival: str
+    columns: dict[str, Callable[[Record, str], str]]
+
+    def table(self, record: Record) -> str:
+        """The markdown of a run: a table for each case, with a row for each side.
+
+        A cell of times is a ratio of medians and, in brackets, the side's fastest and slowest round over the same
+        median of the floor. Milliseconds are shown for accelerators only: those of a shared CPU mean nothing elsewhere.
+
+        Args:
+          record: what `finish` wrote.
+        """
+        env, settings = record["environment"], record["settings"]
+        absolute = env["platform"] != "cpu"
+        machine = env["device"] if absolute else f"CPU, {env['cores']} cores"
+        used = ", ".join(f"{key} {value}" for key, value in settings.items())
+        lines = [
+            f"{env['date']}: {machine}; jax {env['jax']}, optax {env['optax']}, jaxaccum {env['jaxaccum']}, "
+            f"Python {env['python']}; {used}."
+        ]
+        for case in record["cases"]:
+            header = [case["name"], f"time / {self.floor}", f"{self.rival} / time", *self.columns, *["ms"] * absolute]
+            lines += ["", _row(header), _row(["---"] * len(header))]
+            medians = {name: statistics.median(times) for name, times in case["seconds"].items()}
+            for name, median in medians.items():
+                floor, times = medians[self.floor], case["seconds"][name]
+                cells = [
+                    name,
+                    f"{median / floor:.2f} ({min(times) / floor:.2f} to {max(times) / floor:.2f})",
+                    f"{medians[self.rival] / median:.2f}",
+                    *[cell(case, name) for cell in self.columns.values()],
+                    *[f"{1e3 * median:.2f}"] * absolute,
+                ]
+                lines.append(_row(cells))
+        return "\n".join(lines)
+
+    def finish(self, out: Path | None, settings: Record, cases: Sequence[Record]) -> None:
+        """Prints a run's table and writes its record.
+
+        Args:
+          out: a file for the record, or None.
+          settings: the options that the numbers depend on.
+          cases: for each, its `name`, its `seconds` (raw times) by side, and whatever the columns show.
+        """
+        record = {"environment": environment(), "settings": settings, "cases": cases}
+        print(self.table(record))
+        if out is not None:
+            out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -129,15 +156,17 @@ def parser(description: str) -> argparse.ArgumentParser:
     return result
 
 
-def finish(out: Path | None, settings: dict[str, Any], cases: Sequence[dict[str, Any]]) -> None:
-    """Prints a run's table and writes its record.
+@jax.jit
+def difference(params: Tree, reference: Tree, start: Tree) -> jax.Array:
+    """The largest distance of a leaf from its reference, relative to the way that the reference has gone.
 
-    Args:
-      out: a file for the record, or None.
-      settings: the options that the numbers depend on.
-      cases: for each, its `name`, and by side its `seconds` (raw times) and its `difference` from the floor's result.
+    Norms of leaves, not elements: where a mean gradient is nearly 0 its sign, which is all that a first Adam step looks
+    at, is a matter of rounding.
     """
-    record = {"environment": environment(), "settings": settings, "cases": cases}
-    print(table(record))
-    if out is not None:
-        out.write_text(json.dumps(record, indent=1) + "\n")
+    distance = lambda p, r, s: jnp.linalg.norm(p - r) / jnp.linalg.norm(r - s)
+    return jnp.max(jnp.stack(jax.tree.leaves(jax.tree.map(distance, params, reference, start))))
+
+
+def difference_cell(case: Record, side: str) -> str:
+    """The column of a case's `difference` by side."""
+    return f"{case['difference'][side]:.0e}"

@@ -27,13 +27,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from _measure import FLOOR, RIVAL, WARMUP, Side, finish, interleave, parser, table
+from _measure import WARMUP, Comparison, Side, difference, difference_cell, interleave, parser
 from optax.contrib import muon
 
 import jaxaccum
 
 Tree = Any
 
+COMPARISON = Comparison("floor", "optax.MultiSteps", {"difference": difference_cell})
 OPTIMIZERS = {"adamw": optax.adamw(1e-3), "muon": muon(1e-3)}
 POOL = 3  # gradient trees, used in turn: no divisor of K = 8, so that windows differ too
 
@@ -75,7 +76,7 @@ def floor(opt: optax.GradientTransformation, params: Tree, pool: list[Tree], k: 
         return *close(params, state, acc), acc
 
     carry = (params, opt.init(params), jax.tree.map(jnp.zeros_like, params))
-    return Side(FLOOR, run, carry, prepare=lambda carry: (*carry[:2], clear(carry[2])))
+    return Side(COMPARISON.floor, run, carry, prepare=lambda carry: (*carry[:2], clear(carry[2])))
 
 
 def updating(name: str, tx: Any, params: Tree, pool: list[Tree], k: int) -> Side:
@@ -124,17 +125,6 @@ def holding_back(name: str, tx: jaxaccum.MultiSteps, params: Tree, pool: list[Tr
     return Side(name, run, (params, tx.init(params)))
 
 
-@jax.jit
-def difference(params: Tree, reference: Tree, start: Tree) -> jax.Array:
-    """The largest distance of a leaf from its reference, relative to the way that the reference has gone.
-
-    Norms of leaves, not elements: where a mean gradient is nearly 0 its sign, which is all that a first Adam step looks
-    at, is a matter of rounding.
-    """
-    distance = lambda p, r, s: jnp.linalg.norm(p - r) / jnp.linalg.norm(r - s)
-    return jnp.max(jnp.stack(jax.tree.leaves(jax.tree.map(distance, params, reference, start))))
-
-
 def measure(name: str, parameters: int, layers: int, k: int, repeats: int) -> dict[str, Any]:
     """One case: a window of K micro-steps around one inner optimizer, by all sides."""
     opt = OPTIMIZERS[name]
@@ -146,7 +136,7 @@ def measure(name: str, parameters: int, layers: int, k: int, repeats: int) -> di
     fresh = lambda: jax.tree.map(jnp.copy, start)
     sides = [
         floor(opt, fresh(), pool, k),
-        updating(RIVAL, optax.MultiSteps(opt, k), fresh(), pool, k),
+        updating(COMPARISON.rival, optax.MultiSteps(opt, k), fresh(), pool, k),
         updating("update", ours, fresh(), pool, k),
         applying("apply", ours, fresh(), pool, [None] * k),
         applying("apply, static boundary", ours, fresh(), pool, [False] * (k - 1) + [True]),
@@ -175,12 +165,12 @@ def main() -> None:
     options.add_argument("--k", type=int, default=8, help="micro-steps a window")
     args = options.parse_args()
     if args.table is not None:
-        print(table(json.loads(args.table.read_text())))
+        print(COMPARISON.table(json.loads(args.table.read_text())))
         return
     optimizers = args.optimizers.split(",")
     sizes, layers = (_each(values, len(optimizers)) for values in (args.parameters, args.layers))
     cases = [measure(*case, args.k, args.repeats) for case in zip(optimizers, sizes, layers, strict=True)]
-    finish(args.out, {"k": args.k, "repeats": args.repeats, "warmup": WARMUP, "gradients": POOL}, cases)
+    COMPARISON.finish(args.out, {"k": args.k, "repeats": args.repeats, "warmup": WARMUP, "gradients": POOL}, cases)
 
 
 def _each(text: str, count: int) -> list[int]:

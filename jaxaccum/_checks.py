@@ -1,5 +1,6 @@
 """Checks of what callers pass, made before anything runs: each error names the argument, the value and the remedy."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -120,8 +121,15 @@ def boundary(value: Any, sync: Sync) -> Any:
     return value
 
 
-def sync(axis_name: Any, mesh: Any, data_axis: Any, should_skip_update_fn: Any = None) -> Sync:
-    """Where the local sums live: on one device, along a mapped axis, or along a mesh's data axis."""
+def sync(axis_name: Any, mesh: Any, data_axis: Any, should_skip_update_fn: Any = None, *, reduce: str = "mean") -> Sync:
+    """Where the local sums live, on one device, along a mapped axis, or along a mesh's data axis, and how they join."""
+    if reduce not in ("mean", "scatter"):
+        raise ValueError(f"reduce must be 'mean' or 'scatter' (ZeRO), got {reduce!r}.")
+    if reduce == "scatter" and mesh is None:
+        raise ValueError(
+            "reduce='scatter' needs mesh=: the update must run in global code, where clipping sees the norm of the "
+            "whole gradient, and not that of one device's part."
+        )
     if axis_name is None and mesh is None:
         return OneDevice()
     if axis_name is not None and mesh is not None:
@@ -132,7 +140,9 @@ def sync(axis_name: Any, mesh: Any, data_axis: Any, should_skip_update_fn: Any =
             "count, and they would wait for each other for ever. Use nonfinite='drop', or weight=0 where a micro-batch "
             "should not count."
         )
-    return mesh_axis(mesh, data_axis) if axis_name is None else MappedAxis(_names("axis_name", axis_name))
+    if axis_name is not None:
+        return MappedAxis(_names("axis_name", axis_name))
+    return dataclasses.replace(mesh_axis(mesh, data_axis), scatter=reduce == "scatter")
 
 
 def mesh_axis(mesh: Any, data_axis: Any) -> MeshAxis:
@@ -196,6 +206,23 @@ def differentiable(params: Tree) -> None:
             raise TypeError(
                 f"the argument that argnums names holds {jnp.result_type(leaf)} at {_name(path) or 'its root'}, which "
                 "has no gradient; pass it as another argument."
+            )
+
+
+def placed(params: Tree, sync: Sync) -> None:
+    """Parameters must lie on the mesh's devices, as far as it can be seen where they lie: outside of jit."""
+    if not isinstance(sync, MeshAxis):
+        return
+    devices = set(sync.mesh.devices.flat)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer) or not leaf.committed:
+            continue
+        others = leaf.sharding.device_set - devices
+        if others:
+            raise ValueError(
+                f"the parameter {_name(path) or 'given'} lies on {min(others, key=str)}, which is not among the mesh's "
+                f"{len(devices)} devices; move it there, for example with jax.device_put(params, "
+                "NamedSharding(mesh, P()))."
             )
 
 

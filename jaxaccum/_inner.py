@@ -89,6 +89,18 @@ def unshared(state: Tree, params: Tree) -> Tree:
     return jax.tree.map(leaf, state)
 
 
+def beside_params(fun: Callable[[Any, Any], Any], state: Tree, params: Tree) -> Tree:
+    """`state` with `fun(leaf, param)` for each leaf that has a parameter's shape, and its path's last part its path."""
+    param_at = dict(jax.tree_util.tree_leaves_with_path(params))
+
+    def leaf(path, x):
+        owners = (param_at[path[i:]] for i in range(len(path) + 1) if path[i:] in param_at)
+        owner = next(owners, None)
+        return fun(x, owner) if owner is not None and jnp.shape(owner) == jnp.shape(x) else x
+
+    return jax.tree.map_with_path(leaf, state)
+
+
 def branch(pred: Any, close: Callable[[], Tree], stay: Callable[[], Tree]) -> Tree:
     """`close()` where `pred`, else `stay()`: decided now if `pred` is a Python bool, in a conditional if it is traced.
 

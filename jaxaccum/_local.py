@@ -55,6 +55,7 @@ def local_value_and_grad(
     def value_and_grad(*args, **kwargs):
         roles.check(args)
         _checks.differentiable(args[0])
+        _checks.placed(args[0], sync)
         _split.check_devices(args, roles.batch, 1, False, sync.size())
         return _mesh.run(body, sync, args, kwargs, split=roles.batch, split_dim=0, out_specs=P(sync.names))
 

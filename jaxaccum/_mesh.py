@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from jaxaccum import _shards
 from jaxaccum._sync import MeshAxis
 
 Tree = Any
@@ -42,7 +42,9 @@ def run(
     spec_of = [shared if i in split else P() for i, arg in enumerate(args) for _ in jax.tree.leaves(arg)]
     spec_of += [P()] * (len(leaves) - len(spec_of))
     is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
-    arrays = [_laid(leaf, mesh, spec) for leaf, spec, array in zip(leaves, spec_of, is_array, strict=True) if array]
+    # On explicit axes jax would refuse to lay an argument out anew by itself.
+    lay = (lambda x, spec: _shards.reshard(x, mesh, axes, spec)) if _shards.is_explicit(mesh) else lambda x, spec: x
+    arrays = [lay(leaf, spec) for leaf, spec, array in zip(leaves, spec_of, is_array, strict=True) if array]
 
     def body(arrays):
         iterator = iter(arrays)
@@ -54,13 +56,3 @@ def run(
     in_specs = ([spec for spec, array in zip(spec_of, is_array, strict=True) if array],)
     mapped = jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes))
     return mapped(arrays)
-
-
-def _laid(leaf: Any, mesh: Mesh, spec: P) -> Any:
-    """`leaf` laid out as `spec` wants it, where jax would refuse to do that by itself: on explicit axes."""
-    explicit = any(kind == jax.sharding.AxisType.Explicit for kind in mesh.axis_types)
-    if not explicit or not spec:
-        return leaf
-    current = jax.typeof(leaf).sharding
-    rest = list(current.spec)[len(spec) :] if isinstance(current, jax.sharding.NamedSharding) else []
-    return jax.reshard(leaf, jax.sharding.NamedSharding(mesh, P(*spec, *rest)))

@@ -11,7 +11,7 @@ import optax
 from jaxaccum import _accumulator, _checks, _inner
 from jaxaccum._accumulator import Weighted
 from jaxaccum._state import MultiStepsState
-from jaxaccum._sync import Sync
+from jaxaccum._sync import MeshAxis, Sync
 
 Tree = Any
 
@@ -66,6 +66,7 @@ class _Selection(NamedTuple):
 def init(config: Config, params: Tree) -> MultiStepsState:
     """A state with nothing pending; no two leaves of it and of `params` share a buffer."""
     _checks.available("accumulator_dtype", config.accumulator_dtype)
+    _checks.placed(params, config.sync)
     gradient_step = jnp.zeros((), jnp.int32)
     if callable(config.every_k):
         _checks.scheduled_k(config.every_k(gradient_step))
@@ -76,7 +77,7 @@ def init(config: Config, params: Tree) -> MultiStepsState:
     state = MultiStepsState(
         mini_step=jnp.zeros((), jnp.int32),
         gradient_step=gradient_step,
-        inner_opt_state=config.opt.init(params),
+        inner_opt_state=_inner_state(config, params),
         acc_grads=local(_accumulator.init(params, config.accumulator_dtype)),
         skip_state=skip_state,
         weight=local(_zero()),
@@ -85,7 +86,16 @@ def init(config: Config, params: Tree) -> MultiStepsState:
         updated=jnp.zeros((), jnp.bool_),
         dropped=local(jnp.zeros((), jnp.int32)),
     )
-    return _inner.unshared(state, params)
+    return config.sync.settled(_inner.unshared(state, params))
+
+
+def _inner_state(config: Config, params: Tree) -> Tree:
+    """The inner optimizer's fresh state, laid out as its updates will leave it."""
+    state = config.opt.init(params)
+    if not isinstance(config.sync, MeshAxis):
+        return state
+    # Under jit optax's zeros forget on which explicit axes the parameters lie.
+    return config.sync.spread(_inner.beside_params(config.sync.like, state, params))
 
 
 def run(
@@ -197,6 +207,10 @@ def apply_output(params: Tree) -> Output:
 
 def _emit(config, state, params, grads, window, extra_args, output, closed):
     """(output, inner state, whether an optimizer step was made): of a window that is `closed`, else unchanged."""
+    # Where every device holds a state of its own, all copies equal, jax counts as varying what comes of it.
+    held = jax.tree.leaves((state.mini_step, state.inner_opt_state, params))
+    same = config.sync.local if any(config.sync.varies(leaf) for leaf in held) else lambda tree: tree
+    branch = lambda pred, close, stay: _inner.branch(pred, lambda: same(close()), lambda: same(stay()))
 
     def close():
         sums, averages = config.sync.joined((window.sums, window.averages))
@@ -208,17 +222,18 @@ def _emit(config, state, params, grads, window, extra_args, output, closed):
             wide = jnp.float32 if config.accumulator_dtype is None else config.accumulator_dtype
             args = (mean, grads, state.inner_opt_state, params, extra_args | means, wide)
             updates, inner = _inner.update(config.inner, *args)
-            return output.close(updates), inner
+            return config.sync.whole(output.close(updates)), config.sync.spread(inner)
 
         if not window.may_be_empty:
             return *step(), None
         filled = _checks.known(sums.weight != 0)
-        return *_inner.branch(filled, step, unchanged), filled
+        return *branch(filled, step, unchanged), filled
 
     def unchanged():
         return output.stay(), state.inner_opt_state
 
-    result, inner, filled = _inner.branch(closed, close, lambda: (*unchanged(), False if window.may_be_empty else None))
+    none_made = jnp.asarray(False) if window.may_be_empty else None
+    result, inner, filled = branch(closed, close, lambda: (*unchanged(), none_made))
     return result, inner, closed if filled is None else filled
 
 

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxaccum import _checks, _local, _loss, _micro_step
+from jaxaccum import _checks, _local, _loss, _micro_step, _redistribute
 from jaxaccum._accumulator import Weighted
+from jaxaccum._integers import positive_int
 from jaxaccum._micro_step import Config
 from jaxaccum._state import MultiStepsState
-from jaxaccum._sync import MeshAxis
+from jaxaccum._sync import MappedAxis, MeshAxis
 
 Tree = Any
 
@@ -54,6 +55,9 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         the P devices of the data axis; a weight or an averaged extra arg is a scalar for all or (P,), and local sums
         are (P, ...), sharded over it. They are joined at the boundary alone. The mesh's other axes are left to jax.
       data_axis: the mesh's data axis, a name or a tuple of names.
+      reduce: "mean" joins the sums on every device. "scatter" (ZeRO), with `mesh`, reduce-scatters them: the inner
+        optimizer's state lives split over the data axis, as `zero_sharding` says, and so does its work; updates and
+        parameters are gathered once a window.
       nonfinite: "propagate", or "drop": a micro-batch with a NaN or an infinity in its gradient or averaged extra
         args gets weight 0 and is counted in `state.dropped`.
       averaged_extra_args: names of scalar extra args that reach the inner optimizer as the window's weighted mean.
@@ -87,6 +91,7 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         axis_name: Any = None,
         mesh: Any = None,
         data_axis: Any = "data",
+        reduce: str = "mean",
         nonfinite: str = "propagate",
         averaged_extra_args: Sequence[str] = ("value",),
     ):
@@ -110,7 +115,7 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
             accumulator_dtype=None if accumulator_dtype is None else jnp.dtype(accumulator_dtype),
             nonfinite=nonfinite,
             averaged_extra_args=tuple(averaged_extra_args),
-            sync=_checks.sync(axis_name, mesh, data_axis, should_skip_update_fn),
+            sync=_checks.sync(axis_name, mesh, data_axis, should_skip_update_fn, reduce=reduce),
         )
         self = super().__new__(cls, functools.partial(_micro_step.init, config), functools.partial(_update, config))
         self._config = config
@@ -222,6 +227,41 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
           -2.0
         """
         return _micro_step.flush(self._config, _checks.state(state, "flush"), params, extra_args)
+
+    def redistribute(self, state: MultiStepsState, devices: int | None = None) -> MultiStepsState:
+        """`state` with its pending local sums merged or split for another number of devices. For the host.
+
+        For a state in mid-window that comes from a checkpoint, or from another mesh. Each sum goes to one device whole:
+        nothing is divided, and the window's mean is what it would have been.
+
+        Args:
+          state: from a `MultiSteps` of the same options and any number of devices: with `mesh`, with `axis_name` as
+            `jax.pmap` returns it (every leaf with a leading device axis), or on one device.
+          devices: with `axis_name`, the number of devices; else they are known.
+
+        Returns:
+          The state for this transformation, its local sums placed on the mesh. The rest lies where it lay, or, if it
+          came out of a pmap, on the default device.
+
+        Raises:
+          TypeError, ValueError: if `state` is no `MultiStepsState`, or `devices` is missing or superfluous.
+
+        Example:
+          >>> import jax, jax.numpy as jnp, optax, jaxaccum
+          >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
+          >>> many = jaxaccum.MultiSteps(optax.sgd(1.0), 2, mesh=mesh)
+          >>> _, state = many.update(jnp.arange(1.0, mesh.size + 1), many.init(jnp.zeros(())))
+          >>> one = jaxaccum.MultiSteps(optax.sgd(1.0), 2)
+          >>> state = one.redistribute(state)
+          >>> bool(state.acc_grads / state.weight == (1 + mesh.size) / 2)
+          True
+        """
+        sync = self._config.sync
+        if isinstance(sync, MappedAxis):
+            devices = positive_int(devices, "devices")
+        elif devices is not None:
+            raise ValueError(f"devices={devices!r} is for axis_name= alone; here there are {sync.size()}.")
+        return _redistribute.redistribute(self._config, _checks.state(state, "redistribute"), devices or sync.size())
 
     def has_updated(self, state: MultiStepsState) -> Any:
         """A bool scalar: whether the call that returned `state` ran the inner optimizer."""

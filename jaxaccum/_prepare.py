@@ -1,6 +1,6 @@
 """What depends on the parameters alone, once a window: forward before the loop, its transpose after it, on the sum."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -56,27 +56,68 @@ def once(prepare: Callable[[Tree], Tree], params: Tree) -> tuple[Tree, Callable[
     return jax.tree.unflatten(jax.tree.structure(shapes), values), transpose
 
 
-def refuse_collectives(prepare: Callable[[Tree], Tree], params: Tree) -> None:
-    """Along a mapped axis: the transpose of a gather would reduce what the window's sync then reduces again.
+def gathered(prepare: Callable[[Tree], Tree], params: Tree, names: tuple[str, ...]) -> Tree:
+    """The mapped axes over which `prepare` gathers each parameter: there its transpose sums over the devices.
+
+    Args:
+      prepare: a function of the parameters, which may call `jax.lax.all_gather`, at its top level or jitted.
+      params: the parameters, of which each device has its shard.
+      names: the mapped axes.
+
+    Returns:
+      A tree like `params` of tuples of names, () for what is not gathered.
 
     Raises:
-      NotImplementedError: if `prepare` communicates over a mapped axis.
+      ValueError: if a parameter is gathered on one way and not on another.
+      NotImplementedError: if `prepare` communicates over one of the axes in another way.
     """
-    names = {eqn.primitive.name for eqn in _equations(jax.make_jaxpr(prepare)(params).jaxpr)}
-    collectives = [name for name in names if name.startswith(("all_gather", "all_to_all", "psum", "ppermute"))]
-    if collectives:
-        raise NotImplementedError(
-            f"prepare calls {collectives[0]} over a mapped axis, which is not supported yet: gather the parameters in "
-            "the loss, or use mesh= with parameters sharded over another axis than data_axis."
-        )
+    leaves, treedef = jax.tree.flatten(params)
+    jaxpr = jax.make_jaxpr(prepare)(params).jaxpr
+    ways = _ways(jaxpr, [{(i, ())} for i in range(len(leaves))], frozenset(names))
+    axes = [{axes for way in ways for number, axes in way if number == i} for i in range(len(leaves))]
+    for found, (path, _) in zip(axes, jax.tree_util.tree_leaves_with_path(params), strict=True):
+        if len(found) > 1:
+            raise ValueError(
+                f"prepare hands params{jax.tree_util.keystr(path)} on gathered over {max(found)} and also not: its "
+                "gradient would be summed over the devices in part. Gather it once, and use nothing but the result."
+            )
+    return treedef.unflatten([next(iter(found), ()) for found in axes])
 
 
-def _equations(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
+def _ways(jaxpr: core.Jaxpr, inputs: Sequence[set], names: frozenset[str]) -> list[set]:
+    """For each output, on what ways parameters reach it: pairs of a parameter's number and the axes gathered over."""
+    ways = dict(zip(jaxpr.invars, inputs, strict=True))
+    read = lambda atom: set() if isinstance(atom, core.Literal) else ways.get(atom, set())
     for eqn in jaxpr.eqns:
-        yield eqn
-        for value in eqn.params.values():
-            if isinstance(value, core.ClosedJaxpr):
-                yield from _equations(value.jaxpr)
+        operands = [read(atom) for atom in eqn.invars]
+        if _is_plain_jit(eqn):
+            ways.update(zip(eqn.outvars, _ways(eqn.params["jaxpr"].jaxpr, operands, names), strict=True))
+            continue
+        through = set().union(*operands)
+        axes = _axes(eqn) & names
+        if axes and (eqn.primitive.name != "all_gather" or eqn.params["axis_index_groups"] is not None):
+            raise NotImplementedError(
+                f"prepare calls {eqn.primitive.name} over {sorted(axes)}, which can't be carried back through the "
+                "window's one reduction. Of the collectives prepare may use jax.lax.all_gather, outside of loops."
+            )
+        if axes:
+            through = {(number, tuple(sorted({*done, *axes}))) for number, done in through}
+        ways.update((var, through) for var in eqn.outvars)
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _axes(eqn: core.JaxprEqn) -> set[str]:
+    """The mapped axes that an equation communicates over, in itself or in what it calls."""
+    if eqn.primitive.name in ("axis_index", "pvary"):
+        return set()
+    names = [eqn.params.get(name, ()) for name in ("axis_name", "axes")]
+    found = {axis for axes in names for axis in (axes if isinstance(axes, tuple) else (axes,)) if isinstance(axis, str)}
+    for value in eqn.params.values():
+        for closed in value if isinstance(value, (tuple, list)) else (value,):
+            jaxpr = closed.jaxpr if isinstance(closed, core.ClosedJaxpr) else closed
+            if isinstance(jaxpr, core.Jaxpr):
+                found = found.union(*map(_axes, jaxpr.eqns))
+    return found
 
 
 def _evaluate(closed: core.ClosedJaxpr, inputs: Sequence[tuple[Any, Any]]) -> list[tuple[Any, Any]]:

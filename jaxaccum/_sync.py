@@ -10,8 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from jaxaccum import _shards
 
 Tree = Any
 
@@ -44,8 +46,9 @@ class OneDevice:
         """`tree`, common to all devices, as what each may change on its own."""
         return tree
 
-    def joined(self, tree: Tree) -> Tree:
+    def joined(self, tree: Tree, reduced: Tree = None) -> Tree:
         """The sum over the devices of what is local."""
+        del reduced
         return tree
 
     def averaged(self, tree: Tree) -> Tree:
@@ -54,6 +57,23 @@ class OneDevice:
 
     def one(self, tree: Tree) -> Tree:
         """A local tree as one device has it; shapes and dtypes are enough."""
+        return tree
+
+    def spread(self, tree: Tree) -> Tree:
+        """`tree` laid out as joined sums are."""
+        return tree
+
+    def whole(self, tree: Tree) -> Tree:
+        """`tree`, made of joined sums, laid out as parameters are."""
+        return tree
+
+    def settled(self, state: Tree) -> Tree:
+        """`state` where the steps to come will leave it."""
+        return state
+
+    def like(self, tree: Tree, params: Tree) -> Tree:
+        """Joined sums `tree`, laid out as jax's types say that `params` are."""
+        del params
         return tree
 
     def varies(self, leaf: Any) -> bool:
@@ -96,7 +116,14 @@ class MappedAxis:
         return jax.lax.axis_index(self.names)
 
     def local(self, tree: Tree) -> Tree:
-        """`tree` cast to varying over the axis, where jax tracks that."""
+        """`tree` cast to varying over the axis, where jax tracks that.
+
+        Outside of the mapped function, where a script makes its state before it replicates it, it is as it is.
+        """
+        try:
+            self.size()
+        except NameError:
+            return tree
 
         def leaf(x):
             missing = tuple(name for name in self.names if name not in jax.typeof(x).mat.varying)
@@ -104,9 +131,20 @@ class MappedAxis:
 
         return jax.tree.map(leaf, tree)
 
-    def joined(self, tree: Tree) -> Tree:
-        """The sum over the devices of what is local, in one reduction."""
-        return jax.lax.psum(self.local(tree), self.names)
+    def joined(self, tree: Tree, reduced: Tree = None) -> Tree:
+        """The sum over the devices of what is local, in one reduction.
+
+        Args:
+          tree: local sums.
+          reduced: for each leaf the names of the axes over which it is a sum already; None where that is none at all.
+        """
+
+        def leaf(x, done=()):
+            names = tuple(name for name in self.names if name not in done)
+            return jax.lax.psum(x, names) if names else x
+
+        tree = self.local(tree)
+        return jax.tree.map(leaf, tree) if reduced is None else jax.tree.map(leaf, tree, reduced)
 
     def averaged(self, tree: Tree) -> Tree:
         """The mean over the devices of what floats in a local tree; the rest must agree, and is the largest."""
@@ -120,6 +158,23 @@ class MappedAxis:
 
     def one(self, tree: Tree) -> Tree:
         """A local tree as one device has it."""
+        return tree
+
+    def spread(self, tree: Tree) -> Tree:
+        """`tree`: joined sums are whole on every device."""
+        return tree
+
+    def whole(self, tree: Tree) -> Tree:
+        """`tree`: joined sums are whole on every device."""
+        return tree
+
+    def settled(self, state: Tree) -> Tree:
+        """`state` where the steps to come will leave it."""
+        return state
+
+    def like(self, tree: Tree, params: Tree) -> Tree:
+        """`tree`: joined sums lie as the parameters do."""
+        del params
         return tree
 
     def varies(self, leaf: Any) -> bool:
@@ -139,10 +194,13 @@ class MeshAxis:
     Attributes:
       mesh: the mesh.
       names: its data axes.
+      scatter: whether joined sums, and the optimizer state with them, are split over the data axes (ZeRO), or whole on
+        every device.
     """
 
     mesh: Mesh
     names: tuple[str, ...]
+    scatter: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -151,7 +209,7 @@ class MeshAxis:
 
     def options(self) -> dict[str, Any]:
         """The public arguments that ask for this."""
-        return {"mesh": self.mesh, "data_axis": self.names}
+        return {"mesh": self.mesh, "data_axis": self.names, "reduce": "scatter" if self.scatter else "mean"}
 
     def size(self) -> int:
         """The number of devices of the data axis."""
@@ -162,10 +220,15 @@ class MeshAxis:
         expand = lambda tree: jax.tree.map(lambda x: x[None], tree)
         options = {"mesh": self.mesh, "axis_names": set(self.names), "check_vma": False}
         # Under jit also when called outside of it: only there can a result lie over axes that are not manual.
+        if _shards.is_explicit(self.mesh):
+            tree = jax.tree.map(lambda x: _shards.reshard(x, self.mesh, self.names, P()), tree)
         return jax.jit(jax.shard_map(expand, in_specs=P(), out_specs=P(self.names), **options))(tree)
 
-    def joined(self, tree: Tree) -> Tree:
+    def joined(self, tree: Tree, reduced: Tree = None) -> Tree:
         """The sum over the leading axis: jax makes it a reduction over the data axis."""
+        del reduced
+        if self.scatter:
+            return jax.tree.map(lambda x: _shards.reduce_scatter(x, self.mesh, self.names), tree)
         return jax.tree.map(lambda x: jnp.sum(x, axis=0), tree)
 
     def averaged(self, tree: Tree) -> Tree:
@@ -181,6 +244,36 @@ class MeshAxis:
     def one(self, tree: Tree) -> Tree:
         """Shapes and dtypes of a local tree as one device has it."""
         return jax.eval_shape(self.joined, tree)
+
+    def spread(self, tree: Tree) -> Tree:
+        """`tree` laid out as joined sums are: under ZeRO each array split over the data axes where it can be."""
+        dimension = lambda x: _shards.dimension(x, self.mesh, self.names)
+        lay = lambda x: _shards.lay(x, self.mesh, self.names, dimension(x))
+        return jax.tree.map(lay, tree) if self.scatter else tree
+
+    def whole(self, tree: Tree) -> Tree:
+        """`tree`, made of joined sums, laid out as parameters are: on every device."""
+        lay = lambda x: _shards.lay(x, self.mesh, self.names, None)
+        return jax.tree.map(lay, tree) if self.scatter else tree
+
+    def settled(self, state: Tree) -> Tree:
+        """`state` with what lies on no particular device put on every one of the mesh, where a step would leave it.
+
+        Under jit that is for jax to say; elsewhere a step would compile twice, for a fresh state and for its own.
+        """
+
+        def leaf(x):
+            fresh = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and not x.committed
+            return jax.device_put(x, NamedSharding(self.mesh, P())) if fresh else x
+
+        return jax.tree.map(leaf, state)
+
+    def like(self, tree: Tree, params: Tree) -> Tree:
+        """Joined sums `tree`, laid out as jax's types say that `params` are."""
+        if self.scatter or not _shards.is_explicit(self.mesh):
+            return tree
+        spec = lambda p: jax.typeof(p).sharding.spec
+        return jax.tree.map(lambda x, p: _shards.reshard(x, self.mesh, self.mesh.axis_names, spec(p)), tree, params)
 
     def varies(self, leaf: Any) -> bool:
         """Whether `leaf` is known to differ between devices: under jit every array is one for all."""

@@ -123,21 +123,31 @@ BUGS = [
     ),
     Bug(
         "same key in every micro-batch",
-        "_value_and_grad.py",
-        "number = device.index() * k + index",
-        "number = device.index() * k",
+        "_window.py",
+        "number = device.index() * self.k + index",
+        "number = device.index() * self.k",
     ),
-    Bug("same keys on every device", "_value_and_grad.py", "number = device.index() * k + index", "number = index"),
+    Bug("same keys on every device", "_window.py", "number = device.index() * self.k + index", "number = index"),
+    Bug("a mean of means over the devices", "_sync.py", "jax.lax.psum(x, names)", "jax.lax.pmean(x, names)"),
+    Bug("model state of padding kept", "_window.py", "_accumulator.select(keep, new_carry, carry)", "new_carry"),
+    Bug("absent micro-batches run", "_window.py", "jnp.minimum(k, length)", "length"),
     Bug(
-        "a mean of means over the devices",
+        "a gathered gradient summed twice",
         "_sync.py",
-        "jax.lax.psum(self.local(tree), self.names)",
-        "jax.lax.pmean(tree, self.names)",
+        "return jax.tree.map(leaf, tree) if reduced is None else jax.tree.map(leaf, tree, reduced)",
+        "return jax.tree.map(leaf, tree)",
     ),
     Bug(
-        "model state of padding kept", "_value_and_grad.py", "_accumulator.select(keep, new_carry, carry)", "new_carry"
+        "an all-reduce under ZeRO",
+        "_sync.py",
+        "if self.scatter:\n            return jax",
+        "if False:\n            return jax",
     ),
-    Bug("absent micro-batches run", "_value_and_grad.py", "jnp.minimum(k, length)", "length"),
+    Bug("ZeRO's optimizer state whole on every device", "_shards.py", "return next(fits, None)", "return None"),
+    Bug("a sum given to both of its heirs", "_redistribute.py", "else jnp.zeros_like(x[0])", "else x[0]"),
+    Bug(
+        "the sum mode grows with merging", "_redistribute.py", 'ratio = devices / np.size(local("weight"))', "ratio = 1"
+    ),
 ]
 
 
@@ -161,6 +171,8 @@ def caught_by(bug: Bug) -> str | None:
             "test_compiled.py",
             "test_compose.py",
             "test_mapped.py",
+            "test_redistribute.py",
+            "test_zero.py",
             "test_exact.py",
         ]
         run = subprocess.run(

@@ -15,9 +15,11 @@ PUBLIC = {
     "MultiStepsState",
     "Weighted",
     "cast",
+    "collectives",
     "local_value_and_grad",
     "set_every_k",
     "value_and_grad",
+    "zero_sharding",
 }
 LAZY = {"Task": "task", "Trainer": "trainer", "callbacks": "callbacks", "loggers": "loggers"}  # name: its module
 

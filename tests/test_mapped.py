@@ -5,31 +5,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from devices import DEVICES, K, assert_close, batch, big_batch, big_loss, inner, loss, params, reductions, split
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
+from devices import (
+    DEVICES,
+    FORMS,
+    K,
+    assert_close,
+    batch,
+    big_batch,
+    big_loss,
+    inner,
+    loss,
+    mapped,
+    params,
+    split,
+)
 
 import jaxaccum
-
-FORMS = ["pmap", "shard_map", "shard_map without vma"]
-
-
-def mapped(form, fun, in_axes, out_axes):
-    """`fun` on every device, as pmap has it: an axis of 0 is split over the devices, one of None is common to all."""
-    if form == "pmap":
-        return jax.pmap(fun, axis_name="data", in_axes=in_axes, out_axes=out_axes)
-    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
-    specs = lambda axes: tuple(P() if axis is None else P("data") for axis in axes)
-    per_leaf = lambda f, axes, trees: tuple(
-        tree if axis is None else jax.tree.map(f, tree) for axis, tree in zip(axes, trees, strict=True)
-    )
-
-    def body(*args):
-        results = fun(*per_leaf(lambda x: x[0], in_axes, args))
-        return per_leaf(lambda x: x[None], out_axes, results)
-
-    options = {"mesh": mesh, "check_vma": form == "shard_map"}
-    return jax.jit(jax.shard_map(body, in_specs=specs(in_axes), out_specs=specs(out_axes), **options))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -51,6 +42,19 @@ def test_micro_steps_on_every_device_are_the_big_batch(form):
         got, steps, values = mapped(form, train, (None, 0), (None, None, 0))(params(), data)
         assert steps == 2 and values.shape == (DEVICES, 2 * K)
         assert_close(got, big_batch(windows))
+
+
+def test_a_state_made_outside_of_pmap_is_replicated():
+    """Catches an init that only runs inside the mapped function: flax's scripts make their state before it."""
+    with jax.enable_x64(True):
+        tx = jaxaccum.MultiSteps(inner(), K, axis_name="data")
+        replicated = jax.tree.map(lambda x: jnp.stack([x] * DEVICES), (params(), tx.init(params())))
+        step = jax.pmap(lambda p, state, data: tx.micro_step(loss, p, state, data), axis_name="data")
+        for i in range(K):
+            micro_batch = jax.tree.map(lambda x, i=i: x[:, i], split(batch(), DEVICES, K))
+            _, *replicated = step(*replicated, micro_batch)
+        for device in range(DEVICES):
+            assert_close(jax.tree.map(lambda x, device=device: x[device], replicated[0]), big_batch([batch()]))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -184,12 +188,13 @@ def test_the_sync_is_once_a_window(form):
             (p, state), _ = jax.lax.scan(step, (p, tx.init(p)), data)
             return p, state.gradient_step
 
-        return mapped(form, train, (None, 0), (None, None)).lower(params(), split(batch(), DEVICES, K)).compile()
+        compiled = mapped(form, train, (None, 0), (None, None)).lower(params(), split(batch(), DEVICES, K)).compile()
+        return jaxaccum.collectives(compiled, mesh=jax.make_mesh((DEVICES,), ("data",)))
 
-    assert reductions(program(False)) == (0, 0)
-    for boundary in (True, None):
-        entry, inside = reductions(program(boundary))
-        assert entry == 0 and inside >= 1  # In the loop of this test, and there in the conditional.
+    assert program(False).all == ()
+    assert len(program(True).all) == program(True).count("all-reduce", axis="data", in_conditional=False) == 1
+    (sync,) = program(None).all
+    assert sync.kind == "all-reduce" and sync.axes == ("data",) and sync.where == ("loop", "conditional")
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -197,8 +202,8 @@ def test_a_windows_sync_is_after_its_loop(form):
     """Catches a reduction of every micro-batch's gradient inside the loop."""
     f = jaxaccum.value_and_grad(loss, K, axis_name="data")
     program = mapped(form, f, (None, 0), (None, None)).lower(params(), split(batch(), DEVICES)).compile()
-    entry, inside = reductions(program)
-    assert entry >= 1 and inside == 0
+    found = jaxaccum.collectives(program, mesh=jax.make_mesh((DEVICES,), ("data",)))
+    assert len(found.all) == found.count("all-reduce", axis="data", in_loop=False, in_conditional=False) == 1
 
 
 def test_a_boundary_that_differs_between_devices_is_refused():
@@ -223,9 +228,48 @@ def test_a_skip_decided_on_one_device_is_refused():
         jaxaccum.MultiSteps(optax.sgd(1.0), 2, should_skip_update_fn=optax.skip_not_finite, axis_name="data")
 
 
-def test_a_prepare_that_gathers_over_the_axis_is_refused():
-    """Catches a gradient P times too large: its transpose reduces what the window's sync reduces again."""
-    gather = lambda p: jax.tree.map(lambda x: jax.lax.all_gather(x, "data", tiled=True), p)
-    f = jaxaccum.value_and_grad(lambda p, x: jnp.mean(x @ p), K, prepare=gather, axis_name="data")
-    with pytest.raises(NotImplementedError, match="prepare calls all_gather over a mapped axis"):
+@pytest.mark.parametrize("form", FORMS)
+def test_a_prepare_that_gathers_is_carried_back_once(form):
+    """Catches a shard's gradient summed over the devices twice, one that is not, and a gather in every micro-step."""
+    with jax.enable_x64(True):
+        gather = lambda p: {"w": jax.lax.all_gather(p["w"], "data", tiled=True), "b": p["b"]}
+        padded = lambda x: jnp.pad(x, ((0, 0), (0, 13)))
+        fun = lambda p, data: loss(p, {**data, "x": padded(data["x"])})
+        f = jaxaccum.value_and_grad(fun, K, prepare=gather, axis_name="data")
+        shards = jnp.zeros((16, 4)).at[:3].set(params()["w"]).reshape(DEVICES, 2, 4)
+
+        def window(w, b, data):
+            value, grads = f({"w": w, "b": b}, data)
+            return value, grads["w"], grads["b"]
+
+        mapped_window = mapped(form, window, (0, None, 0), (None, 0, None))
+        value, w, b = mapped_window(shards, params()["b"], split(batch(), DEVICES))
+        got = value, {"w": w.reshape(16, 4)[:3], "b": b}
+        assert_close(got, jax.value_and_grad(big_loss)(params(), batch()))
+        text = mapped_window.lower(shards, params()["b"], split(batch(), DEVICES)).compile().as_text()
+        entry = text[text.index("ENTRY") :]
+        for kind in ("all-gather", "reduce-scatter"):
+            assert entry.count(f" {kind}(") == text.count(f" {kind}(") == 1
+
+
+@pytest.mark.parametrize(
+    ("prepare", "error", "message"),
+    [
+        (lambda p: jax.lax.psum(p, "data"), NotImplementedError, "prepare calls psum.*over.*data.*all_gather"),
+        (
+            lambda p: (p, jax.lax.all_gather(p, "data")),
+            ValueError,
+            r"hands params on gathered over \('data',\) and also not",
+        ),
+        (
+            lambda p: jax.lax.scan(lambda c, x: (c, jax.lax.all_gather(x, "data")), 0, p)[1],
+            NotImplementedError,
+            "prepare calls scan over.*outside of loops",
+        ),
+    ],
+)
+def test_a_prepare_that_communicates_otherwise_is_refused(prepare, error, message):
+    """Catches a gradient P times too large."""
+    f = jaxaccum.value_and_grad(lambda p, x: jnp.mean(x), K, prepare=prepare, axis_name="data")
+    with pytest.raises(error, match=message):
         mapped("pmap", f, (0, 0), (None, 0))(jnp.ones((DEVICES, 3)), jnp.ones((DEVICES, K, 24)))

@@ -1,0 +1,89 @@
+"""A GPT-2-shaped language model in plain jax: float32 parameters, bfloat16 compute."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The sizes of a model, its parameters and its loss; by default GPT-2's, with 124M parameters.
+
+    Attributes:
+      layers: how many.
+      width: of the residual stream.
+      heads: of the attention; they divide the width.
+      vocabulary: tokens that occur. The embedding has rows up to the next multiple of 128, as a matrix product wants.
+      length: T, the tokens that a loss predicts from.
+      unrolled: whether each layer has leaves and code of its own; else leaves are stacked, and layers are a loop.
+    """
+
+    layers: int = 12
+    width: int = 768
+    heads: int = 12
+    vocabulary: int = 50257
+    length: int = 1024
+    unrolled: bool = False
+
+    def init(self, key: jax.Array) -> Tree:
+        """Parameters, float32: matrices normal with a deviation of 0.02, scales 1, biases 0."""
+        embedding, positions, *layers = jax.random.split(key, 2 + self.layers)
+        normal = lambda key, *shape: 0.02 * jax.random.normal(key, shape, jnp.float32)
+        norm = {"scale": jnp.ones(self.width, jnp.float32), "bias": jnp.zeros(self.width, jnp.float32)}
+
+        def layer(key):
+            qkv, out, up, down = jax.random.split(key, 4)
+            dense = lambda key, inputs, outputs: {
+                "kernel": normal(key, inputs * self.width, outputs * self.width),
+                "bias": jnp.zeros(outputs * self.width, jnp.float32),
+            }
+            attention = {"norm": norm, "qkv": dense(qkv, 1, 3), "out": dense(out, 1, 1)}
+            return {"attention": attention, "mlp": {"norm": norm, "up": dense(up, 1, 4), "down": dense(down, 4, 1)}}
+
+        stack = list if self.unrolled else lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+        return {
+            "embedding": normal(embedding, -(-self.vocabulary // 128) * 128, self.width),
+            "positions": normal(positions, self.length, self.width),
+            "layers": stack([layer(key) for key in layers]),
+            "norm": norm,
+        }
+
+    def loss(self, params: Tree, tokens: jax.Array) -> jax.Array:
+        """The mean cross-entropy of the next token, float32; `tokens` is (N, T + 1), int32."""
+        x = (params["embedding"][tokens[:, :-1]] + params["positions"]).astype(jnp.bfloat16)
+        if self.unrolled:
+            for layer in params["layers"]:
+                x = self._layer(layer, x)
+        else:
+            x, _ = jax.lax.scan(lambda x, layer: (self._layer(layer, x), None), x, params["layers"])
+        x = _normalised(params["norm"], x)
+        logits = (x @ params["embedding"].astype(jnp.bfloat16).T).astype(jnp.float32)
+        # By comparison, which fuses with the sum and whose transpose is elementwise; that of indexing is a scatter.
+        targets = tokens[:, 1:, None] == jnp.arange(logits.shape[-1])
+        return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(targets, logits, 0), axis=-1))
+
+    def _layer(self, layer: Tree, x: jax.Array) -> jax.Array:
+        """Attention and MLP on a residual stream (N, T, width), bfloat16."""
+        attention, mlp = layer["attention"], layer["mlp"]
+        qkv = _dense(attention["qkv"], _normalised(attention["norm"], x))
+        query, key, value = jnp.split(qkv.reshape(*x.shape[:2], 3 * self.heads, -1), 3, axis=2)
+        implementation = "cudnn" if jax.default_backend() == "gpu" else None
+        mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation=implementation)
+        x = x + _dense(attention["out"], mixed.reshape(x.shape))
+        return x + _dense(mlp["down"], jax.nn.gelu(_dense(mlp["up"], _normalised(mlp["norm"], x))))
+
+
+def _dense(dense: Tree, x: jax.Array) -> jax.Array:
+    return x @ dense["kernel"].astype(x.dtype) + dense["bias"].astype(x.dtype)
+
+
+def _normalised(norm: Tree, x: jax.Array) -> jax.Array:
+    """Layer normalisation, in float32 on the inside."""
+    wide = x.astype(jnp.float32)
+    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    deviation = jax.lax.rsqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + 1e-5)
+    return (centred * deviation * norm["scale"] + norm["bias"]).astype(x.dtype)

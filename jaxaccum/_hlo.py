@@ -1,0 +1,130 @@
+"""XLA's text of a compiled program, read: what its computations hold and what they call."""
+
+import re
+from typing import NamedTuple
+
+_HEADER = re.compile(r"(ENTRY )?%?([\w.-]+) (?:\(.*\) -> .*)?\{")
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%([\w.-]+) = (.+?) ([a-z][a-z0-9-]*)\((.*)")
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
+_TRIP_COUNT = re.compile(r'"known_trip_count":\s*\{\s*"n":\s*"(\d+)"')
+_CALL = re.compile(
+    r"\b(calls|to_apply|body|condition|branch_computations|true_computation|false_computation|called_computations)="
+    r"(%[\w.-]+|\{[^}]*\})"
+)
+_ARRAY = re.compile(r"\b([a-z]+(\d*)[a-z0-9]*)\[([\d,<=]*)\]")
+
+
+class Instruction(NamedTuple):
+    """One operation.
+
+    Attributes:
+      shape: of its result, as XLA prints it.
+      opcode: what it does, for example "all-reduce".
+      operands: the names of the instructions whose results it takes, in the same computation.
+      attributes: the rest of the line, strings taken out.
+      trip_count: how many iterations a loop has, where XLA knows it.
+    """
+
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str
+    trip_count: int | None
+
+    def calls(self) -> list[tuple[str, str]]:
+        """The computations that it runs, each with the attribute that names it."""
+        if self.opcode.endswith(("-done", "-update")):  # Of something asynchronous, which its start has called.
+            return []
+        return [(how, name) for how, names in _CALL.findall(self.attributes) for name in _names(names)]
+
+
+class Module(NamedTuple):
+    """A compiled program for replicas × partitions devices.
+
+    Attributes:
+      replicas, partitions: how many.
+      entry: the name of the computation that a call runs.
+      computations: instructions by name, by the name of their computation.
+    """
+
+    replicas: int
+    partitions: int
+    entry: str
+    computations: dict[str, dict[str, Instruction]]
+
+
+def parse(text: str) -> Module:
+    """Reads what XLA prints of a compiled program.
+
+    Args:
+      text: of one module, as `jax.stages.Compiled.as_text` gives it.
+
+    Returns:
+      The module.
+
+    Raises:
+      ValueError: if a line is not understood.
+    """
+    header, *lines = text.strip().split("\n")
+    header = _STRING.sub('""', header)
+    entries, computations, current = [], {}, None
+    for line in lines:
+        if line.startswith("}"):
+            current = None
+        elif line[:1].isspace() and line.strip():
+            if current is None:
+                raise ValueError(f"compiled has an instruction outside of any computation: {line.strip()[:200]!r}.")
+            name, instruction = _instruction(line)
+            current[name] = instruction
+        elif match := _HEADER.fullmatch(line):
+            current = computations[match[2]] = {}
+            entries += [match[2]] if match[1] else []
+    if len(entries) != 1:
+        raise ValueError(f"compiled must be the text of one module, but it has {len(entries)} entry computations.")
+    return Module(_number(header, "replica_count"), _number(header, "num_partitions"), entries[0], computations)
+
+
+def num_bytes(shape: str) -> int:
+    """The size of an array, or of all the arrays of a tuple.
+
+    Args:
+      shape: as XLA prints it, for example "(f32[2,3]{1,0}, bf16[])".
+
+    Returns:
+      Bytes. Types of less than a byte are packed; tokens have none.
+
+    Example:
+      >>> num_bytes("(f32[2,3]{1,0:T(8,128)}, bf16[], pred[5]{0}, s4[3]{0}, token[])")
+      33
+    """
+    total = 0
+    for dtype, digits, dims in _ARRAY.findall(shape):
+        bits = int(digits) if digits else 8 * (dtype == "pred")
+        for dim in dims.replace("<=", "").split(","):
+            bits *= int(dim or 1)
+        total += -(-bits // 8)
+    return total
+
+
+def _instruction(line: str) -> tuple[str, Instruction]:
+    match = _INSTRUCTION.fullmatch(_STRING.sub('""', line))
+    if match is None:
+        raise ValueError(f"compiled has a line that is not understood as XLA's: {line.strip()[:200]!r}.")
+    name, shape, opcode, rest = match.groups()
+    trips = _TRIP_COUNT.search(line) if opcode == "while" else None
+    depth, end = 1, len(rest)
+    for bracket in re.finditer(r"[()]", rest):
+        depth += 1 if bracket[0] == "(" else -1
+        if not depth:
+            end = bracket.start()
+            break
+    return name, Instruction(shape, opcode, _names(rest[:end]), rest[end + 1 :], int(trips[1]) if trips else None)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"%([\w.-]+)", text))
+
+
+def _number(header: str, name: str) -> int:
+    match = re.search(rf", {name}=(\d+)", header)
+    return int(match[1]) if match else 1

@@ -1,0 +1,159 @@
+"""XLA's replica groups: which devices take part in a collective together, in every syntax that XLA writes."""
+
+import math
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+Groups = tuple[tuple[int, ...], ...]
+
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "all-to-all",
+    "collective-broadcast",
+    "collective-permute",
+    "ragged-all-to-all",
+    "reduce-scatter",
+)
+
+_INTEGERS = r"\d+(?:,\d+)*"
+_GROUP = rf"\{{(?:{_INTEGERS})?\}}"
+_NAME = r"(?:'[^']*'|[^\s'\"=:,{}\[\]()]+)"
+_AXIS, _PART = rf"{_NAME}=\d+", rf"{_NAME}(?::\(\d+\)\d+)?"
+_LISTS = re.compile(rf"\{{(?:{_GROUP}(?:,{_GROUP})*)?\}}")
+_IOTA = re.compile(rf"\[({_INTEGERS})\]<=\[({_INTEGERS})\](?:T\(({_INTEGERS})\))?")
+_MESH = re.compile(
+    rf"mesh\[({_AXIS}(?:,{_AXIS})*)\]"
+    rf"(?:, device_ids=\((?:\[({_INTEGERS})\](?:T\(({_INTEGERS})\))?|({_INTEGERS}))\))?"
+    rf" \{{({_PART}(?:,{_PART})*)\}}"
+)
+
+
+def devices(opcode: str, attributes: str, replicas: int, partitions: int) -> Groups:
+    """Which of a program's devices take part together in an instruction.
+
+    Args:
+      opcode: of the instruction, without "-start".
+      attributes: its attributes as XLA prints them, strings taken out.
+      replicas: how many the program has.
+      partitions: how many each replica has. Device r·partitions + p runs partition p of replica r.
+
+    Returns:
+      The groups, sorted, of sorted devices; of a collective-permute the pairs (source, target), sorted. No groups for
+      what is no collective.
+
+    Raises:
+      ValueError: if it is a collective that jaxaccum doesn't know, or one written in an unknown way.
+    """
+    pairs, groups = (parse(attributes, name) for name in ("source_target_pairs", "replica_groups"))
+    if opcode not in KINDS:
+        # What belongs to a start says nothing of its own.
+        if (pairs or groups) and not opcode.endswith(("-done", "-update")):
+            raise ValueError(
+                f"{opcode} is no collective that jaxaccum knows. Please report it, with the version of jaxlib."
+            )
+        return ()
+    if "use_global_device_ids=true" in attributes:
+        found = groups or [range(replicas * partitions)]
+    elif "channel_id=" not in attributes:  # The numbers are replicas', and each partition is by itself.
+        numbered = pairs or groups or [range(replicas)]
+        found = [[r * partitions + p for r in group] for p in range(partitions) for group in numbered]
+    elif opcode in ("all-gather", "all-reduce", "reduce-scatter"):  # Replicas' again, with all of their partitions.
+        found = [
+            [r * partitions + p for r in group for p in range(partitions)] for group in groups or [range(replicas)]
+        ]
+    else:  # Partitions', and each replica is by itself.
+        numbered = pairs or groups or [range(partitions)]
+        found = [[r * partitions + p for p in group] for r in range(replicas) for group in numbered]
+    strange = [device for group in found for device in group if device >= replicas * partitions]
+    if strange:
+        raise ValueError(f"{opcode} takes in device {strange[0]}, but the program has {replicas * partitions}.")
+    order = tuple if opcode == "collective-permute" else sorted
+    return tuple(sorted(tuple(order(group)) for group in found))
+
+
+def parse(attributes: str, name: str) -> Groups:
+    """The groups that the attribute `name` holds.
+
+    Args:
+      attributes: an instruction's attributes as XLA prints them, strings taken out.
+      name: "replica_groups", or "source_target_pairs", whose groups are (source, target).
+
+    Returns:
+      The groups, in XLA's order; none at all where it writes `{}` or no attribute, which stands for all devices.
+
+    Raises:
+      ValueError: if the syntax is not one of XLA's three, or does not hold what it says it holds.
+
+    Example:
+      >>> parse(", replica_groups=[2,4]<=[4,2]T(1,0), use_global_device_ids=true", "replica_groups")
+      ((0, 2, 4, 6), (1, 3, 5, 7))
+    """
+    start = re.search(rf"(?:^|, ){name}=", attributes)
+    if start is None:
+        return ()
+    text = attributes[start.end() :]
+    for syntax, read in ((_LISTS, _lists), (_IOTA, _iota), (_MESH, _mesh)):
+        match = syntax.match(text)
+        if match and text[match.end() : match.end() + 1] in ("", ","):
+            try:
+                return tuple(tuple(int(device) for device in group) for group in read(match))
+            except (KeyError, ValueError, ZeroDivisionError):
+                break
+    raise ValueError(
+        f"{name}={text[:200]} is no syntax of XLA's that jaxaccum knows, so what runs where can't be told. Please "
+        "report it, with the version of jaxlib."
+    )
+
+
+def _lists(match: re.Match[str]) -> Sequence[Sequence[int]]:
+    """`{{0,1},{2,3}}`: the groups, one by one."""
+    return [_integers(group) for group in re.findall(r"\{([\d,]*)\}", match[0][1:-1])]
+
+
+def _iota(match: re.Match[str]) -> np.ndarray:
+    """`[2,4]<=[4,2]T(1,0)`: the numbers from 0 on as an array, its axes permuted, cut into rows of one group each."""
+    groups, size = _integers(match[1])
+    return _numbered(match[2], match[3]).reshape(groups, size)
+
+
+def _mesh(match: re.Match[str]) -> np.ndarray:
+    """`mesh['a'=4,'b'=2] {'a'}`: the devices of a mesh along some of its axes.
+
+    Of an axis it may be a part: `'a':(2)4` is the middle digit of a's index written in the bases 2, 4 and the rest.
+    """
+    axes = [(name, int(size)) for name, size in re.findall(rf"({_NAME})=(\d+)", match[1])]
+    sizes = dict(axes)
+    grouped = [
+        (name, int(before or 1), int(size or sizes[name]))
+        for name, before, size in re.findall(rf"({_NAME})(?::\((\d+)\)(\d+))?", match[5])
+    ]
+    dims: list[int] = []
+    place = {}
+    for name, length in axes:
+        done = 1
+        for _, before, size in sorted(part for part in grouped if part[0] == name):
+            dims += [before // done, size]
+            place[name, before] = len(dims) - 1
+            done = before * size
+        dims.append(length // done)
+    along = [place[name, before] for name, before, _ in grouped]
+    across = [dim for dim in range(len(dims)) if dim not in along]
+    if match[4]:
+        ids = np.array(_integers(match[4]))
+    else:
+        ids = _numbered(match[2], match[3]) if match[2] else np.arange(math.prod(sizes.values()))
+    return ids.reshape(dims).transpose(across + along).reshape(-1, math.prod(dims[dim] for dim in along))
+
+
+def _numbered(dims: str, permutation: str | None) -> np.ndarray:
+    """0, 1, 2... in the shape `dims`, transposed if there is a permutation, flat again."""
+    shape = _integers(dims)
+    numbers = np.arange(math.prod(shape)).reshape(shape)
+    return (numbers.transpose(_integers(permutation)) if permutation else numbers).reshape(-1)
+
+
+def _integers(text: str) -> list[int]:
+    return [int(digits) for digits in text.split(",") if digits]

@@ -357,6 +357,19 @@ def test_the_accumulating_program_takes_parameters_and_pending_sums_alone():
     assert moments and taken == len(jax.tree.leaves((state.params, state.pending))) + 2 + 1
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "dp", "zero"])
+def test_devices_meet_once_a_window(strategy):
+    """Catches a reduction in the accumulating program, of a log for instance, and a step's that runs in a loop."""
+    t = trainer(strategy=strategy, accumulate_grad_batches=2)
+    state = t.fit(task(optax.adam(0.1), model_state=True), loader(8, 8, 8, 8))
+    (piece,) = t._strategy.pieces(loader(8) * t._strategy.group)
+    programs = t._running.programs
+    accumulate = programs._accumulate.lower(state.params, state.pending, *piece).compile()
+    step = programs._step.lower(state, *piece, None).compile()
+    assert jaxaccum.collectives(accumulate).count() == 0
+    assert jaxaccum.collectives(step).count() > 0 and jaxaccum.collectives(step).count(in_loop=True) == 0
+
+
 def test_model_state_is_carried_in_the_window_and_averaged_over_devices_after_it():
     """Catches a state that restarts, that one device's replaces, or that weight-0 copies advance."""
     batches = loader(4, 4, 4, 4, 4)

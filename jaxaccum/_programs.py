@@ -105,7 +105,7 @@ class Programs:
         return sums.inner_opt_state, Pending(sums._replace(inner_opt_state=None), logs, own, index)
 
     def _shardings(self, params, model_state, opt_state, pending) -> FitState:
-        """Where all of it lies: on every device, but for what an open window holds."""
+        """Where all of it lies: on every device, but for what an open window holds and what a strategy spreads."""
         common, local = self._strategy.common, self._strategy.local
         everywhere = lambda tree, sharding: jax.tree.map(lambda _: sharding, tree)
         sums = everywhere(pending.sums, common)._replace(
@@ -116,7 +116,7 @@ class Programs:
         )
         return FitState(
             params=everywhere(params, common),
-            opt_state=everywhere(opt_state, common),
+            opt_state=self._strategy.spread(opt_state),
             model_state=everywhere(model_state, common),
             pending=Pending(
                 sums, everywhere(pending.logs, local), everywhere(pending.model_state, local), index=common

@@ -12,10 +12,11 @@ from jax.sharding import PartitionSpec as P
 
 from jaxaccum._integers import positive_int
 from jaxaccum._sync import MeshAxis, OneDevice
+from jaxaccum._zero import zero_sharding
 
 Tree = Any
 
-NAMES = ("auto", "single", "ddp", "dp")
+NAMES = ("auto", "single", "ddp", "dp", "zero")
 
 
 class Place(NamedTuple):
@@ -47,9 +48,9 @@ class Piece(NamedTuple):
 class Strategy:
     """A strategy on its devices.
 
-    A micro-step is a group of loader batches, P with "ddp" and else one, and runs as a list of pieces. It is one piece
-    wherever it can be: with "ddp" each run of batches of one shape is one, with "dp" what divides over the devices is
-    one and the rest another. Devices without a share are given a copy of another's, of weight 0.
+    A micro-step is a group of loader batches, P with "ddp" and "zero" and else one, and runs as a list of pieces. It is
+    one piece wherever it can be: else each run of batches of one shape is one; with "dp" what divides over the devices
+    is one and the rest another. Devices without a share are given a copy of another's, of weight 0.
 
     Args:
       name: one of `NAMES`.
@@ -68,7 +69,7 @@ class Strategy:
         if count > len(available):
             raise ValueError(f"devices={count}, but there are only {len(available)}: {available}; pass devices='auto'.")
         if name == "single" and count > 1:
-            raise ValueError(f"strategy='single' runs on one device, got devices={count}; pass strategy='ddp' or 'dp'.")
+            raise ValueError(f"strategy='single' runs on one device, got devices={count}; pass 'ddp', 'dp' or 'zero'.")
         self.name = ("single" if count == 1 else "ddp") if name == "auto" else name
         self.sync: OneDevice | MeshAxis = OneDevice()
         self.common: Any = SingleDeviceSharding(available[0])  # of what all devices share
@@ -76,10 +77,10 @@ class Strategy:
         if count > 1:
             auto = (jax.sharding.AxisType.Auto,)
             mesh = jax.make_mesh((count,), ("data",), axis_types=auto, devices=available[:count])
-            self.sync = MeshAxis(mesh, ("data",))
+            self.sync = MeshAxis(mesh, ("data",), scatter=name == "zero")
             self.common, self.local = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
         self.size = count
-        self.group = count if self.name == "ddp" else 1  # loader batches in a micro-step
+        self.group = 1 if self.name == "dp" else count  # loader batches in a micro-step
         self._constants: dict[Any, jax.Array] = {}
         # A CPU has a host's arrays in its memory already, and jit takes them faster than device_put does.
         self._puts = count > 1 or available[0].platform != "cpu"
@@ -88,10 +89,10 @@ class Strategy:
         """The pieces of a micro-step of up to `group` loader batches, sent on their way to the devices."""
         if self.size == 1:
             pieces = [Piece(batches[0], Place(0, 1, 1))]
-        elif self.name == "ddp":
-            pieces = [self._run(list(run)) for _, run in itertools.groupby(batches, key=_signature)]
-        else:
+        elif self.name == "dp":
             pieces = self._split(batches[0])
+        else:
+            pieces = [self._run(list(run)) for _, run in itertools.groupby(batches, key=_signature)]
         return [Piece(self._put(piece.batch), self.constant(piece.place, np.int32)) for piece in pieces]
 
     def _run(self, run: list[Tree]) -> Piece:
@@ -107,7 +108,7 @@ class Strategy:
         pieces = []
         if whole:
             pieces.append(Piece(_map(lambda x: x[:whole], batch), Place(0, self.size, 0 if rest else 1)))
-        if rest:
+        if rest or not whole:
             repeated = _map(lambda x: _concatenate([x[whole:]] * self.size), batch)
             pieces.append(Piece(repeated, Place(self.size if whole else 0, 1, 1)))
         return pieces
@@ -117,9 +118,15 @@ class Strategy:
 
     def constant(self, value: float | tuple[int, ...], dtype: Any) -> jax.Array:
         """`value` on every device, where it stays: sending the few that there are anew would cost each call."""
-        if value not in self._constants:
-            self._constants[value] = jax.device_put(np.asarray(value, dtype), self.common)
-        return self._constants[value]
+        if (value, dtype) not in self._constants:
+            self._constants[value, dtype] = jax.device_put(np.asarray(value, dtype), self.common)
+        return self._constants[value, dtype]
+
+    def spread(self, tree: Tree) -> Tree:
+        """The shardings of an optimizer's state: the parameters' own, or with "zero" split over the devices."""
+        if isinstance(self.sync, MeshAxis) and self.sync.scatter:
+            return zero_sharding(tree, self.sync.mesh, self.sync.names)
+        return jax.tree.map(lambda _: self.common, tree)
 
 
 def length(batch: Tree) -> int:

@@ -48,7 +48,7 @@ class Callback:
         Args:
           trainer: the trainer.
           task: the task.
-          batch: what the loader gave; with strategy "ddp" a list of up to P such batches.
+          batch: what the loader gave; with strategy "ddp" or "zero" a list of up to P such batches.
           batch_idx: the micro-step's number in its epoch.
         """
 

@@ -43,7 +43,8 @@ class Trainer:
       max_epochs: -1 is without end; None is 1000, with a warning, or without end where `max_steps` is given.
       max_steps: optimizer steps; -1 is without limit.
       strategy: "single": one device. "ddp": each of the P devices takes a loader batch of its own, so that a window has
-        P·K. "dp": a loader batch is split over the devices. "auto": "single" on one device, "ddp" on several.
+        P·K. "zero": likewise, with the optimizer's state and its work split over the devices. "dp": a loader batch is
+        split over the devices. "auto": "single" on one device, "ddp" on several.
       devices: how many, or "auto" for all.
       callbacks: a callback or a sequence of them, run in order.
       limit_train_batches: how many loader batches an epoch has at most, or which fraction of them.
@@ -249,7 +250,7 @@ class Trainer:
 
     @property
     def effective_batch_size(self) -> int:
-        """The examples in a full window, now: P·N·K with "ddp", else N·K; N is that of the first loader batch."""
+        """The examples in a full window, now: P·N·K with "ddp" and "zero", else N·K; N is the first loader batch's."""
         return self._running.examples * self._strategy.group * self.accumulate_grad_batches
 
     @property

@@ -37,11 +37,12 @@ def test_ddp_is_a_micro_step_for_every_p_batches_whatever_their_shapes():
 
 
 def test_dp_splits_a_batch_and_gives_the_rest_to_one_device():
-    """Catches a rest that is dropped, or numbered as a share that there was, and a batch counted twice."""
-    assert shape("dp", 2, [4, 5, 1]) == [
+    """Catches a rest that is dropped, or numbered as a share that there was, and a batch of nothing that fails."""
+    assert shape("dp", 2, [4, 5, 1, 0]) == [
         [([0, 1, 2, 3], (0, 2, 1))],
         [([4, 5, 6, 7], (0, 2, 0)), ([8, 8], (2, 1, 1))],
         [([9, 9], (0, 1, 1))],
+        [([], (0, 1, 1))],
     ]
 
 

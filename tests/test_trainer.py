@@ -128,12 +128,12 @@ def test_row_11_two_schedulers_are_refused():
         single(callbacks=[GradientAccumulationScheduler({0: 2}), GradientAccumulationScheduler({0: 3})])
 
 
-@pytest.mark.parametrize("strategy", ["single", "ddp", "dp"])
+@pytest.mark.parametrize("strategy", ["single", "ddp", "dp", "zero"])
 def test_row_12_clipping_is_once_a_window_on_the_mean_of_all_devices(strategy):
     """Catches clipping of each micro-batch or of each device's share: 9 and -1 have a mean of 4, clipped to 2."""
     moved = Recorder(lambda t: float(t.state.params))
     batches = [np.full(2, value, np.float32) for value in (9, 9, -1, -1)]
-    devices, k = {"single": (1, 4), "ddp": (2, 2), "dp": (2, 4)}[strategy]
+    devices, k = {"single": (1, 4), "ddp": (2, 2), "zero": (2, 2), "dp": (2, 4)}[strategy]
     options = {"devices": devices, "accumulate_grad_batches": k, "gradient_clip_val": 2.0}
     trainer(strategy=strategy, callbacks=moved, **options).fit(slope(), batches)
     assert moved.seen[-1] == -2
@@ -159,6 +159,20 @@ def test_row_13_ddp_is_one_device_with_p_times_k(x64, sizes):
         ]
         for ours, theirs in zip(logged(eight), logged(one), strict=True):
             assert ours == pytest.approx(theirs, rel=100 * tolerance)
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_zero_is_ddp_with_its_optimizer_state_split_over_the_devices(x64):
+    """Catches an update of one device's share alone, a norm of one share, and a state that is whole everywhere."""
+    with jax.enable_x64(x64):
+        rng = np.random.default_rng(0)
+        batches = [{"x": rng.standard_normal((4, 16)), "y": rng.standard_normal((4, 2))} for _ in range(21)]
+        run = lambda strategy: trainer(strategy=strategy, accumulate_grad_batches=2, gradient_clip_val=0.5)
+        ddp, zero = run("ddp").fit(task(dropout=0.2), batches), run("zero").fit(task(dropout=0.2), batches)
+        assert_close((zero.params, zero.opt_state), (ddp.params, ddp.opt_state), 1e-12 if x64 else 1e-6)
+        moments = [leaf for leaf in jax.tree.leaves(zero.opt_state) if leaf.shape == (16, 2)]
+        assert len(moments) == 2 and all(leaf.sharding.shard_shape((16, 2)) == (2, 2) for leaf in moments)
+        assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(zero.params))
 
 
 @pytest.mark.parametrize(("x64", "sizes"), [(False, [16] * 6), (True, [16, 19, 5, 16])], ids=["whole", "with a rest"])
@@ -324,7 +338,7 @@ def test_row_23_a_bare_callback_and_no_max_epochs():
 
 def test_nothing_compiles_when_k_changes():
     """Catches K in a program: two of them serve every K, on one device and on several."""
-    for strategy in ("single", "ddp"):
+    for strategy in ("single", "ddp", "zero"):
         t = trainer(strategy=strategy, accumulate_grad_batches={0: 4, 1: 2, 2: 8, 3: 3, 4: 5}, max_epochs=5)
         t.fit(slope(), ones(*[2] * 64))
         programs = t._running.programs
@@ -341,6 +355,19 @@ def test_the_accumulating_program_takes_parameters_and_pending_sums_alone():
     )
     taken = len(jax.tree.leaves(lowered.args_info))
     assert moments and taken == len(jax.tree.leaves((state.params, state.pending))) + 2 + 1
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "dp", "zero"])
+def test_devices_meet_once_a_window(strategy):
+    """Catches a reduction in the accumulating program, of a log for instance, and a step's that runs in a loop."""
+    t = trainer(strategy=strategy, accumulate_grad_batches=2)
+    state = t.fit(task(optax.adam(0.1), model_state=True), loader(8, 8, 8, 8))
+    (piece,) = t._strategy.pieces(loader(8) * t._strategy.group)
+    programs = t._running.programs
+    accumulate = programs._accumulate.lower(state.params, state.pending, *piece).compile()
+    step = programs._step.lower(state, *piece, None).compile()
+    assert jaxaccum.collectives(accumulate).count() == 0
+    assert jaxaccum.collectives(step).count() > 0 and jaxaccum.collectives(step).count(in_loop=True) == 0
 
 
 def test_model_state_is_carried_in_the_window_and_averaged_over_devices_after_it():
@@ -571,7 +598,7 @@ def test_errors_name_argument_value_and_remedy():
     refused(ValueError, "no batch in epoch 1.*iterated again", iter(ones(2, 2)), max_epochs=2, limit_train_batches=2)
     refused(TypeError, "task must be a jaxaccum.Task", ones(2), the_task="task")
     refused(ValueError, "devices=9, but there are only 8", devices=9, strategy="ddp")
-    refused(ValueError, "strategy='single'.*devices=2", devices=2)
+    refused(ValueError, "strategy='single'.*devices=2.*'ddp'", devices=2)
     refused(ValueError, "strategy must be one of.*'fsdp'", strategy="fsdp")
     refused(ValueError, "partial_window must be.*'half'", partial_window="half")
     refused(ValueError, "nonfinite must be.*'skip'", nonfinite="skip")

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -77,6 +79,16 @@ def test_mesh_train(tmp_path):
     assert printed.startswith("mesh {'data': 4, 'model': 2}: 4 micro-batches of 8 digits on each row, 128 in a window")
     assert accuracy(printed) >= 0.95
     assert printed.count("P(None, None, 'model')") == 2  # Parameters and moments are split as they were.
+
+
+def test_multi_process(tmp_path):
+    """Catches a gradient that counts a process' share twice, or not at all."""
+    printed = [run("multi_process.py", "--processes", n, "--out", f"{n}.npz", cwd=tmp_path) for n in ("1", "4")]
+    assert all(accuracy(text) >= 0.95 for text in printed)
+    assert printed[1].count("epoch 7") == 1  # One of the four prints.
+    one, four = (np.load(tmp_path / f"{n}.npz") for n in ("1", "4"))
+    for name in one.files:
+        np.testing.assert_allclose(four[name], one[name], rtol=1e-4, atol=1e-5)
 
 
 def accuracy(printed):

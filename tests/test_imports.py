@@ -40,6 +40,13 @@ def test_import_loads_no_extra():
     assert modules.isdisjoint(EXTRAS)
 
 
+def test_import_loads_nothing_of_many_processes():
+    """Catches an import of jax's private API of distributed programs by one that needs none of it."""
+    modules = loaded("import jaxaccum")
+    assert modules.isdisjoint({"jaxaccum.distributed", "jaxaccum._watch", "jaxaccum._store"})
+    assert "jaxaccum.distributed" in loaded("import jaxaccum.distributed")
+
+
 def test_import_starts_no_device():
     """Catches an array made at import: it would take the accelerator before `jax.distributed.initialize` could."""
     loaded("import jaxaccum\nfrom jax._src import xla_bridge\nassert not xla_bridge._backends, xla_bridge._backends")

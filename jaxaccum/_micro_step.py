@@ -165,7 +165,7 @@ def run(
         acc_grads=state.acc_grads if applied is True else _accumulator.select(accepted, acc_grads, state.acc_grads),
         skip_state=skip_state,
         weight=total_weight,
-        averages=averages,
+        averages=config.sync.own(averages),
         every_k=state.every_k,
         updated=jnp.asarray(applied),
         dropped=dropped,
@@ -186,7 +186,7 @@ def flush(
         mini_step=jnp.zeros_like(state.mini_step),
         gradient_step=_accumulator.select(applied, optax.safe_increment(state.gradient_step), state.gradient_step),
         inner_opt_state=inner_opt_state,
-        averages=_zeros_like(state.averages),
+        averages=config.sync.own(_zeros_like(state.averages)),
         updated=jnp.asarray(applied),
     )
 

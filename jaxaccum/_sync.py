@@ -71,6 +71,10 @@ class OneDevice:
         """`state` where the steps to come will leave it."""
         return state
 
+    def own(self, tree: Tree) -> Tree:
+        """A local tree, each device's part on it."""
+        return tree
+
     def like(self, tree: Tree, params: Tree) -> Tree:
         """Joined sums `tree`, laid out as jax's types say that `params` are."""
         del params
@@ -172,6 +176,10 @@ class MappedAxis:
         """`state` where the steps to come will leave it."""
         return state
 
+    def own(self, tree: Tree) -> Tree:
+        """A local tree, each device's part on it."""
+        return tree
+
     def like(self, tree: Tree, params: Tree) -> Tree:
         """`tree`: joined sums lie as the parameters do."""
         del params
@@ -255,6 +263,12 @@ class MeshAxis:
         """`tree`, made of joined sums, laid out as parameters are: on every device."""
         lay = lambda x: _shards.lay(x, self.mesh, self.names, None)
         return jax.tree.map(lay, tree) if self.scatter else tree
+
+    def own(self, tree: Tree) -> Tree:
+        """A local tree, each device's part on it: XLA leaves constants with all, and the next step would compile anew."""
+        sharding = NamedSharding(self.mesh, P(self.names))
+        lay = jax.reshard if _shards.is_explicit(self.mesh) else jax.lax.with_sharding_constraint
+        return jax.tree.map(lambda x: lay(x, sharding), tree)
 
     def settled(self, state: Tree) -> Tree:
         """`state` with what lies on no particular device put on every one of the mesh, where a step would leave it.

@@ -265,7 +265,7 @@ class MeshAxis:
         return jax.tree.map(lay, tree) if self.scatter else tree
 
     def own(self, tree: Tree) -> Tree:
-        """A local tree, each device's part on it: XLA leaves constants with all, and the next step would compile anew."""
+        """A local tree, each device's part on it: XLA leaves constants with all, and the next step compiles anew."""
         sharding = NamedSharding(self.mesh, P(self.names))
         lay = jax.reshard if _shards.is_explicit(self.mesh) else jax.lax.with_sharding_constraint
         return jax.tree.map(lambda x: lay(x, sharding), tree)

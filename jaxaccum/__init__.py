@@ -16,13 +16,14 @@ from jaxaccum._zero import zero_sharding as zero_sharding
 
 if _typing.TYPE_CHECKING:
     from jaxaccum import callbacks as callbacks
+    from jaxaccum import checkpoint as checkpoint
     from jaxaccum import loggers as loggers
     from jaxaccum.task import Task as Task
     from jaxaccum.trainer import Trainer as Trainer
 
 # The host side is loaded when it is asked for.
 _LAZY = {"Task": "jaxaccum.task", "Trainer": "jaxaccum.trainer"}
-_LAZY_MODULES = ("callbacks", "loggers")
+_LAZY_MODULES = ("callbacks", "checkpoint", "loggers")
 
 
 def __getattr__(name: str) -> object:

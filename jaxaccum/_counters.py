@@ -5,7 +5,7 @@ import dataclasses
 
 @dataclasses.dataclass
 class Counters:
-    """All that a run's state has besides its arrays; `dataclasses.asdict` makes it a dict of ints.
+    """All that a run's state has besides its arrays; `dataclasses.asdict` makes it a dict of ints and bools.
 
     Attributes:
       epoch: the epoch, from 0.
@@ -17,6 +17,10 @@ class Counters:
       window_samples: the examples in it.
       effective_batch: the examples in the last window that was closed.
       every_k: K.
+      batches: the loader batches in the epoch's micro-steps.
+      all_batches: the loader batches in all of them.
+      ends_epoch: whether the last micro-step was its epoch's last; the epoch's end is still to come.
+      validated: whether no validation is outstanding after it.
     """
 
     epoch: int = 0
@@ -28,3 +32,18 @@ class Counters:
     window_samples: int = 0
     effective_batch: int = 0
     every_k: int = 1
+    batches: int = 0
+    all_batches: int = 0
+    ends_epoch: bool = False
+    validated: bool = True
+
+    def regrouped(self, before: int, now: int) -> "Counters":
+        """The same place for micro-steps of `now` loader batches, where so far they had `before`.
+
+        The open epoch keeps its windows: K and the place in the window are so many micro-steps that they hold what they
+        held, or the next more where that is no whole number.
+        """
+        up = lambda micro_steps: -(-micro_steps * before // now)
+        return dataclasses.replace(
+            self, batch_idx=-(-self.batches // now), window_step=up(self.window_step), every_k=up(self.every_k)
+        )

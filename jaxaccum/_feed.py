@@ -2,7 +2,7 @@
 
 import collections
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from jaxaccum._strategy import Piece, Strategy, length
@@ -20,12 +20,14 @@ class MicroStep(NamedTuple):
       batches: the loader batches in it.
       examples: how many examples they hold.
       last: whether it is the epoch's last.
+      loader_state: what the batches' `get_state` gave before the next one was fetched; None where they have none.
     """
 
     pieces: list[Piece]
     batches: list[Tree]
     examples: int
     last: bool
+    loader_state: Any
 
 
 def micro_steps(batches: Iterable[Tree], strategy: Strategy) -> Iterator[MicroStep]:
@@ -39,34 +41,36 @@ def micro_steps(batches: Iterable[Tree], strategy: Strategy) -> Iterator[MicroSt
       strategy: groups them and puts them on the devices.
     """
     groups = _Groups(iter(batches), strategy.group)
-    ahead: collections.deque[tuple[list[Piece], list[Tree]]] = collections.deque()
-    for group in groups:
+    ahead: collections.deque[tuple[list[Piece], list[Tree], Any]] = collections.deque()
+    for group, loader_state in groups:
         if len(ahead) > AHEAD:
-            yield _micro_step(ahead.popleft(), last=False)
-        ahead.append((strategy.pieces(group), group))
+            yield _micro_step(*ahead.popleft(), last=False)
+        ahead.append((strategy.pieces(group), group, loader_state))
     while ahead:
         step = ahead.popleft()
-        yield _micro_step(step, last=not ahead and groups.error is None)
+        yield _micro_step(*step, last=not ahead and groups.error is None)
     if groups.error is not None:
         raise groups.error
 
 
-def _micro_step(step: tuple[list[Piece], list[Tree]], last: bool) -> MicroStep:
-    pieces, batches = step
-    return MicroStep(pieces, batches, sum(map(length, batches)), last)
+def _micro_step(pieces: list[Piece], batches: list[Tree], loader_state: Any, last: bool) -> MicroStep:
+    return MicroStep(pieces, batches, sum(map(length, batches)), last, loader_state)
 
 
 class _Groups:
-    """The batches of an iterator in lists of up to `size`; what the iterator raises is kept as `error`, and ends them.
+    """The batches of an iterator in lists of up to `size`, each with the iterator's state after it, if it tells one.
+
+    What the iterator raises is kept as `error`, and ends them.
 
     A group that the error cut short is given up: its batches are not a whole micro-step.
     """
 
     def __init__(self, batches: Iterator[Tree], size: int):
         self._batches, self._size = batches, size
+        self._state: Callable[[], Any] = getattr(batches, "get_state", lambda: None)
         self.error: Exception | None = None
 
-    def __iter__(self) -> Iterator[list[Tree]]:
+    def __iter__(self) -> Iterator[tuple[list[Tree], Any]]:
         while True:
             try:
                 group = list(itertools.islice(self._batches, self._size))
@@ -75,4 +79,4 @@ class _Groups:
                 return
             if not group:
                 return
-            yield group
+            yield group, self._state()

@@ -158,6 +158,10 @@ class Programs:
         """An optimizer step on what is pending: (state, the window's means). `state` is donated."""
         return self._flush(state, share)
 
+    def redistribute(self, sums: MultiStepsState) -> MultiStepsState:
+        """The sums of an open window, from any number of devices, for these. For the host."""
+        return self._tx.redistribute(sums)
+
     # What is compiled.
 
     def _add_piece(self, params, pending, batch, place):

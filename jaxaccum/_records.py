@@ -26,7 +26,7 @@ class Records:
 
     def add(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Keeps a record; its values may be arrays that no program donates."""
-        self._write()
+        self.write()
         for value in scalars.values():
             if isinstance(value, jax.Array):
                 value.copy_to_host_async()
@@ -34,12 +34,13 @@ class Records:
 
     def flush(self) -> None:
         """Waits for what is still on its way, and has the loggers write all of it."""
-        self._write()
+        self.write()
         for logger in self._loggers:
             if hasattr(logger, "flush"):
                 logger.flush()
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Waits for what is still on its way, and hands it to the loggers."""
         while self._waiting:
             step, scalars = self._waiting.pop(0)
             numbers = {name: np.asarray(value).item() for name, value in scalars.items()}

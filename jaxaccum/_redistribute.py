@@ -33,7 +33,7 @@ def redistribute(config: Config, state: MultiStepsState, devices: int) -> MultiS
         local = lambda name: jax.tree.map(lambda x: x[None], getattr(state, name)) if is_one else getattr(state, name)
 
     names = ("acc_grads", "weight", "averages", "dropped")
-    moved = {name: _folded(jax.tree.map(_on_host, local(name)), devices) for name in names}
+    moved = {name: folded(jax.tree.map(_on_host, local(name)), devices) for name in names}
     if not config.use_grad_mean:
         ratio = devices / np.size(local("weight"))
         moved["acc_grads"] = jax.tree.map(lambda x: (x * ratio).astype(x.dtype), moved["acc_grads"])
@@ -48,7 +48,7 @@ def redistribute(config: Config, state: MultiStepsState, devices: int) -> MultiS
     return stacked._replace(**moved)
 
 
-def _folded(sums: Tree, devices: int) -> Tree:
+def folded(sums: Tree, devices: int) -> Tree:
     """Leaves (P, ...) as (devices, ...): old device p's sum goes to new device p·devices // P."""
 
     def leaf(x):

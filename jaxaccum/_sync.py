@@ -241,13 +241,7 @@ class MeshAxis:
 
     def averaged(self, tree: Tree) -> Tree:
         """The mean over the leading axis of what floats; the rest must agree, and is the largest."""
-
-        def leaf(x):
-            if jnp.issubdtype(x.dtype, jnp.inexact):
-                return jnp.mean(x, axis=0)
-            return jnp.max(x, axis=0) if jnp.issubdtype(x.dtype, jnp.number) else x[0]
-
-        return jax.tree.map(leaf, tree)
+        return averaged(tree)
 
     def one(self, tree: Tree) -> Tree:
         """Shapes and dtypes of a local tree as one device has it."""
@@ -301,3 +295,14 @@ class MeshAxis:
 
 
 Sync = OneDevice | MappedAxis | MeshAxis
+
+
+def averaged(tree: Tree) -> Tree:
+    """The mean over the leading axis of what floats; the rest must agree, and is the largest."""
+
+    def leaf(x):
+        if jnp.issubdtype(x.dtype, jnp.inexact):
+            return jnp.mean(x, axis=0)
+        return jnp.max(x, axis=0) if jnp.issubdtype(x.dtype, jnp.number) else x[0]
+
+    return jax.tree.map(leaf, tree)

@@ -1,15 +1,17 @@
 """Callbacks: they observe a `Trainer`, ask it to stop, or ask for K. They never touch the sums of a window."""
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import optax
 
 from jaxaccum import _extras
-from jaxaccum._integers import positive_int
+from jaxaccum._integers import as_int, positive_int
 from jaxaccum._schedule import AccumulationSchedule
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ class Callback:
     """Hooks of a run, under Lightning's names; where Lightning passes its module, the `Task` is passed.
 
     Hooks run in the order of the callbacks. The arrays of `trainer.state` are donated by the next micro-step: to keep
-    them longer, copy them (`jax.tree.map(jnp.copy, trainer.state.params)`).
+    them longer, ask for `trainer.copy_state()`.
     """
 
     def on_fit_start(self, trainer: "Trainer", task: "Task") -> None:
@@ -37,7 +39,10 @@ class Callback:
         """After the last epoch, whether it was complete or not."""
 
     def on_train_epoch_start(self, trainer: "Trainer", task: "Task") -> None:
-        """Before an epoch's first batch. Here and nowhere else `trainer.accumulate_grad_batches` may be set."""
+        """Before an epoch's first batch. Here and nowhere else `trainer.accumulate_grad_batches` may be set.
+
+        It is not called where a run goes on in the middle of an epoch.
+        """
 
     def on_train_epoch_end(self, trainer: "Trainer", task: "Task") -> None:
         """After an epoch's last batch and the validation that follows it, or where training stops in mid-epoch."""
@@ -134,6 +139,10 @@ class EarlyStopping(Callback):
         self.wait = 0
         self.stopped_epoch: int | None = None
 
+    def on_train_start(self, trainer: "Trainer", task: "Task") -> None:
+        if self.wait >= self.patience:  # In the checkpoint that the run goes on from.
+            trainer.should_stop = True
+
     def on_validation_end(self, trainer: "Trainer", task: "Task") -> None:
         if self.monitor.startswith("val_"):
             self._look(trainer)
@@ -161,6 +170,167 @@ class EarlyStopping(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best, self.wait, self.stopped_epoch = (state_dict[name] for name in ("best", "wait", "stopped_epoch"))
+
+
+class ModelCheckpoint(Callback):
+    """Has the `Trainer` save checkpoints, from which `fit(..., ckpt_path="last")` goes on bit for bit.
+
+    One is saved whenever it is due, after everything else that belongs to that moment, whatever this callback's place
+    in the list; and one more where the run ends, be it by its last epoch, a stop, a signal or an error. It is written
+    while training goes on, and what it takes the place of is removed only when it is complete.
+
+    At most one of the three intervals may be given; without one it is every epoch.
+
+    Args:
+      dirpath: the folder, for one run at a time; None is "checkpoints" in the Trainer's `default_root_dir`.
+      every_n_micro_steps: save after every so many micro-steps, in the middle of windows too.
+      every_n_train_steps: save after every so many optimizer steps.
+      every_n_epochs: save at the end of every so many epochs; with a `monitor` that starts with "val_", after each
+        validation in them.
+      monitor: a name in `trainer.callback_metrics`, by which checkpoints are ranked; None: by age, the newest first.
+      mode: "min" or "max", what is better.
+      save_top_k: how many of the first in rank to keep; -1 is all, and without a `monitor` 1 is the most else.
+      save_last: whether the newest is kept besides, which a resume needs. False saves what is in rank, and the end.
+
+    Raises:
+      TypeError, ValueError: for an argument that is none of these.
+      ImportError: if orbax is missing.
+
+    Example:
+      >>> ModelCheckpoint("run", monitor="val_loss", save_top_k=3).every_n_epochs
+      1
+    """
+
+    def __init__(
+        self,
+        dirpath: str | os.PathLike[str] | None = None,
+        *,
+        every_n_micro_steps: int | None = None,
+        every_n_train_steps: int | None = None,
+        every_n_epochs: int | None = None,
+        monitor: str | None = None,
+        mode: str = "min",
+        save_top_k: int = 1,
+        save_last: bool = True,
+    ):
+        _extras.require("orbax.checkpoint", "training", "ModelCheckpoint")
+        intervals = {
+            "every_n_micro_steps": every_n_micro_steps,
+            "every_n_train_steps": every_n_train_steps,
+            "every_n_epochs": every_n_epochs,
+        }
+        given = {name: positive_int(value, name) for name, value in intervals.items() if value is not None}
+        if len(given) > 1:
+            raise ValueError(f"ModelCheckpoint saves at one interval, got {given}; add another ModelCheckpoint.")
+        if mode not in ("min", "max"):
+            raise ValueError(f"mode must be 'min' or 'max', got {mode!r}.")
+        save_top_k = as_int(save_top_k, "save_top_k", "an int of at least -1")
+        if save_top_k < -1 or (monitor is None and save_top_k > 1):
+            raise ValueError(f"save_top_k must be -1, 0 or 1, or with a monitor more, got {save_top_k}.")
+        self.dirpath = None if dirpath is None else Path(dirpath).absolute()
+        self.every_n_micro_steps = given.get("every_n_micro_steps")
+        self.every_n_train_steps = given.get("every_n_train_steps")
+        self.every_n_epochs = given.get("every_n_epochs") if given else 1
+        self.monitor, self.mode, self.save_top_k, self.save_last = monitor, mode, save_top_k, save_last
+        self._saved: dict[str, float | None] = {}  # Folder names, the oldest first, and their monitored values.
+
+    @property
+    def last_model_path(self) -> Path | None:
+        """The newest checkpoint, which may still be on its way; None before the first."""
+        return self.dirpath / next(reversed(self._saved)) if self.dirpath and self._saved else None
+
+    @property
+    def best_model_path(self) -> Path | None:
+        """The first in rank; None before there is one."""
+        ranked = self._ranked()
+        return self.dirpath / ranked[0] if self.dirpath and ranked else None
+
+    def open(self, folder: Path) -> Path:
+        """Where the checkpoints of a new run go: `dirpath`, or else `folder`."""
+        self.dirpath = self.dirpath or folder.absolute()
+        self._saved = {}
+        return self.dirpath
+
+    def due(self, trainer: "Trainer", moment: str) -> bool:
+        """Whether to save now.
+
+        Args:
+          trainer: the trainer.
+          moment: "micro_step", "validation" or "epoch", of which this is the end.
+        """
+        if moment == "micro_step":
+            in_window = trainer.window_step > 0
+            return _divides(self.every_n_micro_steps, trainer.micro_step) or (
+                not in_window and _divides(self.every_n_train_steps, trainer.global_step)
+            )
+        by_validation = (self.monitor or "").startswith("val_")
+        if moment == "validation":
+            return by_validation and _divides(self.every_n_epochs, trainer.current_epoch + 1)
+        return not by_validation and _divides(self.every_n_epochs, trainer.current_epoch)
+
+    def score(self, trainer: "Trainer") -> float | None:
+        """The monitored value now, the worst where there is none so far; None without a monitor.
+
+        Raises:
+          ValueError: if other values of its kind are there, and this is not.
+        """
+        if self.monitor is None:
+            return None
+        metrics, kind = trainer.callback_metrics, self.monitor.partition("_")[0]
+        if self.monitor in metrics:
+            value = float(metrics[self.monitor])
+            return self._worst() if math.isnan(value) else value
+        if any(name.startswith(f"{kind}_") for name in metrics):
+            raise ValueError(f"monitor={self.monitor!r} is not among what is logged: {sorted(metrics)}.")
+        return self._worst()
+
+    def wants(self, score: float | None) -> bool:
+        """Whether a checkpoint of this score would be kept."""
+        if self.save_last or score is None:
+            return self.save_last or self.save_top_k != 0
+        return self.save_top_k != 0 and "" in self._ranked({**self._saved, "": score})
+
+    def add(self, name: str, score: float | None) -> None:
+        """A checkpoint is on its way."""
+        self._saved[name] = score
+
+    def forget(self, name: str) -> None:
+        """It did not arrive."""
+        self._saved.pop(name, None)
+
+    def outdated(self) -> list[str]:
+        """The checkpoints that are not to be kept, now that the newest is complete; they are none of its any more."""
+        kept = {*self._ranked(), *list(self._saved)[-1:]}
+        outdated = [name for name in self._saved if name not in kept]
+        for name in outdated:
+            del self._saved[name]
+        return outdated
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"saved": dict(self._saved)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._saved = {
+            name: score
+            for name, score in state_dict["saved"].items()
+            if self.dirpath and (self.dirpath / name).is_dir()
+        }
+
+    def _ranked(self, saved: dict[str, float | None] | None = None) -> list[str]:
+        """The first `save_top_k`, the best first, and of equals the newest."""
+        newest_first = list(reversed((self._saved if saved is None else saved).items()))
+        if self.monitor is not None:
+            sign = 1 if self.mode == "min" else -1
+            worst = self._worst()
+            newest_first.sort(key=lambda entry: sign * (worst if entry[1] is None else entry[1]))
+        return [name for name, _ in newest_first][: None if self.save_top_k == -1 else self.save_top_k]
+
+    def _worst(self) -> float:
+        return math.inf if self.mode == "min" else -math.inf
+
+
+def _divides(interval: int | None, count: int) -> bool:
+    return interval is not None and count % interval == 0
 
 
 class LearningRateMonitor(Callback):
@@ -215,6 +385,7 @@ class ProgressBar(Callback):
 
     def on_train_start(self, trainer: "Trainer", task: "Task") -> None:
         self._bar = self._tqdm(unit="micro-step")
+        self.on_train_epoch_start(trainer, task)  # A run may go on in the middle of an epoch.
 
     def on_train_epoch_start(self, trainer: "Trainer", task: "Task") -> None:
         total = trainer.num_training_batches

@@ -4,23 +4,27 @@ import itertools
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxaccum import _accumulator, _arguments, _limits, _optimizer, _plot
+from jaxaccum import _accumulator, _arguments, _limits, _optimizer, _plot, _reader, _saver, _snapshot
 from jaxaccum._counters import Counters
 from jaxaccum._evaluation import Evaluation
 from jaxaccum._feed import MicroStep, micro_steps
 from jaxaccum._integers import as_int, positive_int
 from jaxaccum._programs import FitState, Programs
+from jaxaccum._reader import Reader
 from jaxaccum._records import Records
 from jaxaccum._run import Run
+from jaxaccum._saver import Saver
+from jaxaccum._signals import Signals
 from jaxaccum._strategy import Strategy, length
-from jaxaccum.callbacks import Callback, ProgressBar
+from jaxaccum.callbacks import Callback, ModelCheckpoint, ProgressBar
 from jaxaccum.task import Task
 
 Tree = Any
@@ -52,7 +56,8 @@ class Trainer:
       val_check_interval: validate every so many micro-steps of an epoch, or after every such fraction of it.
       log_every_n_steps: counts optimizer steps.
       gradient_clip_val: the largest global norm of a window's gradient.
-      default_root_dir: where `logger=True` writes; None is the working directory.
+      default_root_dir: where `logger=True` and a `ModelCheckpoint` without a folder write; None is the working
+        directory.
       enable_progress_bar: needs tqdm.
       logger: an object with `write_scalars(step, dict)`, or a sequence of them; True: a JSON line for each record, in
         `metrics.jsonl`; False: none.
@@ -118,7 +123,8 @@ class Trainer:
         self._val_check_interval = _limits.count_or_fraction(val_check_interval, "val_check_interval", least=1)
         self._log_every_n_steps = positive_int(log_every_n_steps, "log_every_n_steps")
         self._gradient_clip_val = _arguments.gradient_clip_val(gradient_clip_val)
-        self._loggers = _arguments.loggers(logger, Path(default_root_dir or "."))
+        root = Path(default_root_dir or ".")
+        self._loggers, self._folder = _arguments.loggers(logger, root), root / "checkpoints"
         self._seed = as_int(seed, "seed", "an integer")
         self._divide_by_k = (
             _arguments.choice(partial_window, "partial_window", ("exact", "divide_by_k")) == "divide_by_k"
@@ -134,40 +140,69 @@ class Trainer:
         self.should_stop = False
         self._at = Counters()
         self._run: Run | None = None
+        self._savers: list[Saver] = []
+        self._signals = Signals()
         self._sets_k = False
 
-    def fit(self, task: Task, train_loader: Iterable[Tree], val_loader: Iterable[Tree] | None = None) -> FitState:
-        """Trains, from the start.
+    def fit(
+        self,
+        task: Task,
+        train_loader: Iterable[Tree],
+        val_loader: Iterable[Tree] | None = None,
+        ckpt_path: str | os.PathLike[str] | None = None,
+    ) -> FitState:
+        """Trains, from the start or from a checkpoint.
+
+        From a checkpoint a run goes on after the micro-step that it was saved at, as if it had never ended: parameters
+        and all other state come out bit for bit the same. For that the loaders must give the same batches again. One
+        whose iterators have `get_state` and `set_state` is put where it was; of any other the batches that were trained
+        on are passed over: those of the open epoch, or of the whole run where all epochs are one iterator. The task and
+        the Trainer's options are the caller's to pass unchanged; the seed is the checkpoint's, and so is K until the
+        epoch ends. On another number of devices what is pending is merged or split, and the open epoch keeps its
+        effective batch.
+
+        SIGTERM and SIGINT (Ctrl-C), where fit runs in the main thread, end the run after the micro-step at hand: it is
+        saved, if there is a `ModelCheckpoint`, and SystemExit with code 143, or KeyboardInterrupt, is raised. A second
+        one is not waited for. An error of a loader or a callback is raised after such a save too.
 
         Args:
           task: what to train.
           train_loader: an iterable of batches, pytrees whose leaves have one leading length; iterated anew in every
             epoch. A batch that it gave must not be written to.
           val_loader: likewise, or None for no validation.
+          ckpt_path: a checkpoint's folder; or "last", the newest complete one of the `ModelCheckpoint`, and a start
+            where there is none, with a warning; or None for a start.
 
         Returns:
           The arrays of the run: `params`, `opt_state`, `model_state`, and what is pending.
 
         Raises:
-          TypeError, ValueError: for a task or a loader that can't be trained.
+          TypeError, ValueError: for a task or a loader that can't be trained, or a checkpoint of another task.
+          OSError: for a `ckpt_path` that is no checkpoint.
           FloatingPointError: with `detect_anomaly`.
         """
-        first_epoch = self._start(task, train_loader)
-        try:
-            self._call("on_fit_start")
-            self._call("on_train_start")
-            epochs = itertools.chain([first_epoch], map(iter, itertools.repeat(train_loader)))
-            while not self._finished():
-                self._train_epoch(next(epochs), val_loader)
-            self._call("on_train_end")
-            self._call("on_fit_end")
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
-                self._flush_if_asked()
-            self._call("on_exception", error)
-            raise
-        finally:
-            self._running.records.flush()
+        first_epoch = self._start(task, train_loader, val_loader, ckpt_path)
+        with self._signals:
+            try:
+                self._call("on_fit_start")
+                self._call("on_train_start")
+                epochs = itertools.chain([first_epoch], self._epochs_after_first(train_loader))
+                if self._at.batch_idx:  # In mid-epoch, or at its end.
+                    self._train_epoch(() if self._at.ends_epoch else next(epochs))
+                while not self._finished():
+                    self._train_epoch(next(epochs))
+                if not self._at.batch_idx:
+                    self._save_at_end()
+                self._call("on_train_end")
+                self._call("on_fit_end")
+                self._signals.leave_if_told()
+            except BaseException as error:
+                self._end_by(error)
+                raise
+            finally:
+                self._running.records.flush()
+                for saver in self._savers:
+                    saver.close()
         return self.state
 
     def validate(self, task: Task, val_loader: Iterable[Tree], state: FitState | None = None) -> dict[str, float]:
@@ -206,8 +241,16 @@ class Trainer:
 
     @property
     def state(self) -> FitState:
-        """The run's arrays after its last micro-step. The next one donates them."""
+        """The run's arrays after its last micro-step.
+
+        The next one donates them: in a callback they may be read until it returns, and to keep them longer is to keep
+        buffers that are deleted. `copy_state` gives arrays to keep.
+        """
         return self._running.state
+
+    def copy_state(self) -> FitState:
+        """A copy of `state` that no micro-step donates, on the same devices."""
+        return jax.tree.map(jnp.copy, self.state)
 
     @property
     def current_epoch(self) -> int:
@@ -279,8 +322,10 @@ class Trainer:
 
     # The parts of fit, in the order in which they run.
 
-    def _start(self, task: Task, train_loader: Iterable[Tree]) -> Iterable[Tree]:
-        """Begins a new run, and returns the batches of its first epoch."""
+    def _start(
+        self, task: Task, train_loader: Iterable[Tree], val_loader: Iterable[Tree] | None, ckpt_path: Any
+    ) -> Iterable[Tree]:
+        """Begins a run, and returns the batches of its first epoch, those to come."""
         if not isinstance(task, Task):
             raise TypeError(f"task must be a jaxaccum.Task, got {task!r}.")
         if self._max_epochs is None and self._max_steps == -1:
@@ -294,39 +339,68 @@ class Trainer:
         first = next(batches, _NOTHING)
         if first is _NOTHING:
             raise ValueError(f"train_loader={train_loader!r} is empty: it gave no batch.")
+        policies = [callback for callback in self._callbacks if isinstance(callback, ModelCheckpoint)]
+        self._savers = [Saver(policy, self._folder) for policy in policies]
+        found = _saver.find(ckpt_path, self._savers)
+        seed = self._seed if found is None else found.notes["seed"]
         optimizer = _optimizer.of_window(task.optimizer, self._gradient_clip_val, self._divide_by_k)
-        programs = Programs(task, self._strategy, optimizer, self._nonfinite, self._seed)
+        programs = Programs(task, self._strategy, optimizer, self._nonfinite, seed)
         self._run = Run(
             task=task,
             programs=programs,
             evaluation=Evaluation(task, self._strategy),
             state=programs.initial(first),
             records=Records(self._loggers),
+            seed=seed,
+            val_loader=val_loader if self._limit_val_batches else None,
             examples=length(first),
             epoch_batches=epoch_batches,
         )
-        self._at, self.should_stop = Counters(), False
-        return itertools.chain([first], batches)
+        self._at, self.should_stop, self._signals = Counters(), False, Signals()
+        options = {"limit": epoch_batches, "keeps_state": bool(self._savers)}
+        if found is None:
+            return Reader(batches, [first], **options)
+        self._at = _snapshot.restore(found, self._run, self._strategy, programs, self._callbacks)
+        for saver in self._savers:
+            saver.goes_on(found.path, self._at)
+        loader_state, is_stream = self._run.loader_state, batches is train_loader
+        return _reader.rest(batches, first, self._at, loader_state, is_stream=is_stream, **options)
 
-    def _train_epoch(self, batches: Iterable[Tree], val_loader: Iterable[Tree] | None) -> None:
-        at, last = self._at, False
-        self._sets_k = True
-        self.accumulate_grad_batches = self._schedule(at.epoch)
-        self._call("on_train_epoch_start")
-        self._sets_k = False
-        for micro_step in micro_steps(itertools.islice(batches, self._running.epoch_batches), self._strategy):
+    def _epochs_after_first(self, train_loader: Iterable[Tree]) -> Iterator[Reader]:
+        while True:
+            yield Reader(iter(train_loader), limit=self._running.epoch_batches, keeps_state=bool(self._savers))
+
+    def _train_epoch(self, batches: Iterable[Tree]) -> None:
+        at = self._at
+        if not at.batch_idx:
+            self._begin_epoch()
+        self._validate_if_due()
+        is_over = at.batch_idx and (at.ends_epoch or self._finished())
+        before = at.batches
+        for micro_step in () if is_over else micro_steps(batches, self._strategy):
+            self._signals.leave_if_told()
             self._train_batch(micro_step)
-            last = micro_step.last
-            if val_loader is not None and self._limit_val_batches and self._validation_is_due(last):
-                self._validate(val_loader)
+            self._save_if_due("micro_step")
+            self._validate_if_due()
             if self._finished():
                 break
-        if not at.batch_idx:
-            raise ValueError(f"train_loader gave no batch in epoch {at.epoch}. {_ONE_SHOT}")
+        if at.batches == before and not is_over:
+            passed = f" after the {before} that the checkpoint was trained on" if before else ""
+            raise ValueError(f"train_loader gave no batch in epoch {at.epoch}{passed}. {_ONE_SHOT}")
+        if not at.ends_epoch:
+            self._save_at_end()
         self._flush_if_asked()
         self._call("on_train_epoch_end")
-        if last:
-            at.epoch, at.batch_idx = at.epoch + 1, 0
+        if at.ends_epoch:
+            at.epoch, at.batch_idx, at.batches, at.ends_epoch = at.epoch + 1, 0, 0, False
+            self._save_if_due("epoch")
+
+    def _begin_epoch(self) -> None:
+        """Says what K is."""
+        self._sets_k = True
+        self.accumulate_grad_batches = self._schedule(self._at.epoch)
+        self._call("on_train_epoch_start")
+        self._sets_k = False
 
     def _train_batch(self, micro_step: MicroStep) -> None:
         run, at = self._running, self._at
@@ -335,15 +409,22 @@ class Trainer:
             (batch,) = batch
         for hook in self._hooks["on_train_batch_start"]:
             hook(self, run.task, batch, batch_idx)
-        at.window_step += 1
-        at.window_samples += micro_step.examples
-        boundary = micro_step.last or at.window_step >= at.every_k
+        window_step = at.window_step + 1
+        boundary = micro_step.last or window_step >= at.every_k
         with jax.profiler.StepTraceAnnotation("train", step_num=at.micro_step):
-            share = self._share() if boundary else None
+            share = self._share(window_step) if boundary else None
             run.state, outputs, means = run.programs.run(run.state, micro_step.pieces, boundary, share)
+        # From here to the hooks nothing fails: what is counted is in the state, should a hook raise.
+        run.loader_state = micro_step.loader_state
+        at.window_step = window_step
+        at.window_samples += micro_step.examples
+        at.batches += len(micro_step.batches)
+        at.all_batches += len(micro_step.batches)
+        at.ends_epoch = micro_step.last
         at.batch_idx += 1
         at.micro_step += 1
         at.samples_seen += micro_step.examples
+        at.validated = run.val_loader is None or not self._validation_is_due(micro_step.last)
         if boundary:
             self._closed(means)
         if self._detect_anomaly:
@@ -353,10 +434,9 @@ class Trainer:
         if boundary and self.should_log:
             self._record()
 
-    def _share(self) -> jax.Array | None:
-        """What to multiply a window's gradient with, if windows are divided by K."""
-        at = self._at
-        share = at.window_step / at.every_k
+    def _share(self, window_step: int) -> jax.Array | None:
+        """What to multiply the gradient of a window of `window_step` with, if windows are divided by K."""
+        share = window_step / self._at.every_k
         return self._strategy.constant(share, _accumulator.weight_dtype()) if self._divide_by_k else None
 
     def _closed(self, means: dict[str, jax.Array]) -> None:
@@ -371,7 +451,7 @@ class Trainer:
         """Closes the window that a stop left open."""
         run = self._running
         if self._flush_on_stop and self._at.window_step:
-            run.state, means = run.programs.flush(run.state, self._share())
+            run.state, means = run.programs.flush(run.state, self._share(self._at.window_step))
             self._closed(means)
             if self.should_log:
                 self._record()
@@ -402,19 +482,57 @@ class Trainer:
         interval = _limits.validation_interval(self._val_check_interval, self.num_training_batches)
         return last if math.isinf(interval) else self._at.batch_idx % interval == 0
 
-    def _validate(self, val_loader: Iterable[Tree]) -> None:
+    def _validate_if_due(self) -> None:
         """A validation in fit; what is pending stays so."""
-        run = self._running
+        run, at = self._running, self._at
+        if at.validated or run.val_loader is None:
+            return
         self._call("on_validation_start")
-        results = self._evaluate(run.evaluation, run.state, val_loader)
+        results = self._evaluate(run.evaluation, run.state, self._until_told(run.val_loader))
         run.metrics |= results
         run.records.add(self.global_step, self._place() | results)
         self._call("on_validation_epoch_end")
         self._call("on_validation_end")
+        at.validated = True
+        self._save_if_due("validation")
 
     def _evaluate(self, evaluation: Evaluation, state: FitState, val_loader: Iterable[Tree]) -> dict[str, float]:
         limit = _limits.batches(val_loader, self._limit_val_batches, "limit_val_batches")
         return evaluation.run(state.params, state.model_state, itertools.islice(val_loader, limit))
+
+    def _until_told(self, batches: Iterable[Tree]) -> Iterator[Tree]:
+        """`batches`, as long as no signal comes: the resume validates anew."""
+        for batch in batches:
+            self._signals.leave_if_told()
+            yield batch
+
+    def _save_if_due(self, moment: str) -> None:
+        for saver in self._savers:
+            saver.save_if_due(self, moment, self._at, self._take)
+
+    def _save_at_end(self) -> None:
+        for saver in self._savers:
+            saver.save_at_end(self._at, self._take)
+
+    def _take(self) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+        """What a checkpoint holds."""
+        run = self._running
+        run.records.write()  # The resume won't make these records again.
+        return _snapshot.arrays(run.state), _snapshot.notes(run, self._at, self._strategy, self._callbacks)
+
+    def _end_by(self, error: BaseException) -> None:
+        """Saves the run before an error goes on its way, and tells the callbacks."""
+        if self._signals.came_again(error):
+            for saver in self._savers:
+                saver.abandon()
+        else:
+            # An error of a program's own may have taken the state that was donated to it along. And where one process
+            # of several fails, the others don't come to a save.
+            if jax.process_count() == 1 and not any(x.is_deleted() for x in jax.tree.leaves(self.state)):
+                self._save_at_end()
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                self._flush_if_asked()
+        self._call("on_exception", error)
 
     def _finished(self) -> bool:
         at = self._at

@@ -21,7 +21,14 @@ PUBLIC = {
     "value_and_grad",
     "zero_sharding",
 }
-LAZY = {"Task": "task", "Trainer": "trainer", "callbacks": "callbacks", "loggers": "loggers"}  # name: its module
+# name: its module
+LAZY = {
+    "Task": "task",
+    "Trainer": "trainer",
+    "callbacks": "callbacks",
+    "checkpoint": "checkpoint",
+    "loggers": "loggers",
+}
 
 
 def loaded(statement):

@@ -1,0 +1,144 @@
+"""Writes the checkpoints that a `ModelCheckpoint` asks for, behind the run's back."""
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxaccum import checkpoint
+from jaxaccum._counters import Counters
+from jaxaccum.callbacks import ModelCheckpoint
+from jaxaccum.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from jaxaccum.trainer import Trainer
+
+Take = Callable[[], tuple[Mapping[str, Any], dict[str, Any]]]
+
+
+class Saver:
+    """One checkpoint at a time is on its way to disk. What it takes the place of is removed once it is complete.
+
+    A checkpoint that can't be written costs the run nothing but a warning.
+
+    Args:
+      policy: when to save, and what to keep.
+      folder: where, if the policy doesn't say.
+    """
+
+    def __init__(self, policy: ModelCheckpoint, folder: Path):
+        self.policy = policy
+        self._folder = policy.open(folder)
+        self._writer = checkpoint.Writer()
+        self._on_its_way: Path | None = None
+        self._last: Counters | None = None
+        self._is_abandoned = False
+
+    @property
+    def folder(self) -> Path:
+        """Where it writes."""
+        return self._folder
+
+    def goes_on(self, path: Path, at: Counters) -> None:
+        """The run goes on from `path`, at `at`: here it need not be saved once more."""
+        if path.parent == self._folder:
+            self._last = dataclasses.replace(at)
+
+    def save_if_due(self, trainer: "Trainer", moment: str, at: Counters, take: Take) -> None:
+        """Begins a checkpoint if the policy asks for one.
+
+        Args:
+          trainer: for the policy to look at.
+          moment: of which this is the end: "micro_step", "validation" or "epoch".
+          at: the place in the run.
+          take: gives what the run consists of: arrays by name, and notes.
+        """
+        if self.policy.due(trainer, moment):
+            score = self.policy.score(trainer)
+            if self.policy.wants(score):
+                self._save(at, score, take)
+
+    def save_at_end(self, at: Counters, take: Take) -> None:
+        """Begins a checkpoint of the last place in the run, whether it is due or not."""
+        if self.policy.wants(None):
+            self._save(at, None, take)
+
+    def _save(self, at: Counters, score: float | None, take: Take) -> None:
+        if at == self._last:
+            return
+        self._settle()
+        path = self._free(f"epoch={at.epoch}-micro_step={at.micro_step}")
+        self.policy.add(path.name, score)  # First: the checkpoint holds a list of checkpoints with itself in it.
+        arrays, notes = take()
+        try:
+            self._writer.start(path, arrays, notes)
+        except Exception as error:
+            self._fail(path, error)
+        else:
+            self._on_its_way, self._last = path, dataclasses.replace(at)
+
+    def _settle(self) -> None:
+        """Waits for the checkpoint on its way."""
+        path, self._on_its_way = self._on_its_way, None
+        if path is None:
+            return
+        try:
+            self._writer.wait()
+        except Exception as error:
+            self._fail(path, error)
+        else:
+            for name in self.policy.outdated():
+                checkpoint.remove(self._folder / name)
+
+    def close(self) -> None:
+        """Waits, and ends the writer."""
+        if not self._is_abandoned:
+            self._settle()
+            self._writer.close()
+
+    def abandon(self) -> None:
+        """Leaves the checkpoint on its way to itself: `close` won't wait for it."""
+        self._is_abandoned = True
+
+    def _free(self, name: str) -> Path:
+        """The first of name, name-v1, name-v2... that is not taken, as an earlier run may have done."""
+        version, path = 0, self._folder / name
+        while path.exists():
+            version += 1
+            path = self._folder / f"{name}-v{version}"
+        return path
+
+    def _fail(self, path: Path, error: Exception) -> None:
+        self._last = None
+        self.policy.forget(path.name)
+        checkpoint.remove(path)
+        warnings.warn(
+            f"checkpoint {path} could not be written: {error!r}. The run goes on, and the checkpoints before it stay; "
+            "make room, or give ModelCheckpoint another dirpath.",
+            stacklevel=2,
+        )
+
+
+def find(ckpt_path: str | os.PathLike[str] | None, savers: Sequence[Saver]) -> Checkpoint | None:
+    """The checkpoint that `Trainer.fit` is to go on from; None for a start.
+
+    Raises:
+      ValueError: for "last" without a `ModelCheckpoint`.
+      OSError: for a path that is no checkpoint.
+    """
+    if ckpt_path is None:
+        return None
+    if ckpt_path != "last":
+        return checkpoint.load(ckpt_path)
+    if not savers:
+        raise ValueError(
+            "ckpt_path='last' is the newest checkpoint of a ModelCheckpoint, but callbacks hold none: add one, or pass "
+            "the path of a checkpoint."
+        )
+    found = checkpoint.newest([saver.folder for saver in savers])
+    if found is None:
+        folders = ", ".join(str(saver.folder) for saver in savers)
+        warnings.warn(f"ckpt_path='last' finds no checkpoint in {folders}: the run starts afresh.", stacklevel=4)
+    return found

@@ -1,0 +1,140 @@
+"""A run as arrays by name and notes, and back: on as many devices as there are then."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxaccum import _accumulator, _plain, _redistribute, _sync
+from jaxaccum._counters import Counters
+from jaxaccum._programs import FitState, Pending, Programs
+from jaxaccum._run import Run
+from jaxaccum._strategy import Strategy
+from jaxaccum._sync import OneDevice
+from jaxaccum.callbacks import Callback
+from jaxaccum.checkpoint import Checkpoint
+
+Tree = Any
+
+
+def arrays(state: FitState) -> dict[str, jax.Array]:
+    """The arrays of a run, by their path in its state; typed keys as their data."""
+    return {name: _data(x) for name, x in _named(state).items()}
+
+
+def notes(run: Run, at: Counters, strategy: Strategy, callbacks: Sequence[Callback]) -> dict[str, Any]:
+    """All of a run that is not an array, as JSON can hold it. Waits for the last window's means."""
+    number = lambda x: np.asarray(x).item()
+    told = [(type(callback).__qualname__, callback.state_dict()) for callback in callbacks]
+    return {
+        "counters": dataclasses.asdict(at),
+        "seed": run.seed,
+        "devices": strategy.size,
+        "group": strategy.group,
+        "loader": run.loader_state,
+        "means": {name: number(mean) for name, mean in run.means.items()},
+        "metrics": {name: number(metric) for name, metric in run.metrics.items()},
+        "logged": {name: number(value) for name, value in run.logged.items()},
+        "callbacks": [(name, _plain.dumps(state, name)) for name, state in told if state],
+    }
+
+
+def restore(
+    checkpoint: Checkpoint, run: Run, strategy: Strategy, programs: Programs, callbacks: Sequence[Callback]
+) -> Counters:
+    """Puts a run where `checkpoint` left it, and its callbacks too; says where that is.
+
+    Args:
+      checkpoint: of a run of the same task.
+      run: a new one; its state is that of a start.
+      strategy: the devices that it runs on. What an open window held is merged or split for them.
+      programs: the run's.
+      callbacks: take back their states, in order among those of one class.
+
+    Raises:
+      ValueError: if the checkpoint is another task's; names the first array that differs.
+    """
+    noted = checkpoint.notes
+    run.state = _placed(checkpoint, run.state, noted["devices"], strategy, programs)
+    # Everything is put on the devices as the programs leave it there, so that nothing compiles twice.
+    on_device = lambda number: jax.device_put(np.asarray(number, _accumulator.weight_dtype()), strategy.common)
+    run.means = {name: on_device(mean) for name, mean in noted["means"].items()}
+    run.metrics, run.logged, run.loader_state = noted["metrics"], noted["logged"], noted["loader"]
+    waiting = [(name, _plain.loads(text)) for name, text in noted["callbacks"]]
+    for callback in callbacks:
+        own = next((entry for entry in waiting if entry[0] == type(callback).__qualname__), None)
+        if own is not None:
+            waiting.remove(own)
+            callback.load_state_dict(own[1])
+    at = Counters(**noted["counters"])
+    return at if noted["group"] == strategy.group else at.regrouped(noted["group"], strategy.group)
+
+
+def _placed(checkpoint: Checkpoint, like: FitState, before: int, strategy: Strategy, programs: Programs) -> FitState:
+    """The checkpoint's arrays as a state like `like`, which lies on the strategy's devices."""
+    _check(checkpoint, like, before, strategy.size)
+    named = {name: _keyed(checkpoint.arrays[name], x) for name, x in _named(like).items()}
+    state = jax.tree.unflatten(jax.tree.structure(like), list(named.values()))
+    if before != strategy.size:
+        state = state._replace(pending=_redistributed(state.pending, before, strategy, programs))
+    return jax.device_put(state, jax.tree.map(lambda x: x.sharding, like), may_alias=False)
+
+
+def _redistributed(pending: Pending, before: int, strategy: Strategy, programs: Programs) -> Pending:
+    """What an open window held on `before` devices, for those of the strategy.
+
+    Sums are merged or split. Where the model's states on the devices have parted, each goes on from what all of them
+    would have become at the boundary.
+    """
+    now = strategy.size
+    alone = isinstance(strategy.sync, OneDevice)
+
+    def logs(x):
+        moved = _redistribute.folded(jnp.atleast_1d(x), now)
+        return moved[0] if alone else moved
+
+    def local(x):
+        return x if alone else jnp.broadcast_to(x, (now, *x.shape))
+
+    model_state = pending.model_state if before == 1 else _sync.averaged(pending.model_state)
+    return pending._replace(
+        sums=programs.redistribute(pending.sums),
+        logs=jax.tree.map(logs, pending.logs),
+        model_state=jax.tree.map(local, model_state),
+    )
+
+
+def _check(checkpoint: Checkpoint, like: FitState, before: int, now: int) -> None:
+    """Whether the arrays are of the names, shapes and dtypes of `like`, but for the number of devices."""
+    remedy = "Pass the task, the optimizer and the clipping that it was made with, or another ckpt_path."
+    saved, wanted = checkpoint.arrays, arrays(like)
+
+    def kind(name, x, devices):
+        is_local = name.startswith(".pending") and devices > 1 and x.ndim
+        return f"{x.dtype.name}{list(x.shape[1:] if is_local else x.shape)}"
+
+    for name in [*wanted, *saved]:
+        there = kind(name, saved[name], before) if name in saved else "missing"
+        here = kind(name, wanted[name], now) if name in wanted else "missing"
+        if there != here:
+            raise ValueError(
+                f"{checkpoint.path} is not of this task: {name} is {there} there and {here} here. {remedy}"
+            )
+
+
+def _named(state: FitState) -> dict[str, Any]:
+    return {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def _data(x: Any) -> Any:
+    return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+
+def _keyed(data: np.ndarray, like: Any) -> Any:
+    """`data` as typed keys where `like` is."""
+    if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(jnp.asarray(data), impl=jax.random.key_impl(like))
+    return data

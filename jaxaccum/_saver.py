@@ -71,7 +71,11 @@ class Saver:
         self._settle()
         path = self._free(f"epoch={at.epoch}-micro_step={at.micro_step}")
         self.policy.add(path.name, score)  # First: the checkpoint holds a list of checkpoints with itself in it.
-        arrays, notes = take()
+        try:
+            arrays, notes = take()
+        except BaseException:
+            self.policy.forget(path.name)
+            raise
         try:
             self._writer.start(path, arrays, notes)
         except Exception as error:

@@ -382,6 +382,7 @@ class Trainer:
             self._train_batch(micro_step)
             self._save_if_due("micro_step")
             self._validate_if_due()
+            self._signals.leave_if_told()
             if self._finished():
                 break
         if at.batches == before and not is_over:
@@ -521,18 +522,26 @@ class Trainer:
         return _snapshot.arrays(run.state), _snapshot.notes(run, self._at, self._strategy, self._callbacks)
 
     def _end_by(self, error: BaseException) -> None:
-        """Saves the run before an error goes on its way, and tells the callbacks."""
+        """What is done before an error goes on its way."""
         if self._signals.came_again(error):
             for saver in self._savers:
                 saver.abandon()
         else:
-            # An error of a program's own may have taken the state that was donated to it along. And where one process
-            # of several fails, the others don't come to a save.
-            if jax.process_count() == 1 and not any(x.is_deleted() for x in jax.tree.leaves(self.state)):
-                self._save_at_end()
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                self._flush_if_asked()
+            self._rescue(error)
         self._call("on_exception", error)
+
+    def _rescue(self, error: BaseException) -> None:
+        """Saves what the last whole micro-step left."""
+        if any(x.is_deleted() for x in jax.tree.leaves(self.state)):
+            return  # It was donated to a program that failed.
+        # Where one process of several fails, the others don't come to a save.
+        if jax.process_count() == 1:
+            try:
+                self._save_at_end()
+            except Exception as failure:
+                warnings.warn(f"the run could not be saved when it met {error!r}: {failure!r}.", stacklevel=2)
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            self._flush_if_asked()
 
     def _finished(self) -> bool:
         at = self._at

@@ -1,0 +1,217 @@
+"""The hard guarantee: a run that goes on from a checkpoint is the run that never ended, bit for bit."""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from training import assert_close, assert_same, loader, task, trainer
+
+import jaxaccum
+from jaxaccum.callbacks import Callback, ModelCheckpoint
+
+SCHEDULE = {0: 3, 1: 2}
+WORKER = Path(__file__).with_name("resume_worker.py")
+MOMENTS = ["micro_step", "save", "validation", "epoch_end"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_once(tmp_path_factory):
+    """Each fit has programs of its own; here XLA compiles the same ones but once."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    former = {name: getattr(jax.config, name) for name in options}
+    for settings in (options, former):
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if settings is options:
+            yield
+
+
+class Tally(Callback):
+    """Counts what happened, and keeps it in checkpoints."""
+
+    def __init__(self):
+        self.counts = {"epoch starts": 0, "batches": 0, "validations": 0, "epoch ends": 0}
+
+    def on_train_epoch_start(self, trainer, task):
+        self.counts["epoch starts"] += 1
+
+    def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
+        self.counts["batches"] += 1
+
+    def on_validation_end(self, trainer, task):
+        self.counts["validations"] += 1
+
+    def on_train_epoch_end(self, trainer, task):
+        self.counts["epoch ends"] += 1
+
+    def state_dict(self):
+        return dict(self.counts)
+
+    def load_state_dict(self, state_dict):
+        self.counts = state_dict
+
+
+def every_micro_step(folder):
+    return ModelCheckpoint(folder, every_n_micro_steps=1, save_top_k=-1)
+
+
+def saved(folder):
+    """The checkpoints of a folder, in the order in which they were written."""
+    key = lambda path: jaxaccum.checkpoint.load(path).notes["saved_at"]
+    return sorted((path for path in folder.iterdir()), key=key)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "sizes", "at"),
+    [
+        ("single", [4] * 6 + [3], range(14)),
+        ("ddp", [2] * 51 + [1], (1, 6, 8)),
+        ("dp", [16] * 6 + [13], (1, 6, 8)),
+        ("zero", [2] * 51 + [1], (1,)),
+    ],
+)
+def test_a_resume_at_any_micro_step_is_exact(tmp_path, strategy, sizes, at):
+    """Catches whatever a checkpoint forgets: pending sums, K, keys, model state, logs, counters, hooks yet to come."""
+    batches, the_task = loader(*sizes), task(dropout=0.3, model_state=True)
+    logged = lambda t: t._running.records.history
+
+    def fit(callback, **options):
+        tally = Tally()
+        t = trainer(
+            strategy=strategy,
+            accumulate_grad_batches=SCHEDULE,
+            max_epochs=2,
+            callbacks=[*callback, tally],
+            log_every_n_steps=1,
+            val_check_interval=3,
+            gradient_clip_val=0.5,
+        )
+        return t, t.fit(the_task, batches, batches[:8], **options), tally.counts
+
+    unbroken, want, counts = fit([every_micro_step(tmp_path)])
+    paths = saved(tmp_path)[:14]
+    assert unbroken.micro_step == 14 and counts == {
+        "epoch starts": 2,
+        "batches": 14,
+        "validations": 4,
+        "epoch ends": 2,
+    }
+    for i in at:
+        resumed, got, recounted = fit([], ckpt_path=paths[i])
+        assert_same(got, want)
+        assert resumed._at == unbroken._at and recounted == counts
+        assert logged(resumed) == logged(unbroken)[len(logged(unbroken)) - len(logged(resumed)) :]
+        assert len(logged(resumed)) >= (14 - i - 1) / 3
+
+
+def run(strategy, devices, k, callbacks=(), **options):
+    return trainer(
+        strategy=strategy, devices=devices, accumulate_grad_batches=k, callbacks=callbacks, max_epochs=2, **options
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "micro_step", "after"),
+    [
+        (("ddp", 8, 2), 3, [("ddp", 4, 4), ("single", 1, 16), ("zero", 2, 8)]),
+        (("single", 1, 16), 24, [("ddp", 8, 2)]),
+        (("dp", 8, 3), 4, [("dp", 4, 3), ("single", 1, 3)]),
+    ],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else None,
+)
+def test_a_resume_on_other_devices_ends_at_the_same_parameters(tmp_path, before, micro_step, after):
+    """Catches sums that are lost, counted twice or divided on their way, windows that shift, and batches seen twice."""
+    with jax.enable_x64(True):
+        dp = before[0] == "dp"
+        batches, the_task = loader(*([16] * 7 + [13] if dp else [4] * 40)), task(dropout=0 if dp else 0.3)
+        every = ModelCheckpoint(tmp_path, every_n_micro_steps=1, save_top_k=-1)
+        unbroken = run(*before, callbacks=every, log_every_n_steps=1)
+        want = unbroken.fit(the_task, batches)
+        path = saved(tmp_path)[micro_step - 1]
+        assert jaxaccum.checkpoint.load(path).notes["counters"]["window_step"] > 0
+        for place in after:
+            # K is the schedule's from the next epoch on; in the open one it is such that windows hold what they held.
+            resumed = run(*place, log_every_n_steps=1)
+            got = resumed.fit(the_task, batches, ckpt_path=path)
+            assert_close((got.params, got.opt_state), (want.params, want.opt_state), 1e-12)
+            assert (resumed.global_step, resumed.samples_seen) == (unbroken.global_step, unbroken.samples_seen)
+            ours, theirs = (t._running.records.history for t in (resumed, unbroken))
+            for record, other in zip(ours, theirs[-len(ours) :], strict=True):
+                assert record["train_loss"] == pytest.approx(other["train_loss"], rel=1e-12)
+                assert record["effective_batch_size"] == other["effective_batch_size"]
+
+
+def test_model_states_that_have_parted_go_on_from_their_mean(tmp_path):
+    """Catches a device's model state that stands for all of them, or is summed: dp, whose means are the examples'."""
+    batches, the_task = loader(*[16] * 6), task(model_state=True)
+    want = run("dp", 8, 3, [every_micro_step(tmp_path)]).fit(the_task, batches).model_state
+    for place in [("dp", 4, 3), ("single", 1, 3)]:
+        got = run(*place).fit(the_task, batches, ckpt_path=saved(tmp_path)[1]).model_state
+        assert_close(got, want, 1e-6)
+
+
+def life(folder, devices, epochs, death=None):
+    """A process that trains until it is done, when it says what it ended with, or until it is killed: then None."""
+    arguments = [str(folder), str(devices), str(epochs), *map(str, death or ())]
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"}
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(folder / "compiled")
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    command = [sys.executable, str(WORKER), *arguments]
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=300)
+    if done.returncode == -signal.SIGKILL:
+        return None
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def killed_and_resumed(folder, devices, kills, seed):
+    """What a run ends with after so many kills at random moments, and in which moments they were."""
+    dice = random.Random(seed)
+    # Every moment in turn, then a delay that takes the kill to any place in it or beyond.
+    deaths = [(MOMENTS[i % 4], dice.randint(1, 4), dice.uniform(0, 0.04)) for i in range(kills)]
+    ended = [life(folder, devices, epochs=kills, death=death) for death in deaths]
+    assert ended == [None] * kills, "the run was over before its kills were: it needs more epochs"
+    cut_off = len(list((folder / "checkpoints").glob("*orbax*")))
+    return life(folder, devices, epochs=kills), cut_off
+
+
+@pytest.mark.parametrize(("devices", "kills"), [(1, 6), (4, 3)])
+def test_a_run_killed_at_random_moments_ends_as_if_it_never_was(tmp_path, devices, kills):
+    """Catches a micro-batch that is seen twice or never, and a checkpoint that can't be relied on."""
+    (tmp_path / "unbroken").mkdir()
+    (tmp_path / "killed").mkdir()
+    want = life(tmp_path / "unbroken", devices, epochs=kills)
+    got, _ = killed_and_resumed(tmp_path / "killed", devices, kills, seed=devices)
+    assert got == want
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description="Kills a run at random moments, more often than the suite has time for."
+    )
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as root:
+        for name in ("unbroken", "killed"):
+            (Path(root) / name).mkdir()
+        want = life(Path(root) / "unbroken", options.devices, options.kills)
+        got, cut_off = killed_and_resumed(Path(root) / "killed", options.devices, options.kills, options.seed)
+    print(f"{options.kills} kills, the same in the end: {got == want}", got)
+    sys.exit(got != want)

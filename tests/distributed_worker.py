@@ -15,9 +15,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxaccum.distributed
 
-_address, _num_processes, _process, _task = sys.argv[1:]
-NUM_PROCESSES, PROCESS, TASK = int(_num_processes), int(_process), json.loads(_task)
-
 
 def make_sum():
     """A function of one number a process that returns their sum over all processes."""
@@ -79,5 +76,7 @@ def agree():
 
 
 if __name__ == "__main__":
+    _address, _num_processes, _process, _task = sys.argv[1:]
+    NUM_PROCESSES, PROCESS, TASK = int(_num_processes), int(_process), json.loads(_task)
     jaxaccum.distributed.initialize(_address, NUM_PROCESSES, PROCESS, **TASK.pop("timeouts", {}))
     {"train": train, "finish": finish, "leave": leave, "agree": agree}[TASK.pop("role")](**TASK)

@@ -60,20 +60,24 @@ class Slow(list):
             yield batch
 
 
-folder, devices, epochs, *death = sys.argv[1:]
-dies = Dies(*death)
-start = checkpoint.Writer.start
-checkpoint.Writer.start = lambda *args: (dies.met("save"), start(*args))
-saves = ModelCheckpoint(every_n_micro_steps=3)
-t = trainer(
-    strategy="single" if devices == "1" else "ddp",
-    accumulate_grad_batches={0: 3, 1: 2, 2: 4},
-    max_epochs=int(epochs),
-    callbacks=[dies, saves],
-    default_root_dir=folder,
-    val_check_interval=4,
-)
-batches = loader(*[4] * (7 * int(devices) - 1), 3)
-state = t.fit(task(dropout=0.3, model_state=True), batches, Slow(batches[: 3 * int(devices)]), ckpt_path="last")
-digest = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(state)))
-print(json.dumps({"digest": digest.hexdigest(), "counts": dies.counts, "counters": vars(t._at)}))
+def main(folder, devices, epochs, *death):
+    dies = Dies(*death)
+    start = checkpoint.Writer.start
+    checkpoint.Writer.start = lambda *args: (dies.met("save"), start(*args))
+    saves = ModelCheckpoint(every_n_micro_steps=3)
+    t = trainer(
+        strategy="single" if devices == "1" else "ddp",
+        accumulate_grad_batches={0: 3, 1: 2, 2: 4},
+        max_epochs=int(epochs),
+        callbacks=[dies, saves],
+        default_root_dir=folder,
+        val_check_interval=4,
+    )
+    batches = loader(*[4] * (7 * int(devices) - 1), 3)
+    state = t.fit(task(dropout=0.3, model_state=True), batches, Slow(batches[: 3 * int(devices)]), ckpt_path="last")
+    digest = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(state)))
+    print(json.dumps({"digest": digest.hexdigest(), "counts": dies.counts, "counters": vars(t._at)}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -84,8 +84,11 @@ def test_keys_on_a_mesh_are_numbered_as_on_one_device():
         assert_close(jax.jit(f)(params(), batch(), jax.random.key(1)), one(params(), batch(), jax.random.key(1)))
 
 
-@every_mesh
-@pytest.mark.parametrize("drive", ["counter", "static"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("name", "drive"),
+    [("data", "counter"), ("data", "static"), ("data x model", "static"), ("data x fsdp x model", "counter")],
+)
 def test_micro_steps_on_a_mesh_are_the_big_batch(name, kind, drive):
     """Catches clipping before the sync, a device without weight that counts, and state that is laid out anew."""
     with jax.enable_x64(True):
@@ -129,7 +132,7 @@ def test_the_host_sets_k_on_a_mesh_without_a_compile():
         np.testing.assert_allclose(updates, -np.ones(3))
 
 
-@every_mesh
+@pytest.mark.parametrize(("name", "kind"), [("data x model", kind) for kind in KINDS])
 @pytest.mark.parametrize(
     "opt", [optax.adam(0.1), optax.adafactor(0.1), optax.masked(optax.adam(0.1), {"w": True, "b": False})]
 )

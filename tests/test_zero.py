@@ -58,8 +58,8 @@ def test_a_scattered_gradient_is_the_big_batchs(name, kind):
         assert grads["w"].addressable_shards[0].data.shape[0] == 16 // devices
 
 
-@every_mesh
-@pytest.mark.parametrize("drive", ["counter", "static"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("name", "drive"), [("data", "counter"), ("data x model", "static")])
 def test_micro_steps_with_split_state_are_the_big_batch(name, kind, drive):
     """Catches clipping by the norm of one device's part, and parameters or state that are laid out anew."""
     with jax.enable_x64(True):

@@ -184,10 +184,10 @@ def killed_and_resumed(folder, devices, kills, seed):
     dice = random.Random(seed)
     # Every moment in turn, then a delay that takes the kill to any place in it or beyond.
     deaths = [(MOMENTS[i % 4], dice.randint(1, 4), dice.uniform(0, 0.04)) for i in range(kills)]
-    ended = [life(folder, devices, epochs=kills, death=death) for death in deaths]
+    ended = [life(folder, devices, epochs=max(kills, 6), death=death) for death in deaths]
     assert ended == [None] * kills, "the run was over before its kills were: it needs more epochs"
     cut_off = len(list((folder / "checkpoints").glob("*orbax*")))
-    return life(folder, devices, epochs=kills), cut_off
+    return life(folder, devices, epochs=max(kills, 6)), cut_off
 
 
 @pytest.mark.parametrize(("devices", "kills"), [(1, 3), (4, 1)])
@@ -195,7 +195,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_never_was(tmp_path, device
     """Catches a micro-batch that is seen twice or never, and a checkpoint that can't be relied on."""
     (tmp_path / "unbroken").mkdir()
     (tmp_path / "killed").mkdir()
-    want = life(tmp_path / "unbroken", devices, epochs=kills)
+    want = life(tmp_path / "unbroken", devices, epochs=max(kills, 6))
     got, _ = killed_and_resumed(tmp_path / "killed", devices, kills, seed=devices)
     assert got == want
 

@@ -6,6 +6,7 @@ import typing as _typing
 from jaxaccum._accumulator import Weighted as Weighted
 from jaxaccum._cast import cast as cast
 from jaxaccum._collectives import collectives as collectives
+from jaxaccum._host_driven import HostDriven as HostDriven
 from jaxaccum._local import local_value_and_grad as local_value_and_grad
 from jaxaccum._multi_steps import MultiSteps as MultiSteps
 from jaxaccum._schedule import AccumulationSchedule as AccumulationSchedule

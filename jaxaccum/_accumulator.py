@@ -3,6 +3,9 @@
 Pure functions over pytrees. Nothing here knows an optimizer, a device or a loop.
 """
 
+import functools
+import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +39,16 @@ class Weighted(NamedTuple):
     weight: Any
 
 
+class Added(NamedTuple):
+    """Stands for a leaf of a gradient that is in the sum already.
+
+    Attributes:
+      total: the new sum.
+    """
+
+    total: Any
+
+
 def sum_dtype(dtype: Any, accumulator_dtype: Any) -> Any:
     """The dtype that sums of a leaf of `dtype` are kept in: `accumulator_dtype`, but float64 and complex stay."""
     keeps = accumulator_dtype is None or dtype == jnp.float64 or jnp.issubdtype(dtype, jnp.complexfloating)
@@ -67,26 +80,40 @@ def init(tree: Tree, accumulator_dtype: Any) -> Tree:
     return jax.tree.map(leaf, tree)
 
 
-def add(total: Tree, x: Tree, weight: Any = None, *, keep: Any = None, first: Any = None) -> Tree:
+def add(
+    total: Tree,
+    x: Tree,
+    weight: Any = None,
+    *,
+    keep: Any = None,
+    first: Any = None,
+    counters: Sequence[Any] | None = None,
+) -> Tree:
     """`total + weight·x`, leaf by leaf, rounded once to the dtype of `total`.
+
+    With `counters` sums in bfloat16 are rounded stochastically: up or down, with chances whose mean is the exact sum.
+    Rounding to the nearest loses whatever is smaller than half a unit in the last of bfloat16's 8 digits: a sum of
+    ones stops at 256.
 
     The three options are selections, never products with a mask: what is left out may be infinite or NaN.
 
     Args:
       total: the sums so far; where a leaf is None, the leaf of `x` is passed over.
-      x: a tree like `total`, of any inexact dtypes.
+      x: a tree like `total`, of any inexact dtypes; where a leaf is `Added`, it is the new sum.
       weight: a scalar, or one for each index of the leaves' leading axis; None where `x` counts once or is weighted
         already.
       keep: a bool, or one for each index; where False, `x` is left out.
       first: a bool scalar; where True, `x` takes the place of `total`, which is so never cleared.
+      counters: integers, others for each sum: the same ones give the same roundings. None rounds to the nearest.
 
     Returns:
       The new sums.
     """
+    numbers = itertools.count()
 
     def leaf(total, x):
-        if total is None:
-            return None
+        if total is None or isinstance(x, Added):
+            return x.total if isinstance(x, Added) else None
         wide = jnp.promote_types(total.dtype, jnp.float32)
         x = jnp.asarray(x).astype(wide)
         if weight is not None:
@@ -96,14 +123,23 @@ def add(total: Tree, x: Tree, weight: Any = None, *, keep: Any = None, first: An
         new = total.astype(wide) + x
         if first is not None:
             new = jnp.where(first, x, new)
+        number = next(numbers)
+        if counters is not None and total.dtype == jnp.bfloat16:
+            return _stochastic(new, (number, *counters))
         return new.astype(total.dtype)
 
     return jax.tree.map(leaf, total, x, is_leaf=lambda leaf: leaf is None)
 
 
-def merge(a: Weighted, b: Weighted, *, keep: Any = None) -> Weighted:
+def bare(grads: Tree) -> Tree:
+    """`grads` with the array in place of each `Added`."""
+    is_added = lambda x: isinstance(x, Added)
+    return jax.tree.map(lambda x: x.total if is_added(x) else x, grads, is_leaf=is_added)
+
+
+def merge(a: Weighted, b: Weighted, *, keep: Any = None, counters: Sequence[Any] | None = None) -> Weighted:
     """The weighted sum of both: of two micro-batches, of two devices, of two halves of a checkpoint."""
-    return Weighted(add(a.total, b.total, keep=keep), add(a.weight, b.weight, keep=keep))
+    return Weighted(add(a.total, b.total, keep=keep, counters=counters), add(a.weight, b.weight, keep=keep))
 
 
 def mean(sums: Weighted, like: Tree) -> Tree:
@@ -137,6 +173,30 @@ def all_finite(tree: Tree, shape: tuple[int, ...] = ()) -> jax.Array:
     leaves = [jnp.asarray(x) for x in jax.tree.leaves(tree) if is_inexact(x)]
     finite = [jnp.all(jnp.isfinite(x), axis=tuple(range(len(shape), x.ndim))) for x in leaves]
     return jnp.all(jnp.stack(finite), axis=0) if finite else jnp.ones(shape, jnp.bool_)
+
+
+def _stochastic(x: jax.Array, counters: Sequence[Any]) -> jax.Array:
+    """float32 `x` in bfloat16, its upper half: random bits are added to what is cut off, and carry at times.
+
+    The bits are a hash of a key made of `counters` and of each element's index, which fuses with the sum; those of
+    `jax.random` would be written out first.
+    """
+    key = functools.reduce(jax.random.fold_in, counters, jax.random.key(0))
+    seed = jax.random.bits(key, (), jnp.uint32)
+    index = jnp.zeros(x.shape, jnp.uint32)
+    for dimension, length in enumerate(x.shape):
+        index = index * jnp.uint32(length) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, dimension)
+    noise = _mixed(index ^ seed) & jnp.uint32(0xFFFF)
+    carried = (jax.lax.bitcast_convert_type(x, jnp.uint32) + noise) & jnp.uint32(0xFFFF0000)
+    rounded = jax.lax.bitcast_convert_type(carried, jnp.float32).astype(jnp.bfloat16)
+    return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
+
+
+def _mixed(x: jax.Array) -> jax.Array:
+    """Every bit of uint32 `x` spread over all of them: the finalizer of MurmurHash3."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
 
 
 def _wider(a: Any, b: Any) -> Any:

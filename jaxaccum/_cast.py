@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from jaxaccum import _jaxprs
+
 Tree = Any
 
 # What mixes the entries of a parameter with so much else that its result is an activation.
@@ -25,8 +27,8 @@ class Cast:
         """`params` with the chosen leaves in `dtype`."""
         if self.where is None:
             raise TypeError(
-                "cast() chooses by looking at the loss, so only value_and_grad can apply it; "
-                "to use it elsewhere say where=, for example where=lambda path, leaf: leaf.ndim >= 2."
+                "cast() chooses by looking at the loss, and only value_and_grad shows it that by itself; elsewhere say "
+                "where=, such as where=lambda path, leaf: leaf.ndim >= 2, or cast(dtype).seeing(loss, params, batch)."
             )
 
         def leaf(path, x):
@@ -36,7 +38,18 @@ class Cast:
         return jax.tree.map_with_path(leaf, params)
 
     def seeing(self, loss: Callable[..., Any], params: Tree, *args: Any) -> "Cast":
-        """This cast with its choice made for `loss(params, *args)`, which is traced and not run."""
+        """This cast with its choice made for `loss(params, *args)`, which is traced and not run.
+
+        `value_and_grad` does this by itself. For `MultiSteps(prepare=...)`, whose state is made before it sees a loss:
+
+        Example:
+          >>> import jax.numpy as jnp, optax, jaxaccum
+          >>> loss = lambda params, x: jnp.mean((x.astype(params["w"].dtype) @ params["w"]).astype(jnp.float32) ** 2)
+          >>> params = {"w": jnp.ones((3, 2))}
+          >>> cast = jaxaccum.cast(jnp.bfloat16).seeing(loss, params, jnp.ones((4, 3)))
+          >>> print(jaxaccum.MultiSteps(optax.sgd(0.1), 4, prepare=cast).init(params).prepared[0].dtype)
+          bfloat16
+        """
         if self.where is not None:
             return self
         names = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
@@ -100,8 +113,8 @@ def _summed(jaxpr: core.Jaxpr, inputs: Sequence[set[str]]) -> tuple[set[str], li
             summed |= operands[0]
         elif name == "scan":
             # A constant gets a term from each iteration. A stack of layers is walked along, and may be one of vectors.
-            vectors = [of for of, var in zip(operands, bodies[0].invars, strict=True) if _ndim(var) < 2]
-            summed = summed.union(*operands[: _num_constants(eqn, bodies[0])], *vectors)
+            vectors = [of for of, var in zip(operands, bodies[0].invars, strict=True) if _jaxprs.ndim(var) < 2]
+            summed = summed.union(*operands[: _jaxprs.scan_operands(eqn, bodies[0]).constants], *vectors)
 
         own = set() if bodies or name in _PRODUCTS else set().union(*operands)
         outputs = [own] * len(eqn.outvars)
@@ -119,17 +132,6 @@ def _bodies(eqn: core.JaxprEqn) -> list[core.Jaxpr]:
     opened = [p.jaxpr if isinstance(p, core.ClosedJaxpr) else p for p in params]
     arity = len(eqn.invars) - (eqn.primitive.name == "cond"), len(eqn.outvars)
     return [p for p in opened if isinstance(p, core.Jaxpr) and (len(p.invars), len(p.outvars)) == arity]
-
-
-def _num_constants(scan: core.JaxprEqn, body: core.Jaxpr) -> int:
-    """How many of a scan's operands, the first, are its constants: told by shapes, since jax's versions disagree."""
-    whole = lambda outer, inner: sum(_ndim(a) == _ndim(b) for a, b in zip(outer, inner, strict=True))
-    # Constants and carries go in whole, and the carries come out whole.
-    return whole(scan.invars, body.invars) - whole(scan.outvars, body.outvars)
-
-
-def _ndim(atom: Any) -> int:
-    return len(atom.aval.shape)
 
 
 def _name(path: Any) -> str:

@@ -28,6 +28,18 @@ def floating(name: str, dtype: Any) -> None:
         raise TypeError(f"{name} must be a floating dtype or None, got {dtype!r}.")
 
 
+def prepare(value: Any) -> None:
+    """None, or a function of the parameters."""
+    if not (value is None or callable(value)):
+        raise TypeError(f"prepare must be None or a function of the parameters, got {value!r}.")
+
+
+def in_place(value: Any) -> None:
+    """True, False, or None for a choice by rule."""
+    if not (value is None or isinstance(value, bool)):
+        raise TypeError(f"in_place must be True, False or None, got {value!r}.")
+
+
 def num_micro_batches(value: Any, stacked: bool) -> Any:
     """K of one window: a Python int, or a traced integer scalar where the batch is stacked."""
     if not isinstance(value, jax.core.Tracer):

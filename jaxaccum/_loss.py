@@ -1,6 +1,6 @@
 """What a loss function may return, in one form for both drivers: a plain scalar, or a `Weighted`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,14 +12,12 @@ from jaxaccum._accumulator import Weighted
 Tree = Any
 
 
-def value_and_grad(
-    fun: Callable[..., Any], argnums: int | Sequence[int] = 0
-) -> Callable[..., tuple[tuple[Weighted, Tree], Tree]]:
-    """`jax.value_and_grad` of a loss that returns `(loss, rest)`, the loss plain or `Weighted`.
+def total(fun: Callable[..., Any]) -> Callable[..., tuple[Any, tuple[Weighted, Any]]]:
+    """`fun`, which returns `(loss, rest)`, the loss plain or `Weighted`, in the form to differentiate.
 
     Returns:
-      A function that returns `((loss, rest), grads)`: the loss as a `Weighted`, whose weight is None where it was
-      plain, and the gradient of its total.
+      A function that returns `(the loss's total, (loss, rest))`: the loss as a `Weighted`, whose weight is None where
+      it was plain.
     """
 
     def total(*args, **kwargs):
@@ -30,8 +28,14 @@ def value_and_grad(
             _checks.weight(loss.weight)
         return loss.total, (loss, rest)
 
+    return total
+
+
+def value_and_grad(fun: Callable[..., Any]) -> Callable[..., tuple[tuple[Weighted, Any], Tree]]:
+    """`jax.value_and_grad` of such a loss: returns `((loss, rest), gradient of its total)`."""
+
     def value_and_grad(*args, **kwargs):
-        (_, returned), grads = jax.value_and_grad(total, argnums, has_aux=True)(*args, **kwargs)
+        (_, returned), grads = jax.value_and_grad(total(fun), has_aux=True)(*args, **kwargs)
         return returned, grads
 
     return value_and_grad

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxaccum import _accumulator, _checks, _inner
+from jaxaccum import _accumulator, _checks, _inner, _prepare
 from jaxaccum._accumulator import Weighted
 from jaxaccum._state import MultiStepsState
 from jaxaccum._sync import MeshAxis, Sync
@@ -27,6 +27,8 @@ class Config(NamedTuple):
     nonfinite: str
     averaged_extra_args: tuple[str, ...]
     sync: Sync
+    prepare: Callable[[Tree], Tree] | None
+    in_place: bool | None
 
     @property
     def inner(self) -> optax.GradientTransformationExtraArgs:
@@ -74,17 +76,22 @@ def init(config: Config, params: Tree) -> MultiStepsState:
     if config.should_skip_update_fn is not None:
         _, skip_state = config.should_skip_update_fn(jax.tree.map(jnp.zeros_like, params), gradient_step, params)
     local = config.sync.local
+    seen, prepared = params, ()
+    if config.prepare is not None:
+        _checks.differentiable(params)
+        seen, prepared = _prepare.made(config.prepare, params)
     state = MultiStepsState(
         mini_step=jnp.zeros((), jnp.int32),
         gradient_step=gradient_step,
         inner_opt_state=_inner_state(config, params),
-        acc_grads=local(_accumulator.init(params, config.accumulator_dtype)),
+        acc_grads=local(_accumulator.init(seen, config.accumulator_dtype)),
         skip_state=skip_state,
         weight=local(_zero()),
         averages={name: local(Weighted(_zero(), _zero())) for name in config.averaged_extra_args},
         every_k=None if callable(config.every_k) else jnp.full((), config.every_k, jnp.int32),
         updated=jnp.zeros((), jnp.bool_),
         dropped=local(jnp.zeros((), jnp.int32)),
+        prepared=prepared,
     )
     return config.sync.settled(_inner.unshared(state, params))
 
@@ -114,7 +121,7 @@ def run(
 
     Args:
       config: the transformation.
-      grads: the micro-batch's mean gradient g; w·g where `weighted`.
+      grads: the micro-batch's mean gradient g, or w·g where `weighted`; a leaf may be `Added`.
       state: its state.
       params: the parameters, where the inner optimizer or the output needs them.
       weight: w, a scalar; None is 1.
@@ -126,15 +133,19 @@ def run(
     Returns:
       (the output, the new state).
     """
-    _checks.gradients(grads, state.acc_grads, config.sync)
-    _checks.local_gradients(grads, config.sync)
+    shown = _accumulator.bare(grads)
+    _checks.gradients(shown, state.acc_grads, config.sync)
+    _checks.local_gradients(shown, config.sync)
     averaged = {name: extra_args[name] for name in config.averaged_extra_args if extra_args.get(name) is not None}
     for name, value in averaged.items():
         _checks.averaged(name, value, config.sync.shape)
-    (accepted, keep, closed), skip_state, dropped = _select(config, state, grads, params, weight, boundary, averaged)
+    (accepted, keep, closed), skip_state, dropped = _select(config, state, shown, params, weight, boundary, averaged)
 
     first = state.mini_step == 0
-    acc_grads = _accumulator.add(state.acc_grads, grads, None if weighted else weight, keep=keep, first=first)
+    counters = (state.gradient_step, state.mini_step, config.sync.index())
+    acc_grads = _accumulator.add(
+        state.acc_grads, grads, None if weighted else weight, keep=keep, first=first, counters=counters
+    )
     one = jnp.ones_like(state.weight)
     total_weight = _accumulator.add(state.weight, one, weight, keep=keep, first=first)
     averages = dict(state.averages)
@@ -147,8 +158,8 @@ def run(
     window = _Window(
         Weighted(acc_grads, total_weight), {n: averages[n] for n in averaged}, may_be_empty=keep is not None
     )
-    like = config.sync.one(grads)
-    result, inner_opt_state, applied = _emit(config, state, params, like, window, extra_args, output, closed)
+    like = config.sync.one(shown) if config.prepare is None else params
+    result, inner_opt_state, prepared, applied = _emit(config, state, params, like, window, extra_args, output, closed)
 
     mini_step = _accumulator.select(closed, jnp.zeros_like(state.mini_step), state.mini_step + 1)
     averages = _accumulator.select(closed, _zeros_like(averages), averages)
@@ -169,6 +180,7 @@ def run(
         every_k=state.every_k,
         updated=jnp.asarray(applied),
         dropped=dropped,
+        prepared=prepared,
     )
 
 
@@ -176,18 +188,23 @@ def flush(
     config: Config, state: MultiStepsState, params: Tree | None, extra_args: dict[str, Any]
 ) -> tuple[Tree, MultiStepsState]:
     """Closes the window with what it holds; does nothing where it holds nothing."""
+    if params is None and config.prepare is not None:
+        raise TypeError("flush needs params here: with prepare= the sums are carried back to them. Pass params.")
     grads = _inner.like_gradients(params if params is not None else config.sync.one(state.acc_grads))
     extra_args = {name: jnp.nan for name in state.averages} | extra_args
     window = _Window(Weighted(state.acc_grads, state.weight), state.averages, may_be_empty=True)
     output = updates_output(config, lambda: grads, state, params, extra_args)
     pending = _checks.known(state.mini_step > 0)
-    updates, inner_opt_state, applied = _emit(config, state, params, grads, window, extra_args, output, pending)
+    updates, inner_opt_state, prepared, applied = _emit(
+        config, state, params, grads, window, extra_args, output, pending
+    )
     return updates, state._replace(
         mini_step=jnp.zeros_like(state.mini_step),
         gradient_step=_accumulator.select(applied, optax.safe_increment(state.gradient_step), state.gradient_step),
         inner_opt_state=inner_opt_state,
         averages=config.sync.own(_zeros_like(state.averages)),
         updated=jnp.asarray(applied),
+        prepared=prepared,
     )
 
 
@@ -206,35 +223,54 @@ def apply_output(params: Tree) -> Output:
 
 
 def _emit(config, state, params, grads, window, extra_args, output, closed):
-    """(output, inner state, whether an optimizer step was made): of a window that is `closed`, else unchanged."""
+    """(output, inner state, prepared parameters, whether an optimizer step was made) of a window.
+
+    All but the last are unchanged if it is not `closed`. `grads` is like the parameters' gradients.
+    """
     # Where every device holds a state of its own, all copies equal, jax counts as varying what comes of it.
     held = jax.tree.leaves((state.mini_step, state.inner_opt_state, params))
     same = config.sync.local if any(config.sync.varies(leaf) for leaf in held) else lambda tree: tree
     branch = lambda pred, close, stay: _inner.branch(pred, lambda: same(close()), lambda: same(stay()))
 
     def close():
-        sums, averages = config.sync.joined((window.sums, window.averages))
+        total, reduced = _carried_back(config, params, window.sums.total)
+        total = config.sync.joined(total, reduced)
+        weight, averages = config.sync.joined((window.sums.weight, window.averages))
         means = {name: _average(average, extra_args[name]) for name, average in averages.items()}
 
         def step():
-            divisor = sums.weight if config.use_grad_mean else jnp.full_like(sums.weight, config.sync.size())
-            mean = _accumulator.mean(Weighted(sums.total, divisor), grads)
+            divisor = weight if config.use_grad_mean else jnp.full_like(weight, config.sync.size())
+            mean = _accumulator.mean(Weighted(total, divisor), grads)
             wide = jnp.float32 if config.accumulator_dtype is None else config.accumulator_dtype
             args = (mean, grads, state.inner_opt_state, params, extra_args | means, wide)
             updates, inner = _inner.update(config.inner, *args)
-            return config.sync.whole(output.close(updates)), config.sync.spread(inner)
+            prepared = ()
+            if config.prepare is not None:
+                new_params = config.sync.whole(_inner.apply_updates(params, updates))
+                _, prepared = _prepare.made(config.prepare, new_params)
+            return config.sync.whole(output.close(updates)), config.sync.spread(inner), prepared
 
         if not window.may_be_empty:
             return *step(), None
-        filled = _checks.known(sums.weight != 0)
+        filled = _checks.known(weight != 0)
         return *branch(filled, step, unchanged), filled
 
     def unchanged():
-        return output.stay(), state.inner_opt_state
+        return output.stay(), state.inner_opt_state, state.prepared
 
     none_made = jnp.asarray(False) if window.may_be_empty else None
-    result, inner, filled = branch(closed, close, lambda: (*unchanged(), none_made))
-    return result, inner, closed if filled is None else filled
+    result, inner, prepared, filled = branch(closed, close, lambda: (*unchanged(), none_made))
+    return result, inner, prepared, closed if filled is None else filled
+
+
+def _carried_back(config, params, total):
+    """(local sums of what `prepare` returned as those of the parameters, the axes that each is summed over by that)."""
+    if config.prepare is None:
+        return total, None
+    # Inside a mapped axis they must vary over it as the sums do.
+    own = params if isinstance(config.sync, MeshAxis) else config.sync.local(params)
+    _, transpose = _prepare.once(config.prepare, own)
+    return config.sync.each(transpose, total), _prepare.gathered(config.prepare, own, config.sync.names)
 
 
 def _select(config, state, grads, params, weight, boundary, averaged):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxaccum import _checks, _local, _loss, _micro_step, _redistribute
+from jaxaccum import _accumulator, _checks, _in_place, _local, _loss, _micro_step, _prepare, _redistribute
 from jaxaccum._accumulator import Weighted
 from jaxaccum._integers import positive_int
 from jaxaccum._micro_step import Config
@@ -46,7 +46,8 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
       should_skip_update_fn: as in optax: `fn(grads, gradient_step, params) -> (skip, skip_state)`. A skipped
         micro-step never happened: it is not counted and closes no window, even where `boundary` says so.
       accumulator_dtype: a floating dtype for the sums, whatever the gradients'; float64 and complex parameters keep
-        theirs. None: the parameters' dtypes.
+        theirs. None: the parameters' dtypes. Sums in bfloat16, of half the size, are rounded stochastically, by the
+        state's counters: they are noisier than float32's, but nothing that is small beside them is lost.
       axis_name: inside `jax.pmap` or `jax.shard_map`, the name of the mapped data axis, or a tuple of names. Each
         device sums on its own, and the sums are joined once a window, at the boundary: Σ over devices and micro-steps
         of w·g over Σ w. Boundaries must fall on the same call on every device. With `use_grad_mean=False`, the mean
@@ -62,6 +63,11 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         args gets weight 0 and is counted in `state.dropped`.
       averaged_extra_args: names of scalar extra args that reach the inner optimizer as the window's weighted mean.
         All other extra args are those of the boundary's call.
+      prepare: for `micro_step`, a function of the parameters: the loss sees what it returns, which is kept in the state
+        and made anew at each optimizer step; its transpose runs there too, on the sum. See `cast`, which here needs
+        `where=`, or to be shown the loss by `seeing`.
+      in_place: for `micro_step`, as for `value_and_grad`. With `mesh`, `should_skip_update_fn` or `nonfinite="drop"`
+        nothing is added in place: what is added can't be taken out again.
 
     Raises:
       TypeError, ValueError: for an argument that is none of these, at construction.
@@ -94,6 +100,8 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         reduce: str = "mean",
         nonfinite: str = "propagate",
         averaged_extra_args: Sequence[str] = ("value",),
+        prepare: Callable[[Tree], Tree] | None = None,
+        in_place: bool | None = None,
     ):
         if not (callable(getattr(opt, "init", None)) and callable(getattr(opt, "update", None))):
             raise TypeError(f"opt must be an optax.GradientTransformation, for example optax.adam(1e-3), got {opt!r}.")
@@ -107,6 +115,13 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         if should_skip_update_fn is not None and not callable(should_skip_update_fn):
             raise TypeError(f"should_skip_update_fn must be None or a function, got {should_skip_update_fn!r}.")
         _checks.floating("accumulator_dtype", accumulator_dtype)
+        _checks.prepare(prepare)
+        _checks.in_place(in_place)
+        sync = _checks.sync(axis_name, mesh, data_axis, should_skip_update_fn, reduce=reduce)
+        if in_place and (should_skip_update_fn is not None or nonfinite == "drop" or isinstance(sync, MeshAxis)):
+            raise ValueError(
+                "in_place=True can't be had with should_skip_update_fn, nonfinite='drop' or mesh: leave it at None."
+            )
         config = Config(
             opt=opt,
             every_k=_checks.every_k_schedule(every_k_schedule),
@@ -115,7 +130,9 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
             accumulator_dtype=None if accumulator_dtype is None else jnp.dtype(accumulator_dtype),
             nonfinite=nonfinite,
             averaged_extra_args=tuple(averaged_extra_args),
-            sync=_checks.sync(axis_name, mesh, data_axis, should_skip_update_fn, reduce=reduce),
+            sync=sync,
+            prepare=prepare,
+            in_place=in_place,
         )
         self = super().__new__(cls, functools.partial(_micro_step.init, config), functools.partial(_update, config))
         self._config = config
@@ -147,7 +164,7 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
           (params, state).
         """
         return _micro_step.run(
-            self._config,
+            _unprepared(self._config, "apply"),
             grads,
             _checks.state(state, "apply"),
             params,
@@ -184,13 +201,13 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
           1.0 1.0
           9.0 0.0
         """
-        config = self._config
-        value, grads, weighted = _gradient(config, fun, params, args)
+        config, state = self._config, _checks.state(state, "micro_step")
+        value, grads, weighted = _gradient(config, fun, params, state, args)
         loss = _loss.mean(value)
         params, state = _micro_step.run(
             config,
             grads,
-            _checks.state(state, "micro_step"),
+            state,
             params,
             value.weight,
             boundary,
@@ -304,25 +321,39 @@ jax.tree_util.register_static(MultiSteps)
 
 
 def _rebuild(cls: type[MultiSteps], config: tuple) -> MultiSteps:
-    *positional, nonfinite, averaged_extra_args, sync = config
-    devices = sync.options()
-    return cls(*positional, nonfinite=nonfinite, averaged_extra_args=averaged_extra_args, **devices)
+    options = Config(*config)._asdict()
+    every_k, sync = options.pop("every_k"), options.pop("sync")
+    return cls(every_k_schedule=every_k, **options, **sync.options())
+
+
+def _unprepared(config: Config, method: str) -> Config:
+    if config.prepare is not None:
+        raise TypeError(
+            f"{method} takes gradients of the parameters, but with prepare= the sums are of what that returns, and "
+            "micro_step alone differentiates there. Call micro_step, or leave prepare= out."
+        )
+    return config
 
 
 def _update(config, grads, state, params=None, *, weight=None, boundary=None, **extra_args):
-    state = _checks.state(state, "update")
+    config, state = _unprepared(config, "update"), _checks.state(state, "update")
     output = _micro_step.updates_output(config, lambda: config.sync.one(grads), state, params, extra_args)
     return _micro_step.run(config, grads, state, params, weight, boundary, extra_args, output)
 
 
-def _gradient(config, fun, params, args):
+def _gradient(config, fun, params, state, args):
     """(loss as a `Weighted`, gradient, whether that has its weight already) of one micro-batch on each device."""
+    seen = params if config.prepare is None else _prepare.seen(config.prepare, params, state.prepared)
     if isinstance(config.sync, MeshAxis):
         local = _local.local_value_and_grad(fun, mesh=config.sync.mesh, data_axis=config.sync.names)
-        value, grads = local(params, *args)
+        value, grads = local(seen, *args)
         return value if isinstance(value, Weighted) else Weighted(value, None), grads, False
-    loss = lambda *args: (fun(*args), None)
-    (value, _), grads = _loss.value_and_grad(loss)(config.sync.local(params), *args)
+    seen = config.sync.local(seen)
+    may_leave_out = config.should_skip_update_fn is not None or config.nonfinite == "drop"
+    sums = _accumulator.select(state.mini_step == 0, jax.tree.map(jnp.zeros_like, state.acc_grads), state.acc_grads)
+    loss = lambda seen: (fun(seen, *args), None)
+    backward = _in_place.backward(loss, False if may_leave_out else config.in_place, seen, sums)
+    (value, _), grads = backward(seen, sums)
     if value.weight is None or config.should_skip_update_fn is None:
         return value, grads, value.weight is not None
     return value, _loss.mean_gradient(value, grads), False  # The rule judges mean gradients.

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from jaxaccum import _jaxprs
+
 Tree = Any
 
 # What only moves numbers about: it commutes with a cast, forward and back.
@@ -56,6 +58,28 @@ def once(prepare: Callable[[Tree], Tree], params: Tree) -> tuple[Tree, Callable[
     return jax.tree.unflatten(jax.tree.structure(shapes), values), transpose
 
 
+def made(prepare: Callable[[Tree], Tree], params: Tree) -> tuple[Tree, tuple[jax.Array, ...]]:
+    """(`prepare(params)`, what of it is not a parameter as it is: all that need be kept)."""
+    returned = prepare(params)
+    _, kept = _origins(prepare, params)
+    return returned, tuple(x for x, i in zip(jax.tree.leaves(returned), kept, strict=True) if i is None)
+
+
+def seen(prepare: Callable[[Tree], Tree], params: Tree, made: tuple[jax.Array, ...]) -> Tree:
+    """What `prepare(params)` was, from what was kept of it."""
+    treedef, origins = _origins(prepare, params)
+    leaves, others = jax.tree.leaves(params), iter(made)
+    return treedef.unflatten(next(others) if i is None else leaves[i] for i in origins)
+
+
+def _origins(prepare, params):
+    """The tree that `prepare` returns and, for each leaf, which parameter it is as it is; None for none."""
+    closed, shapes = jax.make_jaxpr(prepare, return_shape=True)(params)
+    number = {var: i for i, var in enumerate(closed.jaxpr.invars)}
+    is_var = lambda atom: not isinstance(atom, core.Literal)
+    return jax.tree.structure(shapes), [number.get(var) if is_var(var) else None for var in closed.jaxpr.outvars]
+
+
 def gathered(prepare: Callable[[Tree], Tree], params: Tree, names: tuple[str, ...]) -> Tree:
     """The mapped axes over which `prepare` gathers each parameter: there its transpose sums over the devices.
 
@@ -90,7 +114,7 @@ def _ways(jaxpr: core.Jaxpr, inputs: Sequence[set], names: frozenset[str]) -> li
     read = lambda atom: set() if isinstance(atom, core.Literal) else ways.get(atom, set())
     for eqn in jaxpr.eqns:
         operands = [read(atom) for atom in eqn.invars]
-        if _is_plain_jit(eqn):
+        if _jaxprs.is_plain_jit(eqn):
             ways.update(zip(eqn.outvars, _ways(eqn.params["jaxpr"].jaxpr, operands, names), strict=True))
             continue
         through = set().union(*operands)
@@ -131,32 +155,19 @@ def _evaluate(closed: core.ClosedJaxpr, inputs: Sequence[tuple[Any, Any]]) -> li
     read = lambda atom: (atom.val, atom.val) if isinstance(atom, core.Literal) else pairs[atom]
     for eqn in jaxpr.eqns:
         operands = [read(atom) for atom in eqn.invars]
-        if _is_plain_jit(eqn):
+        if _jaxprs.is_plain_jit(eqn):
             pairs.update(zip(eqn.outvars, _evaluate(eqn.params["jaxpr"], operands), strict=True))
             continue
         values, wide = zip(*operands, strict=True) if operands else ((), ())
-        results = _run(eqn, values)
+        results = _jaxprs.run(eqn, values)
         if eqn.primitive.name == "convert_element_type" and _floating(wide[0], results[0]):
             before = wide
         elif eqn.primitive.name in _MOVES and len({x.dtype for x in wide}) == 1:
-            before = _run(eqn, wide)
+            before = _jaxprs.run(eqn, wide)
         else:
             before = results
         pairs.update(zip(eqn.outvars, zip(results, before, strict=True), strict=True))
     return [read(atom) for atom in jaxpr.outvars]
-
-
-def _run(eqn: core.JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
-    with eqn.ctx.manager:
-        results = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
-    return results if eqn.primitive.multiple_results else [results]
-
-
-def _is_plain_jit(eqn: core.JaxprEqn) -> bool:
-    if eqn.primitive.name != "jit":
-        return False
-    shardings = (*eqn.params["in_shardings"], *eqn.params["out_shardings"])
-    return not any(isinstance(sharding, jax.sharding.Sharding) for sharding in shardings)
 
 
 def _floating(*arrays: Any) -> bool:

@@ -19,13 +19,16 @@ class MultiStepsState(NamedTuple):
       mini_step: int32 scalar, the micro-steps in the window so far; 0 when none is pending.
       gradient_step: int32 scalar, the optimizer steps made.
       inner_opt_state: the inner optimizer's state.
-      acc_grads: Σ w·g, a tree like the parameters, None for leaves without gradient.
+      acc_grads: Σ w·g, a tree like the parameters, or with `prepare` like what it returns; None for leaves without
+        gradient.
       skip_state: what `should_skip_update_fn` returned last; `()` without one.
       weight: float scalar, Σ w.
       averages: for each name in `averaged_extra_args`, its `Weighted` sum; 0 where none was passed in this window.
       every_k: int32 scalar, K; None where K is a function of `gradient_step`.
       updated: bool scalar, whether the last call ran the inner optimizer.
       dropped: int32 scalar, the micro-batches left out as non-finite since `init`.
+      prepared: what `prepare` made of the parameters at the last optimizer step, a tuple of arrays: what it handed on
+        as it was is not kept twice. `()` without one.
     """
 
     mini_step: Any
@@ -38,6 +41,7 @@ class MultiStepsState(NamedTuple):
     every_k: Any
     updated: Any
     dropped: Any
+    prepared: Any = ()
 
 
 def set_every_k(state: Any, k: int) -> Any:

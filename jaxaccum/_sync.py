@@ -6,6 +6,7 @@ a mapped axis; `MeshAxis(mesh, names)` under jit, where what is local has a lead
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -45,6 +46,10 @@ class OneDevice:
     def local(self, tree: Tree) -> Tree:
         """`tree`, common to all devices, as what each may change on its own."""
         return tree
+
+    def each(self, fun: Callable[[Tree], Tree], tree: Tree) -> Tree:
+        """`fun` of each device's own part of a local tree."""
+        return fun(tree)
 
     def joined(self, tree: Tree, reduced: Tree = None) -> Tree:
         """The sum over the devices of what is local."""
@@ -135,6 +140,10 @@ class MappedAxis:
 
         return jax.tree.map(leaf, tree)
 
+    def each(self, fun: Callable[[Tree], Tree], tree: Tree) -> Tree:
+        """`fun` of each device's own part of a local tree."""
+        return fun(tree)
+
     def joined(self, tree: Tree, reduced: Tree = None) -> Tree:
         """The sum over the devices of what is local, in one reduction.
 
@@ -223,6 +232,10 @@ class MeshAxis:
         """The number of devices of the data axis."""
         return math.prod(self.mesh.shape[name] for name in self.names)
 
+    def index(self) -> int:
+        """This code's number: it is one for all devices."""
+        return 0
+
     def local(self, tree: Tree) -> Tree:
         """A copy of `tree` for each device: leaves (P, ...), laid out beyond that as they were."""
         expand = lambda tree: jax.tree.map(lambda x: x[None], tree)
@@ -231,6 +244,10 @@ class MeshAxis:
         if _shards.is_explicit(self.mesh):
             tree = jax.tree.map(lambda x: _shards.reshard(x, self.mesh, self.names, P()), tree)
         return jax.jit(jax.shard_map(expand, in_specs=P(), out_specs=P(self.names), **options))(tree)
+
+    def each(self, fun: Callable[[Tree], Tree], tree: Tree) -> Tree:
+        """`fun` of each device's own part of a local tree."""
+        return jax.vmap(fun)(tree)
 
     def joined(self, tree: Tree, reduced: Tree = None) -> Tree:
         """The sum over the leading axis: jax makes it a reduction over the data axis."""

@@ -27,6 +27,7 @@ def value_and_grad(
     key_argnums: int | Sequence[int] = (),
     carry_argnums: int | Sequence[int] | None = None,
     prepare: Callable[[Tree], Tree] | None = None,
+    in_place: bool | None = None,
     accumulator_dtype: Any = jnp.float32,
     grad_dtype: Any = None,
     axis_name: Any = None,
@@ -51,7 +52,12 @@ def value_and_grad(
         returns (loss, new_carry), or (loss, (new_carry, aux)), and so does the result.
       prepare: a function of the differentiated argument; `fun` sees what it returns. It runs forward once and
         backward once a window, however large K is. See `cast`.
-      accumulator_dtype: the dtype of the sums; float64 and complex parameters keep theirs. None: the parameters'.
+      in_place: whether gradients are added to their sums inside of the backward pass, where they can be: those of
+        layers that the loss stacks and walks along with `jax.lax.scan`. It saves a tree of gradients. None does so
+        where it costs no time: for a plain loss. True does for a `Weighted` one too. False never does.
+      accumulator_dtype: the dtype of the sums; float64 and complex parameters keep theirs. None: the parameters'. Sums
+        in bfloat16, of half the size, are rounded stochastically, by the micro-step and its loss: they are noisier than
+        float32's, but nothing that is small beside them is lost.
       grad_dtype: the dtype of the returned gradients; None: the parameters', as jax gives.
       axis_name: inside `jax.pmap` or `jax.shard_map`, the name of the mapped data axis, or a tuple of names. Each of
         the P devices sums over its own batch of K·N, and the sums are joined once, after the loop: loss and gradient
@@ -85,8 +91,8 @@ def value_and_grad(
     """
     if not callable(fun):
         raise TypeError(f"fun must be callable, got {fun!r}.")
-    if prepare is not None and not callable(prepare):
-        raise TypeError(f"prepare must be None or a function of the parameters, got {prepare!r}.")
+    _checks.prepare(prepare)
+    _checks.in_place(in_place)
     if prepare is not None and not isinstance(argnums, int):
         raise ValueError(f"prepare takes one differentiated argument, got argnums={argnums!r}; put them in one tree.")
     _checks.floating("accumulator_dtype", accumulator_dtype)
@@ -101,6 +107,7 @@ def value_and_grad(
         carry_argnums=carry_argnums,
         prepare=prepare,
         accumulator_dtype=accumulator_dtype,
+        in_place=in_place,
     )
     sync = _checks.sync(axis_name, mesh, data_axis, reduce=reduce)
 

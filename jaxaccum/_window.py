@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from jaxaccum import _accumulator, _loss, _prepare, _split
+from jaxaccum import _accumulator, _in_place, _prepare, _split
 from jaxaccum._accumulator import Weighted
 from jaxaccum._cast import Cast
 from jaxaccum._roles import Roles
@@ -28,6 +28,7 @@ class Window(NamedTuple):
     carry_argnums: int | Sequence[int] | None
     prepare: Callable[[Tree], Tree] | None
     accumulator_dtype: Any
+    in_place: bool | None
 
     def differentiated(self, args: Sequence[Tree]) -> Tree:
         """The arguments to differentiate: one, or a tuple."""
@@ -62,14 +63,16 @@ class Window(NamedTuple):
         # Cast to varying before anything is computed from them, so that no gradient is reduced on its way back.
         seen = params = device.local(params)
         transpose, reduced = (lambda grads: grads), jax.tree.map(lambda _: (), params)
+        first = (jnp.zeros((), jnp.int32), jax.tree.map(lambda x: x[0], batches), carry)
         if self.prepare is not None:
-            first = (jnp.zeros((), jnp.int32), jax.tree.map(lambda x: x[0], batches), carry)
             visible = self.prepare.seeing(loss, params, *first) if isinstance(self.prepare, Cast) else self.prepare
             reduced = _prepare.gathered(visible, params, device.names)
             seen, transpose = _prepare.once(visible, params)
             seen = device.local(seen)
 
-        sums, like, carry, aux = self._sum(loss, seen, device.local(self._start(seen)), carry, batches, length)
+        start = device.local(self._start(seen))
+        backward = _in_place.backward(loss, self.in_place, seen, start.total[1], *first)
+        sums, like, carry, aux = self._sum(device, backward, seen, start, carry, batches, length)
         sums = Weighted((sums.total[0], transpose(sums.total[1])), sums.weight)
         return sums, reduced, like, device.averaged(carry), aux
 
@@ -78,17 +81,20 @@ class Window(NamedTuple):
         zero = jnp.zeros((), _accumulator.weight_dtype())
         return Weighted((zero, _accumulator.init(seen, self.accumulator_dtype)), zero)
 
-    def _sum(self, loss, seen, sums, carry, batches, length):
+    def _sum(self, device, backward, seen, sums, carry, batches, length):
         """(sums of loss and gradient, a zero of the loss's dtype, the last carry, aux) over the micro-batches."""
         dtypes = []
 
         def micro_step(state, micro_batch):
             sums, carry = state
-            (value, (new_carry, aux)), grads = _loss.value_and_grad(loss)(seen, *micro_batch, carry)
+            (value, (new_carry, aux)), grads = backward(seen, sums.total[1], *micro_batch, carry)
             dtypes.append(value.total.dtype)
             keep = None if value.weight is None else jnp.asarray(value.weight) != 0
             weight = jnp.ones_like(sums.weight) if value.weight is None else value.weight
-            sums = _accumulator.merge(sums, Weighted((value.total, grads), weight), keep=keep)
+            # The loss tells one window from the next.
+            bits = jax.lax.bitcast_convert_type(value.total.astype(jnp.float32), jnp.uint32)
+            counters = (device.index(), micro_batch[0], bits)
+            sums = _accumulator.merge(sums, Weighted((value.total, grads), weight), keep=keep, counters=counters)
             return (sums, new_carry if keep is None else _accumulator.select(keep, new_carry, carry)), aux
 
         start, k = (sums, carry), self.k

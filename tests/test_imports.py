@@ -11,6 +11,7 @@ import jaxaccum
 EXTRAS = ["equinox", "flax", "matplotlib", "orbax", "sklearn", "tensorboardX", "tensorflow", "torch", "tqdm"]
 PUBLIC = {
     "AccumulationSchedule",
+    "HostDriven",
     "MultiSteps",
     "MultiStepsState",
     "Weighted",

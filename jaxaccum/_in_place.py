@@ -1,0 +1,130 @@
+"""The backward pass that adds into the sums as it goes, so that no second tree of gradients exists."""
+
+import collections
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from jaxaccum import _jaxprs, _loss
+from jaxaccum._accumulator import Added, Weighted
+
+Tree = Any
+
+
+class Backward(NamedTuple):
+    """The loss and the gradient of one micro-batch, some leaves of which are added to their sums on the way.
+
+    Attributes:
+      total: `total(params, *args) -> (loss's total, (loss, rest))`.
+      inside: for each leaf of the parameters whether it is one of those.
+    """
+
+    total: Callable[..., tuple[Any, tuple[Any, Any]]]
+    inside: tuple[bool, ...]
+
+    def __call__(self, params: Tree, sums: Tree, *args: Any) -> tuple[tuple[Weighted, Any], Tree]:
+        """((loss, rest), gradient of the loss's total).
+
+        Args:
+          params: the parameters.
+          sums: Σ of the gradients so far, a tree like them.
+          *args: whatever else the loss takes.
+
+        Returns:
+          The loss as a `Weighted`, whose weight is None where it was plain, what else it returned, and the gradient;
+          a leaf that is added inside is `Added`, its sum. A micro-batch of weight 0 adds nothing.
+        """
+        if not any(self.inside):
+            (_, returned), grads = jax.value_and_grad(self.total, has_aux=True)(params, *args)
+            return returned, grads
+        value, fun, returned = jax.vjp(lambda params: self.total(params, *args), params, has_aux=True)
+        vjp: Any = fun  # jax types it as a plain function.
+        treedef = jax.tree.structure(params)
+
+        def backward(pending):
+            # What is no reference asks for a value.
+            slots: list[Any] = [
+                jax.new_ref(x) if inside else 0.0 for x, inside in zip(pending, self.inside, strict=True)
+            ]
+            (grads,) = vjp.with_refs(treedef.unflatten(slots))(jnp.ones_like(value))
+            triples = zip(treedef.flatten_up_to(grads), slots, self.inside, strict=True)
+            return [jax.freeze(slot) if inside else grad for grad, slot, inside in triples]
+
+        pending = treedef.flatten_up_to(sums)
+        loss, _ = returned
+        if loss.weight is None:
+            results = backward(pending)
+        else:
+            # What has been added can't be taken out again, and it may be infinite.
+            none = lambda pending: [
+                x if inside else jnp.where(True, jnp.zeros_like(param), param)  # Varying over devices where that is.
+                for x, inside, param in zip(pending, self.inside, jax.tree.leaves(params), strict=True)
+            ]
+            results = jax.lax.cond(jnp.asarray(loss.weight) != 0, backward, none, pending)
+        marked = [Added(x) if inside else x for x, inside in zip(results, self.inside, strict=True)]
+        return returned, treedef.unflatten(marked)
+
+
+def backward(loss: Callable[..., Any], in_place: bool | None, params: Tree, sums: Tree, *args: Any) -> Backward:
+    """How to differentiate `loss(params, *args)`, which returns `(loss, rest)`, the loss plain or `Weighted`.
+
+    Added inside is a leaf that the loss hands, as it is, to one `jax.lax.scan` as what it walks along, and to nothing
+    else: the parameters of stacked layers. There each layer's gradient goes straight into its slice of the sum, and the
+    stack of gradients, as large as the parameters, is never made. Of any other leaf the gradient exists as a whole
+    before it could be added, and where layers are slices of a stack, taken one by one, each would pass over all of it.
+
+    The sum must have the gradient's dtype, and at least 32 bits. What is added can't be taken out again, so a loss with
+    a weight, which may be 0, is run backward in a conditional. That costs more than it saves in time, if not in memory,
+    and is done only where it is asked for.
+
+    Args:
+      loss: the loss.
+      in_place: False: nothing is added inside; True: whatever can be; None: what gains by it.
+      params: the parameters.
+      sums: Σ of the gradients so far, a tree like them.
+      *args: arguments of the loss; it is traced and not run.
+    """
+    total = _loss.total(loss)
+    leaves = jax.tree.leaves(params)
+    if in_place is False:
+        return Backward(total, (False,) * len(leaves))
+    closed, shapes = jax.make_jaxpr(total, return_shape=True)(params, *args)
+    _, (value, _) = shapes
+    if value.weight is not None and in_place is None:
+        return Backward(total, (False,) * len(leaves))
+    walked = _walked(closed.jaxpr)
+    fits = lambda leaf, sum_: sum_ is not None and sum_.dtype == leaf.dtype and sum_.dtype.itemsize >= 4
+    pending = jax.tree.structure(params).flatten_up_to(sums)
+    inside = [
+        var in walked and fits(leaf, sum_)
+        for var, leaf, sum_ in zip(closed.jaxpr.invars[: len(leaves)], leaves, pending, strict=True)
+    ]
+    return Backward(functools.partial(_replay, closed, jax.tree.structure(shapes)), tuple(inside))
+
+
+def _replay(closed: core.ClosedJaxpr, treedef: Any, *args: Any) -> Any:
+    """What was traced, so that it need not be traced again."""
+    return treedef.unflatten(core.jaxpr_as_fun(closed)(*jax.tree.leaves(args)))
+
+
+def _walked(jaxpr: core.Jaxpr) -> set[core.Var]:
+    """The inputs that go into one scan, which walks along them, and nowhere else."""
+    operands = itertools.chain(jaxpr.outvars, *(eqn.invars for eqn in jaxpr.eqns))
+    uses = collections.Counter(atom for atom in operands if isinstance(atom, core.Var))
+    found: set[core.Var] = set()
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "scan":
+            along: Sequence[Any] = eqn.invars[sum(_jaxprs.scan_operands(eqn, eqn.params["jaxpr"].jaxpr)) :]
+        elif _jaxprs.is_plain_jit(eqn):
+            body = eqn.params["jaxpr"].jaxpr
+            inner = _walked(body)
+            along = [outer for outer, var in zip(eqn.invars, body.invars, strict=True) if var in inner]
+        else:
+            continue
+        found.update(atom for atom in along if isinstance(atom, core.Var) and uses[atom] == 1)
+    return found.intersection(jaxpr.invars)

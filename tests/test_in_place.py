@@ -1,0 +1,168 @@
+"""The backward pass that adds into the sums: the same numbers, in less memory, where the rule says so."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxaccum
+
+LAYERS, WIDTH, K, N = 3, 16, 4, 2
+
+
+def params():
+    keys = jax.random.split(jax.random.key(0), 3)
+    return {
+        "layers": {
+            "kernel": 0.1 * jax.random.normal(keys[0], (LAYERS, WIDTH, WIDTH)),
+            "bias": 0.1 * jax.random.normal(keys[1], (LAYERS, WIDTH)),
+        },
+        "head": jax.random.normal(keys[2], (WIDTH,)),
+    }
+
+
+def layer(x, layer):
+    return jnp.tanh(x @ layer["kernel"] + layer["bias"]), None
+
+
+def scanned(p, x):
+    return jnp.mean((jax.lax.scan(jax.checkpoint(layer), x, p["layers"])[0] @ p["head"]) ** 2)
+
+
+def jitted(p, x):
+    return jax.jit(scanned)(p, x)
+
+
+def unrolled(p, x):
+    for i in range(LAYERS):
+        x, _ = layer(x, {name: leaf[i] for name, leaf in p["layers"].items()})
+    return jnp.mean((x @ p["head"]) ** 2)
+
+
+def decayed(p, x):
+    """Uses the stack twice: its gradient has two terms, one of them whole."""
+    return scanned(p, x) + 0.01 * jnp.sum(p["layers"]["kernel"] ** 2)
+
+
+def weighted(p, x):
+    count = jnp.sum(x[:, 0] > 0)
+    total = jnp.sum(jnp.where(x[:, 0] > 0, (jax.lax.scan(layer, x, p["layers"])[0] @ p["head"]) ** 2, 0))
+    return jaxaccum.Weighted(total / jnp.where(count == 0, 0, 1), count)  # NaN where nothing counts.
+
+
+def batch():
+    x = jax.random.normal(jax.random.key(1), (K * N, WIDTH))
+    return x.at[N : 2 * N, 0].set(-1.0)  # Micro-batch 1 has weight 0.
+
+
+def equal(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-5, atol=1e-6)
+
+
+def adds(fun, p, *args):
+    """How many parameters are added to inside of the backward pass: each has a reference of its own."""
+    return str(jax.make_jaxpr(fun)(p, *args)).count("= new_ref[")
+
+
+@pytest.mark.parametrize("loss", [scanned, jitted, unrolled, decayed, weighted])
+@pytest.mark.parametrize("in_place", [True, None])
+def test_gradients_are_those_added_afterwards(loss, in_place):
+    """Adding twice, into the wrong slice, or before the weight is known to be 0."""
+    f = lambda in_place: jax.jit(jaxaccum.value_and_grad(loss, K, in_place=in_place))(params(), batch())
+    equal(f(in_place), f(False))
+
+
+@pytest.mark.parametrize(
+    ("loss", "in_place", "leaves"),
+    [
+        (scanned, None, 2),
+        (jitted, None, 2),
+        (unrolled, True, 0),
+        (decayed, None, 1),
+        (weighted, None, 0),
+        (weighted, True, 2),
+        (scanned, False, 0),
+    ],
+)
+def test_rule(loss, in_place, leaves):
+    """A rule that takes what it makes slower, or leaves what would gain."""
+    assert adds(jaxaccum.value_and_grad(loss, K, in_place=in_place), params(), batch()) == leaves
+
+
+def mesh_of(axis_type, shape=(2,), names=("data",)):
+    devices = jax.devices()[: int(np.prod(shape))]
+    return jax.make_mesh(shape, names, axis_types=(axis_type,) * len(shape), devices=devices)
+
+
+AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
+
+
+@pytest.mark.parametrize("axis_type", [AUTO, EXPLICIT])
+@pytest.mark.parametrize("loss", [scanned, weighted])
+@pytest.mark.parametrize("reduce", ["mean", "scatter"])
+def test_on_a_mesh(axis_type, loss, reduce):
+    """A reference that lies otherwise than what is added to it, or that all devices share."""
+    f = jaxaccum.value_and_grad(loss, K // 2, mesh=mesh_of(axis_type), in_place=True, reduce=reduce)
+    assert adds(f, params(), batch()) == 2
+    equal(jax.jit(f)(params(), batch()), jaxaccum.value_and_grad(loss, K, in_place=False)(params(), batch()))
+
+
+@pytest.mark.parametrize("axis_type", [AUTO, EXPLICIT])
+def test_beside_a_model_axis(axis_type):
+    """A sum that is laid out otherwise than its layers are."""
+    mesh = mesh_of(axis_type, (2, 2), ("data", "model"))
+    spec = {"layers": {"kernel": P(None, None, "model"), "bias": P(None, "model")}, "head": P()}
+    split = jax.device_put(params(), jax.tree.map(lambda s: NamedSharding(mesh, s), spec))
+
+    def layer(x, layer):
+        y = jnp.einsum("ni,ij->nj", x, layer["kernel"], **out("model")) + layer["bias"]
+        return jax.sharding.reshard(jnp.tanh(y), P(None, None)) if axis_type is EXPLICIT else jnp.tanh(y), None
+
+    out = lambda axis: {"out_sharding": P(None, axis)} if axis_type is EXPLICIT else {}
+    loss = lambda p, x: jnp.mean((jax.lax.scan(layer, x, p["layers"])[0] @ p["head"]) ** 2)
+    f = jaxaccum.value_and_grad(loss, K // 2, mesh=mesh)
+    with jax.set_mesh(mesh):
+        assert adds(f, split, batch()) == 2
+        equal(jax.jit(f)(split, batch()), jaxaccum.value_and_grad(scanned, K, in_place=False)(params(), batch()))
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_in_a_mapped_function(check_vma):
+    """A reference that varies otherwise over the devices than what is added to it."""
+    mesh = mesh_of(AUTO)
+    f = jaxaccum.value_and_grad(weighted, K // 2, axis_name="data", in_place=True)
+    mapped = jax.shard_map(f, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=check_vma)
+    assert adds(mapped, params(), batch()) == 2
+    equal(jax.jit(mapped)(params(), batch()), jaxaccum.value_and_grad(weighted, K, in_place=False)(params(), batch()))
+
+
+def test_with_a_traced_k_keys_aux_and_a_carry():
+    """Loops other than the plain scan, and losses that take and return more."""
+
+    def loss(p, x, key, count):
+        x = x * jax.random.bernoulli(key, 0.9, x.shape)
+        return scanned(p, x), (count + 1, x[0, 0])
+
+    options = dict(stacked=True, has_aux=True, key_argnums=2, carry_argnums=3)
+    f = lambda in_place: jax.jit(
+        lambda p, x, key, k: jaxaccum.value_and_grad(loss, k, in_place=in_place, **options)(p, x, key, jnp.array(0))
+    )(params(), batch().reshape(K, N, WIDTH), jax.random.key(3), 3)
+    equal(f(None), f(False))
+
+
+def test_memory():
+    """Room for a second gradient: what in-place is there to save."""
+    many = lambda x: jnp.tile(x, (32, *[1] * (x.ndim - 1)))
+    p = params() | {"layers": jax.tree.map(many, params()["layers"])}
+    size = sum(x.nbytes for x in jax.tree.leaves(p["layers"]))
+
+    def temporary(fun, *args):
+        return jax.jit(fun).lower(p, *args).compile().memory_analysis().temp_size_in_bytes
+
+    gradient = temporary(jax.value_and_grad(scanned), batch()[:N])
+    for in_place in (False, None):
+        window = temporary(jaxaccum.value_and_grad(scanned, K, in_place=in_place), batch())
+        assert (window - gradient > 0.8 * size) == (in_place is False), (in_place, window, gradient, size)

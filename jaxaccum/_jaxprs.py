@@ -6,6 +6,12 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
+# What only moves numbers about: it commutes with a cast, forward and back.
+_IN_SHAPE = ("broadcast_in_dim", "expand_dims", "reshape", "rev", "squeeze", "tile", "transpose")
+_IN_PARTS = ("concatenate", "slice", "split", "stack", "unstack")
+_IN_PLACE = ("all_gather", "all_gather_invariant", "copy", "device_put", "pvary", "reshard", "sharding_constraint")
+MOVES = frozenset([*_IN_SHAPE, *_IN_PARTS, *_IN_PLACE])
+
 
 class ScanOperands(NamedTuple):
     """How many of a scan's operands are what; what it walks along follows."""
@@ -39,3 +45,19 @@ def run(eqn: core.JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
     with eqn.ctx.manager:
         results = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
     return results if eqn.primitive.multiple_results else [results]
+
+
+def axes(eqn: core.JaxprEqn) -> set[str]:
+    """The mapped axes that an equation communicates over, in itself or in what it calls."""
+    if eqn.primitive.name in ("axis_index", "pvary"):
+        return set()
+    names = [eqn.params.get(name, ()) for name in ("axis_name", "axes")]
+    found = {
+        axis for given in names for axis in (given if isinstance(given, tuple) else (given,)) if isinstance(axis, str)
+    }
+    for value in eqn.params.values():
+        for closed in value if isinstance(value, (tuple, list)) else (value,):
+            jaxpr = closed.jaxpr if isinstance(closed, core.ClosedJaxpr) else closed
+            if isinstance(jaxpr, core.Jaxpr):
+                found = found.union(*map(axes, jaxpr.eqns))
+    return found

@@ -11,12 +11,6 @@ from jaxaccum import _jaxprs
 
 Tree = Any
 
-# What only moves numbers about: it commutes with a cast, forward and back.
-_IN_SHAPE = ("broadcast_in_dim", "expand_dims", "reshape", "rev", "squeeze", "tile", "transpose")
-_IN_PARTS = ("concatenate", "slice", "split", "stack", "unstack")
-_IN_PLACE = ("all_gather", "all_gather_invariant", "copy", "device_put", "pvary", "reshard", "sharding_constraint")
-_MOVES = frozenset([*_IN_SHAPE, *_IN_PARTS, *_IN_PLACE])
-
 
 def once(prepare: Callable[[Tree], Tree], params: Tree) -> tuple[Tree, Callable[[Tree], Tree]]:
     """`prepare(params)`, and the function that carries a gradient back from there to the parameters.
@@ -118,7 +112,7 @@ def _ways(jaxpr: core.Jaxpr, inputs: Sequence[set], names: frozenset[str]) -> li
             ways.update(zip(eqn.outvars, _ways(eqn.params["jaxpr"].jaxpr, operands, names), strict=True))
             continue
         through = set().union(*operands)
-        axes = _axes(eqn) & names
+        axes = _jaxprs.axes(eqn) & names
         if axes and (eqn.primitive.name != "all_gather" or eqn.params["axis_index_groups"] is not None):
             raise NotImplementedError(
                 f"prepare calls {eqn.primitive.name} over {sorted(axes)}, which can't be carried back through the "
@@ -128,20 +122,6 @@ def _ways(jaxpr: core.Jaxpr, inputs: Sequence[set], names: frozenset[str]) -> li
             through = {(number, tuple(sorted({*done, *axes}))) for number, done in through}
         ways.update((var, through) for var in eqn.outvars)
     return [read(atom) for atom in jaxpr.outvars]
-
-
-def _axes(eqn: core.JaxprEqn) -> set[str]:
-    """The mapped axes that an equation communicates over, in itself or in what it calls."""
-    if eqn.primitive.name in ("axis_index", "pvary"):
-        return set()
-    names = [eqn.params.get(name, ()) for name in ("axis_name", "axes")]
-    found = {axis for axes in names for axis in (axes if isinstance(axes, tuple) else (axes,)) if isinstance(axis, str)}
-    for value in eqn.params.values():
-        for closed in value if isinstance(value, (tuple, list)) else (value,):
-            jaxpr = closed.jaxpr if isinstance(closed, core.ClosedJaxpr) else closed
-            if isinstance(jaxpr, core.Jaxpr):
-                found = found.union(*map(_axes, jaxpr.eqns))
-    return found
 
 
 def _evaluate(closed: core.ClosedJaxpr, inputs: Sequence[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
@@ -162,7 +142,7 @@ def _evaluate(closed: core.ClosedJaxpr, inputs: Sequence[tuple[Any, Any]]) -> li
         results = _jaxprs.run(eqn, values)
         if eqn.primitive.name == "convert_element_type" and _floating(wide[0], results[0]):
             before = wide
-        elif eqn.primitive.name in _MOVES and len({x.dtype for x in wide}) == 1:
+        elif eqn.primitive.name in _jaxprs.MOVES and len({x.dtype for x in wide}) == 1:
             before = _jaxprs.run(eqn, wide)
         else:
             before = results

@@ -26,7 +26,7 @@ def value_and_grad(
     stacked: bool = False,
     key_argnums: int | Sequence[int] = (),
     carry_argnums: int | Sequence[int] | None = None,
-    prepare: Callable[[Tree], Tree] | None = None,
+    prepare: Callable[[Tree], Tree] | str | None = None,
     in_place: bool | None = None,
     accumulator_dtype: Any = jnp.float32,
     grad_dtype: Any = None,
@@ -51,7 +51,8 @@ def value_and_grad(
       carry_argnums: mutable model state, such as batch statistics, handed from micro-batch to micro-batch: `fun`
         returns (loss, new_carry), or (loss, (new_carry, aux)), and so does the result.
       prepare: a function of the differentiated argument; `fun` sees what it returns. It runs forward once and
-        backward once a window, however large K is. See `cast`.
+        backward once a window, however large K is. See `cast`. "auto" finds what of `fun` depends on that argument
+        alone, casts above all, and takes it out of the micro-batches: each gradient is formed as it is without.
       in_place: whether gradients are added to their sums inside of the backward pass, where they can be: those of
         layers that the loss stacks and walks along with `jax.lax.scan`. It saves a tree of gradients. None does so
         where it costs no time: for a plain loss. True does for a `Weighted` one too. False never does.
@@ -91,7 +92,8 @@ def value_and_grad(
     """
     if not callable(fun):
         raise TypeError(f"fun must be callable, got {fun!r}.")
-    _checks.prepare(prepare)
+    if prepare != "auto":
+        _checks.prepare(prepare)
     _checks.in_place(in_place)
     if prepare is not None and not isinstance(argnums, int):
         raise ValueError(f"prepare takes one differentiated argument, got argnums={argnums!r}; put them in one tree.")

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from jaxaccum import _accumulator, _in_place, _prepare, _split
+from jaxaccum import _accumulator, _hoist, _in_place, _prepare, _split
 from jaxaccum._accumulator import Weighted
 from jaxaccum._cast import Cast
 from jaxaccum._roles import Roles
@@ -26,7 +26,7 @@ class Window(NamedTuple):
     roles: Roles
     has_aux: bool
     carry_argnums: int | Sequence[int] | None
-    prepare: Callable[[Tree], Tree] | None
+    prepare: Callable[[Tree], Tree] | str | None
     accumulator_dtype: Any
     in_place: bool | None
 
@@ -64,8 +64,11 @@ class Window(NamedTuple):
         seen = params = device.local(params)
         transpose, reduced = (lambda grads: grads), jax.tree.map(lambda _: (), params)
         first = (jnp.zeros((), jnp.int32), jax.tree.map(lambda x: x[0], batches), carry)
-        if self.prepare is not None:
+        if isinstance(self.prepare, str):
+            visible, loss = _hoist.split(loss, params, *first)
+        else:
             visible = self.prepare.seeing(loss, params, *first) if isinstance(self.prepare, Cast) else self.prepare
+        if visible is not None:
             reduced = _prepare.gathered(visible, params, device.names)
             seen, transpose = _prepare.once(visible, params)
             seen = device.local(seen)
@@ -99,7 +102,7 @@ class Window(NamedTuple):
 
         start, k = (sums, carry), self.k
         if isinstance(k, int) and k == length:
-            (sums, carry), aux = jax.lax.scan(micro_step, start, (jnp.arange(k), batches))
+            (sums, carry), aux = jax.lax.scan(micro_step, start, (jnp.arange(k, dtype=jnp.int32), batches))
         else:
             (sums, carry), aux = _loop(micro_step, start, batches, k, length)
         return sums, jnp.zeros((), dtypes[0]), carry, aux

@@ -1,0 +1,236 @@
+"""Finds by itself what of a loss depends on the parameters alone, so that it can run once a window."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.extend import core
+
+from jaxaccum import _jaxprs
+
+Tree = Any
+
+# To have these done beforehand saves nothing and takes memory: XLA reads through them.
+_SELECTS = frozenset(["dynamic_slice", "gather", "slice", "split", "squeeze", "unstack"])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """How a jaxpr divides.
+
+    Attributes:
+      jaxpr: what is divided.
+      before: the equations to run once a window.
+      after: those to run in each micro-batch. What both need runs in both.
+      nested: of those after, the ones with a body that divides in turn, by number.
+      crossing: what goes from before to after.
+      reads: for each input, whether it is read before.
+      uses: for each input, whether it is read after.
+    """
+
+    jaxpr: core.Jaxpr
+    before: frozenset[int]
+    after: frozenset[int]
+    nested: dict[int, "_Plan"]
+    crossing: tuple[core.Var, ...]
+    reads: tuple[bool, ...]
+    uses: tuple[bool, ...]
+
+
+def split(loss: Callable[..., Tree], params: Tree, *args: Any) -> tuple[Callable[[Tree], Tree], Callable[..., Tree]]:
+    """`loss(params, *args)` as `rest(prepare(params), *args)`.
+
+    Taken out of the loss is what it computes from parameters alone: casts, norms of weights, merges of low rank; inside
+    of jit and `jax.checkpoint` too, and in a `jax.lax.scan` over stacked layers, for all of them at once. It is left
+    in where its result is larger than what it is made of, where it is but a part or another order of that, and where a
+    loop uses it in every iteration: there its gradient would be summed over the iterations in the result's dtype.
+
+    Every gradient is formed in the dtype that it has in the loss, so the result is as exact as without, or more so:
+    what the transposes round, they round once a window.
+
+    Args:
+      loss: what to divide; it is traced and not run.
+      params: its parameters.
+      *args: its other arguments, arrays or shapes.
+
+    Returns:
+      (prepare, rest). `prepare` returns a pair: the parameters that `rest` reads as they are, and what was made.
+    """
+    closed, shapes = jax.make_jaxpr(loss, return_shape=True)(params, *args)
+    leaves, treedef = jax.tree.structure(params).num_leaves, jax.tree.structure(shapes)
+    inputs = len(closed.jaxpr.invars)
+    plan = _plan(closed.jaxpr, [i < leaves for i in range(inputs)])
+
+    def prepare(params):
+        flat = jax.tree.leaves(params)
+        kept = [x for x, uses in zip(flat, plan.uses[:leaves], strict=True) if uses]
+        return kept, _run_before(plan, closed.consts, [*flat, *[None] * (inputs - leaves)])
+
+    def rest(seen, *args):
+        kept, made = iter(seen[0]), seen[1]
+        flat = [next(kept) if uses else None for uses in plan.uses[:leaves]]
+        return treedef.unflatten(_run_after(plan, closed.consts, [*flat, *jax.tree.leaves(args)], made))
+
+    return prepare, rest
+
+
+def _plan(jaxpr: core.Jaxpr, known: Sequence[bool]) -> _Plan:
+    """How `jaxpr` divides where some of its inputs are known before."""
+    # What each known variable is made of.
+    origins: dict[core.Var, frozenset[core.Var]] = {var: frozenset() for var in jaxpr.constvars}
+    origins |= {var: frozenset([var]) for var, is_known in zip(jaxpr.invars, known, strict=True) if is_known}
+    certain, nested = set(), {}
+    for i, eqn in enumerate(jaxpr.eqns):
+        operands = _variables(eqn.invars)
+        if all(var in origins for var in operands) and not eqn.effects and not _jaxprs.axes(eqn):
+            certain.add(i)
+            origins |= dict.fromkeys(eqn.outvars, frozenset().union(*(origins[var] for var in operands)))
+        elif body := _body(eqn):
+            made = [not isinstance(atom, core.Literal) and bool(origins.get(atom)) for atom in eqn.invars]
+            inner = _plan(body, _walked(eqn, body, made) if eqn.primitive.name == "scan" else made)
+            if inner.crossing or inner.nested:
+                nested[i] = inner
+
+    after, crossing = set(), []
+    needed = set(_variables(jaxpr.outvars))
+    for i, eqn in reversed(list(enumerate(jaxpr.eqns))):
+        wanted = [var for var in eqn.outvars if var in needed]
+        if not wanted and not eqn.effects:
+            continue
+        if i in certain and all(_gains(eqn, var, origins[var]) for var in wanted):
+            crossing += wanted
+            continue
+        after.add(i)
+        uses = nested[i].uses if i in nested else [True] * len(eqn.invars)
+        needed.update(_variables(atom for atom, is_used in zip(eqn.invars, uses, strict=True) if is_used))
+
+    before, wanted = set(), set(crossing)
+    for i, eqn in reversed(list(enumerate(jaxpr.eqns))):
+        if i in after and i in nested:
+            reads = nested[i].reads
+            wanted.update(_variables(atom for atom, is_read in zip(eqn.invars, reads, strict=True) if is_read))
+        elif i in certain and wanted.intersection(eqn.outvars):
+            before.add(i)
+            wanted.update(_variables(eqn.invars))
+    return _Plan(
+        jaxpr=jaxpr,
+        before=frozenset(before),
+        after=frozenset(after),
+        nested={i: inner for i, inner in nested.items() if i in after},
+        crossing=tuple(crossing),
+        reads=tuple(var in wanted for var in jaxpr.invars),
+        uses=tuple(var in needed for var in jaxpr.invars),
+    )
+
+
+def _gains(eqn: core.JaxprEqn, var: core.Var, origins: frozenset[core.Var]) -> bool:
+    """Whether it is worth while to have `var` made beforehand, by `eqn`."""
+    itemsize = lambda atom: atom.aval.dtype.itemsize
+    size = lambda var: var.aval.size * itemsize(var)
+    name = eqn.primitive.name
+    widens = name == "convert_element_type" and itemsize(var) > itemsize(eqn.invars[0])
+    moves = name in _jaxprs.MOVES or name in _SELECTS
+    return not widens and not moves and bool(origins) and size(var) <= sum(map(size, origins))
+
+
+def _body(eqn: core.JaxprEqn) -> core.Jaxpr | None:
+    """The function that an equation calls, if it is one that `_run_after` can call in parts."""
+    if eqn.primitive.name == "scan" or _jaxprs.is_plain_jit(eqn):
+        return eqn.params["jaxpr"].jaxpr
+    return eqn.params["jaxpr"] if _is_checkpoint(eqn) else None
+
+
+def _is_checkpoint(eqn: core.JaxprEqn) -> bool:
+    return eqn.primitive.name in ("checkpoint", "remat", "remat2")
+
+
+def _walked(eqn: core.JaxprEqn, body: core.Jaxpr, known: Sequence[bool]) -> list[bool]:
+    """Which inputs of a scan's body are known and those that it walks along."""
+    whole = sum(_jaxprs.scan_operands(eqn, body))
+    return [is_known and i >= whole for i, is_known in enumerate(known)]
+
+
+def _run_before(plan: _Plan, consts: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
+    """What crosses, in `plan` and then in what is nested in it; an input that is not read may be None."""
+    values = _Values(plan.jaxpr, consts, inputs)
+    nested = []
+    for i, eqn in enumerate(plan.jaxpr.eqns):
+        if i in plan.before:
+            values.write(eqn.outvars, _jaxprs.run(eqn, values.read(eqn.invars)))
+        if i in plan.nested:
+            inner = plan.nested[i]
+            operands = values.read(eqn.invars, inner.reads)
+            run = functools.partial(_run_nested, inner, _consts(eqn))
+            nested += (jax.vmap(run) if eqn.primitive.name == "scan" else run)(*operands)
+    return [*values.read(plan.crossing), *nested]
+
+
+def _run_nested(plan: _Plan, consts: Sequence[Any], *operands: Any) -> list[Any]:
+    return _run_before(plan, consts, operands)
+
+
+def _run_after(plan: _Plan, consts: Sequence[Any], inputs: Sequence[Any], made: Sequence[Any]) -> list[Any]:
+    """The outputs, from the inputs and from what crosses; an input that is not used may be None."""
+    values = _Values(plan.jaxpr, consts, inputs)
+    values.write(plan.crossing, made[: len(plan.crossing)])
+    nested = list(made[len(plan.crossing) :])
+    for i, eqn in enumerate(plan.jaxpr.eqns):
+        if i in plan.nested:
+            inner = plan.nested[i]
+            own, nested = nested[: _count(inner)], nested[_count(inner) :]
+            values.write(eqn.outvars, _call(eqn, inner, values.read(eqn.invars, inner.uses), own))
+        elif i in plan.after:
+            values.write(eqn.outvars, _jaxprs.run(eqn, values.read(eqn.invars)))
+    return values.read(plan.jaxpr.outvars)
+
+
+def _call(eqn: core.JaxprEqn, plan: _Plan, operands: Sequence[Any], made: Sequence[Any]) -> Sequence[Any]:
+    """The results of an equation whose body has run in part."""
+    body = lambda operands, made: _run_after(plan, _consts(eqn), operands, made)
+    params = eqn.params
+    if _is_checkpoint(eqn):
+        body = jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=params["policy"])
+    if eqn.primitive.name != "scan":
+        return body(operands, made)
+    constants, carries = _jaxprs.scan_operands(eqn, plan.jaxpr)
+    shared, start, along = operands[:constants], operands[constants:][:carries], operands[constants + carries :]
+
+    def step(carry, along):
+        along, made = along
+        results = body([*shared, *carry, *along], made)
+        return results[:carries], results[carries:]
+
+    options = {name: params[name] for name in ("length", "reverse", "unroll")}
+    carry, rows = jax.lax.scan(step, start, (along, made), **options)
+    return [*carry, *rows]
+
+
+def _count(plan: _Plan) -> int:
+    return len(plan.crossing) + sum(map(_count, plan.nested.values()))
+
+
+def _consts(eqn: core.JaxprEqn) -> Sequence[Any]:
+    return [] if _is_checkpoint(eqn) else eqn.params["jaxpr"].consts
+
+
+def _variables(atoms: Any) -> list[core.Var]:
+    return [atom for atom in atoms if not isinstance(atom, core.Literal)]
+
+
+class _Values(dict):
+    """The values of a jaxpr's variables."""
+
+    def __init__(self, jaxpr: core.Jaxpr, consts: Sequence[Any], inputs: Sequence[Any]):
+        super().__init__(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
+
+    def read(self, atoms: Sequence[Any], wanted: Sequence[bool] | None = None) -> list[Any]:
+        """The values of `atoms`, None in place of those not wanted."""
+        wanted = [True] * len(atoms) if wanted is None else wanted
+        value = lambda atom: atom.val if isinstance(atom, core.Literal) else self[atom]
+        return [value(atom) if is_wanted else None for atom, is_wanted in zip(atoms, wanted, strict=True)]
+
+    def write(self, variables: Sequence[Any], values: Sequence[Any]) -> None:
+        """Sets the values of `variables`."""
+        self.update(zip(variables, values, strict=True))

@@ -32,7 +32,7 @@ BUGS = [
     Bug(
         "sum mode ignored",
         "_micro_step.py",
-        " if config.use_grad_mean else jnp.full_like(sums.weight, config.sync.size())",
+        " if config.use_grad_mean else jnp.full_like(weight, config.sync.size())",
         "",
     ),
     Bug("accumulator not cleared", "_accumulator.py", "new = jnp.where(first, x, new)", "pass"),
@@ -118,7 +118,7 @@ BUGS = [
     Bug(
         "an empty window steps",
         "_micro_step.py",
-        "filled = _checks.known(sums.weight != 0)",
+        "filled = _checks.known(weight != 0)",
         "filled = True",
     ),
     Bug(

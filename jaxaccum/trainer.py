@@ -1,5 +1,6 @@
 """The loop: epochs of micro-steps in windows of K, on one device or several."""
 
+import collections
 import itertools
 import math
 import os
@@ -14,8 +15,9 @@ import numpy as np
 from jaxaccum import _accumulator, _arguments, _limits, _optimizer, _plot
 from jaxaccum._counters import Counters
 from jaxaccum._evaluation import Evaluation
-from jaxaccum._feed import MicroStep, micro_steps
+from jaxaccum._feed import MicroStep, fused, micro_steps
 from jaxaccum._integers import as_int, positive_int
+from jaxaccum._outputs import Outputs
 from jaxaccum._programs import FitState, Programs
 from jaxaccum._records import Records
 from jaxaccum._run import Run
@@ -60,6 +62,13 @@ class Trainer:
       partial_window: how an epoch's last window, if it is not full, is divided: "exact", by what it holds, or
         "divide_by_k", as Lightning does.
       flush_on_stop: whether a window that a stop leaves open is closed with what it holds. Else it stays pending.
+      fuse_windows: whether each window runs as one call, a loop on the device, where its micro-batches can be stacked:
+        all of one shape, and each in one piece (with "ddp" and "zero" batches of one shape, with "dp" one that divides
+        over the devices). Any other window runs as it does without. Each number of micro-steps in a window compiles
+        once, and all of its batches are on the devices at once. The arithmetic is the same; the hooks are called as
+        without, but `on_train_batch_start` of a whole window before it, with the counters of its start, and
+        `on_train_batch_end` after it, with counters of their own but with the `state` of its end (see
+        `state_is_ahead`). What would fall inside it waits for its end: a validation, a stop.
       nonfinite: "propagate", or "drop": a micro-batch with a NaN or an infinity in its loss or gradient is left out.
       detect_anomaly: whether such a one raises FloatingPointError instead, before it enters the sums. The host then
         waits for the device after every micro-step.
@@ -104,6 +113,7 @@ class Trainer:
         seed: int = 0,
         partial_window: str = "exact",
         flush_on_stop: bool = False,
+        fuse_windows: bool = False,
         nonfinite: str = "propagate",
         detect_anomaly: bool = False,
     ):
@@ -123,17 +133,23 @@ class Trainer:
         self._divide_by_k = (
             _arguments.choice(partial_window, "partial_window", ("exact", "divide_by_k")) == "divide_by_k"
         )
-        self._flush_on_stop = flush_on_stop
+        self._flush_on_stop, self._fuse_windows = flush_on_stop, fuse_windows
         self._nonfinite = _arguments.choice(nonfinite, "nonfinite", ("propagate", "drop"))
         self._detect_anomaly = detect_anomaly
         if detect_anomaly:
             if nonfinite == "drop":
                 raise ValueError("detect_anomaly=True raises where nonfinite='drop' goes on: choose one of them.")
+            if fuse_windows:
+                raise ValueError(
+                    "detect_anomaly=True looks at every micro-step before the next, and fuse_windows=True runs a "
+                    "window of them in one call: choose one of them."
+                )
             self._nonfinite = "drop"  # What raises is left out too, so that the state which remains is sound.
         self._hooks = {name: _overridden(self._callbacks, name) for name in vars(Callback) if name.startswith("on_")}
         self.should_stop = False
         self._at = Counters()
         self._run: Run | None = None
+        self._uncounted: collections.deque[tuple[MicroStep, Outputs]] = collections.deque()
         self._sets_k = False
 
     def fit(self, task: Task, train_loader: Iterable[Tree], val_loader: Iterable[Tree] | None = None) -> FitState:
@@ -208,6 +224,14 @@ class Trainer:
     def state(self) -> FitState:
         """The run's arrays after its last micro-step. The next one donates them."""
         return self._running.state
+
+    @property
+    def state_is_ahead(self) -> bool:
+        """In `on_train_batch_end`: whether `state` is that of micro-steps which the counters don't have yet.
+
+        So it is with `fuse_windows`, before the last micro-step of a window. The two don't make a checkpoint.
+        """
+        return bool(self._uncounted)
 
     @property
     def current_epoch(self) -> int:
@@ -314,10 +338,11 @@ class Trainer:
         self.accumulate_grad_batches = self._schedule(at.epoch)
         self._call("on_train_epoch_start")
         self._sets_k = False
-        for micro_step in micro_steps(itertools.islice(batches, self._running.epoch_batches), self._strategy):
-            self._train_batch(micro_step)
-            last = micro_step.last
-            if val_loader is not None and self._limit_val_batches and self._validation_is_due(last):
+        steps = micro_steps(itertools.islice(batches, self._running.epoch_batches), self._strategy)
+        for call in fused(steps, at.every_k, at.window_step) if self._fuse_windows else zip(steps):
+            self._train_batches(call)
+            last = call[-1].last
+            if val_loader is not None and self._limit_val_batches and self._validation_is_due(last, len(call)):
                 self._validate(val_loader)
             if self._finished():
                 break
@@ -328,36 +353,54 @@ class Trainer:
         if last:
             at.epoch, at.batch_idx = at.epoch + 1, 0
 
-    def _train_batch(self, micro_step: MicroStep) -> None:
+    def _train_batches(self, micro_steps: Sequence[MicroStep]) -> None:
+        """A call on the devices: one micro-step, or all that are left of a window."""
         run, at = self._running, self._at
-        batch, batch_idx = micro_step.batches, at.batch_idx
-        if self._strategy.group == 1:
-            (batch,) = batch
-        for hook in self._hooks["on_train_batch_start"]:
-            hook(self, run.task, batch, batch_idx)
-        at.window_step += 1
-        at.window_samples += micro_step.examples
-        boundary = micro_step.last or at.window_step >= at.every_k
+        for batch_idx, micro_step in enumerate(micro_steps, at.batch_idx):
+            for hook in self._hooks["on_train_batch_start"]:
+                hook(self, run.task, self._batch(micro_step), batch_idx)
+        window_step = at.window_step + len(micro_steps)
+        boundary = micro_steps[-1].last or window_step >= at.every_k
         with jax.profiler.StepTraceAnnotation("train", step_num=at.micro_step):
-            share = self._share() if boundary else None
-            run.state, outputs, means = run.programs.run(run.state, micro_step.pieces, boundary, share)
-        at.batch_idx += 1
-        at.micro_step += 1
-        at.samples_seen += micro_step.examples
-        if boundary:
-            self._closed(means)
-        if self._detect_anomaly:
-            self._refuse_anomaly(outputs)
-        for hook in self._hooks["on_train_batch_end"]:
-            hook(self, run.task, outputs, batch, batch_idx)
+            share = self._share(window_step) if boundary else None
+            pieces = [micro_step.pieces for micro_step in micro_steps]
+            run.state, outputs, means = run.programs.run(run.state, pieces, boundary, share)
+        self._uncounted.extend(zip(micro_steps, outputs, strict=True))
+        try:
+            while self._uncounted:
+                batch_idx = at.batch_idx
+                micro_step, outputs = self._count(means)
+                if self._detect_anomaly:
+                    self._refuse_anomaly(outputs)
+                for hook in self._hooks["on_train_batch_end"]:
+                    hook(self, run.task, outputs, self._batch(micro_step), batch_idx)
+        finally:
+            while self._uncounted:  # A hook raised, but the devices have made them all.
+                self._count(means)
         if boundary and self.should_log:
             self._record()
 
-    def _share(self) -> jax.Array | None:
-        """What to multiply a window's gradient with, if windows are divided by K."""
-        at = self._at
-        share = at.window_step / at.every_k
+    def _batch(self, micro_step: MicroStep) -> Tree:
+        """What hooks are given."""
+        return micro_step.batches[0] if self._strategy.group == 1 else micro_step.batches
+
+    def _share(self, window_step: int) -> jax.Array | None:
+        """What to multiply the gradient of a window of so many micro-steps with, if windows are divided by K."""
+        share = window_step / self._at.every_k
         return self._strategy.constant(share, _accumulator.weight_dtype()) if self._divide_by_k else None
+
+    def _count(self, means: dict[str, jax.Array] | None) -> tuple[MicroStep, Outputs]:
+        """Counts the next micro-step that has been made, at a boundary an optimizer step too, and returns it."""
+        at = self._at
+        micro_step, outputs = self._uncounted.popleft()
+        at.batch_idx += 1
+        at.micro_step += 1
+        at.samples_seen += micro_step.examples
+        at.window_step += 1
+        at.window_samples += micro_step.examples
+        if means is not None and not self._uncounted:
+            self._closed(means)
+        return micro_step, outputs
 
     def _closed(self, means: dict[str, jax.Array]) -> None:
         """Counts an optimizer step."""
@@ -371,7 +414,7 @@ class Trainer:
         """Closes the window that a stop left open."""
         run = self._running
         if self._flush_on_stop and self._at.window_step:
-            run.state, means = run.programs.flush(run.state, self._share())
+            run.state, means = run.programs.flush(run.state, self._share(self._at.window_step))
             self._closed(means)
             if self.should_log:
                 self._record()
@@ -398,9 +441,10 @@ class Trainer:
         at = self._at
         return {"epoch": at.epoch, "micro_step": at.micro_step, "samples_seen": at.samples_seen}
 
-    def _validation_is_due(self, last: bool) -> bool:
+    def _validation_is_due(self, last: bool, made: int) -> bool:
+        """Whether one of the `made` micro-steps before this ended an interval."""
         interval = _limits.validation_interval(self._val_check_interval, self.num_training_batches)
-        return last if math.isinf(interval) else self._at.batch_idx % interval == 0
+        return last if math.isinf(interval) else self._at.batch_idx % interval < made
 
     def _validate(self, val_loader: Iterable[Tree]) -> None:
         """A validation in fit; what is pending stays so."""

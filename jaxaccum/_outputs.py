@@ -39,8 +39,8 @@ class Outputs(Mapping[str, float]):
 
 
 def mean(sums: Sequence[Weighted], index: Any = ...) -> float:
-    """Σ total / Σ weight over the parts and their devices, of each array what is at `index`; NaN where nothing weighs."""
+    """Σ total / Σ weight over the parts and their devices, of what is at `index`; NaN where nothing has weight."""
     # On the host: to cut an array on the device would be a program of its own.
-    cut = lambda x: np.asarray(x, np.float64)[index]
-    total, weight = (sum(np.sum(cut(x)) for x in parts) for parts in zip(*sums, strict=True))
+    at_index = lambda x: np.asarray(x, np.float64)[index]
+    total, weight = (sum(np.sum(at_index(x)) for x in parts) for parts in zip(*sums, strict=True))
     return float(total / weight) if weight else float("nan")

@@ -177,10 +177,10 @@ class Programs:
         return self._closed(params, opt_state, pending), logs, self._means(pending.logs)
 
     def _scan(self, state, pieces, share):
-        *others, last = pieces
+        *others, (batch, place) = pieces
         add = lambda pending, piece: self._add_piece(state.params, pending, *piece)
         pending, logs = jax.lax.scan(add, state.pending, jax.tree.map(lambda *x: jnp.stack(x), *others))
-        state, last_logs, means = self._close_with(state._replace(pending=pending), *last, share)
+        state, last_logs, means = self._close_with(state._replace(pending=pending), batch, place, share)
         # The micro-steps on the last axis: the devices' stays the first, and says where they lie.
         together = lambda x, end: jnp.concatenate([jnp.moveaxis(x, 0, -1), end[..., None]], axis=-1)
         return state, jax.tree.map(together, logs, last_logs), means

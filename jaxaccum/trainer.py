@@ -366,6 +366,11 @@ class Trainer:
         if first is _NOTHING:
             raise ValueError(f"train_loader={train_loader!r} is empty: it gave no batch.")
         policies = [callback for callback in self._callbacks if isinstance(callback, ModelCheckpoint)]
+        for policy in policies:
+            if (policy.monitor or "").startswith("val_") and val_loader is None:
+                raise ValueError(
+                    f"ModelCheckpoint(monitor={policy.monitor!r}) needs a validation: pass fit a val_loader."
+                )
         self._savers = [Saver(policy, self._folder) for policy in policies]
         found = _saver.find(ckpt_path, self._savers)
         seed = self._seed if found is None else found.notes["seed"]

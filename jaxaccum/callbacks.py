@@ -183,7 +183,8 @@ class ModelCheckpoint(Callback):
 
     Args:
       dirpath: the folder, for one run at a time; None is "checkpoints" in the Trainer's `default_root_dir`.
-      every_n_micro_steps: save after every so many micro-steps, in the middle of windows too.
+      every_n_micro_steps: save after every so many micro-steps, in the middle of windows too; with
+        `fuse_windows` at the end of the window that they fall in.
       every_n_train_steps: save after every so many optimizer steps.
       every_n_epochs: save at the end of every so many epochs; with a `monitor` that starts with "val_", after each
         validation in them.
@@ -251,16 +252,17 @@ class ModelCheckpoint(Callback):
         self._saved = {}
         return self.dirpath
 
-    def due(self, trainer: "Trainer", moment: str) -> bool:
+    def due(self, trainer: "Trainer", moment: str, micro_steps: int = 1) -> bool:
         """Whether to save now.
 
         Args:
           trainer: the trainer.
           moment: "micro_step", "validation" or "epoch", of which this is the end.
+          micro_steps: how many ended at once: with `fuse_windows` those of a window.
         """
         if moment == "micro_step":
             in_window = trainer.window_step > 0
-            return _divides(self.every_n_micro_steps, trainer.micro_step) or (
+            return _divides(self.every_n_micro_steps, trainer.micro_step, micro_steps) or (
                 not in_window and _divides(self.every_n_train_steps, trainer.global_step)
             )
         by_validation = (self.monitor or "").startswith("val_")
@@ -329,8 +331,9 @@ class ModelCheckpoint(Callback):
         return math.inf if self.mode == "min" else -math.inf
 
 
-def _divides(interval: int | None, count: int) -> bool:
-    return interval is not None and count % interval == 0
+def _divides(interval: int | None, count: int, last: int = 1) -> bool:
+    """Whether one of the `last` counts up to `count` is a multiple of `interval`."""
+    return interval is not None and count % interval < last
 
 
 class LearningRateMonitor(Callback):

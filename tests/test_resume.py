@@ -12,7 +12,6 @@ from pathlib import Path
 
 import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from training import assert_close, assert_same, loader, task, trainer
 
 import jaxaccum
@@ -20,24 +19,8 @@ from jaxaccum.callbacks import Callback, ModelCheckpoint
 
 SCHEDULE = {0: 3, 1: 2}
 WORKER = Path(__file__).with_name("resume_worker.py")
+pytestmark = pytest.mark.usefixtures("compiled_once")
 MOMENTS = ["micro_step", "save", "validation", "epoch_end"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compiled_once(tmp_path_factory):
-    """Each fit has programs of its own; here XLA compiles the same ones but once."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    former = {name: getattr(jax.config, name) for name in options}
-    for settings in (options, former):
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if settings is options:
-            yield
 
 
 class Tally(Callback):

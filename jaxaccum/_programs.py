@@ -54,7 +54,7 @@ class FitState(NamedTuple):
 
 
 class Programs:
-    """The programs of one run, each compiled at most once for a shape of batch.
+    """The programs of a run and of those like it, each compiled at most once for a shape of batch.
 
     `accumulate` takes parameters and pending sums and nothing else; `step` adds the window's last piece and runs the
     optimizer; `flush` runs it on what is pending; `window` is as many accumulates as it takes and a step, in one.
@@ -74,6 +74,7 @@ class Programs:
         self._gradients = functools.partial(_pieces.gradients, task, strategy, seed)
         # K is the host's to know: every call says whether it is a boundary.
         self._tx = MultiSteps(optimizer, 1, nonfinite=nonfinite, **self._sync.options())
+        self._kind: Any = None
 
     def initial(self, batch: Tree) -> FitState:
         """The state at the start of a run, on the devices, and the programs for it.
@@ -90,9 +91,11 @@ class Programs:
         piece, *_ = self._strategy.pieces([batch])
         args = params, model_state, *piece
         shardings = self._shardings(*args[:2], *jax.eval_shape(self._begin, *args))
-        self._compile(shardings)
-        begin = jax.jit(self._begin, out_shardings=(shardings.opt_state, shardings.pending))
-        opt_state, pending = begin(*args)
+        kind = jax.tree.flatten(shardings)
+        if kind != self._kind:  # Else the programs of the run before serve this one too.
+            self._compile(shardings)
+            self._kind = kind
+        opt_state, pending = self._start(*args)
         return FitState(params, opt_state, model_state, pending)
 
     def _begin(self, params, model_state, batch, place):
@@ -125,6 +128,7 @@ class Programs:
 
     def _compile(self, shardings: FitState) -> None:
         common, local = self._strategy.common, self._strategy.local
+        self._start = jax.jit(self._begin, out_shardings=(shardings.opt_state, shardings.pending))
         self._accumulate = jax.jit(self._add_piece, donate_argnums=1, out_shardings=(shardings.pending, local))
         self._step = jax.jit(self._close_with, donate_argnums=0, out_shardings=(shardings, local, common))
         self._flush = jax.jit(self._close, donate_argnums=0, out_shardings=(shardings, common))

@@ -374,12 +374,11 @@ class Trainer:
         self._savers = [Saver(policy, self._folder) for policy in policies]
         found = _saver.find(ckpt_path, self._savers)
         seed = self._seed if found is None else found.notes["seed"]
-        optimizer = _optimizer.of_window(task.optimizer, self._gradient_clip_val, self._divide_by_k)
-        programs = Programs(task, self._strategy, optimizer, self._nonfinite, seed)
+        programs, evaluation = self._compiled(task, seed)
         self._run = Run(
             task=task,
             programs=programs,
-            evaluation=Evaluation(task, self._strategy),
+            evaluation=evaluation,
             state=programs.initial(first),
             records=Records(self._loggers),
             seed=seed,
@@ -396,6 +395,14 @@ class Trainer:
             saver.goes_on(found.path, self._at)
         loader_state, is_stream = self._run.loader_state, batches is train_loader
         return _reader.rest(batches, first, self._at, loader_state, is_stream=is_stream, **options)
+
+    def _compiled(self, task: Task, seed: int) -> tuple[Programs, Evaluation]:
+        """The last run's programs, if they serve this one too: then nothing compiles again."""
+        last = self._run
+        if last is not None and last.task is task and last.seed == seed:
+            return last.programs, last.evaluation
+        optimizer = _optimizer.of_window(task.optimizer, self._gradient_clip_val, self._divide_by_k)
+        return Programs(task, self._strategy, optimizer, self._nonfinite, seed), Evaluation(task, self._strategy)
 
     def _epochs_after_first(self, train_loader: Iterable[Tree]) -> Iterator[Reader]:
         while True:

@@ -13,6 +13,7 @@ import jaxaccum
 from jaxaccum.callbacks import Callback, ModelCheckpoint
 from jaxaccum.checkpoint import load
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 DEVICES = {"single": 1, "ddp": 2, "dp": 2, "zero": 2}
 
 
@@ -54,8 +55,15 @@ class Outputs(Callback):
         return float(sum(np.sum(leaf) for leaf in jax.tree.leaves(batch)))
 
 
-@pytest.mark.parametrize("strategy", DEVICES)
-@pytest.mark.parametrize(("x64", "partial_window"), [(False, "exact"), (True, "divide_by_k")])
+@pytest.mark.parametrize(
+    ("strategy", "x64", "partial_window"),
+    [
+        ("single", False, "divide_by_k"),
+        ("ddp", True, "divide_by_k"),
+        ("dp", True, "exact"),
+        ("zero", True, "exact"),
+    ],
+)
 def test_a_fused_run_is_the_run(strategy, x64, partial_window):
     """Catches keys, weights, model state, partial windows, logs, outputs or counters that fusing changes."""
     tolerance = 1e-12 if x64 else 1e-6
@@ -86,6 +94,11 @@ def test_a_fused_run_is_the_run(strategy, x64, partial_window):
         assert (fused.current_epoch, fused.window_step) == (plain.current_epoch, plain.window_step) == (2, 0)
         made = fused._running.programs
         assert (made._accumulate._cache_size(), made._step._cache_size()) == (0, 0)
+
+
+def saved(folder):
+    """The checkpoints of a folder, and the micro-step of each."""
+    return sorted((int(path.name.rpartition("=")[2]), path) for path in folder.iterdir())
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "dp", "zero"])
@@ -200,33 +213,54 @@ def test_a_loader_that_raises_in_mid_window_loses_nothing_that_it_gave():
     assert float(t.state.params) == -1 and int(t.state.pending.sums.mini_step) == 2
 
 
-@pytest.mark.parametrize("strategy", DEVICES)
+@pytest.mark.parametrize("strategy", ["single", "zero"])
 def test_a_fused_run_goes_on_from_each_of_its_checkpoints(strategy, tmp_path):
     """Catches a checkpoint whose state and counters are of different micro-steps, and batches trained on twice."""
-    run = lambda folder: trainer(
+    run = lambda *callbacks: trainer(
         strategy=strategy,
         devices=DEVICES[strategy],
         accumulate_grad_batches=3,
         max_epochs=2,
         fuse_windows=True,
-        callbacks=ModelCheckpoint(tmp_path / folder, every_n_train_steps=1, monitor="train_loss", save_top_k=-1),
+        callbacks=callbacks,
     )
-    whole, batches = run("whole"), micro_batches(strategy, 8)
-    want = whole.fit(masked(), batches, batches)
-    made = sorted((tmp_path / "whole").iterdir(), key=lambda path: int(path.name.rpartition("=")[2]))
-    assert [int(path.name.rpartition("=")[2]) for path in made] == [3, 6, 8, 11, 14, 16, 16]
-    for path in made:
-        rest = run(f"from {path.name}")
-        assert_same(rest.fit(masked(), batches, batches, ckpt_path=path), want)
+    whole = run(ModelCheckpoint(tmp_path, every_n_train_steps=1, monitor="train_loss", save_top_k=-1))
+    rest, the_task, batches = run(), masked(), micro_batches(strategy, 8)
+    want = whole.fit(the_task, batches, batches)
+    assert [step for step, _ in saved(tmp_path)] == [3, 6, 8, 11, 14, 16, 16]
+    for _, path in saved(tmp_path):
+        assert_same(rest.fit(the_task, batches, batches, ckpt_path=path), want)
         assert rest._at == whole._at and rest.callback_metrics == whole.callback_metrics
+
+
+@pytest.mark.parametrize("fused_first", [False, True])
+def test_a_run_goes_on_fused_where_it_was_not_and_the_other_way_round(fused_first, tmp_path):
+    """Catches windows that shift by what is pending in the checkpoint, and batches left out or made twice."""
+    run = lambda fuse, *callbacks: trainer(
+        strategy="ddp",
+        devices=2,
+        accumulate_grad_batches={0: 3, 1: 2},
+        max_epochs=2,
+        fuse_windows=fuse,
+        callbacks=callbacks,
+    )
+    with jax.enable_x64(True):
+        the_task, batches = task(dropout=0.3, model_state=True), micro_batches("ddp", 5)
+        whole = run(fused_first, ModelCheckpoint(tmp_path, every_n_micro_steps=1, save_top_k=-1))
+        want, rest = whole.fit(the_task, batches), run(not fused_first)
+        made = [step for step, _ in saved(tmp_path)]
+        assert made == ([3, 5, 7, 9, 10, 10] if fused_first else [*range(1, 11), 10])
+        for _, path in saved(tmp_path):
+            assert_close(rest.fit(the_task, batches, ckpt_path=path), want, 1e-12)
+            assert rest._at == whole._at
 
 
 def test_a_checkpoint_that_falls_inside_a_window_is_saved_at_its_end(tmp_path):
     """Catches a save that is left out, one of a state that the counters don't have yet, and one made twice."""
     policy = ModelCheckpoint(tmp_path, every_n_micro_steps=4, monitor="train_loss", save_top_k=-1)
     single(accumulate_grad_batches=3, callbacks=policy, fuse_windows=True).fit(slope(), ones(*[2] * 11))
-    steps = {int(path.name.rpartition("=")[2]): float(load(path).arrays[".params"]) for path in tmp_path.iterdir()}
-    assert steps == {6: -2, 9: -3, 11: -4}
+    steps = [(step, float(load(path).arrays[".params"])) for step, path in saved(tmp_path)]
+    assert steps == [(6, -2), (9, -3), (11, -4)]
 
 
 @pytest.mark.parametrize("raises", ["hook", "loader", "signal"])
@@ -245,17 +279,17 @@ def test_what_ends_a_fused_run_leaves_a_checkpoint_to_go_on_from(raises, tmp_pat
             yield from batches[:5] if raises == "loader" else batches
             raise OSError("disk")
 
-    batches = loader(*[4] * 8)
+    batches, the_task = loader(*[4] * 8), task()
     run = lambda *callbacks: single(
         accumulate_grad_batches=3, fuse_windows=True, callbacks=[ModelCheckpoint(tmp_path), *callbacks]
     )
     with pytest.raises(SystemExit if raises == "signal" else OSError):
-        run(Ends()).fit(task(), Breaks())
+        run(Ends()).fit(the_task, Breaks())
     rest = run()
-    got = rest.fit(task(), batches, ckpt_path="last")
+    got = rest.fit(the_task, batches, ckpt_path="last")
     assert (rest.micro_step, rest.global_step, rest.samples_seen) == (8, 3, 32)
     # Of the window that the loader broke off, what it gave is in the checkpoint: its rest is another program.
-    assert_close(got, run().fit(task(), batches), 1e-6 if raises == "loader" else 0)
+    assert_close(got, rest.fit(the_task, batches), 1e-6 if raises == "loader" else 0)
 
 
 def test_a_window_that_cannot_be_looked_into_is_refused():

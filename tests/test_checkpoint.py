@@ -215,18 +215,13 @@ def test_any_array_of_a_state_comes_back(tmp_path):
         return sum(jnp.sum(p).astype(jnp.float32) for p in jax.tree.leaves(params)) * jnp.mean(batch), new
 
     the_task = jaxaccum.Task(shape, loss, optax.adam(0.1), model_state=True)
-    for strategy in ("single", "ddp"):
-        saves = ModelCheckpoint(tmp_path / strategy, every_n_micro_steps=2, save_top_k=-1)
-        options = {"strategy": strategy, "accumulate_grad_batches": 3, "devices": 1 if strategy == "single" else 2}
-        want = trainer(callbacks=saves, **options).fit(the_task, ones(*[2] * 12))
-        path = tmp_path / strategy / "epoch=0-micro_step=2"
-        assert_same(
-            *(
-                jax.tree.map(_plain, s)
-                for s in (trainer(**options).fit(the_task, ones(*[2] * 12), ckpt_path=path), want)
-            )
-        )
-    got = trainer().fit(the_task, ones(*[2] * 12), ckpt_path=path)  # on 8 devices
+    saves = ModelCheckpoint(tmp_path, every_n_micro_steps=2, save_top_k=-1)
+    t = trainer(strategy="ddp", devices=2, accumulate_grad_batches=3, callbacks=saves)
+    want = t.fit(the_task, ones(*[2] * 12))
+    path = tmp_path / "epoch=0-micro_step=2"
+    got = t.fit(the_task, ones(*[2] * 12), ckpt_path=path)
+    assert_same(*(jax.tree.map(_plain, state) for state in (got, want)))
+    got = single().fit(the_task, ones(*[2] * 12), ckpt_path=path)
     assert jnp.issubdtype(got.model_state["key"].dtype, jax.dtypes.prng_key)
 
 
@@ -277,21 +272,13 @@ def test_the_next_batch_is_the_first_that_was_not_trained_on(tmp_path, epochs, s
             return (Stream if stream else Again)(batches, fetched if fetched is not None else [])
         return (batch for _ in range(9) for batch in batches) if stream else batches
 
-    def fit(loader, **options):
-        saves = ModelCheckpoint(options.pop("folder", None), every_n_micro_steps=1, save_top_k=-1)
-        t = single(
-            accumulate_grad_batches=2,
-            max_epochs=3,
-            callbacks=saves,
-            default_root_dir=tmp_path / "other",
-            limit_train_batches=5,
-        )
-        return t.fit(the_task, loader, **options)
-
-    want = fit(source(), folder=tmp_path / "run")
+    saves = ModelCheckpoint(tmp_path, every_n_micro_steps=1, save_top_k=-1)
+    t = single(accumulate_grad_batches=2, max_epochs=3, callbacks=saves, limit_train_batches=5)
+    want = t.fit(the_task, source())
+    saves.every_n_micro_steps = None
     for name in ("epoch=0-micro_step=4", "epoch=1-micro_step=8", "epoch=1-micro_step=10", "epoch=3-micro_step=15"):
         fetched = []
-        assert_same(fit(source(fetched), ckpt_path=tmp_path / "run" / name), want)
+        assert_same(t.fit(the_task, source(fetched), ckpt_path=tmp_path / name), want)
         if stateful and name == "epoch=1-micro_step=8":
             assert fetched[:3] == ([0, 8, 9] if stream else [0, 3, 4])
 
@@ -321,15 +308,14 @@ def test_an_error_is_the_users_and_the_run_is_saved(tmp_path, who):
         yield from batches[:3]
         raise error
 
-    saves = ModelCheckpoint(tmp_path)
-    fit = lambda source, *callbacks, **options: single(accumulate_grad_batches=4, callbacks=[saves, *callbacks]).fit(
-        the_task, source, **options
-    )
+    breaks = Breaks(3, None if who == "loader" else error)
+    t = single(accumulate_grad_batches=4, callbacks=[ModelCheckpoint(tmp_path), breaks])
     with pytest.raises(OSError, match="mine") as caught:
-        fit(*((broken(),) if who == "loader" else (batches, Breaks(3, error))))
+        t.fit(the_task, broken() if who == "loader" else batches)
     assert caught.value is error
     assert names(tmp_path) == ["epoch=0-micro_step=3"]
-    assert_same(fit(batches, ckpt_path="last"), single(accumulate_grad_batches=4).fit(the_task, batches))
+    breaks.error = None
+    assert_same(t.fit(the_task, batches, ckpt_path="last"), t.fit(the_task, batches))
 
 
 def test_an_error_of_a_program_is_raised_as_it_is(tmp_path):
@@ -386,8 +372,7 @@ def test_a_resumed_run_may_be_made_longer(tmp_path):
     for options in ({"max_epochs": 1}, {"max_epochs": 4, "max_steps": 5}, {"max_epochs": 4}):
         t = single(accumulate_grad_batches=2, callbacks=saves, **options)
         got = t.fit(the_task, batches, ckpt_path="last" if options["max_epochs"] > 1 else None)
-    want = single(accumulate_grad_batches=2, max_epochs=4).fit(the_task, batches)
-    assert_same(got, want)
+    assert_same(got, t.fit(the_task, batches))
 
 
 def test_a_loader_that_ends_before_the_checkpoint_does_is_refused(tmp_path):

@@ -9,7 +9,10 @@ from training import assert_same, loader, single, task
 
 from jaxaccum.callbacks import Callback, ModelCheckpoint
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are sent as POSIX has them")
+pytestmark = [
+    pytest.mark.skipif(os.name != "posix", reason="signals are sent as POSIX has them"),
+    pytest.mark.usefixtures("compiled_once"),
+]
 
 
 class Sends(Callback):

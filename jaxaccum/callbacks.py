@@ -152,10 +152,9 @@ class EarlyStopping(Callback):
             self._look(trainer)
 
     def _look(self, trainer: "Trainer") -> None:
-        metrics = trainer.callback_metrics
-        if self.monitor not in metrics:
-            raise ValueError(f"monitor={self.monitor!r} is not among what is logged: {sorted(metrics)}.")
-        value = float(metrics[self.monitor])
+        value = _monitored(trainer, self.monitor)
+        if value is None:  # The run stopped in its first window.
+            return
         gain = self.best - value if self.mode == "min" else value - self.best
         if gain > self.min_delta:
             self.best, self.wait = value, 0
@@ -274,17 +273,12 @@ class ModelCheckpoint(Callback):
         """The monitored value now, the worst where there is none so far; None without a monitor.
 
         Raises:
-          ValueError: if other values of its kind are there, and this is not.
+          ValueError: if there will be none.
         """
         if self.monitor is None:
             return None
-        metrics, kind = trainer.callback_metrics, self.monitor.partition("_")[0]
-        if self.monitor in metrics:
-            value = float(metrics[self.monitor])
-            return self._worst() if math.isnan(value) else value
-        if any(name.startswith(f"{kind}_") for name in metrics):
-            raise ValueError(f"monitor={self.monitor!r} is not among what is logged: {sorted(metrics)}.")
-        return self._worst()
+        value = _monitored(trainer, self.monitor)
+        return self._worst() if value is None or math.isnan(value) else value
 
     def wants(self, score: float | None) -> bool:
         """Whether a checkpoint of this score would be kept."""
@@ -329,6 +323,23 @@ class ModelCheckpoint(Callback):
 
     def _worst(self) -> float:
         return math.inf if self.mode == "min" else -math.inf
+
+
+def _monitored(trainer: "Trainer", monitor: str) -> float | None:
+    """The value of that name now; None before the first window or validation that may give it.
+
+    Raises:
+      ValueError: if it isn't there and isn't to come.
+    """
+    metrics, kind = trainer.callback_metrics, monitor.partition("_")[0]
+    if monitor in metrics:
+        return float(metrics[monitor])
+    if kind in ("train", "val") and not any(name.startswith(f"{kind}_") for name in metrics):
+        return None
+    raise ValueError(
+        f"monitor={monitor!r} is not among what is logged: {sorted(metrics)}. Pass one of these, or have a callback "
+        "log it with trainer.log before it is looked at."
+    )
 
 
 def _divides(interval: int | None, count: int, last: int = 1) -> bool:

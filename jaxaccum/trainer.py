@@ -26,7 +26,7 @@ from jaxaccum._run import Run
 from jaxaccum._saver import Saver
 from jaxaccum._signals import Signals
 from jaxaccum._strategy import Strategy, length
-from jaxaccum.callbacks import Callback, ModelCheckpoint, ProgressBar
+from jaxaccum.callbacks import Callback, EarlyStopping, ModelCheckpoint, ProgressBar
 from jaxaccum.task import Task
 
 Tree = Any
@@ -365,12 +365,15 @@ class Trainer:
         first = next(batches, _NOTHING)
         if first is _NOTHING:
             raise ValueError(f"train_loader={train_loader!r} is empty: it gave no batch.")
-        policies = [callback for callback in self._callbacks if isinstance(callback, ModelCheckpoint)]
-        for policy in policies:
-            if (policy.monitor or "").startswith("val_") and val_loader is None:
+        val_loader = val_loader if self._limit_val_batches else None
+        for callback in self._callbacks:
+            monitor = callback.monitor if isinstance(callback, (EarlyStopping, ModelCheckpoint)) else None
+            if val_loader is None and (monitor or "").startswith("val_"):
                 raise ValueError(
-                    f"ModelCheckpoint(monitor={policy.monitor!r}) needs a validation: pass fit a val_loader."
+                    f"{type(callback).__name__}(monitor={monitor!r}) needs a validation: pass fit a val_loader, and "
+                    "limit_val_batches other than 0."
                 )
+        policies = [callback for callback in self._callbacks if isinstance(callback, ModelCheckpoint)]
         self._savers = [Saver(policy, self._folder) for policy in policies]
         found = _saver.find(ckpt_path, self._savers)
         seed = self._seed if found is None else found.notes["seed"]
@@ -382,7 +385,7 @@ class Trainer:
             state=programs.initial(first),
             records=Records(self._loggers),
             seed=seed,
-            val_loader=val_loader if self._limit_val_batches else None,
+            val_loader=val_loader,
             examples=length(first),
             epoch_batches=epoch_batches,
         )

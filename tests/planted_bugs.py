@@ -25,8 +25,18 @@ CORE = (
     "test_zero.py",
     "test_exact.py",
 )
-TRAINER = ("test_feed.py", "test_trainer.py", "test_fuse_windows.py")
-TRAINER_FILES = ("_feed.py", "_outputs.py", "_pieces.py", "_programs.py", "_strategy.py", "callbacks.py", "trainer.py")
+TRAINER = ("test_feed.py", "test_callbacks.py", "test_checkpoint.py", "test_trainer.py", "test_fuse_windows.py")
+TRAINER_FILES = (
+    "_feed.py",
+    "_outputs.py",
+    "_pieces.py",
+    "_programs.py",
+    "_reader.py",
+    "_records.py",
+    "_strategy.py",
+    "callbacks.py",
+    "trainer.py",
+)
 
 
 class Bug(NamedTuple):
@@ -262,6 +272,26 @@ BUGS = [
         "at.batches += len(micro_step.batches)",
         "at.batches += bool(micro_step.batches)",
     ),
+    Bug(
+        "K forgotten by a checkpoint",
+        "trainer.py",
+        "for saver in self._savers:\n            saver.goes_on(",
+        "self._at.every_k = 1\n        for saver in self._savers:\n            saver.goes_on(",
+    ),
+    Bug("a resume with another seed", "trainer.py", 'found.notes["seed"]', "self._seed"),
+    Bug("another task's programs", "trainer.py", "last.task is task and last.seed == seed", "last.seed == seed"),
+    Bug("a model's programs for another", "_programs.py", "if kind != self._kind:", "if self._kind is None:"),
+    Bug(
+        "batches of earlier epochs given again",
+        "_reader.py",
+        "at.all_batches if is_stream else at.batches",
+        "at.batches",
+    ),
+    Bug("a limit that starts anew in a resume", "_reader.py", "limit = max(limit - at.batches, 0)", "pass"),
+    Bug("the worst checkpoints kept", "callbacks.py", 'sign = 1 if self.mode == "min" else -1', "sign = 0"),
+    Bug("the newest checkpoint not kept", "callbacks.py", ", *list(self._saved)[-1:]}", "}"),
+    Bug("a misspelt monitor waited for", "callbacks.py", 'if kind in ("train", "val") and not any(', "if not any("),
+    Bug("a history without its validations", "_records.py", "kind = tuple(record)", "kind = ()"),
     Bug("a window that a hook's error leaves uncounted", "trainer.py", "while self._uncounted:  #", "while False:  #"),
 ]
 

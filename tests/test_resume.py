@@ -119,10 +119,10 @@ def test_a_resume_on_other_devices_ends_at_the_same_parameters(tmp_path, before,
     with jax.enable_x64(True):
         dp = before[0] == "dp"
         batches, the_task = loader(*([16] * 7 + [13] if dp else [4] * 40)), task(dropout=0 if dp else 0.3)
-        every = ModelCheckpoint(tmp_path, every_n_micro_steps=1, save_top_k=-1)
-        unbroken = run(*before, callbacks=every, log_every_n_steps=1)
+        saves = ModelCheckpoint(tmp_path, every_n_micro_steps=micro_step, save_top_k=-1)
+        unbroken = run(*before, callbacks=saves, log_every_n_steps=1)
         want = unbroken.fit(the_task, batches)
-        path = saved(tmp_path)[micro_step - 1]
+        path = tmp_path / f"epoch=0-micro_step={micro_step}"
         assert jaxaccum.checkpoint.load(path).notes["counters"]["window_step"] > 0
         for place in after:
             # K is the schedule's from the next epoch on; in the open one it is such that windows hold what they held.
@@ -139,9 +139,10 @@ def test_a_resume_on_other_devices_ends_at_the_same_parameters(tmp_path, before,
 def test_model_states_that_have_parted_go_on_from_their_mean(tmp_path):
     """Catches a device's model state that stands for all of them, or is summed: dp, whose means are the examples'."""
     batches, the_task = loader(*[16] * 6), task(model_state=True)
-    want = run("dp", 8, 3, [every_micro_step(tmp_path)]).fit(the_task, batches).model_state
+    saves = ModelCheckpoint(tmp_path, every_n_micro_steps=2, save_top_k=-1)
+    want = run("dp", 8, 3, saves).fit(the_task, batches).model_state
     for place in [("dp", 4, 3), ("single", 1, 3)]:
-        got = run(*place).fit(the_task, batches, ckpt_path=saved(tmp_path)[1]).model_state
+        got = run(*place).fit(the_task, batches, ckpt_path=tmp_path / "epoch=0-micro_step=2").model_state
         assert_close(got, want, 1e-6)
 
 

@@ -10,7 +10,8 @@ import pytest
 from training import Recorder, assert_close, assert_same, loader, ones, single, slope, task, trainer
 
 import jaxaccum
-from jaxaccum.callbacks import Callback, GradientAccumulationScheduler
+from jaxaccum import _records
+from jaxaccum.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
 
 
 def steps(batches, **options):
@@ -260,6 +261,22 @@ def test_row_17_a_keyboard_interrupt_keeps_the_window_or_flushes_it(flush):
         t.fit(slope(), interrupted())
     assert reads.seen[0] is KeyboardInterrupt
     assert reads.seen[2] == (-1 if flush and reads.seen[1] else 0)
+
+
+def test_row_18_a_checkpoint_holds_the_pending_gradients_and_k(tmp_path):
+    """Catches a resume whose window begins anew, and one with K=1, or the schedule's, until the next epoch."""
+    where = lambda: Recorder(lambda t: (t.accumulate_grad_batches, t.window_step, float(t.state.params)))
+    whole, rest = where(), where()
+    options = {"accumulate_grad_batches": {0: 3, 1: 2}, "max_epochs": 2}
+    saves = ModelCheckpoint(tmp_path, every_n_micro_steps=1, save_top_k=-1)
+    batches, the_task = [np.full(2, value, np.float32) for value in (1, 2, 6, 4, 8)], slope()
+    single(**options, callbacks=[whole, saves]).fit(the_task, batches)
+    assert [step[2] for step in whole.seen[:5]] == [0, 0, -3, -3, -9]
+    resumed = single(**options, callbacks=rest)
+    for i in range(1, 10):
+        rest.seen.clear()
+        resumed.fit(the_task, batches, ckpt_path=tmp_path / f"epoch={(i - 1) // 5}-micro_step={i}")
+        assert rest.seen == whole.seen[i:]
 
 
 @pytest.mark.parametrize(
@@ -597,6 +614,18 @@ def test_plot_draws_losses_k_and_the_effective_batch(tmp_path):
     assert {line.get_label() for line in losses.lines} == {"train_loss", "val_loss"}
     assert curve(k.lines[0]) == [[4, 6, 8], [2, 1, 1]]
     assert curve(batch.lines[0]) == [[4, 6, 8], [4, 2, 2]]
+
+
+def test_the_history_of_a_long_run_is_thinned(monkeypatch):
+    """Catches a history that grows without end, and one that loses its validations first."""
+    monkeypatch.setattr(_records, "KEPT", 20)
+    t = single(max_epochs=2, log_every_n_steps=1, val_check_interval=1)
+    t.fit(slope(), ones(*[2] * 50), ones(2))
+    history = t._running.records.history
+    assert 10 <= len(history) <= 20
+    for name in ("train_loss", "val_loss"):
+        steps = [record["step"] for record in history if name in record]
+        assert len(steps) >= 5 and steps[0] == 1 and steps[-1] > 90 and steps == sorted(set(steps))
 
 
 def refused(error, match, batches=(), the_task=None, **options):

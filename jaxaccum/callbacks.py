@@ -188,6 +188,7 @@ class ModelCheckpoint(Callback):
       every_n_epochs: save at the end of every so many epochs; with a `monitor` that starts with "val_", after each
         validation in them.
       monitor: a name in `trainer.callback_metrics`, by which checkpoints are ranked; None: by age, the newest first.
+        A name that isn't there when a checkpoint is due, nor comes with the first window or validation, is an error.
       mode: "min" or "max", what is better.
       save_top_k: how many of the first in rank to keep; -1 is all, and without a `monitor` 1 is the most else.
       save_last: whether the newest is kept besides, which a resume needs. False saves what is in rank, and the end.

@@ -183,6 +183,8 @@ class Trainer:
         143, or KeyboardInterrupt, is raised. A second one is not waited for. An error of a loader or a callback is
         raised after such a save too.
 
+        The next `fit` of the same `Task` object uses the compiled programs of this one.
+
         Args:
           task: what to train.
           train_loader: an iterable of batches, pytrees whose leaves have one leading length; iterated anew in every

@@ -14,6 +14,8 @@ from training import Recorder, ones, single, slope
 import jaxaccum
 from jaxaccum.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint, ProgressBar
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 
 def losing(values):
     """A task whose validation loss is each of `values` in turn, and whose training loss is 1."""

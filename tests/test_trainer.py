@@ -13,6 +13,8 @@ import jaxaccum
 from jaxaccum import _records
 from jaxaccum.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 
 def steps(batches, **options):
     """The optimizer steps made after every micro-step of a fit."""
@@ -167,12 +169,12 @@ def test_zero_is_ddp_with_its_optimizer_state_split_over_the_devices(x64):
     """Catches an update of one device's share alone, a norm of one share, and a state that is whole everywhere."""
     with jax.enable_x64(x64):
         rng = np.random.default_rng(0)
-        batches = [{"x": rng.standard_normal((4, 16)), "y": rng.standard_normal((4, 2))} for _ in range(21)]
-        run = lambda strategy: trainer(strategy=strategy, accumulate_grad_batches=2, gradient_clip_val=0.5)
+        batches = [{"x": rng.standard_normal((4, 16)), "y": rng.standard_normal((4, 2))} for _ in range(11)]
+        run = lambda strategy: trainer(strategy=strategy, devices=4, accumulate_grad_batches=2, gradient_clip_val=0.5)
         ddp, zero = run("ddp").fit(task(dropout=0.2), batches), run("zero").fit(task(dropout=0.2), batches)
         assert_close((zero.params, zero.opt_state), (ddp.params, ddp.opt_state), 1e-12 if x64 else 1e-6)
         moments = [leaf for leaf in jax.tree.leaves(zero.opt_state) if leaf.shape == (16, 2)]
-        assert len(moments) == 2 and all(leaf.sharding.shard_shape((16, 2)) == (2, 2) for leaf in moments)
+        assert len(moments) == 2 and all(leaf.sharding.shard_shape((16, 2)) == (4, 2) for leaf in moments)
         assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(zero.params))
 
 

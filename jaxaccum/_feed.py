@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from jaxaccum._strategy import Piece, Strategy, length
+from jaxaccum._strategy import Piece, Strategy, length, signature
 
 Tree = Any
 
@@ -55,6 +55,37 @@ def micro_steps(batches: Iterable[Tree], strategy: Strategy) -> Iterator[MicroSt
 
 def _micro_step(pieces: list[Piece], batches: list[Tree], loader_state: Any, last: bool) -> MicroStep:
     return MicroStep(pieces, batches, sum(map(length, batches)), last, loader_state)
+
+
+def fused(micro_steps: Iterable[MicroStep], every_k: int, pending: int) -> Iterator[list[MicroStep]]:
+    """The micro-steps of an epoch in lists, each for one call: a window where it can be stacked, else one by one.
+
+    If `micro_steps` raises, what the open window has of it comes first, one by one: the window is not whole.
+
+    Args:
+      micro_steps: as the function of that name gives them.
+      every_k: K.
+      pending: how many micro-steps the open window has already.
+    """
+    window: list[MicroStep] = []
+    try:
+        for micro_step in micro_steps:
+            window.append(micro_step)
+            if micro_step.last or pending + len(window) >= every_k:
+                yield from [window] if _can_be_stacked(window) else ([one] for one in window)
+                window, pending = [], 0
+    except Exception:
+        yield from ([one] for one in window)
+        raise
+
+
+def _can_be_stacked(window: list[MicroStep]) -> bool:
+    """Whether each micro-step is one piece, and all pieces are alike."""
+    first, *others = window
+    if any(len(micro_step.pieces) != 1 for micro_step in window):
+        return False
+    shape = signature(first.pieces[0].batch)
+    return all(signature(other.pieces[0].batch) == shape for other in others)
 
 
 class _Groups:

@@ -1,6 +1,7 @@
 """A micro-step's loss and metrics, left on the device until someone reads them."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -14,16 +15,18 @@ class Outputs(Mapping[str, float]):
     were on; NaN where nothing has weight.
 
     Args:
-      parts: the weighted sums of each call that the micro-step took, () or (P,) each.
+      parts: the weighted sums of each call that the micro-step took, () or (P,) each; (K,) or (P, K) of a call for K
+        micro-steps.
+      index: of the micro-step in each of those arrays.
     """
 
-    __slots__ = ("_parts",)
+    __slots__ = ("_index", "_parts")
 
-    def __init__(self, parts: Sequence[dict[str, Weighted]]):
-        self._parts = parts
+    def __init__(self, parts: Sequence[dict[str, Weighted]], index: Any = ...):
+        self._parts, self._index = parts, index
 
     def __getitem__(self, name: str) -> float:
-        return mean([part[name] for part in self._parts])
+        return mean([part[name] for part in self._parts], self._index)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts[0])
@@ -35,7 +38,9 @@ class Outputs(Mapping[str, float]):
         return repr(dict(self))
 
 
-def mean(sums: Sequence[Weighted]) -> float:
-    """Σ total / Σ weight over the parts and their devices; NaN where nothing has weight."""
-    total, weight = (sum(np.sum(np.asarray(x, np.float64)) for x in parts) for parts in zip(*sums, strict=True))
+def mean(sums: Sequence[Weighted], index: Any = ...) -> float:
+    """Σ total / Σ weight over the parts and their devices, of what is at `index`; NaN where nothing has weight."""
+    # On the host: to cut an array on the device would be a program of its own.
+    at_index = lambda x: np.asarray(x, np.float64)[index]
+    total, weight = (sum(np.sum(at_index(x)) for x in parts) for parts in zip(*sums, strict=True))
     return float(total / weight) if weight else float("nan")

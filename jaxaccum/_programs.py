@@ -54,10 +54,10 @@ class FitState(NamedTuple):
 
 
 class Programs:
-    """The programs of one run, each compiled at most once for a shape of batch.
+    """The programs of a run and of those like it, each compiled at most once for a shape of batch.
 
     `accumulate` takes parameters and pending sums and nothing else; `step` adds the window's last piece and runs the
-    optimizer; `flush` runs it on what is pending.
+    optimizer; `flush` runs it on what is pending; `window` is as many accumulates as it takes and a step, in one.
 
     Args:
       task: what to train.
@@ -74,6 +74,7 @@ class Programs:
         self._gradients = functools.partial(_pieces.gradients, task, strategy, seed)
         # K is the host's to know: every call says whether it is a boundary.
         self._tx = MultiSteps(optimizer, 1, nonfinite=nonfinite, **self._sync.options())
+        self._kind: Any = None
 
     def initial(self, batch: Tree) -> FitState:
         """The state at the start of a run, on the devices, and the programs for it.
@@ -90,9 +91,11 @@ class Programs:
         piece, *_ = self._strategy.pieces([batch])
         args = params, model_state, *piece
         shardings = self._shardings(*args[:2], *jax.eval_shape(self._begin, *args))
-        self._compile(shardings)
-        begin = jax.jit(self._begin, out_shardings=(shardings.opt_state, shardings.pending))
-        opt_state, pending = begin(*args)
+        kind = jax.tree.flatten(shardings)
+        if kind != self._kind:  # Else the programs of the run before serve this one too.
+            self._compile(shardings)
+            self._kind = kind
+        opt_state, pending = self._start(*args)
         return FitState(params, opt_state, model_state, pending)
 
     def _begin(self, params, model_state, batch, place):
@@ -125,26 +128,32 @@ class Programs:
 
     def _compile(self, shardings: FitState) -> None:
         common, local = self._strategy.common, self._strategy.local
+        self._start = jax.jit(self._begin, out_shardings=(shardings.opt_state, shardings.pending))
         self._accumulate = jax.jit(self._add_piece, donate_argnums=1, out_shardings=(shardings.pending, local))
         self._step = jax.jit(self._close_with, donate_argnums=0, out_shardings=(shardings, local, common))
         self._flush = jax.jit(self._close, donate_argnums=0, out_shardings=(shardings, common))
+        self._window = jax.jit(self._scan, donate_argnums=0, out_shardings=(shardings, local, common))
 
     def run(
-        self, state: FitState, pieces: Sequence[Piece], boundary: bool, share: jax.Array | None
-    ) -> tuple[FitState, Outputs, dict[str, jax.Array]]:
-        """One micro-step.
+        self, state: FitState, micro_steps: Sequence[Sequence[Piece]], boundary: bool, share: jax.Array | None
+    ) -> tuple[FitState, list[Outputs], dict[str, jax.Array] | None]:
+        """One micro-step, or in one call all that are left of a window.
 
         Args:
           state: is donated.
-          pieces: the micro-step's.
-          boundary: whether the window ends with it.
+          micro_steps: the pieces of each; where there are several, each has one, and all have the same shapes.
+          boundary: whether the window ends with the last of them; several end one.
           share: at a boundary, what to multiply the window's gradient with; None is 1.
 
         Returns:
-          (state, the micro-step's loss and metrics, at a boundary the window's means).
+          (state, each micro-step's loss and metrics, at a boundary the window's means).
         """
+        if len(micro_steps) > 1:
+            state, logs, means = self._window(state, [piece for (piece,) in micro_steps], share)
+            return state, [Outputs([logs], (..., i)) for i in range(len(micro_steps))], means
+        (pieces,) = micro_steps
         params, opt_state, model_state, pending = state
-        outputs, means = [], {}
+        outputs, means = [], None
         for piece in pieces if not boundary else pieces[:-1]:
             pending, logs = self._accumulate(params, pending, *piece)
             outputs.append(logs)
@@ -152,7 +161,7 @@ class Programs:
         if boundary:
             state, logs, means = self._step(state, *pieces[-1], share)
             outputs.append(logs)
-        return state, Outputs(outputs), means
+        return state, [Outputs(outputs)], means
 
     def flush(self, state: FitState, share: jax.Array | None) -> tuple[FitState, dict[str, jax.Array]]:
         """An optimizer step on what is pending: (state, the window's means). `state` is donated."""
@@ -174,6 +183,15 @@ class Programs:
             state.params, state.opt_state, state.pending, batch, place, boundary=True, **share
         )
         return self._closed(params, opt_state, pending), logs, self._means(pending.logs)
+
+    def _scan(self, state, pieces, share):
+        *others, (batch, place) = pieces
+        add = lambda pending, piece: self._add_piece(state.params, pending, *piece)
+        pending, logs = jax.lax.scan(add, state.pending, jax.tree.map(lambda *x: jnp.stack(x), *others))
+        state, last_logs, means = self._close_with(state._replace(pending=pending), batch, place, share)
+        # The micro-steps on the last axis: the devices' stays the first, and says where they lie.
+        together = lambda x, end: jnp.concatenate([jnp.moveaxis(x, 0, -1), end[..., None]], axis=-1)
+        return state, jax.tree.map(together, logs, last_logs), means
 
     def _close(self, state, share):
         share = {} if share is None else {"share": share}

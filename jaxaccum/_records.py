@@ -1,10 +1,13 @@
 """What a run has logged: fetched from the device a step late, so that logging doesn't empty its queue."""
 
+import collections
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+
+KEPT = 10_000  # records at the most: of a long run a figure shows no more
 
 
 class Records:
@@ -16,7 +19,8 @@ class Records:
       loggers: objects with `write_scalars(step, dict)`.
 
     Attributes:
-      history: all records as dicts of numbers, "step" among them.
+      history: the records as dicts of numbers, "step" among them. Whenever they become more than `KEPT`, every other
+        one of each kind goes.
     """
 
     def __init__(self, loggers: Sequence[Any]):
@@ -45,5 +49,19 @@ class Records:
             step, scalars = self._waiting.pop(0)
             numbers = {name: np.asarray(value).item() for name, value in scalars.items()}
             self.history.append({"step": step, **numbers})
+            if len(self.history) > KEPT:
+                self.history = _every_other(self.history)
             for logger in self._loggers:
                 logger.write_scalars(step, numbers)
+
+
+def _every_other(records: Sequence[dict[str, float]]) -> list[dict[str, float]]:
+    """Half of the records of each kind, of those with the same names."""
+    kinds: collections.Counter[tuple[str, ...]] = collections.Counter()
+    kept = []
+    for record in records:
+        kind = tuple(record)
+        if kinds[kind] % 2 == 0:
+            kept.append(record)
+        kinds[kind] += 1
+    return kept

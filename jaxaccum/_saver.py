@@ -46,7 +46,7 @@ class Saver:
         if path.parent == self._folder:
             self._last = dataclasses.replace(at)
 
-    def save_if_due(self, trainer: "Trainer", moment: str, at: Counters, take: Take) -> None:
+    def save_if_due(self, trainer: "Trainer", moment: str, at: Counters, take: Take, micro_steps: int) -> None:
         """Begins a checkpoint if the policy asks for one.
 
         Args:
@@ -54,8 +54,9 @@ class Saver:
           moment: of which this is the end: "micro_step", "validation" or "epoch".
           at: the place in the run.
           take: gives what the run consists of: arrays by name, and notes.
+          micro_steps: how many ended at once.
         """
-        if self.policy.due(trainer, moment):
+        if self.policy.due(trainer, moment, micro_steps):
             score = self.policy.score(trainer)
             if self.policy.wants(score):
                 self._save(at, score, take)

@@ -92,7 +92,7 @@ class Strategy:
         elif self.name == "dp":
             pieces = self._split(batches[0])
         else:
-            pieces = [self._run(list(run)) for _, run in itertools.groupby(batches, key=_signature)]
+            pieces = [self._run(list(run)) for _, run in itertools.groupby(batches, key=signature)]
         return [Piece(self._put(piece.batch), self.constant(piece.place, np.int32)) for piece in pieces]
 
     def _run(self, run: list[Tree]) -> Piece:
@@ -142,9 +142,10 @@ def length(batch: Tree) -> int:
     return shape[0] if shape else 1
 
 
-def _signature(batch: Tree) -> Any:
+def signature(batch: Tree) -> Any:
+    """What batches that can be stacked have in common: the tree, and its leaves' shapes and dtypes."""
     leaves, treedef = jax.tree.flatten(batch)
-    return treedef, [(np.shape(leaf), getattr(leaf, "dtype", None)) for leaf in leaves]
+    return treedef, [(np.shape(leaf), getattr(leaf, "dtype", type(leaf))) for leaf in leaves]
 
 
 def _map(fun: Callable[..., Any], *batches: Tree) -> Tree:

@@ -152,10 +152,9 @@ class EarlyStopping(Callback):
             self._look(trainer)
 
     def _look(self, trainer: "Trainer") -> None:
-        metrics = trainer.callback_metrics
-        if self.monitor not in metrics:
-            raise ValueError(f"monitor={self.monitor!r} is not among what is logged: {sorted(metrics)}.")
-        value = float(metrics[self.monitor])
+        value = _monitored(trainer, self.monitor)
+        if value is None:  # The run stopped in its first window.
+            return
         gain = self.best - value if self.mode == "min" else value - self.best
         if gain > self.min_delta:
             self.best, self.wait = value, 0
@@ -183,11 +182,13 @@ class ModelCheckpoint(Callback):
 
     Args:
       dirpath: the folder, for one run at a time; None is "checkpoints" in the Trainer's `default_root_dir`.
-      every_n_micro_steps: save after every so many micro-steps, in the middle of windows too.
+      every_n_micro_steps: save after every so many micro-steps, in the middle of windows too; with
+        `fuse_windows` at the end of the window that they fall in.
       every_n_train_steps: save after every so many optimizer steps.
       every_n_epochs: save at the end of every so many epochs; with a `monitor` that starts with "val_", after each
         validation in them.
       monitor: a name in `trainer.callback_metrics`, by which checkpoints are ranked; None: by age, the newest first.
+        A name that isn't there when a checkpoint is due, nor comes with the first window or validation, is an error.
       mode: "min" or "max", what is better.
       save_top_k: how many of the first in rank to keep; -1 is all, and without a `monitor` 1 is the most else.
       save_last: whether the newest is kept besides, which a resume needs. False saves what is in rank, and the end.
@@ -251,16 +252,17 @@ class ModelCheckpoint(Callback):
         self._saved = {}
         return self.dirpath
 
-    def due(self, trainer: "Trainer", moment: str) -> bool:
+    def due(self, trainer: "Trainer", moment: str, micro_steps: int = 1) -> bool:
         """Whether to save now.
 
         Args:
           trainer: the trainer.
           moment: "micro_step", "validation" or "epoch", of which this is the end.
+          micro_steps: how many ended at once: with `fuse_windows` those of a window.
         """
         if moment == "micro_step":
             in_window = trainer.window_step > 0
-            return _divides(self.every_n_micro_steps, trainer.micro_step) or (
+            return _divides(self.every_n_micro_steps, trainer.micro_step, micro_steps) or (
                 not in_window and _divides(self.every_n_train_steps, trainer.global_step)
             )
         by_validation = (self.monitor or "").startswith("val_")
@@ -272,17 +274,12 @@ class ModelCheckpoint(Callback):
         """The monitored value now, the worst where there is none so far; None without a monitor.
 
         Raises:
-          ValueError: if other values of its kind are there, and this is not.
+          ValueError: if there will be none.
         """
         if self.monitor is None:
             return None
-        metrics, kind = trainer.callback_metrics, self.monitor.partition("_")[0]
-        if self.monitor in metrics:
-            value = float(metrics[self.monitor])
-            return self._worst() if math.isnan(value) else value
-        if any(name.startswith(f"{kind}_") for name in metrics):
-            raise ValueError(f"monitor={self.monitor!r} is not among what is logged: {sorted(metrics)}.")
-        return self._worst()
+        value = _monitored(trainer, self.monitor)
+        return self._worst() if value is None or math.isnan(value) else value
 
     def wants(self, score: float | None) -> bool:
         """Whether a checkpoint of this score would be kept."""
@@ -329,8 +326,26 @@ class ModelCheckpoint(Callback):
         return math.inf if self.mode == "min" else -math.inf
 
 
-def _divides(interval: int | None, count: int) -> bool:
-    return interval is not None and count % interval == 0
+def _monitored(trainer: "Trainer", monitor: str) -> float | None:
+    """The value of that name now; None before the first window or validation that may give it.
+
+    Raises:
+      ValueError: if it isn't there and isn't to come.
+    """
+    metrics, kind = trainer.callback_metrics, monitor.partition("_")[0]
+    if monitor in metrics:
+        return float(metrics[monitor])
+    if kind in ("train", "val") and not any(name.startswith(f"{kind}_") for name in metrics):
+        return None
+    raise ValueError(
+        f"monitor={monitor!r} is not among what is logged: {sorted(metrics)}. Pass one of these, or have a callback "
+        "log it with trainer.log before it is looked at."
+    )
+
+
+def _divides(interval: int | None, count: int, last: int = 1) -> bool:
+    """Whether one of the `last` counts up to `count` is a multiple of `interval`."""
+    return interval is not None and count % interval < last
 
 
 class LearningRateMonitor(Callback):

@@ -1,5 +1,6 @@
 """The loop: epochs of micro-steps in windows of K, on one device or several."""
 
+import collections
 import itertools
 import math
 import os
@@ -15,8 +16,9 @@ import numpy as np
 from jaxaccum import _accumulator, _arguments, _limits, _optimizer, _plot, _reader, _saver, _snapshot
 from jaxaccum._counters import Counters
 from jaxaccum._evaluation import Evaluation
-from jaxaccum._feed import MicroStep, micro_steps
+from jaxaccum._feed import MicroStep, fused, micro_steps
 from jaxaccum._integers import as_int, positive_int
+from jaxaccum._outputs import Outputs
 from jaxaccum._programs import FitState, Programs
 from jaxaccum._reader import Reader
 from jaxaccum._records import Records
@@ -24,7 +26,7 @@ from jaxaccum._run import Run
 from jaxaccum._saver import Saver
 from jaxaccum._signals import Signals
 from jaxaccum._strategy import Strategy, length
-from jaxaccum.callbacks import Callback, ModelCheckpoint, ProgressBar
+from jaxaccum.callbacks import Callback, EarlyStopping, ModelCheckpoint, ProgressBar
 from jaxaccum.task import Task
 
 Tree = Any
@@ -65,6 +67,14 @@ class Trainer:
       partial_window: how an epoch's last window, if it is not full, is divided: "exact", by what it holds, or
         "divide_by_k", as Lightning does.
       flush_on_stop: whether a window that a stop leaves open is closed with what it holds. Else it stays pending.
+      fuse_windows: whether each window runs as one call, a loop on the device, where its micro-batches can be stacked:
+        all of one shape, and each in one piece (with "ddp" and "zero" batches of one shape, with "dp" one that divides
+        over the devices). Any other window runs as it does without. Each number of micro-steps in a window compiles
+        once, and all of its batches are on the devices at once. The arithmetic is the same; the hooks are called as
+        without, but `on_train_batch_start` of a whole window before it, with the counters of its start, and
+        `on_train_batch_end` after it, with counters of their own but with the `state` of its end (see
+        `state_is_ahead`). What would fall inside it waits for its end: a validation, a
+        checkpoint, a stop.
       nonfinite: "propagate", or "drop": a micro-batch with a NaN or an infinity in its loss or gradient is left out.
       detect_anomaly: whether such a one raises FloatingPointError instead, before it enters the sums. The host then
         waits for the device after every micro-step.
@@ -109,6 +119,7 @@ class Trainer:
         seed: int = 0,
         partial_window: str = "exact",
         flush_on_stop: bool = False,
+        fuse_windows: bool = False,
         nonfinite: str = "propagate",
         detect_anomaly: bool = False,
     ):
@@ -129,12 +140,17 @@ class Trainer:
         self._divide_by_k = (
             _arguments.choice(partial_window, "partial_window", ("exact", "divide_by_k")) == "divide_by_k"
         )
-        self._flush_on_stop = flush_on_stop
+        self._flush_on_stop, self._fuse_windows = flush_on_stop, fuse_windows
         self._nonfinite = _arguments.choice(nonfinite, "nonfinite", ("propagate", "drop"))
         self._detect_anomaly = detect_anomaly
         if detect_anomaly:
             if nonfinite == "drop":
                 raise ValueError("detect_anomaly=True raises where nonfinite='drop' goes on: choose one of them.")
+            if fuse_windows:
+                raise ValueError(
+                    "detect_anomaly=True looks at every micro-step before the next, and fuse_windows=True runs a "
+                    "window of them in one call: choose one of them."
+                )
             self._nonfinite = "drop"  # What raises is left out too, so that the state which remains is sound.
         self._hooks = {name: _overridden(self._callbacks, name) for name in vars(Callback) if name.startswith("on_")}
         self.should_stop = False
@@ -142,6 +158,7 @@ class Trainer:
         self._run: Run | None = None
         self._savers: list[Saver] = []
         self._signals = Signals()
+        self._uncounted: collections.deque[tuple[MicroStep, Outputs]] = collections.deque()
         self._sets_k = False
 
     def fit(
@@ -161,9 +178,12 @@ class Trainer:
         epoch ends. On another number of devices what is pending is merged or split, and the open epoch keeps its
         effective batch.
 
-        SIGTERM and SIGINT (Ctrl-C), where fit runs in the main thread, end the run after the micro-step at hand: it is
-        saved, if there is a `ModelCheckpoint`, and SystemExit with code 143, or KeyboardInterrupt, is raised. A second
-        one is not waited for. An error of a loader or a callback is raised after such a save too.
+        SIGTERM and SIGINT (Ctrl-C), where fit runs in the main thread, end the run after the micro-step at hand, or
+        with `fuse_windows` after the window: it is saved, if there is a `ModelCheckpoint`, and SystemExit with code
+        143, or KeyboardInterrupt, is raised. A second one is not waited for. An error of a loader or a callback is
+        raised after such a save too.
+
+        The next `fit` of the same `Task` object uses the compiled programs of this one.
 
         Args:
           task: what to train.
@@ -253,6 +273,14 @@ class Trainer:
         return jax.tree.map(jnp.copy, self.state)
 
     @property
+    def state_is_ahead(self) -> bool:
+        """In `on_train_batch_end`: whether `state` is that of micro-steps which the counters don't have yet.
+
+        So it is with `fuse_windows`, before the last micro-step of a window. Whatever is saved, is saved after it.
+        """
+        return bool(self._uncounted)
+
+    @property
     def current_epoch(self) -> int:
         """The epoch, from 0; after `fit`, how many were completed."""
         return self._at.epoch
@@ -339,20 +367,27 @@ class Trainer:
         first = next(batches, _NOTHING)
         if first is _NOTHING:
             raise ValueError(f"train_loader={train_loader!r} is empty: it gave no batch.")
+        val_loader = val_loader if self._limit_val_batches else None
+        for callback in self._callbacks:
+            monitor = callback.monitor if isinstance(callback, (EarlyStopping, ModelCheckpoint)) else None
+            if val_loader is None and (monitor or "").startswith("val_"):
+                raise ValueError(
+                    f"{type(callback).__name__}(monitor={monitor!r}) needs a validation: pass fit a val_loader, and "
+                    "limit_val_batches other than 0."
+                )
         policies = [callback for callback in self._callbacks if isinstance(callback, ModelCheckpoint)]
         self._savers = [Saver(policy, self._folder) for policy in policies]
         found = _saver.find(ckpt_path, self._savers)
         seed = self._seed if found is None else found.notes["seed"]
-        optimizer = _optimizer.of_window(task.optimizer, self._gradient_clip_val, self._divide_by_k)
-        programs = Programs(task, self._strategy, optimizer, self._nonfinite, seed)
+        programs, evaluation = self._compiled(task, seed)
         self._run = Run(
             task=task,
             programs=programs,
-            evaluation=Evaluation(task, self._strategy),
+            evaluation=evaluation,
             state=programs.initial(first),
             records=Records(self._loggers),
             seed=seed,
-            val_loader=val_loader if self._limit_val_batches else None,
+            val_loader=val_loader,
             examples=length(first),
             epoch_batches=epoch_batches,
         )
@@ -366,6 +401,14 @@ class Trainer:
         loader_state, is_stream = self._run.loader_state, batches is train_loader
         return _reader.rest(batches, first, self._at, loader_state, is_stream=is_stream, **options)
 
+    def _compiled(self, task: Task, seed: int) -> tuple[Programs, Evaluation]:
+        """The last run's programs, if they serve this one too: then nothing compiles again."""
+        last = self._run
+        if last is not None and last.task is task and last.seed == seed:
+            return last.programs, last.evaluation
+        optimizer = _optimizer.of_window(task.optimizer, self._gradient_clip_val, self._divide_by_k)
+        return Programs(task, self._strategy, optimizer, self._nonfinite, seed), Evaluation(task, self._strategy)
+
     def _epochs_after_first(self, train_loader: Iterable[Tree]) -> Iterator[Reader]:
         while True:
             yield Reader(iter(train_loader), limit=self._running.epoch_batches, keeps_state=bool(self._savers))
@@ -377,10 +420,10 @@ class Trainer:
         self._validate_if_due()
         is_over = at.batch_idx and (at.ends_epoch or self._finished())
         before = at.batches
-        for micro_step in () if is_over else micro_steps(batches, self._strategy):
+        for call in () if is_over else self._calls(batches):
             self._signals.leave_if_told()
-            self._train_batch(micro_step)
-            self._save_if_due("micro_step")
+            self._train_batches(call)
+            self._save_if_due("micro_step", len(call))
             self._validate_if_due()
             self._signals.leave_if_told()
             if self._finished():
@@ -403,21 +446,54 @@ class Trainer:
         self._call("on_train_epoch_start")
         self._sets_k = False
 
-    def _train_batch(self, micro_step: MicroStep) -> None:
+    def _calls(self, batches: Iterable[Tree]) -> Iterator[Sequence[MicroStep]]:
+        """The micro-steps to come in the epoch, in lists, each for one call on the devices."""
+        steps = micro_steps(batches, self._strategy)
+        return fused(steps, self._at.every_k, self._at.window_step) if self._fuse_windows else zip(steps)
+
+    def _train_batches(self, micro_steps: Sequence[MicroStep]) -> None:
+        """A call on the devices: one micro-step, or all that are left of a window."""
         run, at = self._running, self._at
-        batch, batch_idx = micro_step.batches, at.batch_idx
-        if self._strategy.group == 1:
-            (batch,) = batch
-        for hook in self._hooks["on_train_batch_start"]:
-            hook(self, run.task, batch, batch_idx)
-        window_step = at.window_step + 1
-        boundary = micro_step.last or window_step >= at.every_k
+        for batch_idx, micro_step in enumerate(micro_steps, at.batch_idx):
+            for hook in self._hooks["on_train_batch_start"]:
+                hook(self, run.task, self._batch(micro_step), batch_idx)
+        window_step = at.window_step + len(micro_steps)
+        boundary = micro_steps[-1].last or window_step >= at.every_k
         with jax.profiler.StepTraceAnnotation("train", step_num=at.micro_step):
             share = self._share(window_step) if boundary else None
-            run.state, outputs, means = run.programs.run(run.state, micro_step.pieces, boundary, share)
+            pieces = [micro_step.pieces for micro_step in micro_steps]
+            run.state, outputs, means = run.programs.run(run.state, pieces, boundary, share)
         # From here to the hooks nothing fails: what is counted is in the state, should a hook raise.
+        self._uncounted.extend(zip(micro_steps, outputs, strict=True))
+        try:
+            while self._uncounted:
+                batch_idx = at.batch_idx
+                micro_step, outputs = self._count(means)
+                if self._detect_anomaly:
+                    self._refuse_anomaly(outputs)
+                for hook in self._hooks["on_train_batch_end"]:
+                    hook(self, run.task, outputs, self._batch(micro_step), batch_idx)
+        finally:
+            while self._uncounted:  # A hook raised, but the devices have made them all.
+                self._count(means)
+        if boundary and self.should_log:
+            self._record()
+
+    def _batch(self, micro_step: MicroStep) -> Tree:
+        """What hooks are given."""
+        return micro_step.batches[0] if self._strategy.group == 1 else micro_step.batches
+
+    def _share(self, window_step: int) -> jax.Array | None:
+        """What to multiply the gradient of a window of so many micro-steps with, if windows are divided by K."""
+        share = window_step / self._at.every_k
+        return self._strategy.constant(share, _accumulator.weight_dtype()) if self._divide_by_k else None
+
+    def _count(self, means: dict[str, jax.Array] | None) -> tuple[MicroStep, Outputs]:
+        """Counts the next micro-step that has been made, at a boundary an optimizer step too, and returns it."""
+        run, at = self._running, self._at
+        micro_step, outputs = self._uncounted.popleft()
         run.loader_state = micro_step.loader_state
-        at.window_step = window_step
+        at.window_step += 1
         at.window_samples += micro_step.examples
         at.batches += len(micro_step.batches)
         at.all_batches += len(micro_step.batches)
@@ -425,20 +501,11 @@ class Trainer:
         at.batch_idx += 1
         at.micro_step += 1
         at.samples_seen += micro_step.examples
-        at.validated = run.val_loader is None or not self._validation_is_due(micro_step.last)
-        if boundary:
+        # Of a window's micro-steps an earlier one may have been the one that made a validation due.
+        at.validated &= run.val_loader is None or not self._validation_is_due(micro_step.last)
+        if means is not None and not self._uncounted:
             self._closed(means)
-        if self._detect_anomaly:
-            self._refuse_anomaly(outputs)
-        for hook in self._hooks["on_train_batch_end"]:
-            hook(self, run.task, outputs, batch, batch_idx)
-        if boundary and self.should_log:
-            self._record()
-
-    def _share(self, window_step: int) -> jax.Array | None:
-        """What to multiply the gradient of a window of `window_step` with, if windows are divided by K."""
-        share = window_step / self._at.every_k
-        return self._strategy.constant(share, _accumulator.weight_dtype()) if self._divide_by_k else None
+        return micro_step, outputs
 
     def _closed(self, means: dict[str, jax.Array]) -> None:
         """Counts an optimizer step."""
@@ -507,9 +574,9 @@ class Trainer:
             self._signals.leave_if_told()
             yield batch
 
-    def _save_if_due(self, moment: str) -> None:
+    def _save_if_due(self, moment: str, micro_steps: int = 1) -> None:
         for saver in self._savers:
-            saver.save_if_due(self, moment, self._at, self._take)
+            saver.save_if_due(self, moment, self._at, self._take, micro_steps)
 
     def _save_at_end(self) -> None:
         for saver in self._savers:

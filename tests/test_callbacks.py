@@ -12,7 +12,9 @@ import tqdm
 from training import Recorder, ones, single, slope
 
 import jaxaccum
-from jaxaccum.callbacks import EarlyStopping, LearningRateMonitor, ProgressBar
+from jaxaccum.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint, ProgressBar
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 def losing(values):
@@ -50,12 +52,38 @@ def test_early_stopping_looks_at_the_training_loss_at_an_epochs_end():
     t = single(max_epochs=9, callbacks=EarlyStopping("train_loss", patience=2))
     t.fit(losing([0]), ones(2, 2))
     assert t.current_epoch == 3
-    with pytest.raises(ValueError, match=r"monitor='val_f1' is not among .*val_loss"):
-        single(callbacks=EarlyStopping("val_f1")).fit(losing([0, 0]), ones(2), ones(2))
     with pytest.raises(ValueError, match=r"mode must be .*'least'"):
         EarlyStopping("val_loss", mode="least")
     with pytest.raises(ValueError, match="patience"):
         EarlyStopping("val_loss", patience=0)
+
+
+@pytest.mark.parametrize("monitors", [EarlyStopping, lambda monitor: ModelCheckpoint(monitor=monitor)])
+@pytest.mark.parametrize(
+    ("monitor", "there"), [("val_f1", "val_loss"), ("train_los", "train_loss"), ("loss", "train_loss")]
+)
+def test_a_misspelt_monitor_is_met_at_the_first_look_in_words(monitors, monitor, there, tmp_path):
+    """Catches a run that is never stopped, or is ranked by nothing."""
+    t = single(max_epochs=2, callbacks=monitors(monitor), default_root_dir=tmp_path)
+    with pytest.raises(ValueError, match=f"monitor='{monitor}' is not among .*'{there}'.*trainer.log"):
+        t.fit(slope(), ones(2), ones(2))
+    assert t.micro_step == 1
+    if monitor == "val_f1":
+        for options, validation in [({}, None), ({"limit_val_batches": 0}, ones(2))]:
+            with pytest.raises(ValueError, match=r"\(monitor='val_f1'\) needs a validation.*val_loader"):
+                single(callbacks=monitors(monitor), **options).fit(slope(), ones(2), validation)
+
+
+def test_early_stopping_waits_for_the_first_window():
+    """Catches a stop in the first window that turns into an error about the monitor."""
+
+    class Stops(Callback):
+        def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
+            trainer.should_stop = True
+
+    t = single(accumulate_grad_batches=2, callbacks=[EarlyStopping("train_loss"), Stops()])
+    t.fit(slope(), ones(2, 2))
+    assert (t.micro_step, t.global_step) == (1, 0)
 
 
 def test_the_learning_rate_is_logged_with_every_record():

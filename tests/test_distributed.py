@@ -57,7 +57,7 @@ ENDS = ["SIGKILL", "SIGTERM", "SIGSTOP", "exception"]
     ("num_processes", "victim", "place", "end", "peer_timeout"),
     [
         *[(2, 1, "mid-window", end, 3.0) for end in ENDS],
-        *[(2, 0, "boundary", end, 3.0) for end in ENDS],
+        *[(2, 0, "boundary", end, 3.0) for end in ("SIGKILL", "SIGSTOP")],
         (4, 0, "mid-window", "SIGKILL", 3.0),
         (4, 3, "boundary", "exception", 3.0),
         (4, 2, "boundary", "SIGKILL", 10.0),  # The default keeps the promise of 15 seconds too.

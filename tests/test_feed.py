@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxaccum._feed import AHEAD, micro_steps
+from jaxaccum._feed import AHEAD, fused, micro_steps
 from jaxaccum._strategy import Strategy
 
 
@@ -86,6 +86,45 @@ def test_what_came_before_an_error_comes_first_and_is_not_the_last(name, devices
         for step in micro_steps(loader(), Strategy(name, devices)):
             steps.append(step.last)
     assert steps == [False] * whole
+
+
+@pytest.mark.parametrize(
+    ("sizes", "pending", "calls"),
+    [
+        ([2] * 7, 0, [3, 3, 1]),
+        ([2] * 7, 2, [1, 3, 3]),
+        ([2] * 5, 0, [3, 2]),
+        ([2, 2, 2, 2, 1, 2, 2, 1], 0, [3, 1, 1, 1, 1, 1]),
+    ],
+    ids=["whole windows", "one that is open", "a partial one", "ragged ones"],
+)
+def test_a_call_is_a_window_where_it_can_be_stacked(sizes, pending, calls):
+    """Catches windows that shift by what is pending, that run on past a boundary, or that mix shapes."""
+    steps = list(micro_steps(rows(*sizes), Strategy("single", 1)))
+    got = list(fused(steps, 3, pending))
+    assert [len(call) for call in got] == calls
+    assert [step for call in got for step in call] == steps
+
+
+def test_micro_steps_of_several_pieces_are_not_stacked():
+    """Catches a rest, or a batch of another shape within a group, that is left out of its window."""
+    for name, sizes in [("dp", [4, 5]), ("ddp", [2, 1, 2, 1])]:
+        steps = micro_steps(rows(*sizes), Strategy(name, 2))
+        assert [len(call) for call in fused(steps, 2, 0)] == [1, 1]
+
+
+def test_a_window_that_an_error_cuts_short_comes_first_one_by_one():
+    """Catches micro-steps that are lost with the loader, and a window that is closed without its rest."""
+
+    def breaks():
+        yield from rows(2, 2, 2, 2, 2)
+        raise OSError("disk")
+
+    got = []
+    with pytest.raises(OSError, match="disk"):
+        for call in fused(micro_steps(breaks(), Strategy("single", 1)), 3, 0):
+            got.append([step.examples for step in call])
+    assert got == [[2, 2, 2], [2], [2]]
 
 
 def test_batches_that_cannot_be_spread_are_refused_in_words():

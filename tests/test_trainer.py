@@ -10,7 +10,10 @@ import pytest
 from training import Recorder, assert_close, assert_same, loader, ones, single, slope, task, trainer
 
 import jaxaccum
-from jaxaccum.callbacks import Callback, GradientAccumulationScheduler
+from jaxaccum import _records
+from jaxaccum.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 def steps(batches, **options):
@@ -166,12 +169,12 @@ def test_zero_is_ddp_with_its_optimizer_state_split_over_the_devices(x64):
     """Catches an update of one device's share alone, a norm of one share, and a state that is whole everywhere."""
     with jax.enable_x64(x64):
         rng = np.random.default_rng(0)
-        batches = [{"x": rng.standard_normal((4, 16)), "y": rng.standard_normal((4, 2))} for _ in range(21)]
-        run = lambda strategy: trainer(strategy=strategy, accumulate_grad_batches=2, gradient_clip_val=0.5)
+        batches = [{"x": rng.standard_normal((4, 16)), "y": rng.standard_normal((4, 2))} for _ in range(11)]
+        run = lambda strategy: trainer(strategy=strategy, devices=4, accumulate_grad_batches=2, gradient_clip_val=0.5)
         ddp, zero = run("ddp").fit(task(dropout=0.2), batches), run("zero").fit(task(dropout=0.2), batches)
         assert_close((zero.params, zero.opt_state), (ddp.params, ddp.opt_state), 1e-12 if x64 else 1e-6)
         moments = [leaf for leaf in jax.tree.leaves(zero.opt_state) if leaf.shape == (16, 2)]
-        assert len(moments) == 2 and all(leaf.sharding.shard_shape((16, 2)) == (2, 2) for leaf in moments)
+        assert len(moments) == 2 and all(leaf.sharding.shard_shape((16, 2)) == (4, 2) for leaf in moments)
         assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(zero.params))
 
 
@@ -262,6 +265,22 @@ def test_row_17_a_keyboard_interrupt_keeps_the_window_or_flushes_it(flush):
     assert reads.seen[2] == (-1 if flush and reads.seen[1] else 0)
 
 
+def test_row_18_a_checkpoint_holds_the_pending_gradients_and_k(tmp_path):
+    """Catches a resume whose window begins anew, and one with K=1, or the schedule's, until the next epoch."""
+    where = lambda: Recorder(lambda t: (t.accumulate_grad_batches, t.window_step, float(t.state.params)))
+    whole, rest = where(), where()
+    options = {"accumulate_grad_batches": {0: 3, 1: 2}, "max_epochs": 2}
+    saves = ModelCheckpoint(tmp_path, every_n_micro_steps=1, save_top_k=-1)
+    batches, the_task = [np.full(2, value, np.float32) for value in (1, 2, 6, 4, 8)], slope()
+    single(**options, callbacks=[whole, saves]).fit(the_task, batches)
+    assert [step[2] for step in whole.seen[:5]] == [0, 0, -3, -3, -9]
+    resumed = single(**options, callbacks=rest)
+    for i in range(1, 10):
+        rest.seen.clear()
+        resumed.fit(the_task, batches, ckpt_path=tmp_path / f"epoch={(i - 1) // 5}-micro_step={i}")
+        assert rest.seen == whole.seen[i:]
+
+
 @pytest.mark.parametrize(
     ("options", "sizes"),
     [
@@ -343,6 +362,20 @@ def test_nothing_compiles_when_k_changes():
         t.fit(slope(), ones(*[2] * 64))
         programs = t._running.programs
         assert (programs._accumulate._cache_size(), programs._step._cache_size()) == (1, 1)
+
+
+def test_a_second_fit_of_the_same_task_compiles_nothing():
+    """Catches programs of each fit's own, and ones kept for a model or a task that is another."""
+    # Of the first model ZeRO splits the weights' moments by row, of the second by column.
+    batches = [{"x": np.ones((4, n), np.float32), "y": np.ones((4, 2), np.float32)} for n in (8, 3)]
+    run = lambda: trainer(strategy="zero", devices=2, accumulate_grad_batches=2)
+    t, the_task = run(), task(optax.adam(0.1))
+    first = t.fit(the_task, batches[:1] * 4)
+    made = t._running.programs
+    assert_same(t.fit(the_task, batches[:1] * 4), first)
+    assert t._running.programs is made and (made._start._cache_size(), made._step._cache_size()) == (1, 1)
+    for another, wide in ((the_task, batches[1:] * 4), (task(optax.sgd(0.1)), batches[1:] * 4)):
+        assert_same(t.fit(another, wide), run().fit(another, wide))
 
 
 def test_the_accumulating_program_takes_parameters_and_pending_sums_alone():
@@ -584,6 +617,18 @@ def test_plot_draws_losses_k_and_the_effective_batch(tmp_path):
     assert {line.get_label() for line in losses.lines} == {"train_loss", "val_loss"}
     assert curve(k.lines[0]) == [[4, 6, 8], [2, 1, 1]]
     assert curve(batch.lines[0]) == [[4, 6, 8], [4, 2, 2]]
+
+
+def test_the_history_of_a_long_run_is_thinned(monkeypatch):
+    """Catches a history that grows without end, and one that loses its validations first."""
+    monkeypatch.setattr(_records, "KEPT", 20)
+    t = single(max_epochs=2, log_every_n_steps=1, val_check_interval=1)
+    t.fit(slope(), ones(*[2] * 50), ones(2))
+    history = t._running.records.history
+    assert 10 <= len(history) <= 20
+    for name in ("train_loss", "val_loss"):
+        steps = [record["step"] for record in history if name in record]
+        assert len(steps) >= 5 and steps[0] == 1 and steps[-1] > 90 and steps == sorted(set(steps))
 
 
 def refused(error, match, batches=(), the_task=None, **options):

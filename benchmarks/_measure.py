@@ -103,7 +103,7 @@ class Comparison:
         median of the floor. Milliseconds are shown for accelerators only: those of a shared CPU mean nothing elsewhere.
 
         Args:
-          record: what `finish` wrote.
+          record: what `finish` wrote. A case may say in `failed` why a side has no times; then its row does.
         """
         env, settings = record["environment"], record["settings"]
         absolute = env["platform"] != "cpu"
@@ -122,11 +122,13 @@ class Comparison:
                 cells = [
                     name,
                     f"{median / floor:.2f} ({min(times) / floor:.2f} to {max(times) / floor:.2f})",
-                    f"{medians[self.rival] / median:.2f}",
+                    f"{medians[self.rival] / median:.2f}" if self.rival in medians else "–",
                     *[cell(case, name) for cell in self.columns.values()],
                     *[f"{1e3 * median:.2f}"] * absolute,
                 ]
                 lines.append(_row(cells))
+            for name, why in case.get("failed", {}).items():
+                lines.append(_row([name, why, *[""] * (len(header) - 2)]))
         return "\n".join(lines)
 
     def finish(self, out: Path | None, settings: Record, cases: Sequence[Record]) -> None:
@@ -141,6 +143,14 @@ class Comparison:
         print(self.table(record))
         if out is not None:
             out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def reason(error: Exception) -> str:
+    """Why a side failed, in a table's cell."""
+    text = str(error)
+    if "RESOURCE_EXHAUSTED" in text:
+        return "out of memory"
+    return f"{type(error).__name__}: {text.strip().splitlines()[0][:200] if text.strip() else ''}".replace("|", "/")
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -168,5 +178,5 @@ def difference(params: Tree, reference: Tree, start: Tree) -> jax.Array:
 
 
 def difference_cell(case: Record, side: str) -> str:
-    """The column of a case's `difference` by side."""
-    return f"{case['difference'][side]:.0e}"
+    """The column of a case's `difference` by side, where there is one."""
+    return f"{case['difference'][side]:.0e}" if side in case["difference"] else "–"

@@ -105,17 +105,11 @@ class Comparison:
         Args:
           record: what `finish` wrote. A case may say in `failed` why a side has no times; then its row does.
         """
-        env, settings = record["environment"], record["settings"]
-        absolute = env["platform"] != "cpu"
-        machine = env["device"] if absolute else f"CPU, {env['cores']} cores"
-        used = ", ".join(f"{key} {value}" for key, value in settings.items())
-        lines = [
-            f"{env['date']}: {machine}; jax {env['jax']}, optax {env['optax']}, jaxaccum {env['jaxaccum']}, "
-            f"Python {env['python']}; {used}."
-        ]
+        absolute = record["environment"]["platform"] != "cpu"
+        lines = [heading(record)]
         for case in record["cases"]:
             header = [case["name"], f"time / {self.floor}", f"{self.rival} / time", *self.columns, *["ms"] * absolute]
-            lines += ["", _row(header), _row(["---"] * len(header))]
+            lines += ["", row(header), row(["---"] * len(header))]
             medians = {name: statistics.median(times) for name, times in case["seconds"].items()}
             for name, median in medians.items():
                 floor, times = medians[self.floor], case["seconds"][name]
@@ -126,9 +120,9 @@ class Comparison:
                     *[cell(case, name) for cell in self.columns.values()],
                     *[f"{1e3 * median:.2f}"] * absolute,
                 ]
-                lines.append(_row(cells))
+                lines.append(row(cells))
             for name, why in case.get("failed", {}).items():
-                lines.append(_row([name, why, *[""] * (len(header) - 2)]))
+                lines.append(row([name, why, *[""] * (len(header) - 2)]))
         return "\n".join(lines)
 
     def finish(self, out: Path | None, settings: Record, cases: Sequence[Record]) -> None:
@@ -153,14 +147,27 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {text.strip().splitlines()[0][:200] if text.strip() else ''}".replace("|", "/")
 
 
-def _row(cells: Sequence[str]) -> str:
+def heading(record: Record) -> str:
+    """The line over the tables: when, on what, with which versions and options."""
+    env, settings = record["environment"], record["settings"]
+    machine = f"CPU, {env['cores']} cores" if env["platform"] == "cpu" else env["device"]
+    used = ", ".join(f"{key} {value}" for key, value in settings.items())
+    return (
+        f"{env['date']}: {machine}; jax {env['jax']}, optax {env['optax']}, jaxaccum {env['jaxaccum']}, "
+        f"Python {env['python']}; {used}."
+    )
+
+
+def row(cells: Sequence[str]) -> str:
+    """A table's line of markdown."""
     return f"| {' | '.join(cells)} |"
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
+def parser(description: str, timed: bool = True) -> argparse.ArgumentParser:
+    """The options that every benchmark has; `timed`, also the number of rounds."""
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    result.add_argument("--repeats", type=int, default=9, help="timed rounds")
+    if timed:
+        result.add_argument("--repeats", type=int, default=9, help="timed rounds")
     result.add_argument("--out", type=Path, metavar="FILE.json", help="write the record, with all raw times, here")
     result.add_argument("--table", type=Path, metavar="FILE.json", help="only print the table of a record")
     return result

@@ -97,6 +97,18 @@ def test_window(tmp_path):
         assert abs(loss - case["loss"]["hand-written scan"]) < (3e-3 if rounds_elsewhere else 1e-4)
 
 
+def test_memory(tmp_path):
+    """Catches a case that measures another program than its name says, and a failure that passes for a result."""
+    out = tmp_path / "memory.json"
+    options = ["--ks", "4", "--sides", "one big batch", "--jobs", "2", "--out", str(out)]
+    printed = run("memory.py", *TINY, *options, XLA_FLAGS=HURRY)
+    one, four = json.loads(out.read_text())["cases"]
+    assert (one["side"], one["k"], four["side"], four["k"]) == ("gradient", 1, "one big batch", 4)
+    assert one["output"] == four["output"] > 0 and one["argument"] < four["argument"]
+    assert 2 < four["temp"] / one["temp"] < 5  # four times the activations; weights once
+    assert "| one big batch | 4 |" in printed
+
+
 @pytest.mark.parametrize("record", sorted(BENCHMARKS.glob("results/*.json")), ids=lambda path: path.stem)
 def test_the_readme_has_the_table_of_each_record(record):
     """A record is named after its benchmark."""

@@ -134,9 +134,9 @@ class Comparison:
           cases: for each, its `name`, its `seconds` (raw times) by side, and whatever the columns show.
         """
         record = {"environment": environment(), "settings": settings, "cases": cases}
-        print(self.table(record))
         if out is not None:
             out.write_text(json.dumps(record, indent=1) + "\n")
+        print(self.table(record))
 
 
 def reason(error: Exception) -> str:

@@ -17,6 +17,7 @@ import jaxaccum
 Tree = Any
 Loss = Callable[[Tree, jax.Array], jax.Array]
 
+CAST = jaxaccum.cast(jnp.bfloat16)
 POOL = 3  # windows, used in turn
 
 
@@ -47,11 +48,15 @@ class Problem:
     windows: list[Tokens]
 
 
+def drawn(model: Model, k: int, n: int) -> np.ndarray:
+    """Random windows, (POOL, K, N, T + 1) int32."""
+    return np.random.default_rng(0).integers(model.vocabulary, size=(POOL, k, n, model.length + 1), dtype=np.int32)
+
+
 def windows(model: Model, k: int, n: int) -> list[Tokens]:
-    """Random ones."""
-    shape = POOL, k, n, model.length + 1
-    drawn = np.random.default_rng(0).integers(model.vocabulary, size=shape, dtype=np.int32)
-    return [Tokens(jnp.asarray(window.reshape(k * n, -1)), list(map(jnp.asarray, window))) for window in drawn]
+    """The same, on the device."""
+    whole = lambda window: jnp.asarray(window.reshape(k * n, -1))
+    return [Tokens(whole(window), list(map(jnp.asarray, window))) for window in drawn(model, k, n)]
 
 
 def fresh(problem: Problem) -> tuple[Tree, Tree]:

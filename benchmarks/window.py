@@ -33,12 +33,12 @@ import json
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from _measure import WARMUP, Comparison, Record, Side, difference, difference_cell, interleave, parser, reason
 from _model import add_options, chosen, parameters
 from _train import (
+    CAST,
     OPTIMIZERS,
     POOL,
     Problem,
@@ -60,7 +60,6 @@ import jaxaccum
 
 Tree = Any
 
-CAST = jaxaccum.cast(jnp.bfloat16)
 SIDES = {
     "floor": floor,
     "hand-written scan": functools.partial(in_one_jit, by_hand),

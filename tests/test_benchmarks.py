@@ -109,6 +109,35 @@ def test_memory(tmp_path):
     assert "| one big batch | 4 |" in printed
 
 
+def test_scaling(tmp_path):
+    """Catches a side that compiles for each K where it is told K."""
+    out = tmp_path / "scaling.json"
+    options = ["--n", "1", "--ks", "1,3", "--repeats", "2", "--compiles", "1", "--out", str(out)]
+    printed = run("scaling.py", *TINY, *options, XLA_FLAGS=HURRY)
+    cases = {case["name"]: case for case in json.loads(out.read_text())["cases"]}
+    assert [cases[side]["compiles_when_k_changes"] for side in ("window, traced K", "counter")] == [0, 0]
+    for case in cases.values():
+        for times in [*case["seconds"].values(), *(case["compile_seconds"] or {}).values()]:
+            assert times and all(math.isfinite(time) and time > 0 for time in times)
+        assert f"| {case['name']}: K |" in printed
+    assert run("scaling.py", "--table", str(out)) == printed
+
+
+def test_beside_lightning(tmp_path):
+    """Catches sides that train different models, and a gate that lets nobody through."""
+    pytest.importorskip("torch")
+    pytest.importorskip("lightning")
+    out = tmp_path / "lightning.json"
+    options = ["--batches", "1", "--k", "2", "--repeats", "2", "--sides", "Lightning, default", "--out", str(out)]
+    printed = run("beside_lightning.py", *TINY, *options, XLA_FLAGS=HURRY)
+    [case] = json.loads(out.read_text())["cases"]
+    assert case["failed"] == {} and set(case["seconds"]) == {"jaxaccum", "Lightning, default"}
+    for side, seconds in case["seconds"].items():
+        assert f"| {side} |" in printed
+        assert len(seconds) == 2 and all(math.isfinite(time) and time > 0 for time in seconds)
+        assert case["losses"][side][-1] < case["losses"][side][0]
+
+
 @pytest.mark.parametrize("record", sorted(BENCHMARKS.glob("results/*.json")), ids=lambda path: path.stem)
 def test_the_readme_has_the_table_of_each_record(record):
     """A record is named after its benchmark."""

@@ -38,7 +38,7 @@ from _measure import WARMUP, Comparison, Record, Side, interleave, parser
 from _model import Model, add_options, chosen
 from _train import CAST, OPTIMIZERS, POOL, Problem, drawn, fresh, in_one_jit, ours, windows
 
-PATIENCE = 180  # seconds for a window, the first of which compiles
+PATIENCE = 240  # seconds for a window, the first of which compiles
 
 
 class Gate:

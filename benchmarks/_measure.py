@@ -103,30 +103,26 @@ class Comparison:
         median of the floor. Milliseconds are shown for accelerators only: those of a shared CPU mean nothing elsewhere.
 
         Args:
-          record: what `finish` wrote.
+          record: what `finish` wrote. A case may say in `failed` why a side has no times; then its row does.
         """
-        env, settings = record["environment"], record["settings"]
-        absolute = env["platform"] != "cpu"
-        machine = env["device"] if absolute else f"CPU, {env['cores']} cores"
-        used = ", ".join(f"{key} {value}" for key, value in settings.items())
-        lines = [
-            f"{env['date']}: {machine}; jax {env['jax']}, optax {env['optax']}, jaxaccum {env['jaxaccum']}, "
-            f"Python {env['python']}; {used}."
-        ]
+        absolute = record["environment"]["platform"] != "cpu"
+        lines = [heading(record)]
         for case in record["cases"]:
             header = [case["name"], f"time / {self.floor}", f"{self.rival} / time", *self.columns, *["ms"] * absolute]
-            lines += ["", _row(header), _row(["---"] * len(header))]
+            lines += ["", row(header), row(["---"] * len(header))]
             medians = {name: statistics.median(times) for name, times in case["seconds"].items()}
             for name, median in medians.items():
                 floor, times = medians[self.floor], case["seconds"][name]
                 cells = [
                     name,
                     f"{median / floor:.2f} ({min(times) / floor:.2f} to {max(times) / floor:.2f})",
-                    f"{medians[self.rival] / median:.2f}",
+                    f"{medians[self.rival] / median:.2f}" if self.rival in medians else "–",
                     *[cell(case, name) for cell in self.columns.values()],
                     *[f"{1e3 * median:.2f}"] * absolute,
                 ]
-                lines.append(_row(cells))
+                lines.append(row(cells))
+            for name, why in case.get("failed", {}).items():
+                lines.append(row([name, why, *[""] * (len(header) - 2)]))
         return "\n".join(lines)
 
     def finish(self, out: Path | None, settings: Record, cases: Sequence[Record]) -> None:
@@ -138,19 +134,40 @@ class Comparison:
           cases: for each, its `name`, its `seconds` (raw times) by side, and whatever the columns show.
         """
         record = {"environment": environment(), "settings": settings, "cases": cases}
-        print(self.table(record))
         if out is not None:
             out.write_text(json.dumps(record, indent=1) + "\n")
+        print(self.table(record))
 
 
-def _row(cells: Sequence[str]) -> str:
+def reason(error: Exception) -> str:
+    """Why a side failed, in a table's cell."""
+    text = str(error)
+    if "RESOURCE_EXHAUSTED" in text:
+        return "out of memory"
+    return f"{type(error).__name__}: {text.strip().splitlines()[0][:200] if text.strip() else ''}".replace("|", "/")
+
+
+def heading(record: Record) -> str:
+    """The line over the tables: when, on what, with which versions and options."""
+    env, settings = record["environment"], record["settings"]
+    machine = f"CPU, {env['cores']} cores" if env["platform"] == "cpu" else env["device"]
+    used = ", ".join(f"{key} {value}" for key, value in settings.items())
+    return (
+        f"{env['date']}: {machine}; jax {env['jax']}, optax {env['optax']}, jaxaccum {env['jaxaccum']}, "
+        f"Python {env['python']}; {used}."
+    )
+
+
+def row(cells: Sequence[str]) -> str:
+    """A table's line of markdown."""
     return f"| {' | '.join(cells)} |"
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
+def parser(description: str, timed: bool = True) -> argparse.ArgumentParser:
+    """The options that every benchmark has; `timed`, also the number of rounds."""
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    result.add_argument("--repeats", type=int, default=9, help="timed rounds")
+    if timed:
+        result.add_argument("--repeats", type=int, default=9, help="timed rounds")
     result.add_argument("--out", type=Path, metavar="FILE.json", help="write the record, with all raw times, here")
     result.add_argument("--table", type=Path, metavar="FILE.json", help="only print the table of a record")
     return result
@@ -168,5 +185,5 @@ def difference(params: Tree, reference: Tree, start: Tree) -> jax.Array:
 
 
 def difference_cell(case: Record, side: str) -> str:
-    """The column of a case's `difference` by side."""
-    return f"{case['difference'][side]:.0e}"
+    """The column of a case's `difference` by side, where there is one."""
+    return f"{case['difference'][side]:.0e}" if side in case["difference"] else "–"

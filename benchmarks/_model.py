@@ -1,5 +1,6 @@
 """A GPT-2-shaped language model in plain jax: float32 parameters, bfloat16 compute."""
 
+import argparse
 import dataclasses
 from typing import Any
 
@@ -20,6 +21,7 @@ class Model:
       vocabulary: tokens that occur. The embedding has rows up to the next multiple of 128, as a matrix product wants.
       length: T, the tokens that a loss predicts from.
       unrolled: whether each layer has leaves and code of its own; else leaves are stacked, and layers are a loop.
+      remat: whether the backward pass computes a layer's activations anew; else it keeps them.
     """
 
     layers: int = 12
@@ -28,6 +30,7 @@ class Model:
     vocabulary: int = 50257
     length: int = 1024
     unrolled: bool = False
+    remat: bool = False
 
     def init(self, key: jax.Array) -> Tree:
         """Parameters, float32: matrices normal with a deviation of 0.02, scales 1, biases 0."""
@@ -55,11 +58,12 @@ class Model:
     def loss(self, params: Tree, tokens: jax.Array) -> jax.Array:
         """The mean cross-entropy of the next token, float32; `tokens` is (N, T + 1), int32."""
         x = (params["embedding"][tokens[:, :-1]] + params["positions"]).astype(jnp.bfloat16)
+        forward = jax.checkpoint(self._layer, prevent_cse=self.unrolled) if self.remat else self._layer
         if self.unrolled:
             for layer in params["layers"]:
-                x = self._layer(layer, x)
+                x = forward(layer, x)
         else:
-            x, _ = jax.lax.scan(lambda x, layer: (self._layer(layer, x), None), x, params["layers"])
+            x, _ = jax.lax.scan(lambda x, layer: (forward(layer, x), None), x, params["layers"])
         x = _normalised(params["norm"], x)
         logits = (x @ params["embedding"].astype(jnp.bfloat16).T).astype(jnp.float32)
         # By comparison, which fuses with the sum and whose transpose is elementwise; that of indexing is a scatter.
@@ -75,6 +79,33 @@ class Model:
         mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation=implementation)
         x = x + _dense(attention["out"], mixed.reshape(x.shape))
         return x + _dense(mlp["down"], jax.nn.gelu(_dense(mlp["up"], _normalised(mlp["norm"], x))))
+
+
+SIZES = {
+    "124M": {"layers": 12, "width": 768, "heads": 12},
+    "758M": {"layers": 24, "width": 1536, "heads": 24},
+    "1.3B": {"layers": 24, "width": 2048, "heads": 32},
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `chosen` reads: one of SIZES, and each field of `Model`, which has the last word."""
+    parser.add_argument("--size", default="124M", choices=SIZES, help="of the model, at GPT-2's vocabulary")
+    for field in dataclasses.fields(Model):
+        kind = {"action": "store_true"} if field.type is bool else {"type": int}
+        parser.add_argument(f"--{field.name}", default=None, help="of the model", **kind)
+
+
+def chosen(args: argparse.Namespace) -> Model:
+    """The model that the command line asks for."""
+    fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(Model)}
+    return Model(**SIZES[args.size] | {name: value for name, value in fields.items() if value is not None})
+
+
+def parameters(tree: Tree) -> str:
+    """How many, in words."""
+    count = sum(leaf.size for leaf in jax.tree.leaves(tree))
+    return f"{count / 1e6:.3g}M" if count < 1e9 else f"{count / 1e9:.3g}B"
 
 
 def _dense(dense: Tree, x: jax.Array) -> jax.Array:

@@ -42,7 +42,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from _measure import WARMUP, Comparison, Record, Side, difference, difference_cell, interleave, parser
-from _model import Model
+from _model import Model, add_options, chosen, parameters
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -306,16 +306,13 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--batches", default="1,4", help="N, sequences in a device's micro-batch; one case for each")
     options.add_argument("--k", type=int, default=8, help="micro-batches a window")
-    for field in dataclasses.fields(Model):
-        if field.type is int:
-            options.add_argument(f"--{field.name}", type=int, default=field.default, help="of the model")
-    options.add_argument("--unrolled", action="store_true", help="layers one by one, each with leaves of its own")
+    add_options(options)
     options.add_argument("--overlap", action="store_true", help="only what bears on overlapping the sync")
     args = options.parse_args()
     if args.table is not None:
         print(COMPARISON.table(json.loads(args.table.read_text())))
         return
-    model = Model(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Model)})
+    model = chosen(args)
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     start = jax.device_get(model.init(jax.random.key(0)))
     rng = np.random.default_rng(0)
@@ -324,8 +321,7 @@ def main() -> None:
         draw = lambda n=n: rng.integers(model.vocabulary, size=(mesh.size, args.k, n, model.length + 1), dtype=np.int32)
         problem = Problem(model, args.k, mesh, start, [draw() for _ in range(POOL)])
         cases.append(measure(problem, OVERLAP if args.overlap else SIDES, args.repeats))
-    size = sum(leaf.size for leaf in jax.tree.leaves(start))
-    settings = {"devices": mesh.size, "parameters": f"{size / 1e6:.3g}M", **dataclasses.asdict(model)}
+    settings = {"devices": mesh.size, "parameters": parameters(start), **dataclasses.asdict(model)}
     settings |= {"k": args.k, "repeats": args.repeats, "warmup": WARMUP, "windows": POOL}
     settings |= {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "none")}
     COMPARISON.finish(args.out, settings, cases)

@@ -8,10 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
+TINY = ["--layers", "1", "--width", "32", "--heads", "2", "--vocabulary", "128", "--length", "16"]
+# Compiled in a hurry.
+HURRY = "--xla_backend_optimization_level=0"
+if jax.__version_info__ < (0, 12):  # A fifth of the time, with emitters that 0.12 no longer has.
+    HURRY += " --xla_cpu_use_fusion_emitters=false"
 
 
 def run(script, *arguments, **variables):
@@ -53,12 +59,8 @@ def test_trainer_overhead(tmp_path):
 def test_devices(tmp_path, options):
     """Catches a side that does other work than its name says: a sync too many or too few, or other data."""
     out = tmp_path / "devices.json"
-    model = {"layers": 1, "width": 32, "heads": 2, "vocabulary": 128, "length": 16}
-    sizes = [text for name, size in model.items() for text in (f"--{name}", str(size))]
-    # Two devices, compiled in a hurry.
-    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
-    options = [*options, *sizes, "--batches", "1", "--k", "2", "--repeats", "2", "--out", str(out)]
-    printed = run("devices.py", *options, XLA_FLAGS=flags)
+    options = [*options, *TINY, "--batches", "1", "--k", "2", "--repeats", "2", "--out", str(out)]
+    printed = run("devices.py", *options, XLA_FLAGS=f"--xla_force_host_platform_device_count=2 {HURRY}")
     [case] = json.loads(out.read_text())["cases"]
     loss, rival = case["loss"], "sync in every micro-step"
     assert {"no sync", "window", rival} < loss.keys()
@@ -76,6 +78,67 @@ def test_devices(tmp_path, options):
         else:
             assert case["difference"][side] < (1 if side == "automatic" else 1e-4)
             assert abs(loss[side] - loss[rival]) < 1e-3
+
+
+def test_window(tmp_path):
+    """Catches a side that trains another model: a micro-batch lost or counted twice, a step too many."""
+    out = tmp_path / "window.json"
+    printed = run(
+        "window.py", *TINY, "--batches", "1", "--k", "2", "--repeats", "2", "--out", str(out), XLA_FLAGS=HURRY
+    )
+    [case] = json.loads(out.read_text())["cases"]
+    assert case["failed"] == {}
+    assert case["loss"].keys() == case["difference"].keys() == case["seconds"].keys() - {"floor"}
+    for side, seconds in case["seconds"].items():
+        assert f"| {side} |" in printed
+        assert len(seconds) == 2 and all(math.isfinite(time) and time > 0 for time in seconds)
+    for side, loss in case["loss"].items():
+        # These round to bfloat16 elsewhere, and AdamW makes whole steps of a difference in a bias's nearly zero mean.
+        rounds_elsewhere = side.endswith(("prepare", "big batch"))
+        assert case["difference"][side] < (1 if rounds_elsewhere else 1e-4)
+        assert abs(loss - case["loss"]["hand-written scan"]) < (3e-3 if rounds_elsewhere else 1e-4)
+
+
+def test_memory(tmp_path):
+    """Catches a case that measures another program than its name says, and a failure that passes for a result."""
+    out = tmp_path / "memory.json"
+    options = ["--ks", "4", "--sides", "one big batch", "--jobs", "2", "--out", str(out)]
+    printed = run("memory.py", *TINY, *options, XLA_FLAGS=HURRY)
+    one, four = json.loads(out.read_text())["cases"]
+    assert (one["side"], one["k"], four["side"], four["k"]) == ("gradient", 1, "one big batch", 4)
+    assert one["output"] == four["output"] > 0 and one["argument"] < four["argument"]
+    assert 2 < four["temp"] / one["temp"] < 5  # four times the activations; weights once
+    assert "| one big batch | 4 |" in printed
+
+
+def test_scaling(tmp_path):
+    """Catches a side that compiles for each K where it is told K."""
+    out = tmp_path / "scaling.json"
+    no_layers = ["--unrolled", "--layers", "0"]
+    options = ["--n", "1", "--ks", "1,3", "--repeats", "2", "--compiles", "1", "--out", str(out)]
+    printed = run("scaling.py", *TINY, *no_layers, *options, XLA_FLAGS=HURRY)
+    cases = {case["name"]: case for case in json.loads(out.read_text())["cases"]}
+    assert [cases[side]["compiles_when_k_changes"] for side in ("window, traced K", "counter")] == [0, 0]
+    for case in cases.values():
+        for times in [*case["seconds"].values(), *(case["compile_seconds"] or {}).values()]:
+            assert times and all(math.isfinite(time) and time > 0 for time in times)
+        assert f"| {case['name']}: K |" in printed
+    assert run("scaling.py", "--table", str(out)) == printed
+
+
+def test_beside_lightning(tmp_path):
+    """Catches sides that train different models, and a gate that lets nobody through."""
+    pytest.importorskip("torch")
+    pytest.importorskip("lightning")
+    out = tmp_path / "lightning.json"
+    options = ["--batches", "1", "--k", "2", "--repeats", "2", "--sides", "Lightning, default", "--out", str(out)]
+    printed = run("beside_lightning.py", *TINY, *options, XLA_FLAGS=HURRY)
+    [case] = json.loads(out.read_text())["cases"]
+    assert case["failed"] == {} and set(case["seconds"]) == {"jaxaccum", "Lightning, default"}
+    for side, seconds in case["seconds"].items():
+        assert f"| {side} |" in printed
+        assert len(seconds) == 2 and all(math.isfinite(time) and time > 0 for time in seconds)
+        assert case["losses"][side][-1] < case["losses"][side][0]
 
 
 @pytest.mark.parametrize("record", sorted(BENCHMARKS.glob("results/*.json")), ids=lambda path: path.stem)

@@ -1,0 +1,192 @@
+"""Ways to train a model for a window of micro-batches on one device: by jaxaccum, by others, by hand."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from _model import Model
+from optax.contrib import MuonDimensionNumbers, muon
+
+import jaxaccum
+
+Tree = Any
+Loss = Callable[[Tree, jax.Array], jax.Array]
+
+CAST = jaxaccum.cast(jnp.bfloat16)
+POOL = 3  # windows, used in turn
+
+
+def kernels(params: Tree) -> Tree:
+    """What Muon is for: the layers' matrices, stacked or not."""
+    matrix = lambda path, _: MuonDimensionNumbers(-2, -1) if path[-1] == jax.tree_util.DictKey("kernel") else None
+    return jax.tree.map_with_path(matrix, params)
+
+
+OPTIMIZERS = {"adamw": optax.adamw(3e-4), "muon": muon(3e-4, muon_weight_dimension_numbers=kernels)}
+
+
+class Tokens(NamedTuple):
+    """A window's data on the device, int32: (K·N, T + 1), and the same as K micro-batches (N, T + 1)."""
+
+    whole: jax.Array
+    parts: list[jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What every side works on."""
+
+    model: Model
+    opt: optax.GradientTransformation
+    k: int
+    start: Tree
+    windows: list[Tokens]
+
+
+def drawn(model: Model, k: int, n: int) -> np.ndarray:
+    """Random windows, (POOL, K, N, T + 1) int32."""
+    return np.random.default_rng(0).integers(model.vocabulary, size=(POOL, k, n, model.length + 1), dtype=np.int32)
+
+
+def windows(model: Model, k: int, n: int) -> list[Tokens]:
+    """The same, on the device."""
+    whole = lambda window: jnp.asarray(window.reshape(k * n, -1))
+    return [Tokens(whole(window), list(map(jnp.asarray, window))) for window in drawn(model, k, n)]
+
+
+def fresh(problem: Problem) -> tuple[Tree, Tree]:
+    """Parameters and optimizer state at the start."""
+    params = jax.tree.map(jnp.copy, problem.start)
+    return params, jax.jit(problem.opt.init)(params)
+
+
+@dataclasses.dataclass
+class Way:
+    """A way to train.
+
+    Attributes:
+      step: `step(params, inner, rest, tokens) -> (params, inner, rest, losses)` trains for a window and donates the
+        first three; `inner` is the optimizer's state.
+      rest: what the way keeps from window to window besides the model, such as sums and counters.
+    """
+
+    step: Callable[[Tree, Tree, Tree, Tokens], tuple[Tree, Tree, Tree, Tree]]
+    rest: Tree = None
+
+
+def update(opt: optax.GradientTransformation, grads: Tree, inner: Tree, params: Tree) -> tuple[Tree, Tree]:
+    """(new parameters, new state)."""
+    updates, inner = opt.update(grads, inner, params)
+    return optax.apply_updates(params, updates), inner
+
+
+def floor(problem: Problem) -> Way:
+    """What a window is made of. A gradient goes where the one before it was."""
+    gradient = lambda params, old, tokens: jax.value_and_grad(problem.model.loss)(params, tokens)
+    gradient = jax.jit(gradient, donate_argnums=1, keep_unused=True)
+    close = jax.jit(lambda params, inner, grads: update(problem.opt, grads, inner, params), donate_argnums=(0, 1))
+
+    def step(params, inner, grads, tokens):
+        losses = []
+        for part in tokens.parts:
+            loss, grads = gradient(params, grads, part)
+            losses.append(loss)
+        return *close(params, inner, grads), grads, losses
+
+    return Way(step, jax.tree.map(jnp.zeros_like, problem.start))
+
+
+def in_one_jit(gradient: Callable[[Problem], Callable[..., Any]], problem: Problem) -> Way:
+    """A window's gradient, by a function of (params, (K·N, T + 1)), and the update."""
+    of_window = gradient(problem)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def program(params, inner, tokens):
+        loss, grads = of_window(params, tokens)
+        return *update(problem.opt, grads, inner, params), loss
+
+    def step(params, inner, rest, tokens):
+        params, inner, loss = program(params, inner, tokens.whole)
+        return params, inner, rest, loss
+
+    return Way(step)
+
+
+def ours(problem: Problem, **options: Any) -> Callable[..., Any]:
+    """`value_and_grad` with its options."""
+    return jaxaccum.value_and_grad(problem.model.loss, problem.k, **options)
+
+
+def by_hand(problem: Problem) -> Callable[..., Any]:
+    """Sums in a scan."""
+
+    def gradient(params, tokens):
+        def micro_step(sums, tokens):
+            return jax.tree.map(jnp.add, sums, jax.value_and_grad(problem.model.loss)(params, tokens)), None
+
+        zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+        sums, _ = jax.lax.scan(micro_step, zeros, tokens.reshape(problem.k, -1, tokens.shape[-1]))
+        return jax.tree.map(lambda x: x / problem.k, sums)
+
+    return gradient
+
+
+def by_optax(problem: Problem) -> Callable[..., Any]:
+    """`optax.microbatch`, which takes every K-th sequence to a micro-batch."""
+    mean = optax.microbatching.AccumulationType.MEAN
+    n = problem.windows[0].parts[0].shape[0]
+    return optax.microbatching.microbatch(jax.value_and_grad(problem.model.loss), 1, n, mean)
+
+
+def one_a_call(make: Callable[..., Any], drive: Callable[[Any, Loss], Callable[..., Any]], problem: Problem) -> Way:
+    """A micro-batch a call of `drive(tx, loss)`, which is a `step(params, state, part) -> (loss, params, state)`."""
+    tx = make(problem.opt, problem.k)
+    call = drive(tx, problem.model.loss)
+
+    def step(params, inner, state, tokens):
+        state, losses = state._replace(inner_opt_state=inner), []
+        for part in tokens.parts:
+            loss, params, state = call(params, state, part)
+            losses.append(loss)
+        return params, state.inner_opt_state, state._replace(inner_opt_state=None), losses
+
+    return Way(step, tx.init(problem.start)._replace(inner_opt_state=None))
+
+
+def counter(tx: jaxaccum.MultiSteps, loss: Loss) -> Callable[..., Any]:
+    """One program, which counts."""
+    return jax.jit(functools.partial(tx.micro_step, loss), donate_argnums=(0, 1))
+
+
+def optax_contract(tx: Any, loss: Loss) -> Callable[..., Any]:
+    """One program in optax's contract."""
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def call(params, state, tokens):
+        value, grads = jax.value_and_grad(loss)(params, tokens)
+        return value, *update(tx, grads, state, params)
+
+    return call
+
+
+def two_programs(make: Callable[..., Any], problem: Problem) -> Way:
+    """A host that knows where the boundary is: the one program holds no optimizer, the other no conditional."""
+    tx, loss_of = make(problem.opt, problem.k), problem.model.loss
+    accumulate = lambda params, sums, part: tx.micro_step(loss_of, params, sums, part, boundary=False)[::2]
+    accumulate = jax.jit(accumulate, donate_argnums=1)
+    close = jax.jit(functools.partial(tx.micro_step, loss_of, boundary=True), donate_argnums=(0, 1))
+
+    def step(params, inner, sums, tokens):
+        losses = []
+        for part in tokens.parts[:-1]:
+            loss, sums = accumulate(params, sums, part)
+            losses.append(loss)
+        loss, params, state = close(params, sums._replace(inner_opt_state=inner), tokens.parts[-1])
+        return params, state.inner_opt_state, state._replace(inner_opt_state=None), [*losses, loss]
+
+    return Way(step, tx.init(problem.start)._replace(inner_opt_state=None))

@@ -1,0 +1,133 @@
+"""How much memory does a window take beyond that of one gradient?
+
+A GPT-2-shaped language model (float32 parameters, bfloat16 compute), its layers in a loop and rematerialised: what is
+left is what accumulation adds. Each program returns the mean loss and the gradient of a window of K micro-batches of N
+sequences; no optimizer is in it. By these sides:
+
+    gradient              of one micro-batch, `jax.value_and_grad`: no side can take less
+    window                `jaxaccum.value_and_grad`
+    hand-written scan     sums in a `lax.scan`
+    one big batch         K·N sequences at once
+
+"temporary" is what the compiler plans beside arguments and outputs (`Compiled.memory_analysis`); "peak" is the most
+that the device has held in a run, by its own statistics, which are those of a process. So each case has a process of
+its own. On a CPU, which has no such statistics, programs are compiled only. `--jobs` of them work side by side on one
+device; what runs out of memory beside others is tried again alone.
+
+    PYTHONPATH=. python benchmarks/memory.py --size 1.3B --out memory.json
+    PYTHONPATH=. python benchmarks/memory.py --table memory.json
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from _measure import environment, heading, parser, row
+from _model import Model, add_options, chosen, parameters
+from _train import Problem, by_hand, ours
+
+Record = dict[str, Any]
+FLOOR, BIG = "gradient", "one big batch"
+OUT_OF_MEMORY = "out of memory"
+MIB = 2**20
+
+plain = lambda problem: jax.value_and_grad(problem.model.loss)
+SIDES: dict[str, Callable[[Problem], Callable[..., Any]]] = {
+    FLOOR: plain,
+    "window": ours,
+    "hand-written scan": by_hand,
+    BIG: plain,
+}
+
+
+def measure(model: Model, side: str, k: int, n: int) -> Record:
+    """One case, in MiB: what the compiler plans, and on an accelerator the most that a run took."""
+    batch = jax.ShapeDtypeStruct((k * n, model.length + 1), jnp.int32)
+    start = jax.eval_shape(model.init, jax.random.key(0))
+    gradient = SIDES[side](Problem(model, opt=None, k=k, start=start, windows=[]))
+    program = jax.jit(gradient).lower(start, batch).compile()
+    plan = program.memory_analysis()
+    sizes = {kind: getattr(plan, f"{kind}_size_in_bytes") / MIB for kind in ("argument", "output", "temp")}
+    if jax.default_backend() == "cpu":
+        return sizes
+    # Zeros take as much memory as any other values do.
+    params, tokens = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (start, batch))
+    jax.block_until_ready(program(params, tokens))
+    return sizes | {"peak": jax.local_devices()[0].memory_stats()["peak_bytes_in_use"] / MIB}
+
+
+def in_a_process(model: Model, case: Record) -> Record:
+    """`measure` in a process of its own. Its failure is the case's result."""
+    call = json.dumps({"model": dataclasses.asdict(model)} | case)
+    done = subprocess.run([sys.executable, __file__, "--case", call], check=False, capture_output=True, text=True)
+    if done.returncode == 0:
+        return case | json.loads(done.stdout.splitlines()[-1])
+    return case | {"failed": OUT_OF_MEMORY if "RESOURCE_EXHAUSTED" in done.stderr else done.stderr.strip()[-200:]}
+
+
+def table(record: Record) -> str:
+    """The markdown of a run."""
+    header = ["", "K", "temporary MiB", f"over {FLOOR}'s", "arguments", "results", "peak"]
+    lines = [heading(record), "", row(header), row(["---"] * len(header))]
+    floor = next(case.get("temp") for case in record["cases"] if case["side"] == FLOOR)
+    for case in record["cases"]:
+        cells = [case["side"], str(case["k"])]
+        if "failed" in case:
+            lines.append(row([*cells, case["failed"].replace("|", "/").replace("\n", " "), *[""] * 4]))
+            continue
+        ratio = f"{case['temp'] / floor:.3f}" if floor else "–"
+        peak = f"{case['peak']:.1f}" if "peak" in case else "–"
+        lines.append(
+            row([*cells, f"{case['temp']:.1f}", ratio, f"{case['argument']:.1f}", f"{case['output']:.1f}", peak])
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Runs the benchmark from the command line."""
+    options = parser(__doc__, timed=False)
+    options.add_argument("--n", type=int, default=1, help="N, sequences in a micro-batch")
+    options.add_argument("--ks", default="1,2,8,64", help="K, micro-batches a window; one case a side for each")
+    options.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES, metavar="SIDE")
+    options.add_argument("--jobs", type=int, default=4, help="cases at a time")
+    options.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
+    add_options(options)
+    args = options.parse_args()
+    if args.case is not None:
+        model = Model(**args.case.pop("model"))
+        print(json.dumps(measure(model, **args.case)))
+        return
+    if args.table is not None:
+        print(table(json.loads(args.table.read_text())))
+        return
+    # A process takes what it needs and no more, so that several find room on a device.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    model = dataclasses.replace(chosen(args), remat=True)
+    sides = [side for side in args.sides if side != FLOOR]
+    ks = list(map(int, args.ks.split(",")))
+    cases = [{"side": side, "k": k, "n": args.n} for side, k in [(FLOOR, 1), *itertools.product(sides, ks)]]
+    measured = functools.partial(in_a_process, model)
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        results = list(pool.map(measured, cases))
+    again = lambda case, result: measured(case) if result.get("failed") == OUT_OF_MEMORY else result
+    results = [again(case, result) for case, result in zip(cases, results, strict=True)]
+    size = parameters(jax.eval_shape(model.init, jax.random.key(0)))
+    settings = {"parameters": size, **dataclasses.asdict(model), "n": args.n}
+    record = {"environment": environment(), "settings": settings, "cases": results}
+    print(table(record))
+    if args.out is not None:
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

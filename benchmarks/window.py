@@ -1,0 +1,152 @@
+r"""What does a whole training step cost, beside the gradients and the update that it is made of?
+
+A window of K micro-batches of N sequences of a GPT-2-shaped language model (float32 parameters, bfloat16 compute) on
+one device, by these sides in one run:
+
+    floor                 K calls of the gradient alone, nothing added, and one of the update: two programs
+    hand-written scan     what one writes without us: sums in a `lax.scan`, mean and update, in one jit
+    window                `jaxaccum.value_and_grad` and the update, in one jit
+    window, prepare       the same with `prepare=jaxaccum.cast(bfloat16)`
+    static boundary       `MultiSteps.micro_step` by two programs: K - 1 calls without a boundary, handed parameters and
+                          sums alone, one with it
+    counter               K calls of one program of `MultiSteps.micro_step`: the state's counter finds the boundary
+    optax.MultiSteps      K calls of `value_and_grad`, `update` and `apply_updates` in one program
+    optax.microbatch      around `jax.value_and_grad`, and the update, in one jit
+    one big batch         no accumulation: the gradient of K·N sequences at once, and the update, in one jit
+
+First each side trains for two windows from the same start on the same data. The table says where it ends: the window's
+mean loss, and how far the parameters are from those of the first side that trains (the floor doesn't: it is left with
+one micro-batch in K). Where a gradient is nothing but rounding, as for a key's bias, AdamW makes whole steps of it, so
+sides that round elsewhere part there. Then the sides are timed in turn. To hold a large model once and not once a side,
+parameters and optimizer state pass from side to side. A side that fails or runs out of memory says so, in its row.
+
+    PYTHONPATH=. python benchmarks/window.py --out window.json
+    PYTHONPATH=. python benchmarks/window.py --size 758M --batches 1 --sides floor window "window, prepare"
+    PYTHONPATH=. python benchmarks/window.py --optimizer muon --batches 1 --out window-muon.json
+    PYTHONPATH=. python benchmarks/window.py --table window.json
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from _measure import WARMUP, Comparison, Record, Side, difference, difference_cell, interleave, parser, reason
+from _model import add_options, chosen, parameters
+from _train import (
+    CAST,
+    OPTIMIZERS,
+    POOL,
+    Problem,
+    Way,
+    by_hand,
+    by_optax,
+    counter,
+    floor,
+    fresh,
+    in_one_jit,
+    one_a_call,
+    optax_contract,
+    ours,
+    two_programs,
+    windows,
+)
+
+import jaxaccum
+
+Tree = Any
+
+SIDES = {
+    "floor": floor,
+    "hand-written scan": functools.partial(in_one_jit, by_hand),
+    "window": functools.partial(in_one_jit, ours),
+    "window, prepare": functools.partial(in_one_jit, functools.partial(ours, prepare=CAST)),
+    "static boundary": functools.partial(two_programs, jaxaccum.MultiSteps),
+    "counter": functools.partial(one_a_call, jaxaccum.MultiSteps, counter),
+    "optax.MultiSteps": functools.partial(one_a_call, optax.MultiSteps, optax_contract),
+    "optax.microbatch": functools.partial(in_one_jit, by_optax),
+    "one big batch": functools.partial(in_one_jit, lambda problem: jax.value_and_grad(problem.model.loss)),
+}
+COMPARISON = Comparison(
+    floor="floor",
+    rival="optax.MultiSteps",
+    columns={
+        "difference": difference_cell,
+        "loss": lambda case, side: f"{case['loss'][side]:.4f}" if side in case["loss"] else "–",
+    },
+)
+
+
+def warmed(way: Way, problem: Problem) -> tuple[Tree, float]:
+    """(parameters, the last window's mean loss) after the first windows."""
+    params, inner = fresh(problem)
+    losses = []
+    for tokens in problem.windows[:WARMUP]:
+        params, inner, way.rest, losses = way.step(params, inner, way.rest, tokens)
+    return params, float(np.mean(jax.device_get(losses)))
+
+
+def measure(problem: Problem, sides: list[str], repeats: int) -> Record:
+    """One case: a window by all sides."""
+    n = problem.windows[0].parts[0].shape[0]
+    case = {"name": f"N = {n}", "n": n, "difference": {}, "loss": {}, "failed": {}}
+    ways, params, reference = {}, None, None
+    for name in sides:
+        params = None  # Those of the side before make room.
+        try:
+            way = SIDES[name](problem)
+            params, loss = warmed(way, problem)
+        except Exception as error:  # Whatever it is, it costs one row.
+            case["failed"][name] = reason(error)
+            continue
+        ways[name] = way
+        if name != COMPARISON.floor:
+            reference = params if reference is None else reference
+            case["loss"][name] = loss
+            case["difference"][name] = float(difference(params, reference, problem.start))
+    del params, reference
+    held = fresh(problem)
+
+    def side(name: str, way: Way) -> Side:
+        windows = itertools.cycle(problem.windows)
+
+        def run(carry):
+            nonlocal held
+            *held, rest, _ = way.step(*carry, next(windows))
+            return *held, rest
+
+        return Side(name, run, (None, None, way.rest), prepare=lambda carry: (*held, carry[2]))
+
+    case["seconds"] = interleave([side(name, way) for name, way in ways.items()], repeats)
+    return case
+
+
+def main() -> None:
+    """Runs the benchmark from the command line."""
+    options = parser(__doc__)
+    options.add_argument("--batches", default="1,4", help="N, sequences in a micro-batch; one case for each")
+    options.add_argument("--k", type=int, default=8, help="micro-batches a window")
+    options.add_argument("--optimizer", default="adamw", choices=OPTIMIZERS)
+    options.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES, metavar="SIDE")
+    add_options(options)
+    args = options.parse_args()
+    if args.table is not None:
+        print(COMPARISON.table(json.loads(args.table.read_text())))
+        return
+    model = chosen(args)
+    start = jax.jit(model.init)(jax.random.key(0))
+    opt, cases = OPTIMIZERS[args.optimizer], []
+    for n in map(int, args.batches.split(",")):
+        problem = Problem(model, opt, args.k, start, windows(model, args.k, n))
+        cases.append(measure(problem, args.sides, args.repeats))
+    settings = {"optimizer": args.optimizer, "parameters": parameters(start), **dataclasses.asdict(model)}
+    settings |= {"k": args.k, "repeats": args.repeats, "warmup": WARMUP, "windows": POOL}
+    COMPARISON.finish(args.out, settings, cases)
+
+
+if __name__ == "__main__":
+    main()

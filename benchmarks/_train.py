@@ -174,19 +174,11 @@ def optax_contract(tx: Any, loss: Loss) -> Callable[..., Any]:
     return call
 
 
-def two_programs(make: Callable[..., Any], problem: Problem) -> Way:
-    """A host that knows where the boundary is: the one program holds no optimizer, the other no conditional."""
-    tx, loss_of = make(problem.opt, problem.k), problem.model.loss
-    accumulate = lambda params, sums, part: tx.micro_step(loss_of, params, sums, part, boundary=False)[::2]
-    accumulate = jax.jit(accumulate, donate_argnums=1)
-    close = jax.jit(functools.partial(tx.micro_step, loss_of, boundary=True), donate_argnums=(0, 1))
-
-    def step(params, inner, sums, tokens):
-        losses = []
-        for part in tokens.parts[:-1]:
-            loss, sums = accumulate(params, sums, part)
-            losses.append(loss)
-        loss, params, state = close(params, sums._replace(inner_opt_state=inner), tokens.parts[-1])
-        return params, state.inner_opt_state, state._replace(inner_opt_state=None), [*losses, loss]
-
-    return Way(step, tx.init(problem.start)._replace(inner_opt_state=None))
+def host_driven(problem: Problem, prepare: bool = False) -> Way:
+    """A host that counts, with two programs."""
+    options = {}
+    if prepare:
+        # Kept in the state: where parameters pass from side to side, they are those that this side made last.
+        options["prepare"] = CAST.seeing(problem.model.loss, problem.start, problem.windows[0].parts[0])
+    make = functools.partial(jaxaccum.MultiSteps, **options)
+    return one_a_call(make, jaxaccum.HostDriven, problem)

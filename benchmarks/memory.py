@@ -5,7 +5,9 @@ left is what accumulation adds. Each program returns the mean loss and the gradi
 sequences; no optimizer is in it. By these sides:
 
     gradient              of one micro-batch, `jax.value_and_grad`: no side can take less
-    window                `jaxaccum.value_and_grad`
+    window                `jaxaccum.value_and_grad`, which adds the layers' gradients in place
+    window, afterwards    the same with `in_place=False`
+    window, auto          the same with `prepare="auto"`: half-precision parameters, kept for a window
     hand-written scan     sums in a `lax.scan`
     one big batch         K·N sequences at once
 
@@ -45,6 +47,8 @@ plain = lambda problem: jax.value_and_grad(problem.model.loss)
 SIDES: dict[str, Callable[[Problem], Callable[..., Any]]] = {
     FLOOR: plain,
     "window": ours,
+    "window, afterwards": functools.partial(ours, in_place=False),
+    "window, auto": functools.partial(ours, prepare="auto"),
     "hand-written scan": by_hand,
     BIG: plain,
 }

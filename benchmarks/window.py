@@ -6,9 +6,13 @@ one device, by these sides in one run:
     floor                 K calls of the gradient alone, nothing added, and one of the update: two programs
     hand-written scan     what one writes without us: sums in a `lax.scan`, mean and update, in one jit
     window                `jaxaccum.value_and_grad` and the update, in one jit
-    window, prepare       the same with `prepare=jaxaccum.cast(bfloat16)`
-    static boundary       `MultiSteps.micro_step` by two programs: K - 1 calls without a boundary, handed parameters and
-                          sums alone, one with it
+    window, afterwards    the same with `in_place=False`: gradients are added when they are whole. Layers that have code
+                          of their own leave nothing to add in place
+    window, cast          the same with `prepare=jaxaccum.cast(bfloat16)`
+    window, auto          the same with `prepare="auto"`, which finds the casts
+    host driven           `HostDriven`: K - 1 calls of a program without a boundary, handed parameters and sums alone,
+                          one of a program with it
+    host driven, cast     the same, with `MultiSteps(prepare=jaxaccum.cast(bfloat16))`
     counter               K calls of one program of `MultiSteps.micro_step`: the state's counter finds the boundary
     optax.MultiSteps      K calls of `value_and_grad`, `update` and `apply_updates` in one program
     optax.microbatch      around `jax.value_and_grad`, and the update, in one jit
@@ -21,7 +25,7 @@ sides that round elsewhere part there. Then the sides are timed in turn. To hold
 parameters and optimizer state pass from side to side. A side that fails or runs out of memory says so, in its row.
 
     PYTHONPATH=. python benchmarks/window.py --out window.json
-    PYTHONPATH=. python benchmarks/window.py --size 758M --batches 1 --sides floor window "window, prepare"
+    PYTHONPATH=. python benchmarks/window.py --size 758M --batches 1 --sides floor window "window, cast"
     PYTHONPATH=. python benchmarks/window.py --optimizer muon --batches 1 --out window-muon.json
     PYTHONPATH=. python benchmarks/window.py --table window.json
 """
@@ -48,11 +52,11 @@ from _train import (
     counter,
     floor,
     fresh,
+    host_driven,
     in_one_jit,
     one_a_call,
     optax_contract,
     ours,
-    two_programs,
     windows,
 )
 
@@ -64,8 +68,11 @@ SIDES = {
     "floor": floor,
     "hand-written scan": functools.partial(in_one_jit, by_hand),
     "window": functools.partial(in_one_jit, ours),
-    "window, prepare": functools.partial(in_one_jit, functools.partial(ours, prepare=CAST)),
-    "static boundary": functools.partial(two_programs, jaxaccum.MultiSteps),
+    "window, afterwards": functools.partial(in_one_jit, functools.partial(ours, in_place=False)),
+    "window, cast": functools.partial(in_one_jit, functools.partial(ours, prepare=CAST)),
+    "window, auto": functools.partial(in_one_jit, functools.partial(ours, prepare="auto")),
+    "host driven": host_driven,
+    "host driven, cast": functools.partial(host_driven, prepare=True),
     "counter": functools.partial(one_a_call, jaxaccum.MultiSteps, counter),
     "optax.MultiSteps": functools.partial(one_a_call, optax.MultiSteps, optax_contract),
     "optax.microbatch": functools.partial(in_one_jit, by_optax),

@@ -122,7 +122,7 @@ def ours(problem: Problem, **options: Any) -> Callable[..., Any]:
     return jaxaccum.value_and_grad(problem.model.loss, problem.k, **options)
 
 
-def by_hand(problem: Problem) -> Callable[..., Any]:
+def by_hand(problem: Problem, unroll: int = 1) -> Callable[..., Any]:
     """Sums in a scan."""
 
     def gradient(params, tokens):
@@ -130,7 +130,8 @@ def by_hand(problem: Problem) -> Callable[..., Any]:
             return jax.tree.map(jnp.add, sums, jax.value_and_grad(problem.model.loss)(params, tokens)), None
 
         zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
-        sums, _ = jax.lax.scan(micro_step, zeros, tokens.reshape(problem.k, -1, tokens.shape[-1]))
+        parts = tokens.reshape(problem.k, -1, tokens.shape[-1])
+        sums, _ = jax.lax.scan(micro_step, zeros, parts, unroll=unroll)
         return jax.tree.map(lambda x: x / problem.k, sums)
 
     return gradient

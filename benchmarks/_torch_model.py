@@ -67,6 +67,11 @@ def compiled(model: Model, mode: str) -> tuple[nn.Module, torch.optim.Optimizer]
     return net, torch.optim.AdamW(net.parameters(), lr=3e-4, weight_decay=1e-4, fused=True)
 
 
+def micro_batches(windows: np.ndarray) -> list[torch.Tensor]:
+    """Those of all windows, (N, T + 1) int64 each, on the device: tensors of their own, which are aligned."""
+    return [part.clone() for part in torch.from_numpy(windows).long().to(device()).flatten(0, 1)]
+
+
 def device() -> str:
     """Where it trains."""
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -75,13 +80,11 @@ def device() -> str:
 def loop(model: Model, mode: str, windows: np.ndarray, gate: Any) -> None:
     """A loop by hand, a window whenever `gate` asks for one; `windows` is (windows, K, N, T + 1)."""
     net, opt = compiled(model, mode)
-    k, data = windows.shape[1], torch.from_numpy(windows).long().to(device())
+    k, parts = windows.shape[1], itertools.cycle(micro_batches(windows))
     total, size = torch.zeros((), device=device()), sum(leaf.numel() for leaf in net.parameters())
-    for window in itertools.cycle(data):
-        if not gate.asked():
-            return
+    while gate.asked():
         total.zero_()
-        for part in window:
+        for part in itertools.islice(parts, k):
             torch.compiler.cudagraph_mark_step_begin()
             with torch.autocast(device(), torch.bfloat16):
                 loss = net(part)
@@ -96,7 +99,7 @@ def trainer(model: Model, mode: str, windows: np.ndarray, gate: Any) -> None:
     """The same by Lightning's Trainer, which waits for `gate` before a window's first micro-batch."""
     from lightning import LightningModule, Trainer
 
-    k, parts = windows.shape[1], torch.from_numpy(windows).long().to(device()).flatten(0, 1)
+    k, parts = windows.shape[1], micro_batches(windows)
 
     class Parts(torch.utils.data.Dataset):
         def __len__(self):

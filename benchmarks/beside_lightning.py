@@ -145,7 +145,8 @@ class Worker:
         """A side that trains another model than the first side is no side."""
         if self.failed is None:
             same = self.parameters == first.parameters and abs(self.losses[0] / first.losses[0] - 1) < 0.01
-            if not (same and self.losses[-1] < self.losses[0]):
+            before = self.losses[(len(self.losses) - 1) % POOL]  # when it first saw the data of the last window
+            if not (same and self.losses[-1] < before):
                 self.failed = f"{self.parameters} parameters, loss {self.losses[0]:.3f} to {self.losses[-1]:.3f}"
 
     def _fail(self, how: str) -> None:

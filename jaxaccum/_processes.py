@@ -1,0 +1,151 @@
+"""What the processes of a run tell each other on their hosts, so that all of them do the same."""
+
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxaccum import _store
+from jaxaccum.distributed import check_same
+
+_PATIENCE = 1800.0  # Seconds that a process may be behind another; one that is dead ends all of them long before.
+_gatherings = itertools.count()
+
+
+class Wishes(NamedTuple):
+    """What may come to one process alone, and concerns all.
+
+    Attributes:
+      signal: the number of one that it was sent, or None.
+      stop: whether it wants training to stop.
+    """
+
+    signal: int | None
+    stop: bool
+
+
+class Processes:
+    """The processes of `jax.distributed`; without it, this one alone, which has nothing to wait for.
+
+    They tell each other things by `gather`, which all of them call in the same order, with the wishes of each. It costs
+    the host about a millisecond and no device. One that can't go on says so in the place of its next `gather`.
+
+    Attributes:
+      index: this process' number.
+      count: how many there are.
+      wishes: those of all, as of the last `gather`: a signal that any of them was sent, and whether any wants to stop.
+    """
+
+    def __init__(self):
+        self.index, self.count = _store.place()
+        self._listen: Callable[[], Wishes] = lambda: Wishes(None, False)
+        self._common: BaseException | None = None
+        self._left = False
+        self.wishes = Wishes(None, False)
+
+    def begin(self, listen: Callable[[], Wishes]) -> None:
+        """Begins a run, in which `listen` gives this process' wishes."""
+        self._listen, self._common, self._left, self.wishes = listen, None, False, Wishes(None, False)
+
+    def gather(self, about: str, value: Any = None) -> list[Any]:
+        """The values of all processes, in order.
+
+        Args:
+          about: the place in the program, to see that all of them are in the same.
+          value: what JSON can hold.
+
+        Raises:
+          RuntimeError: if another process has left the run, or is in another place.
+          TimeoutError: if one has not come in half an hour.
+        """
+        if self.count == 1 or self._left:
+            return [value]
+        entries = self._exchanged(json.dumps([about, value, self._listen()]))
+        left = {i: entry["left"] for i, entry in enumerate(entries) if isinstance(entry, dict)}
+        if left or len({place for place, *_ in entries}) > 1:
+            self._left = True
+            if left:
+                who = "; ".join(f"process {process} left the run with {error}" for process, error in left.items())
+                raise RuntimeError(f"{who}. See its log; the others can't go on without it.")
+            where = "; ".join(f"process {i} is at {place!r}" for i, (place, *_) in enumerate(entries))
+            raise RuntimeError(
+                f"the processes have parted: {where}. Every process must call the Trainer's methods in the same order, "
+                "with the same options."
+            )
+        wishes = [Wishes(*entry[2]) for entry in entries]
+        signals = [wish.signal for wish in wishes if wish.signal is not None]
+        self.wishes = Wishes(signals[0] if signals else None, any(wish.stop for wish in wishes))
+        return [value for _, value, _ in entries]
+
+    def agree(self, name: str, value: Any) -> None:
+        """Checks that every process has the same `value`.
+
+        Raises:
+          ValueError: on all processes, if not: it says whose are which.
+        """
+        if self.count == 1:
+            return
+        answers = [f"{name}={json.dumps(answer, sort_keys=True)}" for answer in self.gather(name, value)]
+        self.together(lambda: check_same(answers))
+
+    def together(self, check: Callable[[], Any]) -> Any:
+        """`check()`, which raises on all processes or on none: an error after which they are still together."""
+        try:
+            return check()
+        except BaseException as error:
+            self._common = error
+            raise
+
+    def are_together(self, error: BaseException) -> bool:
+        """Whether all processes met `error`, or one of their own, in the same place."""
+        return self.count == 1 or error is self._common
+
+    def leave(self, error: BaseException) -> None:
+        """Tells the others, where they wait for this process, that it ends with `error`."""
+        if self.count > 1 and not self._left:
+            self._left = True
+            self._post(next(_gatherings), json.dumps({"left": repr(error)}), wait=False)
+
+    def _exchanged(self, text: str) -> list[Any]:
+        number = next(_gatherings)
+        self._post(number, text, wait=True)
+        try:
+            told = json.loads(_store.wait(f"{_directory(number)}all", _PATIENCE + 10))
+        except RuntimeError as error:
+            raise TimeoutError(f"process 0 had nothing to tell for {_PATIENCE:g} s. Is it stopped?") from error
+        return [told["texts"][i] for i in told["whose"]]
+
+    def _post(self, number: int, text: str, wait: bool) -> None:
+        """Writes this process' entry; process 0 reads those of all, and writes one with them, each text but once."""
+        directory = _directory(number)
+        if self.index:
+            _store.write(f"{directory}{self.index}", text)
+            return
+        entries = {"0": text, **(_store.read(directory) if wait else {})}
+        for other in map(str, range(self.count) if wait else ()):
+            if other not in entries:
+                entries[other] = self._waited_for(directory, other)
+        texts = list(dict.fromkeys(entries.values()))
+        whose = [texts.index(entries[other]) for other in map(str, range(self.count)) if other in entries]
+        _store.write(f"{directory}all", json.dumps({"texts": list(map(json.loads, texts)), "whose": whose}))
+        if number and wait:
+            _store.forget(_directory(number - 1))  # All have read it: they have written another one since.
+
+    def _waited_for(self, directory: str, other: str) -> str:
+        try:
+            return _store.wait(f"{directory}{other}", _PATIENCE)
+        except RuntimeError as error:
+            raise TimeoutError(
+                f"process {other} has had nothing to tell for {_PATIENCE:g} s. Does it hang, or take another way through the "
+                "program?"
+            ) from error
+
+
+def said(values: Sequence[Any] | Mapping[int, Any]) -> str:
+    """Values by process, in words."""
+    pairs = values.items() if isinstance(values, Mapping) else enumerate(values)
+    return ", ".join(f"{value} on process {process}" for process, value in pairs)
+
+
+def _directory(number: int) -> str:
+    return f"jaxaccum/gatherings/{number}/"

@@ -77,15 +77,17 @@ class Processes:
         self.wishes = Wishes(signals[0] if signals else None, any(wish.stop for wish in wishes))
         return [value for _, value, _ in entries]
 
-    def agree(self, name: str, value: Any) -> None:
-        """Checks that every process has the same `value`.
+    def agree(self, name: str, values: dict[str, Any]) -> None:
+        """Checks that every process has the same `values`, by name.
 
         Raises:
-          ValueError: on all processes, if not: it says whose are which.
+          ValueError: on all processes, if not: it says which differ, and whose are which.
         """
         if self.count == 1:
             return
-        answers = [f"{name}={json.dumps(answer, sort_keys=True)}" for answer in self.gather(name, value)]
+        found = self.gather(name, values)
+        differ = [key for key in values if any(other[key] != found[0][key] for other in found)]
+        answers = [f"{name}: " + ", ".join(f"{key}={json.dumps(other[key])}" for key in differ) for other in found]
         self.together(lambda: check_same(answers))
 
     def together(self, check: Callable[[], Any]) -> Any:
@@ -136,8 +138,8 @@ class Processes:
             return _store.wait(f"{directory}{other}", _PATIENCE)
         except RuntimeError as error:
             raise TimeoutError(
-                f"process {other} has had nothing to tell for {_PATIENCE:g} s. Does it hang, or take another way through the "
-                "program?"
+                f"process {other} had nothing to tell for {_PATIENCE:g} s. Does it hang, or take another way through "
+                "the program?"
             ) from error
 
 

@@ -9,6 +9,7 @@ from jaxaccum import _store
 from jaxaccum.distributed import check_same
 
 _PATIENCE = 1800.0  # Seconds that a process may be behind another; one that is dead ends all of them long before.
+_SHELF = 100
 _gatherings = itertools.count()
 
 
@@ -106,41 +107,46 @@ class Processes:
         """Tells the others, where they wait for this process, that it ends with `error`."""
         if self.count > 1 and not self._left:
             self._left = True
-            self._post(next(_gatherings), json.dumps({"left": repr(error)}), wait=False)
+            number, text = next(_gatherings), json.dumps({"left": repr(error)})
+            if self.index:
+                _store.write(f"{_directory(number)}{self.index}", text)
+            else:
+                self._tell(number, [text])
 
     def _exchanged(self, text: str) -> list[Any]:
+        """What all processes have written in this place. Process 0 reads it, and tells the others."""
         number = next(_gatherings)
-        self._post(number, text, wait=True)
-        try:
-            told = json.loads(_store.wait(f"{_directory(number)}all", _PATIENCE + 10))
-        except RuntimeError as error:
-            raise TimeoutError(f"process 0 had nothing to tell for {_PATIENCE:g} s. Is it stopped?") from error
+        directory = _directory(number)
+        if not self.index:
+            return self._tell(number, [text, *self._entries(directory)])
+        _store.write(f"{directory}{self.index}", text)
+        told = json.loads(_waited_for(f"{directory}all", 0, _PATIENCE + 10))
         return [told["texts"][i] for i in told["whose"]]
 
-    def _post(self, number: int, text: str, wait: bool) -> None:
-        """Writes this process' entry; process 0 reads those of all, and writes one with them, each text but once."""
-        directory = _directory(number)
-        if self.index:
-            _store.write(f"{directory}{self.index}", text)
-            return
-        entries = {"0": text, **(_store.read(directory) if wait else {})}
-        for other in map(str, range(self.count) if wait else ()):
-            if other not in entries:
-                entries[other] = self._waited_for(directory, other)
-        texts = list(dict.fromkeys(entries.values()))
-        whose = [texts.index(entries[other]) for other in map(str, range(self.count)) if other in entries]
-        _store.write(f"{directory}all", json.dumps({"texts": list(map(json.loads, texts)), "whose": whose}))
-        if number and wait:
-            _store.forget(_directory(number - 1))  # All have read it: they have written another one since.
+    def _entries(self, directory: str) -> list[str]:
+        """Those of all processes but 0, in order."""
+        found = _store.read(directory)
+        others = range(1, self.count)
+        return [found.get(str(i)) or _waited_for(f"{directory}{i}", i, _PATIENCE) for i in others]
 
-    def _waited_for(self, directory: str, other: str) -> str:
-        try:
-            return _store.wait(f"{directory}{other}", _PATIENCE)
-        except RuntimeError as error:
-            raise TimeoutError(
-                f"process {other} had nothing to tell for {_PATIENCE:g} s. Does it hang, or take another way through "
-                "the program?"
-            ) from error
+    def _tell(self, number: int, entries: Sequence[str]) -> list[Any]:
+        """Writes `entries` for all to read, each text but once, and returns what they hold."""
+        texts = list(dict.fromkeys(entries))
+        told = {"texts": [json.loads(text) for text in texts], "whose": [texts.index(text) for text in entries]}
+        _store.write(f"{_directory(number)}all", json.dumps(told))
+        if number % _SHELF == 1 and number > _SHELF:
+            _store.forget(_shelf(number - _SHELF))  # All have read what is there: they have written since.
+        return [told["texts"][i] for i in told["whose"]]
+
+
+def _waited_for(key: str, process: int, patience: float) -> str:
+    try:
+        return _store.wait(key, patience)
+    except RuntimeError as error:
+        raise TimeoutError(
+            f"process {process} had nothing to tell for {patience:g} s. Does it hang, or take another way through the "
+            "program?"
+        ) from error
 
 
 def said(values: Sequence[Any] | Mapping[int, Any]) -> str:
@@ -150,4 +156,9 @@ def said(values: Sequence[Any] | Mapping[int, Any]) -> str:
 
 
 def _directory(number: int) -> str:
-    return f"jaxaccum/gatherings/{number}/"
+    return f"{_shelf(number)}{number}/"
+
+
+def _shelf(number: int) -> str:
+    """The directory of some neighbouring directories, which are forgotten together."""
+    return f"jaxaccum/gatherings/{number // _SHELF}/"

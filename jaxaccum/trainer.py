@@ -53,7 +53,7 @@ class Trainer:
       strategy: "single": one device. "ddp": each of the P devices takes a loader batch of its own, so that a window has
         P·K. "zero": likewise, with the optimizer's state and its work split over the devices. "dp": a loader batch is
         split over the devices. "auto": "single" on one device, "ddp" on several.
-      devices: how many, or "auto" for all.
+      devices: how many, over all processes, or "auto" for all.
       callbacks: a callback or a sequence of them, run in order.
       limit_train_batches: how many loader batches an epoch has at most, or which fraction of them.
       limit_val_batches: likewise in validation; 0 is none of them.
@@ -185,6 +185,18 @@ class Trainer:
         143, or KeyboardInterrupt, is raised. A second one is not waited for. An error of a loader or a callback is
         raised after such a save too.
 
+        After `jaxaccum.distributed.initialize()` the same script runs in n processes of L devices each, and ends with
+        what one process with all P = n·L devices ends with. Every process calls fit, with the loaders of its own
+        devices. With "ddp" and "zero" micro-step m of an epoch is loader batches m·P to m·P + P - 1 of the sequence
+        that a single process would be given, and process p gives the L of them from m·P + p·L on; with "dp" it gives
+        its share of each batch, in the order of the processes. Sizes may differ between processes, and lengths in
+        validation; lengths in training, K and the options must not, or all raise. What comes to one process concerns
+        all, after the same micro-step: a signal, `should_stop`, a loader's error. Any other exception in one is a
+        RuntimeError in the others, without a save. Hooks run in every process, and process 0 alone logs and draws.
+        A checkpoint is written by all, to a file system that all of them see, with the callbacks' states of process 0,
+        and a run goes on from it in any number of processes. Loaders' own states are of use to the same number alone;
+        else the batches that were trained on are passed over, each process its own, which takes a multiple of P.
+
         Args:
           task: what to train.
           train_loader: an iterable of batches, pytrees whose leaves have one leading length; iterated anew in every
@@ -200,6 +212,7 @@ class Trainer:
           TypeError, ValueError: for a task or a loader that can't be trained, or a checkpoint of another task.
           OSError: for a `ckpt_path` that is no checkpoint.
           FloatingPointError: with `detect_anomaly`.
+          RuntimeError: if another process has left the run.
         """
         first_epoch = self._start(task, train_loader, val_loader, ckpt_path)
         with self._signals:

@@ -34,6 +34,7 @@ class Processes:
     Attributes:
       index: this process' number.
       count: how many there are.
+      left: whether this one, or another one, has left the run: then `gather` tells and hears nothing any more.
       wishes: those of all, as of the last `gather`: a signal that any of them was sent, and whether any wants to stop.
     """
 
@@ -41,12 +42,12 @@ class Processes:
         self.index, self.count = _store.place()
         self._listen: Callable[[], Wishes] = lambda: Wishes(None, False)
         self._common: BaseException | None = None
-        self._left = False
+        self.left = False
         self.wishes = Wishes(None, False)
 
     def begin(self, listen: Callable[[], Wishes]) -> None:
         """Begins a run, in which `listen` gives this process' wishes."""
-        self._listen, self._common, self._left, self.wishes = listen, None, False, Wishes(None, False)
+        self._listen, self._common, self.left, self.wishes = listen, None, False, Wishes(None, False)
 
     def gather(self, about: str, value: Any = None) -> list[Any]:
         """The values of all processes, in order.
@@ -59,12 +60,12 @@ class Processes:
           RuntimeError: if another process has left the run, or is in another place.
           TimeoutError: if one has not come in half an hour.
         """
-        if self.count == 1 or self._left:
+        if self.count == 1 or self.left:
             return [value]
         entries = self._exchanged(json.dumps([about, value, self._listen()]))
         left = {i: entry["left"] for i, entry in enumerate(entries) if isinstance(entry, dict)}
         if left or len({place for place, *_ in entries}) > 1:
-            self._left = True
+            self.left = True
             if left:
                 who = "; ".join(f"process {process} left the run with {error}" for process, error in left.items())
                 raise RuntimeError(f"{who}. See its log; the others can't go on without it.")
@@ -104,9 +105,9 @@ class Processes:
         return self.count == 1 or error is self._common
 
     def leave(self, error: BaseException) -> None:
-        """Tells the others, where they wait for this process, that it ends with `error`."""
-        if self.count > 1 and not self._left:
-            self._left = True
+        """Tells the others, where they wait for this process, that it ends with `error`, unless all have met it."""
+        if not self.left and not self.are_together(error):
+            self.left = True
             number, text = next(_gatherings), json.dumps({"left": repr(error)})
             if self.index:
                 _store.write(f"{_directory(number)}{self.index}", text)

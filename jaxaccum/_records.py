@@ -32,8 +32,15 @@ class Records:
                 value.copy_to_host_async()
         self._waiting.append((step, dict(scalars)))
 
-    def flush(self) -> None:
-        """Waits for what is still on its way, and has the loggers write all of it."""
+    def flush(self, waits: bool = True) -> None:
+        """Waits for what is still on its way, and has the loggers write all of it.
+
+        Args:
+          waits: if not, what the devices have not finished is left out: where a process is gone, they never will.
+        """
+        if not waits:
+            is_ready = lambda value: not isinstance(value, jax.Array) or value.is_ready()
+            self._waiting = [entry for entry in self._waiting if all(map(is_ready, entry[1].values()))]
         self.write()
         for logger in self._loggers:
             if hasattr(logger, "flush"):

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class Callback:
     """Hooks of a run, under Lightning's names; where Lightning passes its module, the `Task` is passed.
 
-    Hooks run in the order of the callbacks, and in every process. The arrays of `trainer.state` are donated by the next micro-step: to keep
-    them longer, ask for `trainer.copy_state()`.
+    Hooks run in the order of the callbacks, in every process. The arrays of `trainer.state` are donated by the next
+    micro-step: to keep them longer, ask for `trainer.copy_state()`.
     """
 
     def on_fit_start(self, trainer: "Trainer", task: "Task") -> None:

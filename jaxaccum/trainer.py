@@ -214,7 +214,14 @@ class Trainer:
           FloatingPointError: with `detect_anomaly`.
           RuntimeError: if another process has left the run.
         """
-        first_epoch = self._start(task, train_loader, val_loader, ckpt_path)
+        processes = self._strategy.processes
+        processes.begin(lambda: Wishes(self._signals.received, self.should_stop))
+        self.should_stop, self._signals = False, Signals(processes)
+        try:
+            first_epoch = self._start(task, train_loader, val_loader, ckpt_path)
+        except BaseException as error:
+            processes.leave(error)
+            raise
         with self._signals:
             try:
                 self._call("on_fit_start")
@@ -235,7 +242,7 @@ class Trainer:
                 self._end_by(error)
                 raise
             finally:
-                self._running.records.flush()
+                self._running.records.flush(waits=not self._strategy.processes.left)
                 for saver in self._savers:
                     saver.close()
         return self.state
@@ -392,11 +399,11 @@ class Trainer:
                     f"ModelCheckpoint(monitor={policy.monitor!r}) needs a validation: pass fit a val_loader."
                 )
         processes = self._strategy.processes
-        processes.begin(lambda: Wishes(self._signals.received, self.should_stop))
-        self.should_stop, self._signals = False, Signals(processes)
         self._savers = [Saver(policy, self._folder, processes) for policy in policies]
         self._agree_on_options(epoch_batches, val_loader is not None)
         found = _saver.find(ckpt_path, self._savers, processes)
+        # Before the devices meet for the first time: there nobody hears of a process that has left.
+        examples = sum(processes.gather("the number of examples", length(first)))
         seed = self._seed if found is None else found.notes["seed"]
         optimizer = _optimizer.of_window(task.optimizer, self._gradient_clip_val, self._divide_by_k)
         programs = Programs(task, self._strategy, optimizer, self._nonfinite, seed)
@@ -408,7 +415,7 @@ class Trainer:
             records=Records(() if processes.index else self._loggers),
             seed=seed,
             val_loader=val_loader if self._limit_val_batches else None,
-            examples=sum(processes.gather("the first batch", length(first))),
+            examples=examples,
             epoch_batches=epoch_batches,
         )
         self._at = Counters()
@@ -659,8 +666,7 @@ class Trainer:
     def _rescue(self, error: BaseException) -> None:
         """Saves what the last whole micro-step left."""
         processes = self._strategy.processes
-        if not processes.are_together(error):
-            processes.leave(error)  # The others don't come to a save.
+        processes.leave(error)  # If the others are elsewhere: they don't come to a save.
         if any(x.is_deleted() for x in jax.tree.leaves(self.state)):
             return  # It was donated to a program that failed.
         if processes.are_together(error):

@@ -189,8 +189,8 @@ BUGS = [
     Bug(
         "a batch given twice by the look-ahead",
         "_feed.py",
-        "_micro_step(*ahead.popleft(), last=False)",
-        "_micro_step(*ahead[0], last=False)",
+        "yield ahead.popleft()",
+        "yield ahead[0]",
     ),
     Bug("examples not counted", "_pieces.py", "wide(_examples(batch) if", "wide(1 if"),
     Bug(
@@ -202,7 +202,7 @@ BUGS = [
     Bug(
         "the same key on every device of the Trainer",
         "_pieces.py",
-        "jax.random.fold_in(key, index + device)",
+        "jax.random.fold_in(key, index + device - first)",
         "jax.random.fold_in(key, index)",
     ),
     Bug(
@@ -259,8 +259,8 @@ BUGS = [
     Bug(
         "the loader's place by the window's number",
         "trainer.py",
-        "at.batches += len(micro_step.batches)",
-        "at.batches += bool(micro_step.batches)",
+        "at.batches += micro_step.count",
+        "at.batches += bool(micro_step.count)",
     ),
     Bug("a window that a hook's error leaves uncounted", "trainer.py", "while self._uncounted:  #", "while False:  #"),
 ]

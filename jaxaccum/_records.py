@@ -39,8 +39,8 @@ class Records:
           waits: if not, what the devices have not finished is left out: where a process is gone, they never will.
         """
         if not waits:
-            is_ready = lambda value: not isinstance(value, jax.Array) or value.is_ready()
-            self._waiting = [entry for entry in self._waiting if all(map(is_ready, entry[1].values()))]
+            is_ready = lambda scalars: all(x.is_ready() for x in scalars.values() if hasattr(x, "is_ready"))
+            self._waiting = [(step, scalars) for step, scalars in self._waiting if is_ready(scalars)]
         self.write()
         for logger in self._loggers:
             if hasattr(logger, "flush"):

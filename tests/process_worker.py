@@ -139,6 +139,8 @@ def cases(folder):
         fit(folder, [At(1, 2, lambda trainer: raises(KeyError("luck"))), ModelCheckpoint(folder / "x")]),
     )
 
+    yield "an empty loader", fit(folder, batches=[] if jax.process_index() else batches)
+
     sets_k = At(1, 0, lambda trainer: setattr(trainer, "accumulate_grad_batches", 7), "on_train_epoch_start")
     yield "K", fit(folder, sets_k)
     yield "options", fit(folder, accumulate_grad_batches=2 + jax.process_index())

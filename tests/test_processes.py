@@ -123,7 +123,8 @@ def test_a_signal_to_one_process_saves_and_ends_all(together):
 
 def test_a_stop_by_one_process_is_a_stop_of_all(together):
     """Catches a process that trains on alone, and one that stops later than it would by itself."""
-    assert [of["should_stop"]["micro_step"] for of in together] == [2, 2]
+    zero, one = (of["should_stop"] for of in together)
+    assert zero["micro_step"] == one["micro_step"] == 2 and zero["digest"] == one["digest"]
 
 
 def test_an_exception_in_one_process_is_told_to_the_others(folder, together):
@@ -131,6 +132,7 @@ def test_an_exception_in_one_process_is_told_to_the_others(folder, together):
     assert errors(together, "an exception")[1] == "KeyError: 'luck'"
     assert "process 1 left the run with KeyError('luck')" in errors(together, "an exception")[0]
     assert not list(folder.glob("x/*"))
+    assert "process 1 left the run with ValueError('train_loader=[] is empty" in errors(together, "an empty loader")[0]
 
 
 def test_a_loaders_error_in_one_process_saves_and_ends_all(folder, together):

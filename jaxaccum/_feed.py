@@ -65,8 +65,7 @@ def micro_steps(batches: Iterable[Tree], strategy: Strategy, *, may_differ: bool
         if ahead:
             strategy.processes.gather("a micro-step")
     if groups.error is not None:
-        error = groups.error
-        strategy.processes.together(lambda: _raise(error))
+        strategy.processes.fail(groups.error)
 
 
 def fused(micro_steps: Iterable[MicroStep], every_k: int, pending: int) -> Iterator[list[MicroStep]]:
@@ -157,10 +156,6 @@ class _Met:
     def examples(self) -> int:
         """How many examples they hold."""
         return sum(offer["examples"] for offer in self._offers)
-
-
-def _raise(error: Exception) -> None:
-    raise error
 
 
 class _Groups:

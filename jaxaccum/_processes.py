@@ -3,7 +3,7 @@
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from jaxaccum import _store
 from jaxaccum.distributed import check_same
@@ -28,8 +28,8 @@ class Wishes(NamedTuple):
 class Processes:
     """The processes of `jax.distributed`; without it, this one alone, which has nothing to wait for.
 
-    They tell each other things by `gather`, which all of them call in the same order, with the wishes of each. It costs
-    the host about a millisecond and no device. One that can't go on says so in the place of its next `gather`.
+    They tell each other things by `gather`, which all of them call in the same order, with the wishes of each. It takes
+    the host a millisecond or two, and no device. One that can't go on says so in the place of its next `gather`.
 
     Attributes:
       index: this process' number.
@@ -96,9 +96,13 @@ class Processes:
         """`check()`, which raises on all processes or on none: an error after which they are still together."""
         try:
             return check()
-        except BaseException as error:
-            self._common = error
-            raise
+        except Exception as error:
+            self.fail(error)
+
+    def fail(self, error: BaseException) -> NoReturn:
+        """Raises `error`, which all processes meet in the same place."""
+        self._common = error
+        raise error
 
     def are_together(self, error: BaseException) -> bool:
         """Whether all processes met `error`, or one of their own, in the same place."""

@@ -51,7 +51,7 @@ class Signals:
         told = self.received if self._processes.count == 1 else self._processes.wishes.signal
         if told is not None:
             self._left = True
-            self._processes.together(lambda: _leave(told))
+            self._processes.fail(KeyboardInterrupt() if told == signal.SIGINT else SystemExit(128 + told))
 
     def came_again(self, error: BaseException) -> bool:
         """Whether `error` is that of a second signal: one that `leave_if_told` did not raise."""
@@ -66,7 +66,3 @@ class Signals:
         for number, handler in self._former.items():
             if signal.getsignal(number) == self._note:
                 signal.signal(number, handler)
-
-
-def _leave(number: int) -> None:
-    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)

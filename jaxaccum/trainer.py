@@ -588,7 +588,7 @@ class Trainer:
         """Waits for the device."""
         at = self._at
         dropped = bool(np.any(_outputs.own(self.state.pending.sums.dropped)))
-        found = self._strategy.processes.gather("an anomaly", [dropped, outputs["loss"]])
+        found = self._strategy.processes.gather("an anomaly", [dropped, outputs["loss"] if dropped else None])
         losses = {process: loss for process, (dropped, loss) in enumerate(found) if dropped}
         if losses:
             error = FloatingPointError(
@@ -596,7 +596,7 @@ class Trainer:
                 f"({said(losses) if len(found) > 1 else losses[0]}) or in its gradient. It was left out of its window; "
                 "nonfinite='drop' leaves out all such micro-batches and goes on."
             )
-            self._strategy.processes.together(lambda: _raise(error))
+            self._strategy.processes.fail(error)
 
     def _record(self) -> None:
         """Logs the last window, without waiting for it."""
@@ -709,7 +709,3 @@ def _overridden(callbacks: Sequence[Callback], name: str) -> list[Callable[..., 
         for callback in callbacks
         if getattr(type(callback), name) is not getattr(Callback, name)
     ]
-
-
-def _raise(error: Exception) -> None:
-    raise error

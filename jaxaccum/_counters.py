@@ -17,7 +17,7 @@ class Counters:
       window_samples: the examples in it.
       effective_batch: the examples in the last window that was closed.
       every_k: K.
-      batches: the loader batches in the epoch's micro-steps.
+      batches: the loader batches in the epoch's micro-steps, of all processes.
       all_batches: the loader batches in all of them.
       ends_epoch: whether the last micro-step was its epoch's last; the epoch's end is still to come.
       validated: whether no validation is outstanding after it.

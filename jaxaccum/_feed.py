@@ -5,6 +5,8 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+from jaxaccum import _shares
+from jaxaccum._processes import said
 from jaxaccum._strategy import Piece, Strategy, length, signature
 
 Tree = Any
@@ -17,7 +19,8 @@ class MicroStep(NamedTuple):
 
     Attributes:
       pieces: what the programs take, one call for each.
-      batches: the loader batches in it.
+      batches: the loader batches in it, of this process.
+      count: how many loader batches are in it.
       examples: how many examples they hold.
       last: whether it is the epoch's last.
       loader_state: what the batches' `get_state` gave before the next one was fetched; None where they have none.
@@ -25,36 +28,44 @@ class MicroStep(NamedTuple):
 
     pieces: list[Piece]
     batches: list[Tree]
+    count: int
     examples: int
     last: bool
     loader_state: Any
 
 
-def micro_steps(batches: Iterable[Tree], strategy: Strategy) -> Iterator[MicroStep]:
+def micro_steps(batches: Iterable[Tree], strategy: Strategy, *, may_differ: bool = False) -> Iterator[MicroStep]:
     """The micro-steps of an epoch.
 
     One is held back until it is known whether another follows, so that the last is known where a loader has no
     length. If the loader raises, what it gave before comes first, and none of that is the last.
 
+    Several processes tell each other what they have, once before each micro-step. So all of them end together, whether
+    a loader ends or raises, and what is in `Processes.wishes` before a micro-step is the same on all.
+
     Args:
       batches: the epoch's loader batches.
       strategy: groups them and puts them on the devices.
+      may_differ: whether a process may have fewer micro-steps than another; else that is an error.
     """
     groups = _Groups(iter(batches), strategy.group)
-    ahead: collections.deque[tuple[list[Piece], list[Tree], Any]] = collections.deque()
-    for group, loader_state in groups:
+    met = _Met(groups, strategy, may_differ) if strategy.processes.count > 1 else None
+    ahead: collections.deque[MicroStep] = collections.deque()
+    for group, loader_state in met or groups:
         if len(ahead) > AHEAD:
-            yield _micro_step(*ahead.popleft(), last=False)
-        ahead.append((strategy.pieces(group), group, loader_state))
+            yield ahead.popleft()
+        if met is None:
+            pieces, count, examples = strategy.pieces(group), len(group), sum(map(length, group))
+        else:
+            pieces, count, examples = met.pieces(), met.count(), met.examples()
+        ahead.append(MicroStep(pieces, group, count, examples, False, loader_state))
     while ahead:
         step = ahead.popleft()
-        yield _micro_step(*step, last=not ahead and groups.error is None)
+        yield step._replace(last=not ahead and groups.error is None)
+        if ahead:
+            strategy.processes.gather("a micro-step")
     if groups.error is not None:
-        raise groups.error
-
-
-def _micro_step(pieces: list[Piece], batches: list[Tree], loader_state: Any, last: bool) -> MicroStep:
-    return MicroStep(pieces, batches, sum(map(length, batches)), last, loader_state)
+        strategy.processes.fail(groups.error)
 
 
 def fused(micro_steps: Iterable[MicroStep], every_k: int, pending: int) -> Iterator[list[MicroStep]]:
@@ -86,6 +97,65 @@ def _can_be_stacked(window: list[MicroStep]) -> bool:
         return False
     shape = signature(first.pieces[0].batch)
     return all(signature(other.pieces[0].batch) == shape for other in others)
+
+
+class _Met:
+    """The groups of this process, as long as all processes have one; an end that is not common is an error of all.
+
+    Args:
+      groups: of this process.
+      strategy: the devices.
+      may_differ: whether this process goes on without a group while another has one.
+    """
+
+    def __init__(self, groups: "_Groups", strategy: Strategy, may_differ: bool):
+        self._groups, self._strategy, self._may_differ = groups, strategy, may_differ
+        self._group: list[Tree] = []
+        self._offers: list[dict[str, Any]] = []
+        self._like: Tree = None
+
+    def __iter__(self) -> Iterator[tuple[list[Tree], Any]]:
+        groups = iter(self._groups)
+        for number in itertools.count():
+            self._group, loader_state = next(groups, ([], None))
+            self._like = self._group[0] if self._group else self._like
+            error = self._groups.error
+            own = {**_shares.offer(self._strategy, self._group), "error": None if error is None else repr(error)}
+            self._offers = self._strategy.processes.gather("a loader batch", own)
+            if not self._goes_on(number):
+                return
+            yield self._group, loader_state
+
+    def _goes_on(self, number: int) -> bool:
+        """Whether all processes have micro-step `number`; if they don't end together, there is an error."""
+        errors = {i: offer["error"] for i, offer in enumerate(self._offers) if offer["error"] is not None}
+        if errors:
+            text = f"the loader raised {said(errors)}; see the log of that process."
+            self._groups.error = self._groups.error or RuntimeError(text)
+            return False
+        given = [offer["batches"] for offer in self._offers]
+        if not all(given) and any(given) and not (self._may_differ and number):
+            before = number * self._strategy.group
+            self._groups.error = ValueError(
+                f"the processes' loaders have different lengths: after {before} batches each there are "
+                f"{said(given)} for the next micro-step. Give all of them equally many, for example with "
+                f"limit_train_batches={before}."
+            )
+            return False
+        return any(given)
+
+    def pieces(self) -> list[Piece]:
+        """The pieces of the present micro-step."""
+        make = lambda: _shares.pieces(self._strategy, self._group, self._offers, self._like)
+        return self._strategy.processes.together(make)
+
+    def count(self) -> int:
+        """How many loader batches all processes have in it; with "dp" they have shares of one."""
+        return min(self._strategy.batches, sum(offer["batches"] for offer in self._offers))
+
+    def examples(self) -> int:
+        """How many examples they hold."""
+        return sum(offer["examples"] for offer in self._offers)
 
 
 class _Groups:

@@ -45,7 +45,8 @@ def gradients(
         if value.weight is not None:
             grads = _loss.mean_gradient(value, grads)
         _check_unchanged(model_state, new_model_state)
-        return grads, _loss.mean(value), _logs(value, metrics, batch, device.index() < place[1]), new_model_state
+        present = _present(strategy, device.index(), place)
+        return grads, _loss.mean(value), _logs(value, metrics, batch, present), new_model_state
 
     return _on_devices(strategy, on_device, (params, model_state, batch, place, index), split=(1, 2))
 
@@ -57,7 +58,7 @@ def losses(task: Task, strategy: Strategy, params: Tree, model_state: Tree, batc
         value, _, metrics = _task.evaluate(task, params, model_state, batch, None)
         value = value if isinstance(value, Weighted) else Weighted(value, None)
         _checks.total(value.total)
-        return _logs(value, metrics, batch, device.index() < place[1])
+        return _logs(value, metrics, batch, _present(strategy, device.index(), place))
 
     return _on_devices(strategy, on_device, (params, model_state, batch, place), split=(2,))
 
@@ -77,10 +78,17 @@ def _on_devices(strategy: Strategy, on_device: Callable[..., Any], args: tuple, 
 
 def _key(strategy: Strategy, seed: int, device: Any, place: Any, index: Any) -> jax.Array:
     """The micro-batch's key: by the loader batch, and by the share where several devices have one of it."""
-    key, device = jax.random.key(seed), jnp.asarray(device, jnp.uint32)
+    key, device, first = jax.random.key(seed), jnp.asarray(device, jnp.uint32), place[0].astype(jnp.uint32)
     if strategy.name != "dp":
-        return jax.random.fold_in(key, index + device)
-    return jax.random.fold_in(jax.random.fold_in(key, index), place[0].astype(jnp.uint32) + device)
+        return jax.random.fold_in(key, index + device - first)
+    precede = first // strategy.size * strategy.size
+    return jax.random.fold_in(jax.random.fold_in(key, index), precede + device)
+
+
+def _present(strategy: Strategy, device: Any, place: Any) -> Any:
+    """Whether a device has a share of a piece."""
+    first = place[0] % strategy.size
+    return jnp.logical_and(first <= device, device < first + place[1])
 
 
 def _with_rest(evaluated: tuple[Any, Tree, dict[str, Any]]) -> tuple[Any, tuple[Tree, dict[str, Any]]]:

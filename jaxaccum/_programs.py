@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxaccum import _accumulator, _checks, _inner, _pieces
+from jaxaccum import _accumulator, _checks, _inner, _pieces, _shares
 from jaxaccum import task as _task
 from jaxaccum._multi_steps import MultiSteps
 from jaxaccum._outputs import Outputs
@@ -84,11 +84,11 @@ class Programs:
         """
         # The last number that a key is folded with, which no loader batch has.
         key = jax.random.fold_in(jax.random.key(self._seed), np.uint32(2**32 - 1))
-        made = _task.initial(self._task, key, batch)
+        made = self._strategy.of_first(_task.initial(self._task, key, batch))
         # Copied: every step donates them, and init may return arrays that the caller keeps.
-        params, model_state = jax.device_put(made, self._strategy.common, may_alias=False)
+        params, model_state = self._strategy.placed(made, self._strategy.common)
         _checks.differentiable(params)
-        piece, *_ = self._strategy.pieces([batch])
+        piece, *_ = self._first_pieces(batch)
         args = params, model_state, *piece
         shardings = self._shardings(*args[:2], *jax.eval_shape(self._begin, *args))
         kind = jax.tree.flatten(shardings)
@@ -97,6 +97,13 @@ class Programs:
             self._kind = kind
         opt_state, pending = self._start(*args)
         return FitState(params, opt_state, model_state, pending)
+
+    def _first_pieces(self, batch: Tree) -> list[Piece]:
+        strategy = self._strategy
+        if strategy.processes.count == 1:
+            return strategy.pieces([batch])
+        offers = strategy.processes.gather("the first batch", _shares.offer(strategy, [batch]))
+        return strategy.processes.together(lambda: _shares.pieces(strategy, [batch], offers, batch))
 
     def _begin(self, params, model_state, batch, place):
         """(optimizer state, an empty window)."""

@@ -1,7 +1,7 @@
 """The batches of an epoch, from its start or from where a checkpoint left it."""
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from jaxaccum import _plain
@@ -54,6 +54,7 @@ def rest(
     state: str | None,
     *,
     is_stream: bool,
+    own: Callable[[int], int],
     limit: int | None,
     keeps_state: bool,
 ) -> Reader:
@@ -65,18 +66,19 @@ def rest(
       at: the place in the run.
       state: what `get_state` gave there.
       is_stream: whether all epochs are one iterator's.
+      own: of so many loader batches of all processes, how many this process' loader gave.
       limit: how many batches an epoch has at most; None is all.
       keeps_state: as for `Reader`.
     """
     in_epoch = at.batch_idx > 0 and not at.ends_epoch
     if in_epoch and limit is not None:
-        limit = max(limit - at.batches, 0)
+        limit = max(limit - own(at.batches), 0)
     if not (in_epoch or is_stream):
         return Reader(batches, [first], limit=limit, keeps_state=keeps_state)
     if state is not None and has_state(batches):
         batches.set_state(_plain.loads(state))
         return Reader(batches, limit=limit, keeps_state=keeps_state)
-    taken = at.all_batches if is_stream else at.batches
+    taken = own(at.all_batches if is_stream else at.batches)
     return Reader(batches, [first], taken=taken, limit=limit, keeps_state=keeps_state)
 
 

@@ -36,8 +36,15 @@ class Records:
                 value.copy_to_host_async()
         self._waiting.append((step, dict(scalars)))
 
-    def flush(self) -> None:
-        """Waits for what is still on its way, and has the loggers write all of it."""
+    def flush(self, waits: bool = True) -> None:
+        """Waits for what is still on its way, and has the loggers write all of it.
+
+        Args:
+          waits: if not, what the devices have not finished is left out: where a process is gone, they never will.
+        """
+        if not waits:
+            is_ready = lambda scalars: all(x.is_ready() for x in scalars.values() if hasattr(x, "is_ready"))
+            self._waiting = [(step, scalars) for step, scalars in self._waiting if is_ready(scalars)]
         self.write()
         for logger in self._loggers:
             if hasattr(logger, "flush"):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxaccum import checkpoint
 from jaxaccum._counters import Counters
+from jaxaccum._processes import Processes
 from jaxaccum.callbacks import ModelCheckpoint
 from jaxaccum.checkpoint import Checkpoint
 
@@ -26,10 +27,11 @@ class Saver:
     Args:
       policy: when to save, and what to keep.
       folder: where, if the policy doesn't say.
+      processes: those of the run; each has a saver, and all save alike.
     """
 
-    def __init__(self, policy: ModelCheckpoint, folder: Path):
-        self.policy = policy
+    def __init__(self, policy: ModelCheckpoint, folder: Path, processes: Processes):
+        self.policy, self._processes = policy, processes
         self._folder = policy.open(folder)
         self._writer = checkpoint.Writer()
         self._on_its_way: Path | None = None
@@ -77,11 +79,7 @@ class Saver:
         except BaseException:
             self.policy.forget(path.name)
             raise
-        try:
-            self._writer.start(path, arrays, notes)
-        except Exception as error:
-            self._fail(path, error)
-        else:
+        if not self._fails(path, lambda: self._writer.start(path, arrays, notes)):
             self._on_its_way, self._last = path, dataclasses.replace(at)
 
     def _settle(self) -> None:
@@ -89,13 +87,9 @@ class Saver:
         path, self._on_its_way = self._on_its_way, None
         if path is None:
             return
-        try:
-            self._writer.wait()
-        except Exception as error:
-            self._fail(path, error)
-        else:
+        if not self._fails(path, self._writer.wait):
             for name in self.policy.outdated():
-                checkpoint.remove(self._folder / name)
+                self._remove(self._folder / name)
 
     def close(self) -> None:
         """Waits, and ends the writer."""
@@ -113,20 +107,33 @@ class Saver:
         while path.exists():
             version += 1
             path = self._folder / f"{name}-v{version}"
-        return path
+        return self._folder / self._processes.gather("a checkpoint's name", path.name)[0]
 
-    def _fail(self, path: Path, error: Exception) -> None:
-        self._last = None
-        self.policy.forget(path.name)
-        checkpoint.remove(path)
-        warnings.warn(
-            f"checkpoint {path} could not be written: {error!r}. The run goes on, and the checkpoints before it stay; "
-            "make room, or give ModelCheckpoint another dirpath.",
-            stacklevel=2,
-        )
+    def _fails(self, path: Path, write: Callable[[], None]) -> bool:
+        """Whether `write` raises, on any process; then `path` is given up."""
+        failure = None
+        try:
+            write()
+        except Exception as error:
+            failure = repr(error)
+        failures = [text for text in self._processes.gather("a checkpoint", failure) if text is not None]
+        if failures:
+            self._last = None
+            self.policy.forget(path.name)
+            self._remove(path)
+            warnings.warn(
+                f"checkpoint {path} could not be written: {failures[0]}. The run goes on, and the checkpoints before "
+                "it stay; make room, or give ModelCheckpoint another dirpath.",
+                stacklevel=3,
+            )
+        return bool(failures)
+
+    def _remove(self, path: Path) -> None:
+        if not self._processes.index:
+            checkpoint.remove(path)
 
 
-def find(ckpt_path: str | os.PathLike[str] | None, savers: Sequence[Saver]) -> Checkpoint | None:
+def find(ckpt_path: str | os.PathLike[str] | None, savers: Sequence[Saver], processes: Processes) -> Checkpoint | None:
     """The checkpoint that `Trainer.fit` is to go on from; None for a start.
 
     Raises:
@@ -142,7 +149,7 @@ def find(ckpt_path: str | os.PathLike[str] | None, savers: Sequence[Saver]) -> C
             "ckpt_path='last' is the newest checkpoint of a ModelCheckpoint, but callbacks hold none: add one, or pass "
             "the path of a checkpoint."
         )
-    found = checkpoint.newest([saver.folder for saver in savers])
+    found = checkpoint.newest([saver.folder for saver in savers], processes)
     if found is None:
         folders = ", ".join(str(saver.folder) for saver in savers)
         warnings.warn(f"ckpt_path='last' finds no checkpoint in {folders}: the run starts afresh.", stacklevel=4)

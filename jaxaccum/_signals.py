@@ -1,9 +1,14 @@
-"""SIGTERM and SIGINT while a run goes on: the first asks it to leave, the second is as if nobody listened."""
+"""SIGTERM and SIGINT while a run goes on: the first asks it to leave, the second is as if nobody listened.
+
+With several processes one that comes to any of them is for all, which leave in the same place.
+"""
 
 import signal
 import threading
 from types import FrameType
 from typing import Any
+
+from jaxaccum._processes import Processes
 
 _LISTENED_TO = (signal.SIGTERM, signal.SIGINT)
 
@@ -13,12 +18,16 @@ class Signals:
 
     Handlers are the main thread's to set: in any other thread nothing is listened to.
 
+    Args:
+      processes: those of the run.
+
     Attributes:
-      received: the first signal, or None.
+      received: the first signal that this process was sent, or None.
     """
 
-    def __init__(self):
+    def __init__(self, processes: Processes):
         self.received: int | None = None
+        self._processes = processes
         self._former: dict[int, Any] = {}
         self._left = False
 
@@ -35,10 +44,14 @@ class Signals:
         self._put_back()
 
     def leave_if_told(self) -> None:
-        """Raises KeyboardInterrupt after SIGINT, and SystemExit with a shell's code for the signal after SIGTERM."""
-        if self.received is not None:
+        """Raises KeyboardInterrupt after SIGINT, and SystemExit with a shell's code for the signal after SIGTERM.
+
+        With several processes it is what they last told each other that counts.
+        """
+        told = self.received if self._processes.count == 1 else self._processes.wishes.signal
+        if told is not None:
             self._left = True
-            raise KeyboardInterrupt if self.received == signal.SIGINT else SystemExit(128 + self.received)
+            self._processes.fail(KeyboardInterrupt() if told == signal.SIGINT else SystemExit(128 + told))
 
     def came_again(self, error: BaseException) -> bool:
         """Whether `error` is that of a second signal: one that `leave_if_told` did not raise."""

@@ -33,8 +33,8 @@ def notes(run: Run, at: Counters, strategy: Strategy, callbacks: Sequence[Callba
         "counters": dataclasses.asdict(at),
         "seed": run.seed,
         "devices": strategy.size,
-        "group": strategy.group,
-        "loader": run.loader_state,
+        "group": strategy.batches,
+        "loaders": strategy.processes.gather("a checkpoint's notes", run.loader_state),
         "means": {name: number(mean) for name, mean in run.means.items()},
         "metrics": {name: number(metric) for name, metric in run.metrics.items()},
         "logged": {name: number(value) for name, value in run.logged.items()},
@@ -60,9 +60,11 @@ def restore(
     noted = checkpoint.notes
     run.state = _placed(checkpoint, run.state, noted["devices"], strategy, programs)
     # Everything is put on the devices as the programs leave it there, so that nothing compiles twice.
-    on_device = lambda number: jax.device_put(np.asarray(number, _accumulator.weight_dtype()), strategy.common)
+    on_device = lambda number: strategy.placed(np.asarray(number, _accumulator.weight_dtype()), strategy.common)
     run.means = {name: on_device(mean) for name, mean in noted["means"].items()}
-    run.metrics, run.logged, run.loader_state = noted["metrics"], noted["logged"], noted["loader"]
+    run.metrics, run.logged = noted["metrics"], noted["logged"]
+    processes = strategy.processes
+    run.loader_state = noted["loaders"][processes.index] if len(noted["loaders"]) == processes.count else None
     waiting = [(name, _plain.loads(text)) for name, text in noted["callbacks"]]
     for callback in callbacks:
         own = next((entry for entry in waiting if entry[0] == type(callback).__qualname__), None)
@@ -70,7 +72,26 @@ def restore(
             waiting.remove(own)
             callback.load_state_dict(own[1])
     at = Counters(**noted["counters"])
-    return at if noted["group"] == strategy.group else at.regrouped(noted["group"], strategy.group)
+    return at if noted["group"] == strategy.batches else at.regrouped(noted["group"], strategy.batches)
+
+
+def own_batches(batches: int, checkpoint: Checkpoint, strategy: Strategy) -> int:
+    """Of so many loader batches of all processes before `checkpoint`, how many this process' loader gave, or would.
+
+    Raises:
+      ValueError: on all processes, where they are not equally many of each device's.
+    """
+    processes = strategy.processes
+    if processes.count == 1 or strategy.name == "dp":
+        return batches
+    is_as_it_was = (len(checkpoint.notes["loaders"]), checkpoint.notes["group"]) == (processes.count, strategy.batches)
+    if batches % strategy.batches and not is_as_it_was:
+        raise ValueError(
+            f"{checkpoint.path} was saved after {batches} loader batches, which are not equally many of each of the "
+            f"{strategy.batches} devices of {processes.count} processes. Go on with one process, with as many "
+            f"processes and devices as before, or from a checkpoint after a multiple of {strategy.batches}."
+        )
+    return -(-batches // processes.count)
 
 
 def _placed(checkpoint: Checkpoint, like: FitState, before: int, strategy: Strategy, programs: Programs) -> FitState:
@@ -80,7 +101,9 @@ def _placed(checkpoint: Checkpoint, like: FitState, before: int, strategy: Strat
     state = jax.tree.unflatten(jax.tree.structure(like), list(named.values()))
     if before != strategy.size:
         state = state._replace(pending=_redistributed(state.pending, before, strategy, programs))
-    return jax.device_put(state, jax.tree.map(lambda x: x.sharding, like), may_alias=False)
+    if strategy.processes.count == 1:
+        return jax.device_put(state, jax.tree.map(lambda x: x.sharding, like), may_alias=False)
+    return jax.tree.map(lambda x, lies: strategy.placed(x, lies.sharding), state, like)
 
 
 def _redistributed(pending: Pending, before: int, strategy: Strategy, programs: Programs) -> Pending:
@@ -100,8 +123,15 @@ def _redistributed(pending: Pending, before: int, strategy: Strategy, programs: 
         return x if alone else jnp.broadcast_to(x, (now, *x.shape))
 
     model_state = pending.model_state if before == 1 else _sync.averaged(pending.model_state)
+    if strategy.processes.count == 1:
+        sums = programs.redistribute(pending.sums)
+    else:  # On the host: they are put on the devices of all processes with the rest.
+        names = ("acc_grads", "weight", "averages", "dropped")
+        stacked = lambda x: x if before > 1 else x[None]
+        held = {name: jax.tree.map(stacked, getattr(pending.sums, name)) for name in names}
+        sums = pending.sums._replace(**_redistribute.folded(held, now))
     return pending._replace(
-        sums=programs.redistribute(pending.sums),
+        sums=sums,
         logs=jax.tree.map(logs, pending.logs),
         model_state=jax.tree.map(local, model_state),
     )

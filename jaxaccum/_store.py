@@ -52,6 +52,24 @@ def read(directory: str) -> dict[str, str]:
     return {key.removeprefix(directory): value for key, value in _client().key_value_dir_get(directory)}
 
 
+def wait(key: str, timeout: float) -> str:
+    """What `key` is, once a process has set it.
+
+    Raises:
+      RuntimeError: if none has within `timeout` seconds; else as for `write`.
+    """
+    return _client().blocking_key_value_get(key, round(1000 * timeout))
+
+
+def forget(directory: str) -> None:
+    """Removes all entries below `directory`, which ends with a slash.
+
+    Raises:
+      RuntimeError: as for `write`.
+    """
+    _client().key_value_delete(directory)
+
+
 def meet(name: str, timeout: float) -> None:
     """Waits until every process has called this with the same `name`, which is good for one time.
 

@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxaccum._integers import positive_int
+from jaxaccum._processes import Processes
 from jaxaccum._sync import MeshAxis, OneDevice
 from jaxaccum._zero import zero_sharding
 
@@ -23,8 +25,8 @@ class Place(NamedTuple):
     """Where a piece of a micro-step stands; an int32 array of these three on the devices.
 
     Attributes:
-      first: the number of its first device's share, for keys: P where P shares of the same batch precede it.
-      present: how many devices have a share; the others hold a copy of one, which counts for nothing.
+      first: the number of its first share: that of its device, and P more where P shares of the batch precede it.
+      present: how many devices, from that one on, have a share; the others hold what counts for nothing.
       advance: how many loader batches it completes.
     """
 
@@ -52,18 +54,41 @@ class Strategy:
     one piece wherever it can be: else each run of batches of one shape is one; with "dp" what divides over the devices
     is one and the rest another. Devices without a share are given a copy of another's, of weight 0.
 
+    With several processes the devices are those of process 0, then those of process 1 and so on, each equally many. A
+    process' loader gives the batches of its own devices, with "dp" its share of each batch.
+
     Args:
       name: one of `NAMES`.
-      devices: how many, or "auto" for all there are ("single": the first).
+      devices: how many, over all processes, or "auto" for all there are ("single": the first).
+
+    Attributes:
+      name: without "auto".
+      processes: that the devices belong to.
+      sync: the devices, for sums.
+      common: the sharding of what all devices share.
+      local: the sharding of what each has of its own.
+      size: P, the number of devices.
+      own: how many of them are this process'.
+      group: this process' loader batches in a micro-step.
+      batches: all of the loader batches in a micro-step.
 
     Raises:
-      TypeError, ValueError: for an unknown name, or more devices than there are.
+      TypeError, ValueError: for an unknown name, more devices than there are, or "single" with several processes.
+      RuntimeError: if there are several processes that have no way to talk.
     """
 
     def __init__(self, name: str, devices: int | str):
         if name not in NAMES:
             raise ValueError(f"strategy must be one of {NAMES}, got {name!r}.")
-        available = jax.devices()
+        available, self.processes = jax.devices(), Processes()
+        processes = self.processes.count
+        if processes != jax.process_count():
+            raise RuntimeError(
+                f"there are {jax.process_count()} processes, but jax.distributed is not initialised: call "
+                "jaxaccum.distributed.initialize() first."
+            )
+        if name == "single" and processes > 1:
+            raise ValueError(f"strategy='single' runs in one process, and there are {processes}: pass 'ddp' or 'auto'.")
         every = 1 if name == "single" else len(available)
         count = every if devices == "auto" else positive_int(devices, "devices")
         if count > len(available):
@@ -72,34 +97,49 @@ class Strategy:
             raise ValueError(f"strategy='single' runs on one device, got devices={count}; pass 'ddp', 'dp' or 'zero'.")
         self.name = ("single" if count == 1 else "ddp") if name == "auto" else name
         self.sync: OneDevice | MeshAxis = OneDevice()
-        self.common: Any = SingleDeviceSharding(available[0])  # of what all devices share
-        self.local: Any = self.common  # of what each has of its own
+        self.common: Any = SingleDeviceSharding(available[0])
+        self.local: Any = self.common
         if count > 1:
             auto = (jax.sharding.AxisType.Auto,)
-            mesh = jax.make_mesh((count,), ("data",), axis_types=auto, devices=available[:count])
+            if processes == 1:
+                mesh = jax.make_mesh((count,), ("data",), axis_types=auto, devices=available[:count])
+            else:
+                mesh = Mesh(np.array(_equally_many(available, count, processes)), ("data",), axis_types=auto)
             self.sync = MeshAxis(mesh, ("data",), scatter=name == "zero")
             self.common, self.local = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
-        self.size = count
-        self.group = 1 if self.name == "dp" else count  # loader batches in a micro-step
+        self.size, self.own = count, count // processes
+        self.group, self.batches = (1, 1) if self.name == "dp" else (self.own, self.size)
         self._constants: dict[Any, jax.Array] = {}
         # A CPU has a host's arrays in its memory already, and jit takes them faster than device_put does.
         self._puts = count > 1 or available[0].platform != "cpu"
 
     def pieces(self, batches: Sequence[Tree]) -> list[Piece]:
-        """The pieces of a micro-step of up to `group` loader batches, sent on their way to the devices."""
+        """The pieces of a micro-step of up to `group` loader batches, sent on their way to the devices.
+
+        With several processes see `_shares`.
+        """
         if self.size == 1:
             pieces = [Piece(batches[0], Place(0, 1, 1))]
         elif self.name == "dp":
             pieces = self._split(batches[0])
         else:
             pieces = [self._run(list(run)) for _, run in itertools.groupby(batches, key=signature)]
-        return [Piece(self._put(piece.batch), self.constant(piece.place, np.int32)) for piece in pieces]
+        return [self.sent(piece) for piece in pieces]
+
+    def sent(self, piece: Piece) -> Piece:
+        """A piece on its way to the devices; its batch is what this process has of it."""
+        if self.processes.count == 1:
+            batch = jax.device_put(piece.batch, self.local) if self._puts else piece.batch
+        else:
+            shape = lambda x: (self.processes.count * len(x), *x.shape[1:])
+            put = lambda x: jax.make_array_from_process_local_data(self.local, x, shape(x))
+            batch = jax.tree.map(put, piece.batch)
+        return Piece(batch, self.constant(piece.place, np.int32))
 
     def _run(self, run: list[Tree]) -> Piece:
         """Batches of one shape, one for each device."""
         filled = run + [run[-1]] * (self.size - len(run))
-        batch = _map(lambda *leaves: _concatenate(leaves), *filled)
-        return Piece(batch, Place(0, len(run), len(run)))
+        return Piece(stacked(filled), Place(0, len(run), len(run)))
 
     def _split(self, batch: Tree) -> list[Piece]:
         """One batch over all devices, and what does not divide on the first alone."""
@@ -107,20 +147,33 @@ class Strategy:
         rest = length(batch) - whole
         pieces = []
         if whole:
-            pieces.append(Piece(_map(lambda x: x[:whole], batch), Place(0, self.size, 0 if rest else 1)))
+            pieces.append(Piece(rows(batch, slice(whole)), Place(0, self.size, 0 if rest else 1)))
         if rest or not whole:
-            repeated = _map(lambda x: _concatenate([x[whole:]] * self.size), batch)
+            repeated = stacked([rows(batch, slice(whole, None))] * self.size)
             pieces.append(Piece(repeated, Place(self.size if whole else 0, 1, 1)))
         return pieces
-
-    def _put(self, batch: Tree) -> Tree:
-        return jax.device_put(batch, self.local) if self._puts else batch
 
     def constant(self, value: float | tuple[int, ...], dtype: Any) -> jax.Array:
         """`value` on every device, where it stays: sending the few that there are anew would cost each call."""
         if (value, dtype) not in self._constants:
-            self._constants[value, dtype] = jax.device_put(np.asarray(value, dtype), self.common)
+            self._constants[value, dtype] = self.placed(np.asarray(value, dtype), self.common)
         return self._constants[value, dtype]
+
+    def placed(self, tree: Tree, sharding: Any) -> Tree:
+        """`tree`, which every process has as a whole, on the devices, in buffers that may be donated."""
+        if self.processes.count == 1:
+            return jax.device_put(tree, sharding, may_alias=False)
+        return jax.tree.map(lambda x: _placed(x, sharding), tree)
+
+    def of_first(self, tree: Tree) -> Tree:
+        """`tree` as process 0 has it."""
+        if self.processes.count == 1:
+            return tree
+        is_key = lambda x: isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        data = jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree)
+        first = multihost_utils.broadcast_one_to_all(data)
+        as_was = lambda x, old: jax.random.wrap_key_data(x, impl=jax.random.key_impl(old)) if is_key(old) else x
+        return jax.tree.map(as_was, first, tree)
 
     def spread(self, tree: Tree) -> Tree:
         """The shardings of an optimizer's state: the parameters' own, or with "zero" split over the devices."""
@@ -148,6 +201,16 @@ def signature(batch: Tree) -> Any:
     return treedef, [(np.shape(leaf), getattr(leaf, "dtype", type(leaf))) for leaf in leaves]
 
 
+def rows(batch: Tree, part: slice) -> Tree:
+    """Some of a loader batch's examples."""
+    return _map(lambda x: x[part], batch)
+
+
+def stacked(batches: Sequence[Tree]) -> Tree:
+    """Loader batches of one shape as one."""
+    return _map(lambda *leaves: _concatenate(leaves), *batches)
+
+
 def _map(fun: Callable[..., Any], *batches: Tree) -> Tree:
     """`fun` of the batches' leaves, all of which must have examples to be spread over devices."""
 
@@ -165,3 +228,24 @@ def _map(fun: Callable[..., Any], *batches: Tree) -> Tree:
 def _concatenate(leaves: Sequence[Any]) -> Any:
     on_device = any(isinstance(leaf, jax.Array) for leaf in leaves)
     return jnp.concatenate(leaves) if on_device else np.concatenate(leaves)
+
+
+def _equally_many(available: Sequence[Any], count: int, processes: int) -> list[Any]:
+    """The devices to use, by process: of each the first."""
+    of = [[device for device in available if device.process_index == process] for process in range(processes)]
+    if count % processes or any(len(own) < count // processes for own in of):
+        raise ValueError(
+            f"devices={count} must be equally many of each of the {processes} processes, which have "
+            f"{[len(own) for own in of]}; pass devices={processes * min(map(len, of))}."
+        )
+    return [device for own in of for device in own[: count // processes]]
+
+
+def _placed(x: Any, sharding: Any) -> jax.Array:
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return jax.jit(jnp.copy, out_shardings=sharding)(x)
+    if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        data = _placed(jax.random.key_data(x), sharding)
+        return jax.jit(lambda data: jax.random.wrap_key_data(data, impl=jax.random.key_impl(x)))(data)
+    whole = np.asarray(x, jax.dtypes.canonicalize_dtype(np.asarray(x).dtype))
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: np.array(whole[index]))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 import optax
 
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 class Callback:
     """Hooks of a run, under Lightning's names; where Lightning passes its module, the `Task` is passed.
 
-    Hooks run in the order of the callbacks. The arrays of `trainer.state` are donated by the next micro-step: to keep
-    them longer, ask for `trainer.copy_state()`.
+    Hooks run in the order of the callbacks, in every process. The arrays of `trainer.state` are donated by the next
+    micro-step: to keep them longer, ask for `trainer.copy_state()`.
     """
 
     def on_fit_start(self, trainer: "Trainer", task: "Task") -> None:
@@ -53,7 +54,8 @@ class Callback:
         Args:
           trainer: the trainer.
           task: the task.
-          batch: what the loader gave; with strategy "ddp" or "zero" a list of up to P such batches.
+          batch: what the loader gave; with strategy "ddp" or "zero" a list of such batches, up to one for each device
+            of this process.
           batch_idx: the micro-step's number in its epoch.
         """
 
@@ -65,7 +67,8 @@ class Callback:
         Args:
           trainer: the trainer.
           task: the task.
-          outputs: the micro-step's "loss", not divided by K, and its metrics. Reading one waits for the device.
+          outputs: the micro-step's "loss", not divided by K, and its metrics, on this process' devices. Reading one
+            waits for them.
           batch: as for `on_train_batch_start`.
           batch_idx: likewise.
         """
@@ -181,7 +184,8 @@ class ModelCheckpoint(Callback):
     At most one of the three intervals may be given; without one it is every epoch.
 
     Args:
-      dirpath: the folder, for one run at a time; None is "checkpoints" in the Trainer's `default_root_dir`.
+      dirpath: the folder, for one run at a time, and the same for all of its processes; None is "checkpoints" in the
+        Trainer's `default_root_dir`.
       every_n_micro_steps: save after every so many micro-steps, in the middle of windows too; with
         `fuse_windows` at the end of the window that they fall in.
       every_n_train_steps: save after every so many optimizer steps.
@@ -380,7 +384,7 @@ class LearningRateMonitor(Callback):
 class ProgressBar(Callback):
     """A line by tqdm: epoch, micro-step in the window, optimizer step, effective batch, samples a second, loss.
 
-    The loss is that of the last window that the device has finished: the bar never waits for it.
+    The loss is that of the last window that the device has finished: the bar never waits for it. Process 0 alone draws.
 
     Args:
       interval: seconds between two draws, at the least.
@@ -399,7 +403,7 @@ class ProgressBar(Callback):
         self._done = 0
 
     def on_train_start(self, trainer: "Trainer", task: "Task") -> None:
-        self._bar = self._tqdm(unit="micro-step")
+        self._bar = self._tqdm(unit="micro-step", disable=jax.process_index() > 0)
         self.on_train_epoch_start(trainer, task)  # A run may go on in the middle of an epoch.
 
     def on_train_epoch_start(self, trainer: "Trainer", task: "Task") -> None:

@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jaxaccum import _extras
+from jaxaccum._processes import Processes
 
 CUT_OFF = ".orbax-checkpoint-tmp"  # in the name of a folder that is being written, or removed
 _NOTES = "notes.json"
@@ -65,7 +67,8 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
             for name, (shape, _) in notes["leaves"].items()
             if 0 not in shape
         }
-        restored = orbax.Checkpointer(_handler(orbax)).restore(
+        alone = {jax.process_index()}  # Each process reads for itself, and waits for none.
+        restored = _checkpointer(orbax.Checkpointer, alone).restore(
             path, args=orbax.args.Composite(arrays=orbax.args.PyTreeRestore(restore_args=wanted))
         )["arrays"]
     except Exception as error:
@@ -74,26 +77,36 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     return Checkpoint(path, {**restored, **empty}, notes)
 
 
-def newest(folders: Sequence[Path]) -> Checkpoint | None:
-    """The newest checkpoint in the folders that can be read; None where there is none.
+def newest(folders: Sequence[Path], processes: Processes) -> Checkpoint | None:
+    """The newest checkpoint in the folders that all processes can read; None where there is none.
 
     Warns of each that is passed over, because its writing was cut off or because it can't be read. What was cut off is
     removed.
     """
-    for path in sorted(path for folder in folders for path in folder.glob(f"*{CUT_OFF}*")):
-        warnings.warn(f"{path} was cut off while it was written: it is passed over and removed.", stacklevel=5)
-        shutil.rmtree(path, ignore_errors=True)
-    dated = {path: date for folder in folders for path, date in _dated(folder).items()}
-    for path in sorted(dated, key=dated.__getitem__, reverse=True):
+    names: list[str] = []
+    if not processes.index:
+        for path in sorted(path for folder in folders for path in folder.glob(f"*{CUT_OFF}*")):
+            warnings.warn(f"{path} was cut off while it was written: it is passed over and removed.", stacklevel=5)
+            shutil.rmtree(path, ignore_errors=True)
+        dated = {path: date for folder in folders for path, date in _dated(folder).items()}
+        names = [str(path) for path in sorted(dated, key=dated.__getitem__, reverse=True)]
+    for name in processes.gather("the checkpoints", names)[0]:
+        found, failure = None, None
         try:
-            return load(path)
+            found = load(name)
         except OSError as error:
-            warnings.warn(f"{error} It is passed over for the one before.", stacklevel=5)
+            failure = str(error)
+        failures = [text for text in processes.gather("a checkpoint", failure) if text is not None]
+        if not failures:
+            return found
+        warnings.warn(f"{failures[0]} It is passed over for the one before.", stacklevel=5)
     return None
 
 
 class Writer:
     """Writes one checkpoint after another, each in the background.
+
+    With several processes each has one, and all call it alike: each writes what lies on its own devices.
 
     Raises:
       ImportError: if orbax is missing.
@@ -101,7 +114,8 @@ class Writer:
 
     def __init__(self):
         self._orbax = _orbax()
-        self._checkpointer = self._orbax.AsyncCheckpointer(_handler(self._orbax))
+        everyone = set(range(jax.process_count()))
+        self._checkpointer = _checkpointer(self._orbax.AsyncCheckpointer, everyone)
 
     def start(self, path: Path, arrays: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
         """Begins a checkpoint; the arrays are the caller's again when this returns.
@@ -164,7 +178,16 @@ def _orbax() -> Any:
     return _extras.require("orbax.checkpoint", "training", "a checkpoint")
 
 
-def _handler(orbax: Any) -> Any:
-    return orbax.CompositeCheckpointHandler(
-        arrays=orbax.PyTreeCheckpointHandler(), notes=orbax.JsonCheckpointHandler(filename=_NOTES)
+def _checkpointer(kind: Any, processes: set[int]) -> Any:
+    """An orbax checkpointer of `kind` for these processes, the first of which does what is to be done once.
+
+    Where orbax is not told which processes there are, they wait for each other by collectives on the devices.
+    """
+    orbax = _orbax()
+    options = orbax.options.MultiprocessingOptions(primary_host=min(processes), active_processes=processes)
+    handler = orbax.CompositeCheckpointHandler(
+        composite_options=orbax.CompositeOptions(multiprocessing_options=options),
+        arrays=orbax.PyTreeCheckpointHandler(multiprocessing_options=options),
+        notes=orbax.JsonCheckpointHandler(filename=_NOTES, multiprocessing_options=options),
     )
+    return kind(handler, multiprocessing_options=options)

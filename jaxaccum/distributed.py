@@ -14,7 +14,7 @@ import signal
 import sys
 import traceback
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -145,16 +145,26 @@ def agree(name: str, value: Any, *, timeout: float = 300.0) -> Any:
             f"{who}: agree({name!r}) waited for timeout={timeout:g} s from the first call on. Every process must call "
             "agree equally often; if one only had more to do, raise timeout."
         ) from error
+    answers = _store.read(directory)
+    check_same([answers[other] for other in sorted(answers, key=int)])
+    return value
+
+
+def check_same(answers: Sequence[str]) -> None:
+    """Whether all processes, whose answers these are in order, gave the same one.
+
+    Raises:
+      ValueError: if not; it says whose are which.
+    """
     processes = defaultdict(list)
-    for other, other_answer in sorted(_store.read(directory).items(), key=lambda item: int(item[0])):
-        processes[other_answer].append(other)
+    for process, answer in enumerate(answers):
+        processes[answer].append(str(process))
     if len(processes) > 1:
-        answers = "; ".join(f"{answer} on process {', '.join(others)}" for answer, others in processes.items())
+        whose = "; ".join(f"{answer} on process {', '.join(others)}" for answer, others in processes.items())
         raise ValueError(
-            f"the processes disagree: {answers}. Let all of them decide it from what all of them know, such as the "
+            f"the processes disagree: {whose}. Let all of them decide it from what all of them know, such as the "
             "configuration and the epoch."
         )
-    return value
 
 
 def _check_timeout(name: str, seconds: float) -> None:

@@ -1,6 +1,7 @@
 """The loop: epochs of micro-steps in windows of K, on one device or several."""
 
 import collections
+import functools
 import itertools
 import math
 import os
@@ -13,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxaccum import _accumulator, _arguments, _limits, _optimizer, _plot, _reader, _saver, _snapshot
+from jaxaccum import _accumulator, _arguments, _limits, _optimizer, _outputs, _plot, _reader, _saver, _snapshot
 from jaxaccum._counters import Counters
 from jaxaccum._evaluation import Evaluation
 from jaxaccum._feed import MicroStep, fused, micro_steps
 from jaxaccum._integers import as_int, positive_int
 from jaxaccum._outputs import Outputs
+from jaxaccum._processes import Wishes, said
 from jaxaccum._programs import FitState, Programs
 from jaxaccum._reader import Reader
 from jaxaccum._records import Records
@@ -51,7 +53,7 @@ class Trainer:
       strategy: "single": one device. "ddp": each of the P devices takes a loader batch of its own, so that a window has
         P·K. "zero": likewise, with the optimizer's state and its work split over the devices. "dp": a loader batch is
         split over the devices. "auto": "single" on one device, "ddp" on several.
-      devices: how many, or "auto" for all.
+      devices: how many, over all processes, or "auto" for all.
       callbacks: a callback or a sequence of them, run in order.
       limit_train_batches: how many loader batches an epoch has at most, or which fraction of them.
       limit_val_batches: likewise in validation; 0 is none of them.
@@ -157,7 +159,7 @@ class Trainer:
         self._at = Counters()
         self._run: Run | None = None
         self._savers: list[Saver] = []
-        self._signals = Signals()
+        self._signals = Signals(self._strategy.processes)
         self._uncounted: collections.deque[tuple[MicroStep, Outputs]] = collections.deque()
         self._sets_k = False
 
@@ -185,6 +187,18 @@ class Trainer:
 
         The next `fit` of the same `Task` object uses the compiled programs of this one.
 
+        After `jaxaccum.distributed.initialize()` the same script runs in n processes of L devices each, and ends with
+        what one process with all P = n·L devices ends with. Every process calls fit, with the loaders of its own
+        devices. With "ddp" and "zero" micro-step m of an epoch is loader batches m·P to m·P + P - 1 of the sequence
+        that a single process would be given, and process p gives the L of them from m·P + p·L on; with "dp" it gives
+        its share of each batch, in the order of the processes. Sizes may differ between processes, and lengths in
+        validation; lengths in training, K and the options must not, or all raise. What comes to one process concerns
+        all, after the same micro-step: a signal, `should_stop`, a loader's error. Any other exception in one is a
+        RuntimeError in the others, without a save. Hooks run in every process, and process 0 alone logs and draws.
+        A checkpoint is written by all, to a file system that all of them see, with the callbacks' states of process 0,
+        and a run goes on from it in any number of processes. Loaders' own states are of use to the same number alone;
+        else the batches that were trained on are passed over, each process its own, which takes a multiple of P.
+
         Args:
           task: what to train.
           train_loader: an iterable of batches, pytrees whose leaves have one leading length; iterated anew in every
@@ -200,12 +214,21 @@ class Trainer:
           TypeError, ValueError: for a task or a loader that can't be trained, or a checkpoint of another task.
           OSError: for a `ckpt_path` that is no checkpoint.
           FloatingPointError: with `detect_anomaly`.
+          RuntimeError: if another process has left the run.
         """
-        first_epoch = self._start(task, train_loader, val_loader, ckpt_path)
+        processes = self._strategy.processes
+        processes.begin(lambda: Wishes(self._signals.received, self.should_stop))
+        self.should_stop, self._signals = False, Signals(processes)
+        try:
+            first_epoch = self._start(task, train_loader, val_loader, ckpt_path)
+        except BaseException as error:
+            processes.leave(error)
+            raise
         with self._signals:
             try:
                 self._call("on_fit_start")
                 self._call("on_train_start")
+                self._meet()
                 epochs = itertools.chain([first_epoch], self._epochs_after_first(train_loader))
                 if self._at.batch_idx:  # In mid-epoch, or at its end.
                     self._train_epoch(() if self._at.ends_epoch else next(epochs))
@@ -215,12 +238,13 @@ class Trainer:
                     self._save_at_end()
                 self._call("on_train_end")
                 self._call("on_fit_end")
+                self._meet()
                 self._signals.leave_if_told()
             except BaseException as error:
                 self._end_by(error)
                 raise
             finally:
-                self._running.records.flush()
+                self._running.records.flush(waits=not self._strategy.processes.left)
                 for saver in self._savers:
                     saver.close()
         return self.state
@@ -253,7 +277,7 @@ class Trainer:
         Raises:
           ImportError: if matplotlib is missing.
         """
-        return _plot.draw(self._running.records.history, path)
+        return _plot.draw(self._running.records.history, None if self._strategy.processes.index else path)
 
     def log(self, name: str, value: float) -> None:
         """Adds a value to `callback_metrics`, and to the next record."""
@@ -321,7 +345,10 @@ class Trainer:
 
     @property
     def effective_batch_size(self) -> int:
-        """The examples in a full window, now: P·N·K with "ddp" and "zero", else N·K; N is the first loader batch's."""
+        """The examples in a full window, now: P·N·K with "ddp" and "zero", else N·K; N is the first loader batch's.
+
+        With several processes N is the mean of their first loader batches, and with "dp" the sum.
+        """
         return self._running.examples * self._strategy.group * self.accumulate_grad_batches
 
     @property
@@ -376,8 +403,12 @@ class Trainer:
                     "limit_val_batches other than 0."
                 )
         policies = [callback for callback in self._callbacks if isinstance(callback, ModelCheckpoint)]
-        self._savers = [Saver(policy, self._folder) for policy in policies]
-        found = _saver.find(ckpt_path, self._savers)
+        processes = self._strategy.processes
+        self._savers = [Saver(policy, self._folder, processes) for policy in policies]
+        self._agree_on_options(epoch_batches, val_loader is not None)
+        found = _saver.find(ckpt_path, self._savers, processes)
+        # Before the devices meet for the first time: there nobody hears of a process that has left.
+        examples = sum(processes.gather("the number of examples", length(first)))
         seed = self._seed if found is None else found.notes["seed"]
         programs, evaluation = self._compiled(task, seed)
         self._run = Run(
@@ -385,21 +416,57 @@ class Trainer:
             programs=programs,
             evaluation=evaluation,
             state=programs.initial(first),
-            records=Records(self._loggers),
+            records=Records(() if processes.index else self._loggers),
             seed=seed,
             val_loader=val_loader,
-            examples=length(first),
+            examples=examples,
             epoch_batches=epoch_batches,
         )
-        self._at, self.should_stop, self._signals = Counters(), False, Signals()
+        self._at = Counters()
         options = {"limit": epoch_batches, "keeps_state": bool(self._savers)}
         if found is None:
             return Reader(batches, [first], **options)
         self._at = _snapshot.restore(found, self._run, self._strategy, programs, self._callbacks)
         for saver in self._savers:
             saver.goes_on(found.path, self._at)
+        own = functools.partial(_snapshot.own_batches, checkpoint=found, strategy=self._strategy)
         loader_state, is_stream = self._run.loader_state, batches is train_loader
-        return _reader.rest(batches, first, self._at, loader_state, is_stream=is_stream, **options)
+        return _reader.rest(batches, first, self._at, loader_state, is_stream=is_stream, own=own, **options)
+
+    def _agree_on_options(self, epoch_batches: int | None, validates: bool) -> None:
+        """Several processes must take the same way through the loop; what they differ in raises on all of them."""
+        processes = self._strategy.processes
+        lengths = dict(enumerate(processes.gather("the length of an epoch", epoch_batches)))
+        known = {process: batches for process, batches in lengths.items() if batches is not None}
+        if len(set(known.values())) > 1:
+            raise ValueError(
+                f"an epoch of train_loader has another number of batches on another process: {said(known)}. Give all "
+                f"processes equally many, for example with limit_train_batches={min(known.values())}."
+            )
+        processes.agree(
+            "options",
+            {
+                "strategy": self._strategy.name,
+                "devices": self._strategy.size,
+                "accumulate_grad_batches": list(self._schedule.items()),
+                "max_epochs": self._max_epochs,
+                "max_steps": self._max_steps,
+                "gradient_clip_val": str(self._gradient_clip_val),
+                "partial_window": "divide_by_k" if self._divide_by_k else "exact",
+                "flush_on_stop": self._flush_on_stop,
+                "fuse_windows": self._fuse_windows,
+                "nonfinite": self._nonfinite,
+                "detect_anomaly": self._detect_anomaly,
+                "seed": self._seed,
+                "val_loader": validates,
+                "val_check_interval": self._val_check_interval,
+                "ModelCheckpoint": [str(saver.folder) for saver in self._savers],
+            },
+        )
+
+    def _meet(self) -> None:
+        """Tells the other processes what hooks and signals may have asked for, and hears theirs."""
+        self._strategy.processes.gather("the end of a hook")
 
     def _compiled(self, task: Task, seed: int) -> tuple[Programs, Evaluation]:
         """The last run's programs, if they serve this one too: then nothing compiles again."""
@@ -415,13 +482,17 @@ class Trainer:
 
     def _train_epoch(self, batches: Iterable[Tree]) -> None:
         at = self._at
+        processes = self._strategy.processes
         if not at.batch_idx:
             self._begin_epoch()
+        processes.agree(f"epoch {at.epoch}", {"accumulate_grad_batches": at.every_k, "micro_step": at.micro_step})
         self._validate_if_due()
         is_over = at.batch_idx and (at.ends_epoch or self._finished())
         before = at.batches
         for call in () if is_over else self._calls(batches):
             self._signals.leave_if_told()
+            if processes.wishes.stop and at.batches != before:
+                break  # A hook of the last micro-step asked for it, on whatever process.
             self._train_batches(call)
             self._save_if_due("micro_step", len(call))
             self._validate_if_due()
@@ -438,6 +509,7 @@ class Trainer:
         if at.ends_epoch:
             at.epoch, at.batch_idx, at.batches, at.ends_epoch = at.epoch + 1, 0, 0, False
             self._save_if_due("epoch")
+        self._meet()
 
     def _begin_epoch(self) -> None:
         """Says what K is."""
@@ -481,7 +553,7 @@ class Trainer:
 
     def _batch(self, micro_step: MicroStep) -> Tree:
         """What hooks are given."""
-        return micro_step.batches[0] if self._strategy.group == 1 else micro_step.batches
+        return micro_step.batches[0] if self._strategy.batches == 1 else micro_step.batches
 
     def _share(self, window_step: int) -> jax.Array | None:
         """What to multiply the gradient of a window of so many micro-steps with, if windows are divided by K."""
@@ -495,8 +567,8 @@ class Trainer:
         run.loader_state = micro_step.loader_state
         at.window_step += 1
         at.window_samples += micro_step.examples
-        at.batches += len(micro_step.batches)
-        at.all_batches += len(micro_step.batches)
+        at.batches += micro_step.count
+        at.all_batches += micro_step.count
         at.ends_epoch = micro_step.last
         at.batch_idx += 1
         at.micro_step += 1
@@ -527,12 +599,16 @@ class Trainer:
     def _refuse_anomaly(self, outputs: Mapping[str, float]) -> None:
         """Waits for the device."""
         at = self._at
-        if np.any(np.asarray(self.state.pending.sums.dropped)):
-            raise FloatingPointError(
+        dropped = bool(np.any(_outputs.own(self.state.pending.sums.dropped)))
+        found = self._strategy.processes.gather("an anomaly", [dropped, outputs["loss"] if dropped else None])
+        losses = {process: loss for process, (dropped, loss) in enumerate(found) if dropped}
+        if losses:
+            error = FloatingPointError(
                 f"micro-step {at.batch_idx - 1} of epoch {at.epoch} has a NaN or an infinity in its loss "
-                f"({outputs['loss']}) or in its gradient. It was left out of its window; nonfinite='drop' leaves out "
-                "all such micro-batches and goes on."
+                f"({said(losses) if len(found) > 1 else losses[0]}) or in its gradient. It was left out of its window; "
+                "nonfinite='drop' leaves out all such micro-batches and goes on."
             )
+            self._strategy.processes.fail(error)
 
     def _record(self) -> None:
         """Logs the last window, without waiting for it."""
@@ -556,23 +632,24 @@ class Trainer:
         if at.validated or run.val_loader is None:
             return
         self._call("on_validation_start")
-        results = self._evaluate(run.evaluation, run.state, self._until_told(run.val_loader))
+        results = self._evaluate(run.evaluation, run.state, run.val_loader, self._signals.leave_if_told)
         run.metrics |= results
         run.records.add(self.global_step, self._place() | results)
         self._call("on_validation_epoch_end")
         self._call("on_validation_end")
+        self._meet()
         at.validated = True
         self._save_if_due("validation")
 
-    def _evaluate(self, evaluation: Evaluation, state: FitState, val_loader: Iterable[Tree]) -> dict[str, float]:
+    def _evaluate(
+        self,
+        evaluation: Evaluation,
+        state: FitState,
+        val_loader: Iterable[Tree],
+        look: Callable[[], None] = lambda: None,
+    ) -> dict[str, float]:
         limit = _limits.batches(val_loader, self._limit_val_batches, "limit_val_batches")
-        return evaluation.run(state.params, state.model_state, itertools.islice(val_loader, limit))
-
-    def _until_told(self, batches: Iterable[Tree]) -> Iterator[Tree]:
-        """`batches`, as long as no signal comes: the resume validates anew."""
-        for batch in batches:
-            self._signals.leave_if_told()
-            yield batch
+        return evaluation.run(state.params, state.model_state, itertools.islice(val_loader, limit), look)
 
     def _save_if_due(self, moment: str, micro_steps: int = 1) -> None:
         for saver in self._savers:
@@ -591,6 +668,7 @@ class Trainer:
     def _end_by(self, error: BaseException) -> None:
         """What is done before an error goes on its way."""
         if self._signals.came_again(error):
+            self._strategy.processes.leave(error)
             for saver in self._savers:
                 saver.abandon()
         else:
@@ -599,21 +677,24 @@ class Trainer:
 
     def _rescue(self, error: BaseException) -> None:
         """Saves what the last whole micro-step left."""
+        processes = self._strategy.processes
+        processes.leave(error)  # If the others are elsewhere: they don't come to a save.
         if any(x.is_deleted() for x in jax.tree.leaves(self.state)):
             return  # It was donated to a program that failed.
-        # Where one process of several fails, the others don't come to a save.
-        if jax.process_count() == 1:
+        if processes.are_together(error):
             try:
                 self._save_at_end()
             except Exception as failure:
                 warnings.warn(f"the run could not be saved when it met {error!r}: {failure!r}.", stacklevel=2)
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+        if isinstance(error, (KeyboardInterrupt, SystemExit)) and processes.are_together(error):
             self._flush_if_asked()
 
     def _finished(self) -> bool:
         at = self._at
         steps_done = self._max_steps != -1 and at.global_step >= self._max_steps
-        return self.should_stop or steps_done or at.epoch >= self._epochs
+        processes = self._strategy.processes
+        should_stop = self.should_stop if processes.count == 1 else processes.wishes.stop
+        return should_stop or steps_done or at.epoch >= self._epochs
 
     @property
     def _epochs(self) -> int | float:

@@ -199,8 +199,8 @@ BUGS = [
     Bug(
         "a batch given twice by the look-ahead",
         "_feed.py",
-        "_micro_step(*ahead.popleft(), last=False)",
-        "_micro_step(*ahead[0], last=False)",
+        "yield ahead.popleft()",
+        "yield ahead[0]",
     ),
     Bug("examples not counted", "_pieces.py", "wide(_examples(batch) if", "wide(1 if"),
     Bug(
@@ -212,7 +212,7 @@ BUGS = [
     Bug(
         "the same key on every device of the Trainer",
         "_pieces.py",
-        "jax.random.fold_in(key, index + device)",
+        "jax.random.fold_in(key, index + device - first)",
         "jax.random.fold_in(key, index)",
     ),
     Bug(
@@ -269,8 +269,8 @@ BUGS = [
     Bug(
         "the loader's place by the window's number",
         "trainer.py",
-        "at.batches += len(micro_step.batches)",
-        "at.batches += bool(micro_step.batches)",
+        "at.batches += micro_step.count",
+        "at.batches += bool(micro_step.count)",
     ),
     Bug(
         "K forgotten by a checkpoint",
@@ -287,7 +287,7 @@ BUGS = [
         "at.all_batches if is_stream else at.batches",
         "at.batches",
     ),
-    Bug("a limit that starts anew in a resume", "_reader.py", "limit = max(limit - at.batches, 0)", "pass"),
+    Bug("a limit that starts anew in a resume", "_reader.py", "limit = max(limit - own(at.batches), 0)", "pass"),
     Bug("the worst checkpoints kept", "callbacks.py", 'sign = 1 if self.mode == "min" else -1', "sign = 0"),
     Bug("the newest checkpoint not kept", "callbacks.py", ", *list(self._saved)[-1:]}", "}"),
     Bug("a misspelt monitor waited for", "callbacks.py", 'if kind in ("train", "val") and not any(', "if not any("),

@@ -412,7 +412,9 @@ def test_cast_takes_a_floating_dtype(dtype):
 
 def test_cast_chooses_only_where_it_sees_the_loss():
     """Catches a cast used alone that casts embeddings too, or nothing."""
-    with fails(TypeError, "only value_and_grad shows it that by itself", "where=lambda path, leaf: leaf.ndim >= 2", "seeing"):
+    with fails(
+        TypeError, "only value_and_grad shows it that by itself", "where=lambda path, leaf: leaf.ndim >= 2", "seeing"
+    ):
         cast(jnp.bfloat16)({"w": jnp.ones((2, 2))})
     with fails(TypeError, "where must be None or a function of (path, leaf)", "got 3"):
         cast(jnp.bfloat16, where=3)

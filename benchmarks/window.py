@@ -11,6 +11,7 @@ one device, by these sides in one run:
                           of their own leave nothing to add in place
     window, cast          the same with `prepare=jaxaccum.cast(bfloat16)`
     window, auto          the same with `prepare="auto"`, which finds the casts
+    window, auto, by two  the same with `unroll=2` besides
     host driven           `HostDriven`: K - 1 calls of a program without a boundary, handed parameters and sums alone,
                           one of a program with it
     host driven, cast     the same, with `MultiSteps(prepare=jaxaccum.cast(bfloat16))`
@@ -75,6 +76,7 @@ SIDES = {
     "window, afterwards": functools.partial(in_one_jit, functools.partial(ours, in_place=False)),
     "window, cast": functools.partial(in_one_jit, functools.partial(ours, prepare=CAST)),
     "window, auto": functools.partial(in_one_jit, functools.partial(ours, prepare="auto")),
+    "window, auto, by two": functools.partial(in_one_jit, functools.partial(ours, prepare="auto", unroll=2)),
     "host driven": host_driven,
     "host driven, cast": functools.partial(host_driven, prepare=True),
     "counter": functools.partial(one_a_call, jaxaccum.MultiSteps, counter),

@@ -3,7 +3,7 @@
 import collections
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -73,10 +73,11 @@ class Backward(NamedTuple):
 def backward(loss: Callable[..., Any], in_place: bool | None, params: Tree, sums: Tree, *args: Any) -> Backward:
     """How to differentiate `loss(params, *args)`, which returns `(loss, rest)`, the loss plain or `Weighted`.
 
-    Added inside is a leaf that the loss hands, as it is, to one `jax.lax.scan` as what it walks along, and to nothing
-    else: the parameters of stacked layers. There each layer's gradient goes straight into its slice of the sum, and the
-    stack of gradients, as large as the parameters, is never made. Of any other leaf the gradient exists as a whole
-    before it could be added, and where layers are slices of a stack, taken one by one, each would pass over all of it.
+    Added inside are leaves that the loss hands, as they are, to one `jax.lax.scan` as what it walks along, and to
+    nothing else, if it walks along nothing else that floats: the parameters of stacked layers. There each layer's
+    gradient goes straight into its slice of the sum, and the stack of gradients, as large as the parameters, is never
+    made. Of any other leaf the gradient exists as a whole before it could be added, and where layers are slices of a
+    stack, taken one by one, each would pass over all of it.
 
     The sum must have the gradient's dtype, and at least 32 bits. What is added can't be taken out again, so a loss with
     a weight, which may be 0, is run backward in a conditional. That costs more than it saves in time, if not in memory,
@@ -97,14 +98,15 @@ def backward(loss: Callable[..., Any], in_place: bool | None, params: Tree, sums
     _, (value, _) = shapes
     if value.weight is not None and in_place is None:
         return Backward(total, (False,) * len(leaves))
-    walked = _walked(closed.jaxpr)
-    fits = lambda leaf, sum_: sum_ is not None and sum_.dtype == leaf.dtype and sum_.dtype.itemsize >= 4
     pending = jax.tree.structure(params).flatten_up_to(sums)
-    inside = [
-        var in walked and fits(leaf, sum_)
+    fits = {
+        var
         for var, leaf, sum_ in zip(closed.jaxpr.invars[: len(leaves)], leaves, pending, strict=True)
-    ]
-    return Backward(functools.partial(_replay, closed, jax.tree.structure(shapes)), tuple(inside))
+        if sum_ is not None and sum_.dtype == leaf.dtype and sum_.dtype.itemsize >= 4
+    }
+    walked = set().union(*(stack for stack in _stacks(closed.jaxpr) if stack <= fits))
+    inside = tuple(var in walked for var in closed.jaxpr.invars[: len(leaves)])
+    return Backward(functools.partial(_replay, closed, jax.tree.structure(shapes)), inside)
 
 
 def _replay(closed: core.ClosedJaxpr, treedef: Any, *args: Any) -> Any:
@@ -112,19 +114,22 @@ def _replay(closed: core.ClosedJaxpr, treedef: Any, *args: Any) -> Any:
     return treedef.unflatten(core.jaxpr_as_fun(closed)(*jax.tree.leaves(args)))
 
 
-def _walked(jaxpr: core.Jaxpr) -> set[core.Var]:
-    """The inputs that go into one scan, which walks along them, and nowhere else."""
+def _stacks(jaxpr: core.Jaxpr) -> list[set[core.Var]]:
+    """For each scan what it walks along and could have a gradient, if that is nothing but inputs not used elsewhere.
+
+    All of it or nothing: where a scan walks along references and values, jax 0.10 takes the ones for the others.
+    """
     operands = itertools.chain(jaxpr.outvars, *(eqn.invars for eqn in jaxpr.eqns))
     uses = collections.Counter(atom for atom in operands if isinstance(atom, core.Var))
-    found: set[core.Var] = set()
+    inputs = set(jaxpr.invars)
+    floats = lambda atom: jnp.issubdtype(jnp.result_type(atom.aval), jnp.inexact)
+    found: list[list[Any]] = []
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "scan":
-            along: Sequence[Any] = eqn.invars[sum(_jaxprs.scan_operands(eqn, eqn.params["jaxpr"].jaxpr)) :]
+            along = eqn.invars[sum(_jaxprs.scan_operands(eqn, eqn.params["jaxpr"].jaxpr)) :]
+            found.append([atom for atom in along if floats(atom)])
         elif _jaxprs.is_plain_jit(eqn):
             body = eqn.params["jaxpr"].jaxpr
-            inner = _walked(body)
-            along = [outer for outer, var in zip(eqn.invars, body.invars, strict=True) if var in inner]
-        else:
-            continue
-        found.update(atom for atom in along if isinstance(atom, core.Var) and uses[atom] == 1)
-    return found.intersection(jaxpr.invars)
+            outer = dict(zip(body.invars, eqn.invars, strict=True))
+            found += [[outer[var] for var in stack] for stack in _stacks(body)]
+    return [set(stack) for stack in found if all(atom in inputs and uses[atom] == 1 for atom in stack)]

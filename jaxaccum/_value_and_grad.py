@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxaccum import _accumulator, _checks, _mesh, _split
 from jaxaccum._accumulator import Weighted
+from jaxaccum._integers import positive_int
 from jaxaccum._roles import Roles
 from jaxaccum._sync import MappedAxis, MeshAxis
 from jaxaccum._window import Window
@@ -28,6 +29,7 @@ def value_and_grad(
     carry_argnums: int | Sequence[int] | None = None,
     prepare: Callable[[Tree], Tree] | str | None = None,
     in_place: bool | None = None,
+    unroll: int = 1,
     accumulator_dtype: Any = jnp.float32,
     grad_dtype: Any = None,
     axis_name: Any = None,
@@ -56,6 +58,8 @@ def value_and_grad(
       in_place: whether gradients are added to their sums inside of the backward pass, where they can be: those of
         layers that the loss stacks and walks along with `jax.lax.scan`. It saves a tree of gradients. None does so
         where it costs no time: for a plain loss. True does for a `Weighted` one too. False never does.
+      unroll: how many micro-batches are one iteration of the loop over them: with 2 the sums are read and written half
+        as often, in memory for one more gradient, and what compiles is twice as large. Only for a K that is not traced.
       accumulator_dtype: the dtype of the sums; float64 and complex parameters keep theirs. None: the parameters'. Sums
         in bfloat16, of half the size, are rounded stochastically, by the micro-step and its loss: they are noisier than
         float32's, but nothing that is small beside them is lost.
@@ -110,7 +114,12 @@ def value_and_grad(
         prepare=prepare,
         accumulator_dtype=accumulator_dtype,
         in_place=in_place,
+        unroll=positive_int(unroll, "unroll"),
     )
+    if window.unroll > 1 and not isinstance(window.k, int):
+        raise ValueError(
+            f"unroll={unroll!r} needs a num_micro_batches that is not traced: leave it at 1, or pass an int."
+        )
     sync = _checks.sync(axis_name, mesh, data_axis, reduce=reduce)
 
     def value_and_grad(*args, **kwargs):

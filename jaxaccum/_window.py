@@ -29,6 +29,7 @@ class Window(NamedTuple):
     prepare: Callable[[Tree], Tree] | str | None
     accumulator_dtype: Any
     in_place: bool | None
+    unroll: int
 
     def differentiated(self, args: Sequence[Tree]) -> Tree:
         """The arguments to differentiate: one, or a tuple."""
@@ -102,7 +103,13 @@ class Window(NamedTuple):
 
         start, k = (sums, carry), self.k
         if isinstance(k, int) and k == length:
-            (sums, carry), aux = jax.lax.scan(micro_step, start, (jnp.arange(k, dtype=jnp.int32), batches))
+            (sums, carry), aux = jax.lax.scan(
+                micro_step, start, (jnp.arange(k, dtype=jnp.int32), batches), unroll=self.unroll
+            )
+        elif self.unroll > 1:
+            raise ValueError(
+                f"unroll={self.unroll} needs all of the stacked batch: num_micro_batches={k}, but it holds {length}."
+            )
         else:
             (sums, carry), aux = _loop(micro_step, start, batches, k, length)
         return sums, jnp.zeros((), dtypes[0]), carry, aux

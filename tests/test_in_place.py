@@ -46,6 +46,19 @@ def decayed(p, x):
     return scanned(p, x) + 0.01 * jnp.sum(p["layers"]["kernel"] ** 2)
 
 
+def beside_others(p, x):
+    """Walks along what is none of its parameters, too, and of a layer's shape."""
+    step = lambda x, rows: (layer(x, rows[1])[0] + jnp.sum(rows[0] ** 2), None)
+    own = jnp.stack([p["head"]] * LAYERS) * x[0]
+    return jnp.mean((jax.lax.scan(step, x, (own, p["layers"]))[0] @ p["head"]) ** 2)
+
+
+def in_halves(p, x):
+    """Reads a part of the stack in half precision from the start: its gradient is none that fits its sum."""
+    half = p["layers"] | {"kernel": p["layers"]["kernel"].astype(jnp.bfloat16)}
+    return scanned(p | {"layers": half}, x)
+
+
 def weighted(p, x):
     count = jnp.sum(x[:, 0] > 0)
     total = jnp.sum(jnp.where(x[:, 0] > 0, (jax.lax.scan(layer, x, p["layers"])[0] @ p["head"]) ** 2, 0))
@@ -67,7 +80,7 @@ def adds(fun, p, *args):
     return str(jax.make_jaxpr(fun)(p, *args)).count("= new_ref[")
 
 
-@pytest.mark.parametrize("loss", [scanned, jitted, unrolled, decayed, weighted])
+@pytest.mark.parametrize("loss", [scanned, jitted, unrolled, decayed, beside_others, in_halves, weighted])
 @pytest.mark.parametrize("in_place", [True, None])
 def test_gradients_are_those_added_afterwards(loss, in_place):
     """Adding twice, into the wrong slice, or before the weight is known to be 0."""
@@ -81,7 +94,9 @@ def test_gradients_are_those_added_afterwards(loss, in_place):
         (scanned, None, 2),
         (jitted, None, 2),
         (unrolled, True, 0),
-        (decayed, None, 1),
+        (decayed, None, 0),
+        (beside_others, None, 0),
+        (in_halves, None, 0),
         (weighted, None, 0),
         (weighted, True, 2),
         (scanned, False, 0),

@@ -34,7 +34,7 @@ class Sends(Callback):
     def send(self, hook, i):
         if hook == self.hook and i == self.at:
             for number in self.numbers:
-                os.kill(os.getpid(), number)
+                signal.raise_signal(number)
 
     def on_exception(self, trainer, task, error):
         self.after = error

@@ -224,3 +224,34 @@ def test_parameters_may_be_prepared_in_eight_bits():
     value, grad = f(jnp.ones(3), jnp.ones((4, 3)))
     assert value == 3 and grad.dtype == jnp.float32
     assert_close(grad, jnp.ones(3))
+
+
+@pytest.mark.parametrize("k", [1, 3, 4])
+def test_unrolled(k):
+    """A rest of the loop left out, or run twice."""
+    x = jax.random.normal(jax.random.key(0), (12, 3))
+    loss = lambda w, x: jnp.mean((x @ w) ** 2)
+    for a, b in zip(
+        jaxaccum.value_and_grad(loss, k, unroll=2)(jnp.ones(3), x),
+        jaxaccum.value_and_grad(loss, k)(jnp.ones(3), x),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+    scans = [
+        e
+        for e in jax.make_jaxpr(jaxaccum.value_and_grad(loss, k, unroll=2))(jnp.ones(3), x).eqns
+        if "scan" in str(e.primitive)
+    ]
+    assert [e.params["unroll"] for e in scans] == [2]
+
+
+def test_unrolled_loops_are_those_of_a_known_length():
+    """An option that is silently not heeded."""
+    loss = lambda w, x: jnp.mean((x @ w) ** 2)
+    x = jnp.ones((4, 2, 3))
+    with pytest.raises(ValueError, match=r"unroll=2.*traced"):
+        jax.jit(lambda k: jaxaccum.value_and_grad(loss, k, stacked=True, unroll=2)(jnp.ones(3), x))(3)
+    with pytest.raises(ValueError, match=r"unroll=2.*holds 4"):
+        jaxaccum.value_and_grad(loss, 3, stacked=True, unroll=2)(jnp.ones(3), x)
+    with pytest.raises(ValueError, match="unroll"):
+        jaxaccum.value_and_grad(loss, 3, unroll=0)

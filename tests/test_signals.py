@@ -15,6 +15,14 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def listening():
+    """SIGINT interrupts, as it does at a terminal; a shell's background jobs are started deaf to it."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
 class Sends(Callback):
     """Sends this process signals in a hook of a micro-step or of a validation."""
 

@@ -350,9 +350,10 @@ def _gradient(config, fun, params, state, args):
         return value if isinstance(value, Weighted) else Weighted(value, None), grads, False
     seen = config.sync.local(seen)
     may_leave_out = config.should_skip_update_fn is not None or config.nonfinite == "drop"
-    sums = _accumulator.select(state.mini_step == 0, jax.tree.map(jnp.zeros_like, state.acc_grads), state.acc_grads)
-    loss = lambda seen: (fun(seen, *args), None)
+    sums, loss = state.acc_grads, lambda seen: (fun(seen, *args), None)
     backward = _in_place.backward(loss, False if may_leave_out else config.in_place, seen, sums)
+    if any(backward.inside):
+        sums = _accumulator.select(state.mini_step == 0, jax.tree.map(jnp.zeros_like, sums), sums)
     (value, _), grads = backward(seen, sums)
     if value.weight is None or config.should_skip_update_fn is None:
         return value, grads, value.weight is not None

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -166,6 +167,48 @@ def test_with_a_traced_k_keys_aux_and_a_carry():
         lambda p, x, key, k: jaxaccum.value_and_grad(loss, k, in_place=in_place, **options)(p, x, key, jnp.array(0))
     )(params(), batch().reshape(K, N, WIDTH), jax.random.key(3), 3)
     equal(f(None), f(False))
+
+
+def micro_steps(loss, in_place, boundary, axis_name=None):
+    """Parameters after two windows of `MultiSteps.micro_step`."""
+    tx = jaxaccum.MultiSteps(optax.adam(0.1), K, in_place=in_place, axis_name=axis_name)
+
+    def train(p, x):
+        state = tx.init(p)
+        for i in range(2 * K):
+            rows = x.reshape(K, -1, WIDTH)[i % K]
+            _, p, state = tx.micro_step(loss, p, state, rows, boundary=boundary(i))
+        return p
+
+    return train
+
+
+@pytest.mark.parametrize("loss", [scanned, weighted])
+@pytest.mark.parametrize("boundary", [lambda i: i % K == K - 1, lambda i: None], ids=["static", "counter"])
+def test_micro_steps(loss, boundary):
+    """A window that starts from the sums of the one before, or adds twice."""
+    assert adds(micro_steps(loss, True, boundary), params(), batch()) == 2 * 2 * K
+    run = lambda in_place: jax.jit(micro_steps(loss, in_place, boundary))(params(), batch())
+    equal(run(True), run(False))
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_micro_steps_in_a_mapped_function(check_vma):
+    """A reference that varies otherwise over the devices than what is added to it."""
+    train = micro_steps(scanned, True, lambda i: i % K == K - 1, axis_name="data")
+    mapped = jax.shard_map(train, mesh=mesh_of(AUTO), in_specs=(P(), P("data")), out_specs=P(), check_vma=check_vma)
+    rows = jnp.tile(batch(), (2, 1))  # Both devices have the same: the mean of two equal gradients.
+    one = micro_steps(scanned, False, lambda i: i % K == K - 1)
+    equal(jax.jit(mapped)(params(), rows), jax.jit(one)(params(), batch()))
+
+
+def test_what_can_not_be_taken_out_is_not_added_in_place():
+    """A NaN in the sums that was to be dropped."""
+    for options in ({"nonfinite": "drop"}, {"should_skip_update_fn": lambda grads, step, params: (False, ())}):
+        with pytest.raises(ValueError, match="in_place=True"):
+            jaxaccum.MultiSteps(optax.sgd(1.0), 2, in_place=True, **options)
+        tx = jaxaccum.MultiSteps(optax.sgd(1.0), 2, **options)
+        assert adds(lambda p, x, tx=tx: tx.micro_step(scanned, p, tx.init(p), x)[1], params(), batch()) == 0
 
 
 def test_memory():

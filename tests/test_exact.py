@@ -65,7 +65,7 @@ def program(options, entry):
     }
 
 
-@hypothesis.settings(max_examples=120)
+@hypothesis.settings(max_examples=80)
 @hypothesis.given(
     tree=st.sampled_from(sorted(exact.TREES)),
     options=st.sampled_from(sorted(OPTIONS)),
@@ -143,7 +143,7 @@ def window_program(loss, k, stacked):
     return jax.jit(lambda p, batch, k: f(p, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)))
 
 
-@hypothesis.settings(max_examples=60)
+@hypothesis.settings(max_examples=40)
 @hypothesis.given(
     loss=st.sampled_from(sorted(BATCH_LOSSES)),
     stacked=st.booleans(),

@@ -133,10 +133,15 @@ class Comparison:
           settings: the options that the numbers depend on.
           cases: for each, its `name`, its `seconds` (raw times) by side, and whatever the columns show.
         """
-        record = {"environment": environment(), "settings": settings, "cases": cases}
-        if out is not None:
-            out.write_text(json.dumps(record, indent=1) + "\n")
-        print(self.table(record))
+        publish({"environment": environment(), "settings": settings, "cases": cases}, self.table, out)
+
+
+def publish(record: Record, table: Callable[[Record], str], out: Path | None) -> None:
+    """Writes the record of a run to `out`, unless that is None, and prints its table, made from what was written."""
+    text = json.dumps(record, indent=1)
+    if out is not None:
+        out.write_text(text + "\n")
+    print(table(json.loads(text)))
 
 
 def reason(error: Exception) -> str:

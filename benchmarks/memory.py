@@ -34,7 +34,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from _measure import environment, heading, parser, row
+from _measure import environment, heading, parser, publish, row
 from _model import Model, add_options, chosen, parameters
 from _train import Problem, by_hand, ours
 
@@ -127,10 +127,7 @@ def main() -> None:
     results = [again(case, result) for case, result in zip(cases, results, strict=True)]
     size = parameters(jax.eval_shape(model.init, jax.random.key(0)))
     settings = {"parameters": size, **dataclasses.asdict(model), "n": args.n}
-    record = {"environment": environment(), "settings": settings, "cases": results}
-    print(table(record))
-    if args.out is not None:
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    publish({"environment": environment(), "settings": settings, "cases": results}, table, args.out)
 
 
 if __name__ == "__main__":

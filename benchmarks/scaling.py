@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _measure import WARMUP, Record, Side, environment, heading, interleave, parser, row
+from _measure import WARMUP, Record, Side, environment, heading, interleave, parser, publish, row
 from _model import Model, add_options, chosen, parameters
 from _train import Problem, by_hand, ours, update
 
@@ -196,11 +196,7 @@ def main() -> None:
     size = parameters(jax.eval_shape(model.init, jax.random.key(0)))
     settings = {"parameters": size, **dataclasses.asdict(model), "n": args.n}
     settings |= {"repeats": args.repeats, "warmup": WARMUP, "compiles": args.compiles}
-    # As it is read again: with text for keys.
-    record = json.loads(json.dumps({"environment": environment(), "settings": settings, "cases": cases}))
-    if args.out is not None:
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(table(record))
+    publish({"environment": environment(), "settings": settings, "cases": cases}, table, args.out)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _measure import environment, parser
+from _measure import environment, parser, publish
 
 import jaxaccum
 from jaxaccum._programs import Programs
@@ -176,10 +176,7 @@ def main() -> None:
         return
     seconds = measure(args.micro_steps, args.k, args.repeats)
     settings = {"k": args.k, "micro-steps": args.micro_steps, "repeats": args.repeats, "warmup": WARMUP}
-    record = {"environment": environment(), "settings": settings, "seconds": seconds}
-    print(table(record))
-    if args.out is not None:
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    publish({"environment": environment(), "settings": settings, "seconds": seconds}, table, args.out)
 
 
 if __name__ == "__main__":

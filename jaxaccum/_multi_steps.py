@@ -118,10 +118,12 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         _checks.prepare(prepare)
         _checks.in_place(in_place)
         sync = _checks.sync(axis_name, mesh, data_axis, should_skip_update_fn, reduce=reduce)
-        if in_place and (should_skip_update_fn is not None or nonfinite == "drop" or isinstance(sync, MeshAxis)):
-            raise ValueError(
-                "in_place=True can't be had with should_skip_update_fn, nonfinite='drop' or mesh: leave it at None."
-            )
+        if should_skip_update_fn is not None or nonfinite == "drop" or isinstance(sync, MeshAxis):
+            if in_place:
+                raise ValueError(
+                    "in_place=True can't be had with should_skip_update_fn, nonfinite='drop' or mesh: leave it at None."
+                )
+            in_place = False
         config = Config(
             opt=opt,
             every_k=_checks.every_k_schedule(every_k_schedule),
@@ -349,9 +351,8 @@ def _gradient(config, fun, params, state, args):
         value, grads = local(seen, *args)
         return value if isinstance(value, Weighted) else Weighted(value, None), grads, False
     seen = config.sync.local(seen)
-    may_leave_out = config.should_skip_update_fn is not None or config.nonfinite == "drop"
     sums, loss = state.acc_grads, lambda seen: (fun(seen, *args), None)
-    backward = _in_place.backward(loss, False if may_leave_out else config.in_place, seen, sums)
+    backward = _in_place.backward(loss, config.in_place, seen, sums)
     if any(backward.inside):
         sums = _accumulator.select(state.mini_step == 0, jax.tree.map(jnp.zeros_like, sums), sums)
     (value, _), grads = backward(seen, sums)

@@ -54,24 +54,25 @@ def once(prepare: Callable[[Tree], Tree], params: Tree) -> tuple[Tree, Callable[
 
 def made(prepare: Callable[[Tree], Tree], params: Tree) -> tuple[Tree, tuple[jax.Array, ...]]:
     """(`prepare(params)`, what of it is not a parameter as it is: all that need be kept)."""
-    returned = prepare(params)
-    _, kept = _origins(prepare, params)
-    return returned, tuple(x for x, i in zip(jax.tree.leaves(returned), kept, strict=True) if i is None)
+    closed, treedef, origins = _origins(prepare, params)
+    leaves = core.jaxpr_as_fun(closed)(*jax.tree.leaves(params))
+    return treedef.unflatten(leaves), tuple(x for x, i in zip(leaves, origins, strict=True) if i is None)
 
 
 def seen(prepare: Callable[[Tree], Tree], params: Tree, made: tuple[jax.Array, ...]) -> Tree:
     """What `prepare(params)` was, from what was kept of it."""
-    treedef, origins = _origins(prepare, params)
+    _, treedef, origins = _origins(prepare, params)
     leaves, others = jax.tree.leaves(params), iter(made)
     return treedef.unflatten(next(others) if i is None else leaves[i] for i in origins)
 
 
 def _origins(prepare, params):
-    """The tree that `prepare` returns and, for each leaf, which parameter it is as it is; None for none."""
+    """(`prepare` traced, the tree it returns, for each leaf which parameter it is as it is; None for none)."""
     closed, shapes = jax.make_jaxpr(prepare, return_shape=True)(params)
     number = {var: i for i, var in enumerate(closed.jaxpr.invars)}
     is_var = lambda atom: not isinstance(atom, core.Literal)
-    return jax.tree.structure(shapes), [number.get(var) if is_var(var) else None for var in closed.jaxpr.outvars]
+    origins = [number.get(var) if is_var(var) else None for var in closed.jaxpr.outvars]
+    return closed, jax.tree.structure(shapes), origins
 
 
 def gathered(prepare: Callable[[Tree], Tree], params: Tree, names: tuple[str, ...]) -> Tree:

@@ -65,19 +65,26 @@ def is_inexact(leaf: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
-def init(tree: Tree, accumulator_dtype: Any) -> Tree:
+def zeros(tree: Tree, accumulator_dtype: Any) -> Tree:
     """Zero sums for `tree`, leaf by leaf in `sum_dtype`; a leaf that cannot have a gradient gets None."""
-    # Under jit only a dependence on the parameters makes the sums lie on the devices as they do; XLA can't see that
-    # it is none.
+    leaf = lambda x: jnp.zeros_like(x, dtype=sum_dtype(jnp.result_type(x), accumulator_dtype))
+    return jax.tree.map(lambda x: leaf(x) if is_inexact(x) else None, tree)
+
+
+def init(tree: Tree, accumulator_dtype: Any) -> Tree:
+    """The same, laid out on the devices as `tree` is, under jit too."""
+    sums = zeros(tree, accumulator_dtype)
+    if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree)):
+        return sums
+    like = lambda total, x: None if total is None else x.astype(total.dtype)
+    return cleared(jax.tree.map(like, sums, tree, is_leaf=lambda leaf: leaf is None))
+
+
+def cleared(sums: Tree) -> Tree:
+    """Zeros that are laid out on the devices as `sums` are."""
+    # Under jit only a dependence makes them so; XLA can't see that it is none.
     never = jax.lax.optimization_barrier(jnp.asarray(False))
-
-    def leaf(x):
-        if not is_inexact(x):
-            return None
-        zeros = jnp.zeros_like(x, dtype=sum_dtype(jnp.result_type(x), accumulator_dtype))
-        return jnp.where(never, x.astype(zeros.dtype), zeros) if isinstance(x, jax.core.Tracer) else zeros
-
-    return jax.tree.map(leaf, tree)
+    return jax.tree.map(lambda x: jnp.where(never, x, jnp.zeros_like(x)), sums)
 
 
 def add(

@@ -139,11 +139,7 @@ def _body(eqn: core.JaxprEqn) -> core.Jaxpr | None:
     """The function that an equation calls, if it is one that `_run_after` can call in parts."""
     if eqn.primitive.name == "scan" or _jaxprs.is_plain_jit(eqn):
         return eqn.params["jaxpr"].jaxpr
-    return eqn.params["jaxpr"] if _is_checkpoint(eqn) else None
-
-
-def _is_checkpoint(eqn: core.JaxprEqn) -> bool:
-    return eqn.primitive.name in ("checkpoint", "remat", "remat2")
+    return eqn.params["jaxpr"] if _jaxprs.is_checkpoint(eqn) else None
 
 
 def _walked(eqn: core.JaxprEqn, body: core.Jaxpr, known: Sequence[bool]) -> list[bool]:
@@ -190,8 +186,8 @@ def _call(eqn: core.JaxprEqn, plan: _Plan, operands: Sequence[Any], made: Sequen
     """The results of an equation whose body has run in part."""
     body = lambda operands, made: _run_after(plan, _consts(eqn), operands, made)
     params = eqn.params
-    if _is_checkpoint(eqn):
-        body = jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=params["policy"])
+    if _jaxprs.is_checkpoint(eqn):
+        body = _jaxprs.checkpointed(eqn, body)
     if eqn.primitive.name != "scan":
         return body(operands, made)
     constants, carries = _jaxprs.scan_operands(eqn, plan.jaxpr)
@@ -212,7 +208,7 @@ def _count(plan: _Plan) -> int:
 
 
 def _consts(eqn: core.JaxprEqn) -> Sequence[Any]:
-    return [] if _is_checkpoint(eqn) else eqn.params["jaxpr"].consts
+    return [] if _jaxprs.is_checkpoint(eqn) else eqn.params["jaxpr"].consts
 
 
 def _variables(atoms: Any) -> list[core.Var]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from jaxaccum import _jaxprs, _loss
+from jaxaccum import _jaxprs, _loss, _products
 from jaxaccum._accumulator import Added, Weighted
 
 Tree = Any
@@ -20,12 +20,19 @@ class Backward(NamedTuple):
     """The loss and the gradient of one micro-batch, some leaves of which are added to their sums on the way.
 
     Attributes:
-      total: `total(params, *args) -> (loss's total, (loss, rest))`.
+      total: `total(params, leaves, *args) -> (loss's total, (loss, rest))`; it differentiates by `leaves`.
       inside: for each leaf of the parameters whether it is one of those.
+      wide: for each leaf whether its gradient in half-precision products is formed in float32.
     """
 
     total: Callable[..., tuple[Any, tuple[Any, Any]]]
     inside: tuple[bool, ...]
+    wide: tuple[bool, ...]
+
+    @property
+    def adds(self) -> bool:
+        """Whether anything is added to the sums before the gradient is whole, or could be by a compiler."""
+        return any((*self.inside, *self.wide))
 
     def __call__(self, params: Tree, sums: Tree, *args: Any) -> tuple[tuple[Weighted, Any], Tree]:
         """((loss, rest), gradient of the loss's total).
@@ -39,20 +46,22 @@ class Backward(NamedTuple):
           The loss as a `Weighted`, whose weight is None where it was plain, what else it returned, and the gradient;
           a leaf that is added inside is `Added`, its sum. A micro-batch of weight 0 adds nothing.
         """
-        if not any(self.inside):
-            (_, returned), grads = jax.value_and_grad(self.total, has_aux=True)(params, *args)
-            return returned, grads
-        value, fun, returned = jax.vjp(lambda params: self.total(params, *args), params, has_aux=True)
-        vjp: Any = fun  # jax types it as a plain function.
         treedef = jax.tree.structure(params)
+        leaves = _products.lifted(jax.tree.leaves(params), self.wide)
+        total = lambda leaves: self.total(params, leaves, *args)
+        if not any(self.inside):
+            (_, returned), grads = jax.value_and_grad(total, has_aux=True)(leaves)
+            return returned, treedef.unflatten(grads)
+        value, fun, returned = jax.vjp(total, leaves, has_aux=True)
+        vjp: Any = fun  # jax types it as a plain function.
 
         def backward(pending):
             # What is no reference asks for a value.
             slots: list[Any] = [
                 jax.new_ref(x) if inside else 0.0 for x, inside in zip(pending, self.inside, strict=True)
             ]
-            (grads,) = vjp.with_refs(treedef.unflatten(slots))(jnp.ones_like(value))
-            triples = zip(treedef.flatten_up_to(grads), slots, self.inside, strict=True)
+            (grads,) = vjp.with_refs(slots)(jnp.ones_like(value))
+            triples = zip(grads, slots, self.inside, strict=True)
             return [jax.freeze(slot) if inside else grad for grad, slot, inside in triples]
 
         pending = treedef.flatten_up_to(sums)
@@ -62,8 +71,8 @@ class Backward(NamedTuple):
         else:
             # What has been added can't be taken out again, and it may be infinite.
             none = lambda pending: [
-                x if inside else jnp.where(True, jnp.zeros_like(param), param)  # Varying over devices where that is.
-                for x, inside, param in zip(pending, self.inside, jax.tree.leaves(params), strict=True)
+                x if inside else jnp.where(True, jnp.zeros_like(leaf), leaf)  # Varying over devices where that is.
+                for x, inside, leaf in zip(pending, self.inside, leaves, strict=True)
             ]
             results = jax.lax.cond(jnp.asarray(loss.weight) != 0, backward, none, pending)
         marked = [Added(x) if inside else x for x, inside in zip(results, self.inside, strict=True)]
@@ -83,6 +92,9 @@ def backward(loss: Callable[..., Any], in_place: bool | None, params: Tree, sums
     a weight, which may be 0, is run backward in a conditional. That costs more than it saves in time, if not in memory,
     and is done only where it is asked for.
 
+    Outside of loops it is the matrix product that can add, if it makes float32 of half precision (`_products`) and if
+    nothing comes between it and the sum, as a selection by the weight would.
+
     Args:
       loss: the loss.
       in_place: False: nothing is added inside; True: whatever can be; None: what gains by it.
@@ -91,27 +103,33 @@ def backward(loss: Callable[..., Any], in_place: bool | None, params: Tree, sums
       *args: arguments of the loss; it is traced and not run.
     """
     total = _loss.total(loss)
-    leaves = jax.tree.leaves(params)
+    leaves, treedef = jax.tree.flatten(params)
+    none = (False,) * len(leaves)
+    plain = Backward(lambda _, leaves, *args: total(treedef.unflatten(leaves), *args), inside=none, wide=none)
     if in_place is False:
-        return Backward(total, (False,) * len(leaves))
+        return plain
     closed, shapes = jax.make_jaxpr(total, return_shape=True)(params, *args)
     _, (value, _) = shapes
     if value.weight is not None and in_place is None:
-        return Backward(total, (False,) * len(leaves))
-    pending = jax.tree.structure(params).flatten_up_to(sums)
+        return plain
+    pending = treedef.flatten_up_to(sums)
+    inputs = closed.jaxpr.invars[: len(leaves)]
     fits = {
         var
-        for var, leaf, sum_ in zip(closed.jaxpr.invars[: len(leaves)], leaves, pending, strict=True)
+        for var, leaf, sum_ in zip(inputs, leaves, pending, strict=True)
         if sum_ is not None and sum_.dtype == leaf.dtype and sum_.dtype.itemsize >= 4
     }
     walked = set().union(*(stack for stack in _stacks(closed.jaxpr) if stack <= fits))
-    inside = tuple(var in walked for var in closed.jaxpr.invars[: len(leaves)])
-    return Backward(functools.partial(_replay, closed, jax.tree.structure(shapes)), inside)
+    products = value.weight is None and _products.occur(closed.jaxpr)
+    wide = tuple(products and sum_ is not None and sum_.dtype == jnp.float32 for sum_ in pending)
+    replay = functools.partial(_replay, closed, jax.tree.structure(shapes), wide)
+    return Backward(replay, tuple(var in walked for var in inputs), wide)
 
 
-def _replay(closed: core.ClosedJaxpr, treedef: Any, *args: Any) -> Any:
+def _replay(closed: core.ClosedJaxpr, treedef: Any, wide: tuple[bool, ...], params: Tree, *args: Any) -> Any:
     """What was traced, so that it need not be traced again."""
-    return treedef.unflatten(core.jaxpr_as_fun(closed)(*jax.tree.leaves(args)))
+    fun = _products.widened(closed, jax.tree.leaves(params), wide)
+    return treedef.unflatten(fun(*jax.tree.leaves(args)))
 
 
 def _stacks(jaxpr: core.Jaxpr) -> list[set[core.Var]]:

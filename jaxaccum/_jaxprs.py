@@ -1,6 +1,6 @@
 """Equations of jaxprs: what they are, and how to run them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -38,6 +38,16 @@ def is_plain_jit(eqn: core.JaxprEqn) -> bool:
         return False
     shardings = (*eqn.params["in_shardings"], *eqn.params["out_shardings"])
     return not any(isinstance(sharding, jax.sharding.Sharding) for sharding in shardings)
+
+
+def is_checkpoint(eqn: core.JaxprEqn) -> bool:
+    """Whether `eqn` is a `jax.checkpoint`."""
+    return eqn.primitive.name in ("checkpoint", "remat", "remat2")
+
+
+def checkpointed(eqn: core.JaxprEqn, body: Callable[..., Any]) -> Callable[..., Any]:
+    """`body` under a `jax.checkpoint` like `eqn`."""
+    return jax.checkpoint(body, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
 
 
 def run(eqn: core.JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:

@@ -116,6 +116,7 @@ def run(
     output: Output,
     *,
     weighted: bool = False,
+    cleared: bool = False,
 ) -> tuple[Tree, MultiStepsState]:
     """Adds one micro-batch's gradient and, at a boundary, hands the window's mean to the inner optimizer.
 
@@ -129,6 +130,7 @@ def run(
       extra_args: for the inner optimizer; the averaged ones are this micro-batch's.
       output: what to make of the updates.
       weighted: whether `grads` has its weight already.
+      cleared: whether the sums are 0 where a window begins; else what it begins with takes their place.
 
     Returns:
       (the output, the new state).
@@ -144,7 +146,12 @@ def run(
     first = state.mini_step == 0
     counters = (state.gradient_step, state.mini_step, config.sync.index())
     acc_grads = _accumulator.add(
-        state.acc_grads, grads, None if weighted else weight, keep=keep, first=first, counters=counters
+        state.acc_grads,
+        grads,
+        None if weighted else weight,
+        keep=keep,
+        first=None if cleared else first,
+        counters=counters,
     )
     one = jnp.ones_like(state.weight)
     total_weight = _accumulator.add(state.weight, one, weight, keep=keep, first=first)

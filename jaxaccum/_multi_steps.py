@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxaccum import _accumulator, _checks, _in_place, _local, _loss, _micro_step, _prepare, _redistribute
+from jaxaccum import _accumulator, _checks, _in_place, _inner, _local, _loss, _micro_step, _prepare, _redistribute
 from jaxaccum._accumulator import Weighted
 from jaxaccum._integers import positive_int
 from jaxaccum._micro_step import Config
@@ -204,7 +204,7 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
           9.0 0.0
         """
         config, state = self._config, _checks.state(state, "micro_step")
-        value, grads, weighted = _gradient(config, fun, params, state, args)
+        value, grads, state, options = _gradient(config, fun, params, state, args)
         loss = _loss.mean(value)
         params, state = _micro_step.run(
             config,
@@ -215,7 +215,7 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
             boundary,
             {"value": loss} if "value" in config.averaged_extra_args else {},
             _micro_step.apply_output(params),
-            weighted=weighted,
+            **options,
         )
         return loss, params, state
 
@@ -344,18 +344,21 @@ def _update(config, grads, state, params=None, *, weight=None, boundary=None, **
 
 
 def _gradient(config, fun, params, state, args):
-    """(loss as a `Weighted`, gradient, whether that has its weight already) of one micro-batch on each device."""
+    """One micro-batch on each device: (loss as a `Weighted`, gradient, state, what `_micro_step.run` must know)."""
     seen = params if config.prepare is None else _prepare.seen(config.prepare, params, state.prepared)
     if isinstance(config.sync, MeshAxis):
         local = _local.local_value_and_grad(fun, mesh=config.sync.mesh, data_axis=config.sync.names)
         value, grads = local(seen, *args)
-        return value if isinstance(value, Weighted) else Weighted(value, None), grads, False
+        return value if isinstance(value, Weighted) else Weighted(value, None), grads, state, {}
     seen = config.sync.local(seen)
-    sums, loss = state.acc_grads, lambda seen: (fun(seen, *args), None)
-    backward = _in_place.backward(loss, config.in_place, seen, sums)
-    if any(backward.inside):
-        sums = _accumulator.select(state.mini_step == 0, jax.tree.map(jnp.zeros_like, sums), sums)
-    (value, _), grads = backward(seen, sums)
-    if value.weight is None or config.should_skip_update_fn is None:
-        return value, grads, value.weight is not None
-    return value, _loss.mean_gradient(value, grads), False  # The rule judges mean gradients.
+    backward = _in_place.backward(lambda seen: (fun(seen, *args), None), config.in_place, seen, state.acc_grads)
+    if backward.adds:
+        # Once a window, and not by selection in every micro-step, which would come between a sum and what adds to it.
+        sums = state.acc_grads
+        sums = _inner.branch(_checks.known(state.mini_step == 0), lambda: _accumulator.cleared(sums), lambda: sums)
+        state = state._replace(acc_grads=sums)
+    (value, _), grads = backward(seen, state.acc_grads)
+    options = {"weighted": value.weight is not None, "cleared": backward.adds}
+    if options["weighted"] and config.should_skip_update_fn is not None:
+        grads, options["weighted"] = _loss.mean_gradient(value, grads), False  # The rule judges mean gradients.
+    return value, grads, state, options

@@ -83,7 +83,7 @@ class Window(NamedTuple):
     def _start(self, seen: Tree) -> Weighted:
         """Sums of no micro-batch."""
         zero = jnp.zeros((), _accumulator.weight_dtype())
-        return Weighted((zero, _accumulator.init(seen, self.accumulator_dtype)), zero)
+        return Weighted((zero, _accumulator.zeros(seen, self.accumulator_dtype)), zero)
 
     def _sum(self, device, backward, seen, sums, carry, batches, length):
         """(sums of loss and gradient, a zero of the loss's dtype, the last carry, aux) over the micro-batches."""

@@ -49,8 +49,11 @@ class Problem:
 
 
 def drawn(model: Model, k: int, n: int) -> np.ndarray:
-    """Random windows, (POOL, K, N, T + 1) int32."""
-    return np.random.default_rng(0).integers(model.vocabulary, size=(POOL, k, n, model.length + 1), dtype=np.int32)
+    """Random windows, (POOL, K, N, T + 1) int32, with tokens as frequent as words are: 1 / rank, by Zipf's law."""
+    frequency = 1 / np.arange(1, model.vocabulary + 1)
+    size = POOL, k, n, model.length + 1
+    chosen = np.random.default_rng(0).choice(model.vocabulary, size, p=frequency / frequency.sum())
+    return chosen.astype(np.int32)
 
 
 def windows(model: Model, k: int, n: int) -> list[Tokens]:

@@ -5,6 +5,8 @@ float32, computed in bfloat16) with AdamW, data-parallel over all devices, by th
 
     no sync                   each device for itself: no side can cost less, and the devices' parameters part
     window                    `value_and_grad(mesh=)` and the update, in one jit
+    no sync, auto             both with `prepare="auto"`
+    window, auto
     ZeRO                      `value_and_grad(mesh=, reduce="scatter")` and the update of a state in parts, in one jit
     micro-steps               `MultiSteps(mesh=)` driven by the host: K - 1 calls without a boundary, one with it
     pmap                      `value_and_grad(axis_name=)` and the update, in one pmap
@@ -12,7 +14,7 @@ float32, computed in bfloat16) with AdamW, data-parallel over all devices, by th
     automatic                 plain jit, no shard_map: a scan over micro-batches that lie split over the devices
     last peeled               with --overlap: by hand, the last micro-batch outside the loop, a reduction a leaf
 
-All but the first must end with the same parameters and the same loss. The table says how nearly they do, against "sync
+All that sync must end with the same parameters and the same loss. The table says how nearly they do, against "sync
 in every micro-step", and counts the collectives in the compiled programs. ("automatic" rounds to bfloat16 after other
 sums than the rest. The gradient of a key's bias is nothing but such rounding, and AdamW makes whole steps of it.)
 
@@ -41,7 +43,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _measure import WARMUP, Comparison, Record, Side, difference, difference_cell, interleave, parser
+from _measure import ROUND, WARMUP, Comparison, Record, Side, difference, difference_cell, in_turns, interleave, parser
 from _model import Model, add_options, chosen, parameters
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -143,27 +145,27 @@ def under_shard_map(name: str, gradient: Gradient, problem: Problem) -> Contende
     return one_call(name, program, carry, windows)
 
 
-def no_sync(problem: Problem) -> Contender:
+def no_sync(name: str, problem: Problem, **options: Any) -> Contender:
     """Our own window, without its devices."""
-    return under_shard_map("no sync", jaxaccum.value_and_grad(problem.model.loss, problem.k), problem)
+    return under_shard_map(name, jaxaccum.value_and_grad(problem.model.loss, problem.k, **options), problem)
 
 
-def window(problem: Problem) -> Contender:
+def window(name: str, problem: Problem, **options: Any) -> Contender:
     """The whole window at hand, on a mesh."""
-    gradient = jaxaccum.value_and_grad(problem.model.loss, problem.k, mesh=problem.mesh)
-    return under_jit("window", gradient, problem, problem.by_device())
+    gradient = jaxaccum.value_and_grad(problem.model.loss, problem.k, mesh=problem.mesh, **options)
+    return under_jit(name, gradient, problem, problem.by_device())
 
 
-def zero(problem: Problem) -> Contender:
+def zero(name: str, problem: Problem) -> Contender:
     """The whole window at hand, the optimizer's state split over the devices."""
     gradient = jaxaccum.value_and_grad(problem.model.loss, problem.k, mesh=problem.mesh, reduce="scatter")
     params, state, windows = problem.put(problem.start), OPTIMIZER.init(problem.start), problem.by_device()
     state = jax.device_put(state, jaxaccum.zero_sharding(state, problem.mesh))
     program = laid_out(functools.partial(step, gradient), params, state, windows[0])
-    return one_call("ZeRO", program, (params, state), windows)
+    return one_call(name, program, (params, state), windows)
 
 
-def micro_steps(problem: Problem) -> Contender:
+def micro_steps(name: str, problem: Problem) -> Contender:
     """Micro-batches that come one a call. What accumulates is handed the parameters and the sums alone."""
     tx = jaxaccum.MultiSteps(OPTIMIZER, problem.k, mesh=problem.mesh)
     params = problem.put(problem.start)
@@ -196,11 +198,11 @@ def micro_steps(problem: Problem) -> Contender:
         params, state, loss = close(params, sums._replace(inner_opt_state=state.inner_opt_state), last)
         return params, state, [*losses, loss]
 
-    side = Side("micro-steps", run, (params, state, None))
+    side = Side(name, run, (params, state, None))
     return Contender(side, [(problem.k - 1, accumulate), (1, close)])
 
 
-def pmap(problem: Problem) -> Contender:
+def pmap(name: str, problem: Problem) -> Contender:
     """The window, where each device has its own copy of everything."""
     on_pmap = functools.partial(jax.pmap, axis_name="data")
     copies = on_pmap(lambda _, tree: tree, in_axes=(0, None))
@@ -209,10 +211,10 @@ def pmap(problem: Problem) -> Contender:
     windows = [spread(window.reshape(problem.mesh.size, -1, window.shape[-1])) for window in problem.windows]
     gradient = jaxaccum.value_and_grad(problem.model.loss, problem.k, axis_name="data")
     program = on_pmap(functools.partial(step, gradient), donate_argnums=(0, 1))
-    return one_call("pmap", program.lower(*carry, windows[0]).compile(), carry, windows)
+    return one_call(name, program.lower(*carry, windows[0]).compile(), carry, windows)
 
 
-def every_micro_step(problem: Problem) -> Contender:
+def every_micro_step(name: str, problem: Problem) -> Contender:
     """Each micro-batch's gradient reduced at once."""
     # The barrier keeps the reduction in the loop: where XLA can, it moves it out.
     join = lambda gradient: jax.lax.optimization_barrier(jax.lax.psum(gradient, "data"))
@@ -221,17 +223,17 @@ def every_micro_step(problem: Problem) -> Contender:
         sums = problem.summed(params, tokens.reshape(problem.k, -1, tokens.shape[-1]), join)
         return jax.tree.map(lambda x: x / (problem.k * problem.mesh.size), sums)
 
-    return under_shard_map("sync in every micro-step", gradient, problem)
+    return under_shard_map(name, gradient, problem)
 
 
-def automatic(problem: Problem) -> Contender:
+def automatic(name: str, problem: Problem) -> Contender:
     """What one writes without a thought of devices: where the reductions go is for XLA to find."""
     gradient = lambda params, tokens: jax.tree.map(lambda x: x / problem.k, problem.summed(params, tokens))
     windows = [problem.put(window, None, "data") for window in problem.by_micro_batch()]
-    return under_jit("automatic", gradient, problem, windows)
+    return under_jit(name, gradient, problem, windows)
 
 
-def last_peeled(problem: Problem) -> Contender:
+def last_peeled(name: str, problem: Problem) -> Contender:
     """The last micro-batch's backward pass in one block with the reductions, so that XLA can run them side by side."""
 
     def gradient(params, tokens):
@@ -240,7 +242,7 @@ def last_peeled(problem: Problem) -> Contender:
         mean = lambda total, x: jax.lax.psum(total + x, "data") / (problem.k * problem.mesh.size)
         return jax.tree.map(mean, problem.summed(params, tokens[:-1]), last)
 
-    return under_shard_map("last peeled", gradient, problem)
+    return under_shard_map(name, gradient, problem)
 
 
 def collectives_of(contender: Contender) -> dict[str, int]:
@@ -257,8 +259,19 @@ def collectives_cell(case: Record, side: str) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in case["collectives"][side].items()) or "none"
 
 
-SIDES = [no_sync, window, zero, micro_steps, pmap, every_micro_step, automatic]
-OVERLAP = [no_sync, window, every_micro_step, last_peeled]
+SIDES: dict[str, Callable[[str, Problem], Contender]] = {
+    "no sync": no_sync,
+    "window": window,
+    "no sync, auto": functools.partial(no_sync, prepare="auto"),
+    "window, auto": functools.partial(window, prepare="auto"),
+    "ZeRO": zero,
+    "micro-steps": micro_steps,
+    "pmap": pmap,
+    "sync in every micro-step": every_micro_step,
+    "automatic": automatic,
+    "last peeled": last_peeled,
+}
+OVERLAP = ["no sync", "window", "sync in every micro-step", "last peeled"]
 COMPARISON = Comparison(
     floor="no sync",
     rival="sync in every micro-step",
@@ -271,14 +284,12 @@ COMPARISON = Comparison(
 )
 
 
-def measure(problem: Problem, makers: list[Callable[[Problem], Contender]], repeats: int) -> Record:
+def measure(problem: Problem, names: list[str], repeats: int) -> Record:
     """One case: a window by all sides."""
-    contenders = {}
-    for maker in makers:
-        contender = maker(problem)
-        contenders[contender.side.name] = contender
-    seconds = interleave([contender.side for contender in contenders.values()], repeats)
-    carries = {name: contender.side.carry for name, contender in contenders.items()}
+    contenders = {name: SIDES[name](name, problem) for name in names}
+    sides = {name: in_turns(contender.side) for name, contender in contenders.items()}
+    seconds = interleave(list(sides.values()), repeats)
+    carries = {name: side.carry for name, side in sides.items()}
     # Under pmap every leaf has a copy for each device.
     one = lambda x, start: np.asarray(x).reshape(-1, *start.shape)[0]
     params = {name: jax.tree.map(one, carry[0], problem.start) for name, carry in carries.items()}
@@ -287,7 +298,7 @@ def measure(problem: Problem, makers: list[Callable[[Problem], Contender]], repe
     return {
         "name": f"N = {n}",
         "n": n,
-        "seconds": seconds,
+        "seconds": {name: [time / ROUND for time in times] for name, times in seconds.items()},
         "difference": {name: float(difference(p, reference, problem.start)) for name, p in params.items()},
         "loss": {name: float(np.mean(jax.device_get(carry[2]))) for name, carry in carries.items()},
         "collectives": {name: collectives_of(contender) for name, contender in contenders.items()},
@@ -308,6 +319,7 @@ def main() -> None:
     options.add_argument("--k", type=int, default=8, help="micro-batches a window")
     add_options(options)
     options.add_argument("--overlap", action="store_true", help="only what bears on overlapping the sync")
+    options.add_argument("--sides", nargs="+", default=[*SIDES][:-1], choices=SIDES, metavar="SIDE")
     args = options.parse_args()
     if args.table is not None:
         print(COMPARISON.table(json.loads(args.table.read_text())))
@@ -320,9 +332,9 @@ def main() -> None:
     for n in map(int, args.batches.split(",")):
         draw = lambda n=n: rng.integers(model.vocabulary, size=(mesh.size, args.k, n, model.length + 1), dtype=np.int32)
         problem = Problem(model, args.k, mesh, start, [draw() for _ in range(POOL)])
-        cases.append(measure(problem, OVERLAP if args.overlap else SIDES, args.repeats))
+        cases.append(measure(problem, OVERLAP if args.overlap else args.sides, args.repeats))
     settings = {"devices": mesh.size, "parameters": parameters(start), **dataclasses.asdict(model)}
-    settings |= {"k": args.k, "repeats": args.repeats, "warmup": WARMUP, "windows": POOL}
+    settings |= {"k": args.k, "repeats": args.repeats, "warmup": WARMUP, "round": ROUND, "windows": POOL}
     settings |= {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "none")}
     COMPARISON.finish(args.out, settings, cases)
 

@@ -43,7 +43,19 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from _measure import WARMUP, Comparison, Record, Side, difference, difference_cell, interleave, parser, reason
+from _measure import (
+    ROUND,
+    SETTLING,
+    WARMUP,
+    Comparison,
+    Record,
+    Side,
+    difference,
+    difference_cell,
+    interleave,
+    parser,
+    reason,
+)
 from _model import add_options, chosen, parameters
 from _train import (
     CAST,
@@ -84,7 +96,6 @@ SIDES = {
     "optax.microbatch": functools.partial(in_one_jit, by_optax),
     "one big batch": functools.partial(in_one_jit, lambda problem: jax.value_and_grad(problem.model.loss)),
 }
-SETTLING, ROUND = 2, 3  # windows of a turn, off the clock and on it
 COMPARISON = Comparison(
     floor="floor",
     rival="optax.MultiSteps",

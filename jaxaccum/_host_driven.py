@@ -1,11 +1,12 @@
 """For a training loop of one's own: the two programs of a window, and the host's count of its micro-steps."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from jaxaccum import _inner
+from jaxaccum import _accumulator, _inner, _multi_steps
 from jaxaccum._integers import positive_int
 from jaxaccum._multi_steps import MultiSteps
 from jaxaccum._state import MultiStepsState, set_every_k
@@ -18,8 +19,8 @@ class HostDriven:
     """`MultiSteps.micro_step` as two compiled programs, of which the host picks one by counting: the fastest drive.
 
     The one for between boundaries takes the parameters and what is pending, and gives the latter back: the optimizer's
-    state does not pass through it. The other one closes the window, without a conditional. K is the host's: to change
-    it compiles nothing.
+    state does not pass through it, and it adds to the sums without asking whether there are any. The other one closes
+    the window, without a conditional, and clears them. K is the host's: to change it compiles nothing.
 
     Args:
       tx: what accumulates.
@@ -61,20 +62,23 @@ class HostDriven:
         self._mini_step: int | None = None
         self._is_stale = False  # whether the state does not know of K yet
 
+        micro_step = functools.partial(_multi_steps.micro_step, config, fun, clears=True)
+
         def accumulate(params, prepared, pending, *args):
-            loss, _, pending = tx.micro_step(fun, params, pending._replace(prepared=prepared), *args, boundary=False)
+            loss, _, pending = micro_step(params, pending._replace(prepared=prepared), args, boundary=False)
             return loss, pending._replace(prepared=())
 
         def close(params, state, *args):
-            return tx.micro_step(fun, params, state, *args, boundary=True)
+            return micro_step(params, state, args, boundary=True)
 
         def flush(params, state):
             updates, state = tx.flush(state, params)
-            return _inner.apply_updates(params, updates), state
+            return _inner.apply_updates(params, updates), _cleared(state, _accumulator.cleared)
 
         self._accumulate = jax.jit(accumulate, donate_argnums=2)
         self._close = jax.jit(close, donate_argnums=(0, 1))
         self._flush = jax.jit(flush, donate_argnums=(0, 1))
+        self._clear = jax.jit(_accumulator.cleared, donate_argnums=0)
 
     @property
     def every_k(self) -> int:
@@ -106,6 +110,8 @@ class HostDriven:
         """
         if self._mini_step is None:
             self._mini_step = int(state.mini_step)
+            if not self._mini_step:
+                state = _cleared(state, self._clear)  # Other drives leave there what the last window held.
         if self._is_stale:
             state, self._is_stale = set_every_k(state, self._every_k), False
         self._mini_step += 1
@@ -122,3 +128,9 @@ class HostDriven:
         """Closes a partial window: an optimizer step on the mean of what it holds. Both arguments are donated."""
         self._mini_step = 0
         return self._flush(params, state)
+
+
+def _cleared(state: MultiStepsState, clear: Callable[[Tree], Tree]) -> MultiStepsState:
+    """`state` with nothing in its sums."""
+    acc_grads, weight = clear((state.acc_grads, state.weight))
+    return state._replace(acc_grads=acc_grads, weight=weight)

@@ -29,11 +29,6 @@ class Backward(NamedTuple):
     inside: tuple[bool, ...]
     wide: tuple[bool, ...]
 
-    @property
-    def adds(self) -> bool:
-        """Whether anything is added to the sums before the gradient is whole, or could be by a compiler."""
-        return any((*self.inside, *self.wide))
-
     def __call__(self, params: Tree, sums: Tree, *args: Any) -> tuple[tuple[Weighted, Any], Tree]:
         """((loss, rest), gradient of the loss's total).
 
@@ -79,7 +74,9 @@ class Backward(NamedTuple):
         return returned, treedef.unflatten(marked)
 
 
-def backward(loss: Callable[..., Any], in_place: bool | None, params: Tree, sums: Tree, *args: Any) -> Backward:
+def backward(
+    loss: Callable[..., Any], in_place: bool | None, params: Tree, sums: Tree, *args: Any, replaces: bool = False
+) -> Backward:
     """How to differentiate `loss(params, *args)`, which returns `(loss, rest)`, the loss plain or `Weighted`.
 
     Added inside are leaves that the loss hands, as they are, to one `jax.lax.scan` as what it walks along, and to
@@ -93,7 +90,7 @@ def backward(loss: Callable[..., Any], in_place: bool | None, params: Tree, sums
     and is done only where it is asked for.
 
     Outside of loops it is the matrix product that can add, if it makes float32 of half precision (`_products`) and if
-    nothing comes between it and the sum, as a selection by the weight would.
+    nothing comes between it and the sum, as a selection would.
 
     Args:
       loss: the loss.
@@ -101,6 +98,7 @@ def backward(loss: Callable[..., Any], in_place: bool | None, params: Tree, sums
       params: the parameters.
       sums: Σ of the gradients so far, a tree like them.
       *args: arguments of the loss; it is traced and not run.
+      replaces: whether a gradient may take the place of its sum, by selection.
     """
     total = _loss.total(loss)
     leaves, treedef = jax.tree.flatten(params)
@@ -120,7 +118,7 @@ def backward(loss: Callable[..., Any], in_place: bool | None, params: Tree, sums
         if sum_ is not None and sum_.dtype == leaf.dtype and sum_.dtype.itemsize >= 4
     }
     walked = set().union(*(stack for stack in _stacks(closed.jaxpr) if stack <= fits))
-    products = value.weight is None and _products.occur(closed.jaxpr)
+    products = value.weight is None and not replaces and _products.occur(closed.jaxpr)
     wide = tuple(products and sum_ is not None and sum_.dtype == jnp.float32 for sum_ in pending)
     replay = functools.partial(_replay, closed, jax.tree.structure(shapes), wide)
     return Backward(replay, tuple(var in walked for var in inputs), wide)

@@ -116,7 +116,7 @@ def run(
     output: Output,
     *,
     weighted: bool = False,
-    cleared: bool = False,
+    clears: bool = False,
 ) -> tuple[Tree, MultiStepsState]:
     """Adds one micro-batch's gradient and, at a boundary, hands the window's mean to the inner optimizer.
 
@@ -130,7 +130,7 @@ def run(
       extra_args: for the inner optimizer; the averaged ones are this micro-batch's.
       output: what to make of the updates.
       weighted: whether `grads` has its weight already.
-      cleared: whether the sums are 0 where a window begins; else what it begins with takes their place.
+      clears: whether the sums are 0 where a window begins, and are to be where it ends; `boundary` is a Python bool.
 
     Returns:
       (the output, the new state).
@@ -143,15 +143,10 @@ def run(
         _checks.averaged(name, value, config.sync.shape)
     (accepted, keep, closed), skip_state, dropped = _select(config, state, shown, params, weight, boundary, averaged)
 
-    first = state.mini_step == 0
+    first = None if clears else state.mini_step == 0
     counters = (state.gradient_step, state.mini_step, config.sync.index())
     acc_grads = _accumulator.add(
-        state.acc_grads,
-        grads,
-        None if weighted else weight,
-        keep=keep,
-        first=None if cleared else first,
-        counters=counters,
+        state.acc_grads, grads, None if weighted else weight, keep=keep, first=first, counters=counters
     )
     one = jnp.ones_like(state.weight)
     total_weight = _accumulator.add(state.weight, one, weight, keep=keep, first=first)
@@ -170,6 +165,10 @@ def run(
 
     mini_step = _accumulator.select(closed, jnp.zeros_like(state.mini_step), state.mini_step + 1)
     averages = _accumulator.select(closed, _zeros_like(averages), averages)
+    if clears and closed:
+        acc_grads, total_weight = _accumulator.cleared((acc_grads, total_weight))
+    elif applied is True:
+        acc_grads = state.acc_grads  # As good as the new ones, and need not be written.
     mini_step, total_weight, averages, dropped = _accumulator.select(
         accepted,
         (mini_step, total_weight, averages, dropped),
@@ -179,8 +178,7 @@ def run(
         mini_step=mini_step,
         gradient_step=_accumulator.select(applied, optax.safe_increment(state.gradient_step), state.gradient_step),
         inner_opt_state=inner_opt_state,
-        # After a step that is certain, the old sums are as good as the new, and need not be written.
-        acc_grads=state.acc_grads if applied is True else _accumulator.select(accepted, acc_grads, state.acc_grads),
+        acc_grads=_accumulator.select(accepted, acc_grads, state.acc_grads),
         skip_state=skip_state,
         weight=total_weight,
         averages=config.sync.own(averages),

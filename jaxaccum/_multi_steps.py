@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxaccum import _accumulator, _checks, _in_place, _inner, _local, _loss, _micro_step, _prepare, _redistribute
+from jaxaccum import _accumulator, _checks, _in_place, _local, _loss, _micro_step, _prepare, _redistribute
 from jaxaccum._accumulator import Weighted
 from jaxaccum._integers import positive_int
 from jaxaccum._micro_step import Config
@@ -203,21 +203,7 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
           1.0 1.0
           9.0 0.0
         """
-        config, state = self._config, _checks.state(state, "micro_step")
-        value, grads, state, options = _gradient(config, fun, params, state, args)
-        loss = _loss.mean(value)
-        params, state = _micro_step.run(
-            config,
-            grads,
-            state,
-            params,
-            value.weight,
-            boundary,
-            {"value": loss} if "value" in config.averaged_extra_args else {},
-            _micro_step.apply_output(params),
-            **options,
-        )
-        return loss, params, state
+        return micro_step(self._config, fun, params, _checks.state(state, "micro_step"), args, boundary)
 
     def flush(
         self, state: MultiStepsState, params: Tree | None = None, **extra_args: Any
@@ -343,22 +329,46 @@ def _update(config, grads, state, params=None, *, weight=None, boundary=None, **
     return _micro_step.run(config, grads, state, params, weight, boundary, extra_args, output)
 
 
-def _gradient(config, fun, params, state, args):
-    """One micro-batch on each device: (loss as a `Weighted`, gradient, state, what `_micro_step.run` must know)."""
+def micro_step(
+    config: Config,
+    fun: Callable[..., Any],
+    params: Tree,
+    state: MultiStepsState,
+    args: Sequence[Any],
+    boundary: Any,
+    clears: bool = False,
+) -> tuple[jax.Array, Tree, MultiStepsState]:
+    """`MultiSteps.micro_step`; `clears` as for `_micro_step.run`."""
+    value, grads, weighted = _gradient(config, fun, params, state, args, clears)
+    loss = _loss.mean(value)
+    params, state = _micro_step.run(
+        config,
+        grads,
+        state,
+        params,
+        value.weight,
+        boundary,
+        {"value": loss} if "value" in config.averaged_extra_args else {},
+        _micro_step.apply_output(params),
+        weighted=weighted,
+        clears=clears,
+    )
+    return loss, params, state
+
+
+def _gradient(config, fun, params, state, args, clears):
+    """(loss as a `Weighted`, gradient, whether that has its weight already) of one micro-batch on each device."""
     seen = params if config.prepare is None else _prepare.seen(config.prepare, params, state.prepared)
     if isinstance(config.sync, MeshAxis):
         local = _local.local_value_and_grad(fun, mesh=config.sync.mesh, data_axis=config.sync.names)
         value, grads = local(seen, *args)
-        return value if isinstance(value, Weighted) else Weighted(value, None), grads, state, {}
+        return value if isinstance(value, Weighted) else Weighted(value, None), grads, False
     seen = config.sync.local(seen)
-    backward = _in_place.backward(lambda seen: (fun(seen, *args), None), config.in_place, seen, state.acc_grads)
-    if backward.adds:
-        # Once a window, and not by selection in every micro-step, which would come between a sum and what adds to it.
-        sums = state.acc_grads
-        sums = _inner.branch(_checks.known(state.mini_step == 0), lambda: _accumulator.cleared(sums), lambda: sums)
-        state = state._replace(acc_grads=sums)
-    (value, _), grads = backward(seen, state.acc_grads)
-    options = {"weighted": value.weight is not None, "cleared": backward.adds}
-    if options["weighted"] and config.should_skip_update_fn is not None:
-        grads, options["weighted"] = _loss.mean_gradient(value, grads), False  # The rule judges mean gradients.
-    return value, grads, state, options
+    sums, loss = state.acc_grads, lambda seen: (fun(seen, *args), None)
+    backward = _in_place.backward(loss, config.in_place, seen, sums, replaces=not clears)
+    if any(backward.inside) and not clears:
+        sums = _accumulator.select(state.mini_step == 0, jax.tree.map(jnp.zeros_like, sums), sums)
+    (value, _), grads = backward(seen, sums)
+    if value.weight is None or config.should_skip_update_fn is None:
+        return value, grads, value.weight is not None
+    return value, _loss.mean_gradient(value, grads), False  # The rule judges mean gradients.

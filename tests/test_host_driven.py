@@ -64,6 +64,17 @@ def test_it_goes_on_where_a_state_stands():
     equal(told(params, state), told(*counted(XS, [3] * 11)))
 
 
+@pytest.mark.parametrize("micro_steps", [3, 6])
+def test_it_takes_over_at_a_boundary(micro_steps):
+    """Sums that other drives leave after a window, taken for the next one's."""
+    params, state = counted(XS[:micro_steps], [3] * micro_steps)
+    assert np.any(state.acc_grads["w"])
+    step = jaxaccum.HostDriven(start()[0], loss)
+    for x in XS[micro_steps:]:
+        _, params, state = step(params, state, x)
+    equal(told(params, state), told(*counted(XS, [3] * 11)))
+
+
 def test_flush_closes_what_is_pending():
     """A partial window divided by K, or a count that goes on after it."""
     tx, params, state = start()
@@ -73,6 +84,9 @@ def test_flush_closes_what_is_pending():
     params, state = step.flush(params, state)
     assert (step.mini_step, int(state.mini_step), int(state.gradient_step)) == (0, 0, 1)
     equal(params, counted(XS[:2], [2, 2])[0])
+    for x in XS[2:5]:
+        _, params, state = step(params, state, x)
+    equal(params, counted(XS[:5], [2, 2, 3, 3, 3])[0])
 
 
 def test_the_optimizer_does_not_pass_through_the_accumulating_program():

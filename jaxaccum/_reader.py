@@ -11,7 +11,7 @@ Tree = Any
 
 
 class Reader:
-    """An iterator over an epoch's batches.
+    """An epoch's batches, to be iterated over once.
 
     Args:
       batches: the loader's iterator.
@@ -36,13 +36,10 @@ class Reader:
         self._state = batches if keeps_state and has_state(batches) else None
 
     def __iter__(self) -> Iterator[Tree]:
-        return self
-
-    def __next__(self) -> Tree:
-        return next(self._batches)
+        return self._batches
 
     def get_state(self) -> str | None:
-        """Where the iterator stands, before it fetches its next batch: its own state as text, None if it has none."""
+        """Where the loader's iterator stands, before it fetches its next batch: its state as text, None without one."""
         # As text at once: what it returns may be its very own, which the next fetch changes.
         return None if self._state is None else _plain.dumps(self._state.get_state(), type(self._state).__name__)
 

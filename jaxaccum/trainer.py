@@ -528,7 +528,7 @@ class Trainer:
         run, at = self._running, self._at
         for batch_idx, micro_step in enumerate(micro_steps, at.batch_idx):
             for hook in self._hooks["on_train_batch_start"]:
-                hook(self, run.task, self._batch(micro_step), batch_idx)
+                hook(self, run.task, micro_step.batch, batch_idx)
         window_step = at.window_step + len(micro_steps)
         boundary = micro_steps[-1].last or window_step >= at.every_k
         with jax.profiler.StepTraceAnnotation("train", step_num=at.micro_step):
@@ -544,16 +544,12 @@ class Trainer:
                 if self._detect_anomaly:
                     self._refuse_anomaly(outputs)
                 for hook in self._hooks["on_train_batch_end"]:
-                    hook(self, run.task, outputs, self._batch(micro_step), batch_idx)
+                    hook(self, run.task, outputs, micro_step.batch, batch_idx)
         finally:
             while self._uncounted:  # A hook raised, but the devices have made them all.
                 self._count(means)
         if boundary and self.should_log:
             self._record()
-
-    def _batch(self, micro_step: MicroStep) -> Tree:
-        """What hooks are given."""
-        return micro_step.batches[0] if self._strategy.batches == 1 else micro_step.batches
 
     def _share(self, window_step: int) -> jax.Array | None:
         """What to multiply the gradient of a window of so many micro-steps with, if windows are divided by K."""

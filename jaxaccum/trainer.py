@@ -20,7 +20,7 @@ from jaxaccum._evaluation import Evaluation
 from jaxaccum._feed import MicroStep, fused, micro_steps
 from jaxaccum._integers import as_int, positive_int
 from jaxaccum._outputs import Outputs
-from jaxaccum._processes import Wishes, said
+from jaxaccum._processes import said
 from jaxaccum._programs import FitState, Programs
 from jaxaccum._reader import Reader
 from jaxaccum._records import Records
@@ -155,7 +155,6 @@ class Trainer:
                 )
             self._nonfinite = "drop"  # What raises is left out too, so that the state which remains is sound.
         self._hooks = {name: _overridden(self._callbacks, name) for name in vars(Callback) if name.startswith("on_")}
-        self.should_stop = False
         self._at = Counters()
         self._run: Run | None = None
         self._savers: list[Saver] = []
@@ -217,8 +216,8 @@ class Trainer:
           RuntimeError: if another process has left the run.
         """
         processes = self._strategy.processes
-        processes.begin(lambda: Wishes(self._signals.received, self.should_stop))
-        self.should_stop, self._signals = False, Signals(processes)
+        processes.begin()
+        self._signals = Signals(processes)
         try:
             first_epoch = self._start(task, train_loader, val_loader, ckpt_path)
         except BaseException as error:
@@ -303,6 +302,15 @@ class Trainer:
         So it is with `fuse_windows`, before the last micro-step of a window. Whatever is saved, is saved after it.
         """
         return bool(self._uncounted)
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether training ends after the micro-step at hand. A callback may set it; each `fit` begins without."""
+        return self._strategy.processes.own.stop
+
+    @should_stop.setter
+    def should_stop(self, stop: bool) -> None:
+        self._strategy.processes.own.stop = bool(stop)
 
     @property
     def current_epoch(self) -> int:
@@ -688,9 +696,7 @@ class Trainer:
     def _finished(self) -> bool:
         at = self._at
         steps_done = self._max_steps != -1 and at.global_step >= self._max_steps
-        processes = self._strategy.processes
-        should_stop = self.should_stop if processes.count == 1 else processes.wishes.stop
-        return should_stop or steps_done or at.epoch >= self._epochs
+        return self._strategy.processes.wishes.stop or steps_done or at.epoch >= self._epochs
 
     @property
     def _epochs(self) -> int | float:

@@ -1,6 +1,7 @@
 """How a loader's batches become micro-steps on devices: one device, or the data axis of a mesh."""
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -115,6 +116,10 @@ class Strategy:
         self._constants: dict[Any, jax.Array] = {}
         # A CPU has a host's arrays in its memory already, and jit takes them faster than device_put does.
         self._puts = count > 1 or available[0].platform != "cpu"
+
+    def micro_steps(self, batches: int | None) -> int | float:
+        """How many micro-steps so many batches of this process' loader make; infinite for None."""
+        return math.inf if batches is None else -(-batches // self.group)
 
     def pieces(self, batches: Sequence[Tree]) -> list[Piece]:
         """The pieces of a micro-step of up to `group` loader batches, sent on their way to the devices.

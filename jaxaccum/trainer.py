@@ -14,30 +14,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxaccum import _accumulator, _arguments, _limits, _optimizer, _outputs, _plot, _reader, _saver, _snapshot
+from jaxaccum import _accumulator, _arguments, _limits, _optimizer, _outputs, _plot, _saver, _snapshot
 from jaxaccum._counters import Counters
 from jaxaccum._evaluation import Evaluation
 from jaxaccum._feed import MicroStep, fused, micro_steps
-from jaxaccum._integers import as_int, positive_int
+from jaxaccum._integers import positive_int
+from jaxaccum._options import Options
 from jaxaccum._outputs import Outputs
 from jaxaccum._processes import said
 from jaxaccum._programs import FitState, Programs
-from jaxaccum._reader import Reader
+from jaxaccum._reader import ONE_SHOT, TrainLoader
 from jaxaccum._records import Records
 from jaxaccum._run import Run
 from jaxaccum._saver import Saver
 from jaxaccum._signals import Signals
 from jaxaccum._strategy import Strategy, length
-from jaxaccum.callbacks import Callback, EarlyStopping, ModelCheckpoint, ProgressBar
+from jaxaccum.callbacks import Callback, ModelCheckpoint, ProgressBar
 from jaxaccum.task import Task
 
 Tree = Any
-
-_ONE_SHOT = (
-    "It is an iterator, which gives its batches once, but there are several epochs: pass something that can be "
-    "iterated again, such as a list, or set limit_train_batches, max_steps or max_epochs=1."
-)
-_NOTHING = object()
 
 
 class Trainer:
@@ -126,34 +121,27 @@ class Trainer:
         detect_anomaly: bool = False,
     ):
         observers = _arguments.callbacks(callbacks)
-        self._schedule = _arguments.schedule(accumulate_grad_batches, observers)
         self._callbacks = (*observers, ProgressBar()) if enable_progress_bar else observers
-        self._max_epochs = None if max_epochs is None else _limits.count_or_endless(max_epochs, "max_epochs")
-        self._max_steps = _limits.count_or_endless(max_steps, "max_steps")
+        self._policies = [callback for callback in observers if isinstance(callback, ModelCheckpoint)]
+        self._options = Options(
+            accumulate_grad_batches=_arguments.schedule(accumulate_grad_batches, observers),
+            max_epochs=max_epochs,
+            max_steps=max_steps,
+            limit_train_batches=limit_train_batches,
+            limit_val_batches=limit_val_batches,
+            val_check_interval=val_check_interval,
+            log_every_n_steps=log_every_n_steps,
+            gradient_clip_val=gradient_clip_val,
+            seed=seed,
+            partial_window=partial_window,
+            flush_on_stop=flush_on_stop,
+            fuse_windows=fuse_windows,
+            nonfinite=nonfinite,
+            detect_anomaly=detect_anomaly,
+        )
         self._strategy = Strategy(strategy, devices)
-        self._limit_train_batches = _limits.count_or_fraction(limit_train_batches, "limit_train_batches", least=1)
-        self._limit_val_batches = _limits.count_or_fraction(limit_val_batches, "limit_val_batches", least=0)
-        self._val_check_interval = _limits.count_or_fraction(val_check_interval, "val_check_interval", least=1)
-        self._log_every_n_steps = positive_int(log_every_n_steps, "log_every_n_steps")
-        self._gradient_clip_val = _arguments.gradient_clip_val(gradient_clip_val)
         root = Path(default_root_dir or ".")
         self._loggers, self._folder = _arguments.loggers(logger, root), root / "checkpoints"
-        self._seed = as_int(seed, "seed", "an integer")
-        self._divide_by_k = (
-            _arguments.choice(partial_window, "partial_window", ("exact", "divide_by_k")) == "divide_by_k"
-        )
-        self._flush_on_stop, self._fuse_windows = flush_on_stop, fuse_windows
-        self._nonfinite = _arguments.choice(nonfinite, "nonfinite", ("propagate", "drop"))
-        self._detect_anomaly = detect_anomaly
-        if detect_anomaly:
-            if nonfinite == "drop":
-                raise ValueError("detect_anomaly=True raises where nonfinite='drop' goes on: choose one of them.")
-            if fuse_windows:
-                raise ValueError(
-                    "detect_anomaly=True looks at every micro-step before the next, and fuse_windows=True runs a "
-                    "window of them in one call: choose one of them."
-                )
-            self._nonfinite = "drop"  # What raises is left out too, so that the state which remains is sound.
         self._hooks = {name: _overridden(self._callbacks, name) for name in vars(Callback) if name.startswith("on_")}
         self._at = Counters()
         self._run: Run | None = None
@@ -219,7 +207,7 @@ class Trainer:
         processes.begin()
         self._signals = Signals(processes)
         try:
-            first_epoch = self._start(task, train_loader, val_loader, ckpt_path)
+            loader = self._start(task, train_loader, val_loader, ckpt_path)
         except BaseException as error:
             processes.leave(error)
             raise
@@ -228,7 +216,7 @@ class Trainer:
                 self._call("on_fit_start")
                 self._call("on_train_start")
                 self._meet()
-                epochs = itertools.chain([first_epoch], self._epochs_after_first(train_loader))
+                epochs = loader.epochs()
                 if self._at.batch_idx:  # In mid-epoch, or at its end.
                     self._train_epoch(() if self._at.ends_epoch else next(epochs))
                 while not self._finished():
@@ -362,16 +350,15 @@ class Trainer:
     @property
     def num_training_batches(self) -> int | float:
         """The micro-steps in an epoch; infinite where that is not known."""
-        batches = self._running.epoch_batches
-        return math.inf if batches is None else -(-batches // self._strategy.group)
+        return self._strategy.micro_steps(self._running.epoch_batches)
 
     @property
     def estimated_stepping_batches(self) -> int | float:
         """The optimizer steps of the run if nothing stops it, with every K of the schedule; may be infinite."""
-        micro_steps, epochs = self.num_training_batches, self._epochs
-        known = isinstance(micro_steps, int) and isinstance(epochs, int)
-        steps = self._schedule.optimizer_steps(epochs, micro_steps) if known else math.inf
-        return steps if self._max_steps == -1 else min(steps, self._max_steps)
+        micro_steps, epochs, limit = self.num_training_batches, self._options.epochs, self._options.steps
+        if isinstance(micro_steps, int) and isinstance(epochs, int):
+            return min(self._options.accumulate_grad_batches.optimizer_steps(epochs, micro_steps), limit)
+        return limit
 
     @property
     def callback_metrics(self) -> dict[str, Any]:
@@ -381,96 +368,57 @@ class Trainer:
     @property
     def should_log(self) -> bool:
         """In `on_train_batch_end`: whether a record follows."""
-        return not self._at.window_step and self._at.global_step % self._log_every_n_steps == 0
+        return not self._at.window_step and self._at.global_step % self._options.log_every_n_steps == 0
 
     # The parts of fit, in the order in which they run.
 
     def _start(
         self, task: Task, train_loader: Iterable[Tree], val_loader: Iterable[Tree] | None, ckpt_path: Any
-    ) -> Iterable[Tree]:
-        """Begins a run, and returns the batches of its first epoch, those to come."""
+    ) -> TrainLoader:
+        """Begins a run, and returns what it trains on."""
+        options, processes = self._options, self._strategy.processes
         if not isinstance(task, Task):
             raise TypeError(f"task must be a jaxaccum.Task, got {task!r}.")
-        if self._max_epochs is None and self._max_steps == -1:
+        if options.max_epochs is None and options.max_steps == -1:
             warnings.warn(
                 "max_epochs is not set: training for 1000 epochs. Pass max_epochs=-1 for no end.", stacklevel=3
             )
-        epoch_batches = _limits.batches(train_loader, self._limit_train_batches, "limit_train_batches")
-        batches = iter(train_loader)
-        if batches is train_loader and epoch_batches is None and self._epochs != 1 and self._max_steps == -1:
-            raise ValueError(f"train_loader={train_loader!r} would be empty in epoch 1. {_ONE_SHOT}")
-        first = next(batches, _NOTHING)
-        if first is _NOTHING:
-            raise ValueError(f"train_loader={train_loader!r} is empty: it gave no batch.")
-        val_loader = val_loader if self._limit_val_batches else None
-        for callback in self._callbacks:
-            monitor = callback.monitor if isinstance(callback, (EarlyStopping, ModelCheckpoint)) else None
-            if val_loader is None and (monitor or "").startswith("val_"):
-                raise ValueError(
-                    f"{type(callback).__name__}(monitor={monitor!r}) needs a validation: pass fit a val_loader, and "
-                    "limit_val_batches other than 0."
-                )
-        policies = [callback for callback in self._callbacks if isinstance(callback, ModelCheckpoint)]
-        processes = self._strategy.processes
-        self._savers = [Saver(policy, self._folder, processes) for policy in policies]
-        self._agree_on_options(epoch_batches, val_loader is not None)
+        loader = TrainLoader(train_loader, options, keeps_state=bool(self._policies))
+        val_loader = val_loader if options.limit_val_batches else None
+        _arguments.check_monitors(self._callbacks, validates=val_loader is not None)
+        self._savers = [Saver(policy, self._folder, processes) for policy in self._policies]
+        loader.agree(processes)
+        options.agree(
+            processes,
+            strategy=self._strategy.name,
+            devices=self._strategy.size,
+            val_loader=val_loader is not None,
+            ModelCheckpoint=[str(saver.folder) for saver in self._savers],
+        )
         found = _saver.find(ckpt_path, self._savers, processes)
         # Before the devices meet for the first time: there nobody hears of a process that has left.
-        examples = sum(processes.gather("the number of examples", length(first)))
-        seed = self._seed if found is None else found.notes["seed"]
+        examples = sum(processes.gather("the number of examples", length(loader.first)))
+        seed = options.seed if found is None else found.notes["seed"]
         programs, evaluation = self._compiled(task, seed)
         self._run = Run(
             task=task,
             programs=programs,
             evaluation=evaluation,
-            state=programs.initial(first),
+            state=programs.initial(loader.first),
             records=Records(() if processes.index else self._loggers),
             seed=seed,
             val_loader=val_loader,
             examples=examples,
-            epoch_batches=epoch_batches,
+            epoch_batches=loader.epoch_batches,
         )
         self._at = Counters()
-        options = {"limit": epoch_batches, "keeps_state": bool(self._savers)}
-        if found is None:
-            return Reader(batches, [first], **options)
-        self._at = _snapshot.restore(found, self._run, self._strategy, programs, self._callbacks)
-        for saver in self._savers:
-            saver.goes_on(found.path, self._at)
-        own = functools.partial(_snapshot.own_batches, checkpoint=found, strategy=self._strategy)
-        loader_state, is_stream = self._run.loader_state, batches is train_loader
-        return _reader.rest(batches, first, self._at, loader_state, is_stream=is_stream, own=own, **options)
-
-    def _agree_on_options(self, epoch_batches: int | None, validates: bool) -> None:
-        """Several processes must take the same way through the loop; what they differ in raises on all of them."""
-        processes = self._strategy.processes
-        lengths = dict(enumerate(processes.gather("the length of an epoch", epoch_batches)))
-        known = {process: batches for process, batches in lengths.items() if batches is not None}
-        if len(set(known.values())) > 1:
-            raise ValueError(
-                f"an epoch of train_loader has another number of batches on another process: {said(known)}. Give all "
-                f"processes equally many, for example with limit_train_batches={min(known.values())}."
-            )
-        processes.agree(
-            "options",
-            {
-                "strategy": self._strategy.name,
-                "devices": self._strategy.size,
-                "accumulate_grad_batches": list(self._schedule.items()),
-                "max_epochs": self._max_epochs,
-                "max_steps": self._max_steps,
-                "gradient_clip_val": str(self._gradient_clip_val),
-                "partial_window": "divide_by_k" if self._divide_by_k else "exact",
-                "flush_on_stop": self._flush_on_stop,
-                "fuse_windows": self._fuse_windows,
-                "nonfinite": self._nonfinite,
-                "detect_anomaly": self._detect_anomaly,
-                "seed": self._seed,
-                "val_loader": validates,
-                "val_check_interval": self._val_check_interval,
-                "ModelCheckpoint": [str(saver.folder) for saver in self._savers],
-            },
-        )
+        if found is not None:
+            self._at = _snapshot.restore(found, self._run, self._strategy, programs, self._callbacks)
+            for saver in self._savers:
+                saver.goes_on(found.path, self._at)
+            own = functools.partial(_snapshot.own_batches, checkpoint=found, strategy=self._strategy)
+            loader.go_on(self._at, self._run.loader_state, own)
+        return loader
 
     def _meet(self) -> None:
         """Tells the other processes what hooks and signals may have asked for, and hears theirs."""
@@ -481,12 +429,9 @@ class Trainer:
         last = self._run
         if last is not None and last.task is task and last.seed == seed:
             return last.programs, last.evaluation
-        optimizer = _optimizer.of_window(task.optimizer, self._gradient_clip_val, self._divide_by_k)
-        return Programs(task, self._strategy, optimizer, self._nonfinite, seed), Evaluation(task, self._strategy)
-
-    def _epochs_after_first(self, train_loader: Iterable[Tree]) -> Iterator[Reader]:
-        while True:
-            yield Reader(iter(train_loader), limit=self._running.epoch_batches, keeps_state=bool(self._savers))
+        options = self._options
+        optimizer = _optimizer.of_window(task.optimizer, options.gradient_clip_val, options.divides_by_k)
+        return Programs(task, self._strategy, optimizer, options.nonfinite, seed), Evaluation(task, self._strategy)
 
     def _train_epoch(self, batches: Iterable[Tree]) -> None:
         at = self._at
@@ -509,7 +454,7 @@ class Trainer:
                 break
         if at.batches == before and not is_over:
             passed = f" after the {before} that the checkpoint was trained on" if before else ""
-            raise ValueError(f"train_loader gave no batch in epoch {at.epoch}{passed}. {_ONE_SHOT}")
+            raise ValueError(f"train_loader gave no batch in epoch {at.epoch}{passed}. {ONE_SHOT}")
         if not at.ends_epoch:
             self._save_at_end()
         self._flush_if_asked()
@@ -522,14 +467,14 @@ class Trainer:
     def _begin_epoch(self) -> None:
         """Says what K is."""
         self._sets_k = True
-        self.accumulate_grad_batches = self._schedule(self._at.epoch)
+        self.accumulate_grad_batches = self._options.accumulate_grad_batches(self._at.epoch)
         self._call("on_train_epoch_start")
         self._sets_k = False
 
     def _calls(self, batches: Iterable[Tree]) -> Iterator[Sequence[MicroStep]]:
         """The micro-steps to come in the epoch, in lists, each for one call on the devices."""
         steps = micro_steps(batches, self._strategy)
-        return fused(steps, self._at.every_k, self._at.window_step) if self._fuse_windows else zip(steps)
+        return fused(steps, self._at.every_k, self._at.window_step) if self._options.fuse_windows else zip(steps)
 
     def _train_batches(self, micro_steps: Sequence[MicroStep]) -> None:
         """A call on the devices: one micro-step, or all that are left of a window."""
@@ -549,7 +494,7 @@ class Trainer:
             while self._uncounted:
                 batch_idx = at.batch_idx
                 micro_step, outputs = self._count(means)
-                if self._detect_anomaly:
+                if self._options.detect_anomaly:
                     self._refuse_anomaly(outputs)
                 for hook in self._hooks["on_train_batch_end"]:
                     hook(self, run.task, outputs, micro_step.batch, batch_idx)
@@ -562,7 +507,7 @@ class Trainer:
     def _share(self, window_step: int) -> jax.Array | None:
         """What to multiply the gradient of a window of so many micro-steps with, if windows are divided by K."""
         share = window_step / self._at.every_k
-        return self._strategy.constant(share, _accumulator.weight_dtype()) if self._divide_by_k else None
+        return self._strategy.constant(share, _accumulator.weight_dtype()) if self._options.divides_by_k else None
 
     def _count(self, means: dict[str, jax.Array] | None) -> tuple[MicroStep, Outputs]:
         """Counts the next micro-step that has been made, at a boundary an optimizer step too, and returns it."""
@@ -594,7 +539,7 @@ class Trainer:
     def _flush_if_asked(self) -> None:
         """Closes the window that a stop left open."""
         run = self._running
-        if self._flush_on_stop and self._at.window_step:
+        if self._options.flush_on_stop and self._at.window_step:
             run.state, means = run.programs.flush(run.state, self._share(self._at.window_step))
             self._closed(means)
             if self.should_log:
@@ -627,7 +572,7 @@ class Trainer:
         return {"epoch": at.epoch, "micro_step": at.micro_step, "samples_seen": at.samples_seen}
 
     def _validation_is_due(self, last: bool) -> bool:
-        interval = _limits.validation_interval(self._val_check_interval, self.num_training_batches)
+        interval = _limits.validation_interval(self._options.val_check_interval, self.num_training_batches)
         return last if math.isinf(interval) else self._at.batch_idx % interval == 0
 
     def _validate_if_due(self) -> None:
@@ -652,7 +597,7 @@ class Trainer:
         val_loader: Iterable[Tree],
         look: Callable[[], None] = lambda: None,
     ) -> dict[str, float]:
-        limit = _limits.batches(val_loader, self._limit_val_batches, "limit_val_batches")
+        limit = _limits.batches(val_loader, self._options.limit_val_batches, "limit_val_batches")
         return evaluation.run(state.params, state.model_state, itertools.islice(val_loader, limit), look)
 
     def _save_if_due(self, moment: str, micro_steps: int = 1) -> None:
@@ -695,15 +640,8 @@ class Trainer:
 
     def _finished(self) -> bool:
         at = self._at
-        steps_done = self._max_steps != -1 and at.global_step >= self._max_steps
-        return self._strategy.processes.wishes.stop or steps_done or at.epoch >= self._epochs
-
-    @property
-    def _epochs(self) -> int | float:
-        """`max_epochs` with its default; infinite for no end."""
-        if self._max_epochs is None:
-            return 1000 if self._max_steps == -1 else math.inf
-        return math.inf if self._max_epochs == -1 else self._max_epochs
+        is_done = at.global_step >= self._options.steps or at.epoch >= self._options.epochs
+        return is_done or self._strategy.processes.wishes.stop
 
     @property
     def _running(self) -> Run:

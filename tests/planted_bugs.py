@@ -187,7 +187,7 @@ BUGS = [
     Bug(
         "the sum mode grows with merging", "_redistribute.py", 'ratio = devices / np.size(local("weight"))', "ratio = 1"
     ),
-    Bug("K of the next epoch", "trainer.py", "self._schedule(self._at.epoch)", "self._schedule(self._at.epoch + 1)"),
+    Bug("K of the next epoch", "trainer.py", "batches(self._at.epoch)", "batches(self._at.epoch + 1)"),
     Bug(
         "an epoch's last window left open",
         "trainer.py",
@@ -197,8 +197,8 @@ BUGS = [
     Bug(
         "max_steps in micro-steps",
         "trainer.py",
-        "at.global_step >= self._max_steps",
-        "at.micro_step >= self._max_steps",
+        "at.global_step >= self._options.steps",
+        "at.micro_step >= self._options.steps",
     ),
     Bug(
         "a validation clears what is pending",
@@ -287,16 +287,16 @@ BUGS = [
     Bug(
         "K forgotten by a checkpoint",
         "trainer.py",
-        "for saver in self._savers:\n            saver.goes_on(",
-        "self._at.every_k = 1\n        for saver in self._savers:\n            saver.goes_on(",
+        "for saver in self._savers:\n                saver.goes_on(",
+        "self._at.every_k = 1\n            for saver in self._savers:\n                saver.goes_on(",
     ),
-    Bug("a resume with another seed", "trainer.py", 'found.notes["seed"]', "self._seed"),
+    Bug("a resume with another seed", "trainer.py", 'found.notes["seed"]', "options.seed"),
     Bug("another task's programs", "trainer.py", "last.task is task and last.seed == seed", "last.seed == seed"),
     Bug("a model's programs for another", "_programs.py", "if kind != self._kind:", "if self._kind is None:"),
     Bug(
         "batches of earlier epochs given again",
         "_reader.py",
-        "at.all_batches if is_stream else at.batches",
+        "at.all_batches if self._is_stream else at.batches",
         "at.batches",
     ),
     Bug("a limit that starts anew in a resume", "_reader.py", "limit = max(limit - own(at.batches), 0)", "pass"),

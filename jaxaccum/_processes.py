@@ -83,6 +83,10 @@ class Processes:
         self.wishes = Wishes(signals[0] if signals else None, any(wish.stop for wish in wishes))
         return [value for _, value, _ in entries]
 
+    def share_wishes(self) -> None:
+        """Tells the others what hooks and signals may have asked this one for, and hears theirs."""
+        self.gather("the end of a hook")
+
     def agree(self, name: str, values: dict[str, Any]) -> None:
         """Checks that every process has the same `values`, by name.
 

@@ -60,7 +60,6 @@ class TrainLoader:
     Args:
       loader: an iterable of batches.
       options: of the run.
-      keeps_state: as for `Reader`.
 
     Attributes:
       first: its first batch.
@@ -70,8 +69,8 @@ class TrainLoader:
       ValueError: if there is no batch, or there would be none in the next epoch.
     """
 
-    def __init__(self, loader: Iterable[Tree], options: Options, keeps_state: bool):
-        self._loader, self._reader = loader, functools.partial(Reader, keeps_state=keeps_state)
+    def __init__(self, loader: Iterable[Tree], options: Options):
+        self._loader = loader
         self.epoch_batches = _limits.batches(loader, options.limit_train_batches, "limit_train_batches")
         self._batches: Any = iter(loader)
         self._is_stream = self._batches is loader  # Then all epochs are one iterator's.
@@ -80,7 +79,7 @@ class TrainLoader:
         self.first = next(self._batches, _NOTHING)
         if self.first is _NOTHING:
             raise ValueError(f"train_loader={loader!r} is empty: it gave no batch.")
-        self._rest = self._reader(self._batches, [self.first], limit=self.epoch_batches)
+        self._rest = functools.partial(Reader, self._batches, [self.first], limit=self.epoch_batches)
 
     def agree(self, processes: Processes) -> None:
         """Checks that an epoch is as long in all processes, as far as they know.
@@ -97,7 +96,7 @@ class TrainLoader:
             )
 
     def go_on(self, at: Counters, state: str | None, own: Callable[[int], int]) -> None:
-        """The next epoch has the batches after those that a run was trained on.
+        """The first epoch has the batches after those that a run was trained on.
 
         Args:
           at: the place in the run.
@@ -112,16 +111,16 @@ class TrainLoader:
             limit = max(limit - own(at.batches), 0)
         if state is not None and _has_state(self._batches):
             self._batches.set_state(_plain.loads(state))
-            self._rest = self._reader(self._batches, limit=limit)
+            self._rest = functools.partial(Reader, self._batches, limit=limit)
         else:
             taken = own(at.all_batches if self._is_stream else at.batches)
-            self._rest = self._reader(self._batches, [self.first], taken=taken, limit=limit)
+            self._rest = functools.partial(Reader, self._batches, [self.first], taken=taken, limit=limit)
 
-    def epochs(self) -> Iterator[Reader]:
-        """The batches of each epoch, those to come of the first."""
-        yield self._rest
+    def epochs(self, keeps_state: bool) -> Iterator[Reader]:
+        """The batches of each epoch, of the first those to come; `keeps_state` is as for `Reader`."""
+        yield self._rest(keeps_state=keeps_state)
         while True:
-            yield self._reader(iter(self._loader), limit=self.epoch_batches)
+            yield Reader(iter(self._loader), limit=self.epoch_batches, keeps_state=keeps_state)
 
 
 def _has_state(batches: Iterator[Tree]) -> bool:

@@ -35,8 +35,7 @@ class Windows:
         boundary = micro_steps[-1].last or window_step >= at.every_k
         with jax.profiler.StepTraceAnnotation("train", step_num=at.micro_step):
             share = self._share(window_step) if boundary else None
-            pieces = [micro_step.pieces for micro_step in micro_steps]
-            run.state, outputs, means = run.programs.run(run.state, pieces, boundary, share)
+            run.state, outputs, means = run.programs.run(run.state, micro_steps, boundary, share)
         # From here to the hooks nothing fails: what is counted is in the state, should a hook raise.
         run.uncounted.extend(zip(micro_steps, outputs, strict=True))
         try:

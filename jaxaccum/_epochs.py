@@ -91,10 +91,13 @@ class Epochs:
         at = self._run.at
         return fused(steps, at.every_k, at.window_step) if self._run.options.fuse_windows else zip(steps)
 
-    def rescue(self, error: BaseException) -> None:
-        """Saves what the last whole micro-step left, before `error` goes on its way."""
+    def end_by(self, error: BaseException) -> None:
+        """Saves what the last whole micro-step left, before `error` goes on its way; a second signal waits for none."""
         run, processes = self._run, self._run.strategy.processes
         processes.leave(error)  # If the others are elsewhere: they don't come to a save.
+        if self._signals.came_again(error):
+            self._savers.abandon()
+            return
         if any(x.is_deleted() for x in jax.tree.leaves(run.state)):
             return  # It was donated to a program that failed.
         if processes.are_together(error):

@@ -19,7 +19,7 @@ class Options:
     """A `Trainer`'s arguments of these names; `accumulate_grad_batches` is the schedule that they make.
 
     Raises:
-      TypeError, ValueError: for one that is out of range, or that goes with no other.
+      TypeError, ValueError: for one that is none of what it may be, and for two that exclude each other.
     """
 
     accumulate_grad_batches: AccumulationSchedule
@@ -76,6 +76,12 @@ class Options:
     def divides_by_k(self) -> bool:
         """Whether a partial window is divided by K."""
         return self.partial_window == "divide_by_k"
+
+    def optimizer_steps(self, micro_steps: int | float) -> int | float:
+        """The optimizer steps of a run, with so many micro-steps an epoch, if nothing stops it; may be infinite."""
+        if isinstance(self.epochs, int) and isinstance(micro_steps, int):
+            return min(self.accumulate_grad_batches.optimizer_steps(self.epochs, micro_steps), self.steps)
+        return self.steps
 
     def agree(self, processes: Processes, **others: Any) -> None:
         """Checks that these options and `others` take all processes the same way through a run.

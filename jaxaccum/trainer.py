@@ -216,11 +216,7 @@ class Trainer:
                 processes.share_wishes()
                 signals.leave_if_told()
             except BaseException as error:
-                if signals.came_again(error):
-                    processes.leave(error)
-                    savers.abandon()
-                else:
-                    epochs.rescue(error)
+                epochs.end_by(error)
                 hooks.call("on_exception", error)
                 raise
             finally:
@@ -349,10 +345,7 @@ class Trainer:
     @property
     def estimated_stepping_batches(self) -> int | float:
         """The optimizer steps of the run if nothing stops it, with every K of the schedule; may be infinite."""
-        micro_steps, epochs, limit = self.num_training_batches, self._options.epochs, self._options.steps
-        if isinstance(micro_steps, int) and isinstance(epochs, int):
-            return min(self._options.accumulate_grad_batches.optimizer_steps(epochs, micro_steps), limit)
-        return limit
+        return self._options.optimizer_steps(self.num_training_batches)
 
     @property
     def callback_metrics(self) -> dict[str, Any]:

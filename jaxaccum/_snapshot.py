@@ -74,8 +74,8 @@ def restore(checkpoint: Checkpoint, run: Run, loader: TrainLoader, callbacks: Se
             callback.load_state_dict(own[1])
     at = Counters(**noted["counters"])
     run.at = at if noted["group"] == strategy.batches else at.regrouped(noted["group"], strategy.batches)
-    own = functools.partial(_own_batches, checkpoint=checkpoint, strategy=strategy)
-    loader.go_on(run.at, run.loader_state, own)
+    own_batches = functools.partial(_own_batches, checkpoint=checkpoint, strategy=strategy)
+    loader.go_on(run.at, run.loader_state, own_batches)
 
 
 def _own_batches(batches: int, checkpoint: Checkpoint, strategy: Strategy) -> int:

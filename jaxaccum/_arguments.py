@@ -6,15 +6,8 @@ from typing import Any
 
 from jaxaccum._integers import positive_int
 from jaxaccum._schedule import AccumulationSchedule
-from jaxaccum.callbacks import Callback, GradientAccumulationScheduler
+from jaxaccum.callbacks import Callback, EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
 from jaxaccum.loggers import JSONLLogger
-
-
-def choice(value: Any, name: str, choices: Sequence[str]) -> str:
-    """`value`, one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {tuple(choices)}, got {value!r}.")
-    return value
 
 
 def callbacks(value: Any) -> tuple[Callback, ...]:
@@ -58,8 +51,12 @@ def loggers(value: Any, root: Path) -> tuple[Any, ...]:
     return found
 
 
-def gradient_clip_val(value: Any) -> float | None:
-    """A positive number, or None."""
-    if value is not None and (isinstance(value, (bool, str)) or not value > 0):
-        raise ValueError(f"gradient_clip_val must be None or a number above 0, got {value!r}.")
-    return value
+def check_monitors(callbacks: Sequence[Callback], validates: bool) -> None:
+    """Whether what callbacks monitor can be there: the results of a validation need one."""
+    for callback in callbacks:
+        monitor = callback.monitor if isinstance(callback, (EarlyStopping, ModelCheckpoint)) else None
+        if not validates and (monitor or "").startswith("val_"):
+            raise ValueError(
+                f"{type(callback).__name__}(monitor={monitor!r}) needs a validation: pass fit a val_loader, and "
+                "limit_val_batches other than 0."
+            )

@@ -19,7 +19,7 @@ class MicroStep(NamedTuple):
 
     Attributes:
       pieces: what the programs take, one call for each.
-      batches: the loader batches in it, of this process.
+      batch: what hooks are given: a loader batch; where there are several in a micro-step, a list of this process' own.
       count: how many loader batches are in it.
       examples: how many examples they hold.
       last: whether it is the epoch's last.
@@ -27,7 +27,7 @@ class MicroStep(NamedTuple):
     """
 
     pieces: list[Piece]
-    batches: list[Tree]
+    batch: Tree
     count: int
     examples: int
     last: bool
@@ -48,7 +48,7 @@ def micro_steps(batches: Iterable[Tree], strategy: Strategy, *, may_differ: bool
       strategy: groups them and puts them on the devices.
       may_differ: whether a process may have fewer micro-steps than another; else that is an error.
     """
-    groups = _Groups(iter(batches), strategy.group)
+    groups = _Groups(batches, strategy.group)
     met = _Met(groups, strategy, may_differ) if strategy.processes.count > 1 else None
     ahead: collections.deque[MicroStep] = collections.deque()
     for group, loader_state in met or groups:
@@ -58,7 +58,8 @@ def micro_steps(batches: Iterable[Tree], strategy: Strategy, *, may_differ: bool
             pieces, count, examples = strategy.pieces(group), len(group), sum(map(length, group))
         else:
             pieces, count, examples = met.pieces(), met.count(), met.examples()
-        ahead.append(MicroStep(pieces, group, count, examples, False, loader_state))
+        batch = group[0] if strategy.batches == 1 else group
+        ahead.append(MicroStep(pieces, batch, count, examples, False, loader_state))
     while ahead:
         step = ahead.popleft()
         yield step._replace(last=not ahead and groups.error is None)
@@ -159,15 +160,15 @@ class _Met:
 
 
 class _Groups:
-    """The batches of an iterator in lists of up to `size`, each with the iterator's state after it, if it tells one.
+    """Batches in lists of up to `size`, each with what their `get_state` gives after it, if they have one.
 
-    What the iterator raises is kept as `error`, and ends them.
+    What they raise is kept as `error`, and ends them.
 
     A group that the error cut short is given up: its batches are not a whole micro-step.
     """
 
-    def __init__(self, batches: Iterator[Tree], size: int):
-        self._batches, self._size = batches, size
+    def __init__(self, batches: Iterable[Tree], size: int):
+        self._batches, self._size = iter(batches), size
         self._state: Callable[[], Any] = getattr(batches, "get_state", lambda: None)
         self.error: Exception | None = None
 

@@ -1,9 +1,10 @@
 """What the processes of a run tell each other on their hosts, so that all of them do the same."""
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 from jaxaccum import _store
 from jaxaccum.distributed import check_same
@@ -13,7 +14,8 @@ _SHELF = 100
 _gatherings = itertools.count()
 
 
-class Wishes(NamedTuple):
+@dataclasses.dataclass
+class Wishes:
     """What may come to one process alone, and concerns all.
 
     Attributes:
@@ -21,8 +23,8 @@ class Wishes(NamedTuple):
       stop: whether it wants training to stop.
     """
 
-    signal: int | None
-    stop: bool
+    signal: int | None = None
+    stop: bool = False
 
 
 class Processes:
@@ -35,19 +37,21 @@ class Processes:
       index: this process' number.
       count: how many there are.
       left: whether this one, or another one, has left the run: then `gather` tells and hears nothing any more.
-      wishes: those of all, as of the last `gather`: a signal that any of them was sent, and whether any wants to stop.
+      own: this process' wishes.
+      wishes: those of all: a signal that any of them was sent, and whether any wants to stop. With several processes
+        they are as of the last `gather`.
     """
 
     def __init__(self):
         self.index, self.count = _store.place()
-        self._listen: Callable[[], Wishes] = lambda: Wishes(None, False)
+        self.begin()
+
+    def begin(self) -> None:
+        """Begins a run, in which nobody wishes for anything yet."""
         self._common: BaseException | None = None
         self.left = False
-        self.wishes = Wishes(None, False)
-
-    def begin(self, listen: Callable[[], Wishes]) -> None:
-        """Begins a run, in which `listen` gives this process' wishes."""
-        self._listen, self._common, self.left, self.wishes = listen, None, False, Wishes(None, False)
+        self.own = Wishes()
+        self.wishes = self.own if self.count == 1 else Wishes()
 
     def gather(self, about: str, value: Any = None) -> list[Any]:
         """The values of all processes, in order.
@@ -62,7 +66,7 @@ class Processes:
         """
         if self.count == 1 or self.left:
             return [value]
-        entries = self._exchanged(json.dumps([about, value, self._listen()]))
+        entries = self._exchanged(json.dumps([about, value, dataclasses.astuple(self.own)]))
         left = {i: entry["left"] for i, entry in enumerate(entries) if isinstance(entry, dict)}
         if left or len({place for place, *_ in entries}) > 1:
             self.left = True
@@ -78,6 +82,10 @@ class Processes:
         signals = [wish.signal for wish in wishes if wish.signal is not None]
         self.wishes = Wishes(signals[0] if signals else None, any(wish.stop for wish in wishes))
         return [value for _, value, _ in entries]
+
+    def share_wishes(self) -> None:
+        """Tells the others what hooks and signals may have asked this one for, and hears theirs."""
+        self.gather("the end of a hook")
 
     def agree(self, name: str, values: dict[str, Any]) -> None:
         """Checks that every process has the same `values`, by name.

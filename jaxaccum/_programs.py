@@ -11,6 +11,7 @@ import optax
 
 from jaxaccum import _accumulator, _checks, _inner, _pieces, _shares
 from jaxaccum import task as _task
+from jaxaccum._feed import MicroStep
 from jaxaccum._multi_steps import MultiSteps
 from jaxaccum._outputs import Outputs
 from jaxaccum._pieces import Logs
@@ -142,13 +143,13 @@ class Programs:
         self._window = jax.jit(self._scan, donate_argnums=0, out_shardings=(shardings, local, common))
 
     def run(
-        self, state: FitState, micro_steps: Sequence[Sequence[Piece]], boundary: bool, share: jax.Array | None
+        self, state: FitState, micro_steps: Sequence[MicroStep], boundary: bool, share: jax.Array | None
     ) -> tuple[FitState, list[Outputs], dict[str, jax.Array] | None]:
         """One micro-step, or in one call all that are left of a window.
 
         Args:
           state: is donated.
-          micro_steps: the pieces of each; where there are several, each has one, and all have the same shapes.
+          micro_steps: where there are several, each has one piece, and all have the same shapes.
           boundary: whether the window ends with the last of them; several end one.
           share: at a boundary, what to multiply the window's gradient with; None is 1.
 
@@ -156,12 +157,13 @@ class Programs:
           (state, each micro-step's loss and metrics, at a boundary the window's means).
         """
         if len(micro_steps) > 1:
-            state, logs, means = self._window(state, [piece for (piece,) in micro_steps], share)
-            return state, [Outputs([logs], (..., i)) for i in range(len(micro_steps))], means
-        (pieces,) = micro_steps
+            pieces = [piece for micro_step in micro_steps for piece in micro_step.pieces]
+            state, logs, means = self._window(state, pieces, share)
+            return state, [Outputs([logs], (..., i)) for i in range(len(pieces))], means
+        pieces = micro_steps[0].pieces
         params, opt_state, model_state, pending = state
         outputs, means = [], None
-        for piece in pieces if not boundary else pieces[:-1]:
+        for piece in pieces[:-1] if boundary else pieces:
             pending, logs = self._accumulate(params, pending, *piece)
             outputs.append(logs)
         state = FitState(params, opt_state, model_state, pending)

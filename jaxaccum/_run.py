@@ -1,14 +1,22 @@
-"""What a `fit` has between two micro-steps, beside its counters."""
+"""A run: what a `fit` has between two micro-steps."""
 
+import collections
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 
+from jaxaccum import _optimizer
+from jaxaccum._counters import Counters
 from jaxaccum._evaluation import Evaluation
+from jaxaccum._feed import MicroStep
+from jaxaccum._options import Options
+from jaxaccum._outputs import Outputs
 from jaxaccum._programs import FitState, Programs
+from jaxaccum._reader import TrainLoader
 from jaxaccum._records import Records
+from jaxaccum._strategy import Strategy, length
 from jaxaccum.task import Task
 
 
@@ -18,6 +26,8 @@ class Run:
 
     Attributes:
       task: what it trains.
+      options: how.
+      strategy: the devices that it is on.
       programs: of its micro-steps.
       evaluation: of its validation.
       state: its arrays.
@@ -26,6 +36,9 @@ class Run:
       val_loader: what it validates on; None for no validation.
       examples: in its first loader batch.
       epoch_batches: the loader batches of an epoch; None where that is all, and their number is not known.
+      at: where it stands.
+      uncounted: the micro-steps that `state` is of and `at` not yet, with their outputs.
+      takes_k: whether K may be set now.
       means: the last window's, by name: scalars on the device.
       metrics: the last validation's, and what callbacks log.
       logged: what callbacks have logged since the last record.
@@ -33,6 +46,8 @@ class Run:
     """
 
     task: Task
+    options: Options
+    strategy: Strategy
     programs: Programs
     evaluation: Evaluation
     state: FitState
@@ -41,11 +56,74 @@ class Run:
     val_loader: Iterable[Any] | None
     examples: int
     epoch_batches: int | None
+    at: Counters = dataclasses.field(default_factory=Counters)
+    uncounted: collections.deque[tuple[MicroStep, Outputs]] = dataclasses.field(default_factory=collections.deque)
+    takes_k: bool = False
     means: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     logged: dict[str, float] = dataclasses.field(default_factory=dict)
     loader_state: str | None = None
 
+    @property
+    def epoch_micro_steps(self) -> int | float:
+        """The micro-steps of an epoch; infinite where that is not known."""
+        return self.strategy.micro_steps(self.epoch_batches)
+
+    @property
+    def record_is_due(self) -> bool:
+        """Whether a window was closed that is to be logged."""
+        return not self.at.window_step and self.at.global_step % self.options.log_every_n_steps == 0
+
     def train_metrics(self) -> dict[str, Any]:
         """The last window's means, with "train_" before their names."""
         return {f"train_{name}": mean for name, mean in self.means.items()}
+
+    def place(self) -> dict[str, int]:
+        """Where in the run a record is made."""
+        return {"epoch": self.at.epoch, "micro_step": self.at.micro_step, "samples_seen": self.at.samples_seen}
+
+
+def begin(
+    task: Task,
+    options: Options,
+    strategy: Strategy,
+    loader: TrainLoader,
+    val_loader: Iterable[Any] | None,
+    loggers: Sequence[Any],
+    seed: int,
+    last: Run | None,
+) -> Run:
+    """A run at its start.
+
+    Args:
+      task: what to train.
+      options: how.
+      strategy: the devices.
+      loader: what to train on.
+      val_loader: what to validate on, or None.
+      loggers: for process 0 to log to.
+      seed: of the keys.
+      last: the run before, of the same options and devices. If its programs serve this one too, nothing compiles again.
+    """
+    processes = strategy.processes
+    # Before the devices meet for the first time: there nobody hears of a process that has left.
+    examples = sum(processes.gather("the number of examples", length(loader.first)))
+    if last is not None and last.task is task and last.seed == seed:
+        programs, evaluation = last.programs, last.evaluation
+    else:
+        optimizer = _optimizer.of_window(task.optimizer, options.gradient_clip_val, options.divides_by_k)
+        programs = Programs(task, strategy, optimizer, options.nonfinite, seed)
+        evaluation = Evaluation(task, strategy, options.limit_val_batches)
+    return Run(
+        task=task,
+        options=options,
+        strategy=strategy,
+        programs=programs,
+        evaluation=evaluation,
+        state=programs.initial(loader.first),
+        records=Records(() if processes.index else loggers),
+        seed=seed,
+        val_loader=val_loader,
+        examples=examples,
+        epoch_batches=loader.epoch_batches,
+    )

@@ -1,9 +1,8 @@
 """Writes the checkpoints that a `ModelCheckpoint` asks for, behind the run's back."""
 
 import dataclasses
-import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,6 @@ from jaxaccum import checkpoint
 from jaxaccum._counters import Counters
 from jaxaccum._processes import Processes
 from jaxaccum.callbacks import ModelCheckpoint
-from jaxaccum.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from jaxaccum.trainer import Trainer
@@ -131,26 +129,3 @@ class Saver:
     def _remove(self, path: Path) -> None:
         if not self._processes.index:
             checkpoint.remove(path)
-
-
-def find(ckpt_path: str | os.PathLike[str] | None, savers: Sequence[Saver], processes: Processes) -> Checkpoint | None:
-    """The checkpoint that `Trainer.fit` is to go on from; None for a start.
-
-    Raises:
-      ValueError: for "last" without a `ModelCheckpoint`.
-      OSError: for a path that is no checkpoint.
-    """
-    if ckpt_path is None:
-        return None
-    if ckpt_path != "last":
-        return checkpoint.load(ckpt_path)
-    if not savers:
-        raise ValueError(
-            "ckpt_path='last' is the newest checkpoint of a ModelCheckpoint, but callbacks hold none: add one, or pass "
-            "the path of a checkpoint."
-        )
-    found = checkpoint.newest([saver.folder for saver in savers], processes)
-    if found is None:
-        folders = ", ".join(str(saver.folder) for saver in savers)
-        warnings.warn(f"ckpt_path='last' finds no checkpoint in {folders}: the run starts afresh.", stacklevel=4)
-    return found

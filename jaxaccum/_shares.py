@@ -62,7 +62,7 @@ def pieces(strategy: Strategy, batches: Sequence[Tree], offers: Sequence[dict[st
     if strategy.name == "dp":
         batch, place = found[-1]
         found[-1] = batch, place._replace(advance=1)
-    return [strategy.sent(Piece(batch, place)) for batch, place in found]
+    return [strategy.sent(batch, place) for batch, place in found]
 
 
 def _rounds(strategy: Strategy, batches: Sequence[Tree]) -> list[list[Tree | None]]:

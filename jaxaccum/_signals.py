@@ -19,14 +19,10 @@ class Signals:
     Handlers are the main thread's to set: in any other thread nothing is listened to.
 
     Args:
-      processes: those of the run.
-
-    Attributes:
-      received: the first signal that this process was sent, or None.
+      processes: those of the run; the first signal that this one is sent is among its wishes.
     """
 
     def __init__(self, processes: Processes):
-        self.received: int | None = None
         self._processes = processes
         self._former: dict[int, Any] = {}
         self._left = False
@@ -44,22 +40,19 @@ class Signals:
         self._put_back()
 
     def leave_if_told(self) -> None:
-        """Raises KeyboardInterrupt after SIGINT, and SystemExit with a shell's code for the signal after SIGTERM.
-
-        With several processes it is what they last told each other that counts.
-        """
-        told = self.received if self._processes.count == 1 else self._processes.wishes.signal
+        """Raises KeyboardInterrupt after SIGINT, and SystemExit with a shell's code for the signal after SIGTERM."""
+        told = self._processes.wishes.signal
         if told is not None:
             self._left = True
             self._processes.fail(KeyboardInterrupt() if told == signal.SIGINT else SystemExit(128 + told))
 
     def came_again(self, error: BaseException) -> bool:
         """Whether `error` is that of a second signal: one that `leave_if_told` did not raise."""
-        return self.received is not None and not self._left and isinstance(error, KeyboardInterrupt)
+        return self._processes.own.signal is not None and not self._left and isinstance(error, KeyboardInterrupt)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
-        self.received = number
+        self._processes.own.signal = number
         self._put_back()
 
     def _put_back(self) -> None:

@@ -1,6 +1,7 @@
 """A run as arrays by name and notes, and back: on as many devices as there are then."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from jaxaccum import _accumulator, _plain, _redistribute, _sync
 from jaxaccum._counters import Counters
 from jaxaccum._programs import FitState, Pending, Programs
+from jaxaccum._reader import TrainLoader
 from jaxaccum._run import Run
 from jaxaccum._strategy import Strategy
 from jaxaccum._sync import OneDevice
@@ -25,12 +27,13 @@ def arrays(state: FitState) -> dict[str, jax.Array]:
     return {name: _data(x) for name, x in _named(state).items()}
 
 
-def notes(run: Run, at: Counters, strategy: Strategy, callbacks: Sequence[Callback]) -> dict[str, Any]:
+def notes(run: Run, callbacks: Sequence[Callback]) -> dict[str, Any]:
     """All of a run that is not an array, as JSON can hold it. Waits for the last window's means."""
+    strategy = run.strategy
     number = lambda x: np.asarray(x).item()
     told = [(type(callback).__qualname__, callback.state_dict()) for callback in callbacks]
     return {
-        "counters": dataclasses.asdict(at),
+        "counters": dataclasses.asdict(run.at),
         "seed": run.seed,
         "devices": strategy.size,
         "group": strategy.batches,
@@ -42,23 +45,21 @@ def notes(run: Run, at: Counters, strategy: Strategy, callbacks: Sequence[Callba
     }
 
 
-def restore(
-    checkpoint: Checkpoint, run: Run, strategy: Strategy, programs: Programs, callbacks: Sequence[Callback]
-) -> Counters:
-    """Puts a run where `checkpoint` left it, and its callbacks too; says where that is.
+def restore(checkpoint: Checkpoint, run: Run, loader: TrainLoader, callbacks: Sequence[Callback]) -> None:
+    """Puts a run where `checkpoint` left it, what it trains on and its callbacks too.
 
     Args:
       checkpoint: of a run of the same task.
-      run: a new one; its state is that of a start.
-      strategy: the devices that it runs on. What an open window held is merged or split for them.
-      programs: the run's.
+      run: a new one; its state is that of a start. What an open window held is merged or split for its devices.
+      loader: what it trains on, from the start.
       callbacks: take back their states, in order among those of one class.
 
     Raises:
-      ValueError: if the checkpoint is another task's; names the first array that differs.
+      ValueError: if the checkpoint is another task's, naming the first array that differs; or if the processes' loaders
+        would have to be in different places.
     """
-    noted = checkpoint.notes
-    run.state = _placed(checkpoint, run.state, noted["devices"], strategy, programs)
+    noted, strategy = checkpoint.notes, run.strategy
+    run.state = _placed(checkpoint, run.state, noted["devices"], strategy, run.programs)
     # Everything is put on the devices as the programs leave it there, so that nothing compiles twice.
     on_device = lambda number: strategy.placed(np.asarray(number, _accumulator.weight_dtype()), strategy.common)
     run.means = {name: on_device(mean) for name, mean in noted["means"].items()}
@@ -72,10 +73,12 @@ def restore(
             waiting.remove(own)
             callback.load_state_dict(own[1])
     at = Counters(**noted["counters"])
-    return at if noted["group"] == strategy.batches else at.regrouped(noted["group"], strategy.batches)
+    run.at = at if noted["group"] == strategy.batches else at.regrouped(noted["group"], strategy.batches)
+    own_batches = functools.partial(_own_batches, checkpoint=checkpoint, strategy=strategy)
+    loader.go_on(run.at, run.loader_state, own_batches)
 
 
-def own_batches(batches: int, checkpoint: Checkpoint, strategy: Strategy) -> int:
+def _own_batches(batches: int, checkpoint: Checkpoint, strategy: Strategy) -> int:
     """Of so many loader batches of all processes before `checkpoint`, how many this process' loader gave, or would.
 
     Raises:

@@ -1,6 +1,7 @@
 """How a loader's batches become micro-steps on devices: one device, or the data axis of a mesh."""
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -35,12 +36,15 @@ class Place(NamedTuple):
     advance: int
 
 
+_WHOLE = Place(first=0, present=1, advance=1)  # of a loader batch on the one device
+
+
 class Piece(NamedTuple):
     """What one call of a program takes.
 
     Attributes:
       batch: leaves (N, ...) on one device; (P·N, ...) on several, split over the data axis.
-      place: a `Place`, as a tuple on the host and as an array on the devices.
+      place: a `Place`, on the devices.
     """
 
     batch: Tree
@@ -113,33 +117,35 @@ class Strategy:
         # A CPU has a host's arrays in its memory already, and jit takes them faster than device_put does.
         self._puts = count > 1 or available[0].platform != "cpu"
 
+    def micro_steps(self, batches: int | None) -> int | float:
+        """How many micro-steps so many batches of this process' loader make; infinite for None."""
+        return math.inf if batches is None else -(-batches // self.group)
+
     def pieces(self, batches: Sequence[Tree]) -> list[Piece]:
         """The pieces of a micro-step of up to `group` loader batches, sent on their way to the devices.
 
         With several processes see `_shares`.
         """
         if self.size == 1:
-            pieces = [Piece(batches[0], Place(0, 1, 1))]
-        elif self.name == "dp":
-            pieces = self._split(batches[0])
-        else:
-            pieces = [self._run(list(run)) for _, run in itertools.groupby(batches, key=signature)]
-        return [self.sent(piece) for piece in pieces]
+            return [self.sent(batches[0], _WHOLE)]
+        if self.name == "dp":
+            return self._split(batches[0])
+        return [self._run(list(run)) for _, run in itertools.groupby(batches, key=signature)]
 
-    def sent(self, piece: Piece) -> Piece:
-        """A piece on its way to the devices; its batch is what this process has of it."""
-        if self.processes.count == 1:
-            batch = jax.device_put(piece.batch, self.local) if self._puts else piece.batch
-        else:
+    def sent(self, batch: Tree, place: Place) -> Piece:
+        """A piece on its way to the devices; `batch` is what this process has of it."""
+        if self.processes.count > 1:
             shape = lambda x: (self.processes.count * len(x), *x.shape[1:])
             put = lambda x: jax.make_array_from_process_local_data(self.local, x, shape(x))
-            batch = jax.tree.map(put, piece.batch)
-        return Piece(batch, self.constant(piece.place, np.int32))
+            batch = jax.tree.map(put, batch)
+        elif self._puts:
+            batch = jax.device_put(batch, self.local)
+        return Piece(batch, self.constant(place, np.int32))
 
     def _run(self, run: list[Tree]) -> Piece:
         """Batches of one shape, one for each device."""
         filled = run + [run[-1]] * (self.size - len(run))
-        return Piece(stacked(filled), Place(0, len(run), len(run)))
+        return self.sent(stacked(filled), Place(0, len(run), len(run)))
 
     def _split(self, batch: Tree) -> list[Piece]:
         """One batch over all devices, and what does not divide on the first alone."""
@@ -147,17 +153,18 @@ class Strategy:
         rest = length(batch) - whole
         pieces = []
         if whole:
-            pieces.append(Piece(rows(batch, slice(whole)), Place(0, self.size, 0 if rest else 1)))
+            pieces.append(self.sent(rows(batch, slice(whole)), Place(0, self.size, 0 if rest else 1)))
         if rest or not whole:
             repeated = stacked([rows(batch, slice(whole, None))] * self.size)
-            pieces.append(Piece(repeated, Place(self.size if whole else 0, 1, 1)))
+            pieces.append(self.sent(repeated, Place(self.size if whole else 0, 1, 1)))
         return pieces
 
     def constant(self, value: float | tuple[int, ...], dtype: Any) -> jax.Array:
         """`value` on every device, where it stays: sending the few that there are anew would cost each call."""
-        if (value, dtype) not in self._constants:
-            self._constants[value, dtype] = self.placed(np.asarray(value, dtype), self.common)
-        return self._constants[value, dtype]
+        constant = self._constants.get((value, dtype))
+        if constant is None:
+            constant = self._constants[value, dtype] = self.placed(np.asarray(value, dtype), self.common)
+        return constant
 
     def placed(self, tree: Tree, sharding: Any) -> Tree:
         """`tree`, which every process has as a whole, on the devices, in buffers that may be donated."""
@@ -191,7 +198,7 @@ def length(batch: Tree) -> int:
     leaves = jax.tree.leaves(batch)
     if not leaves:
         raise ValueError(f"the loader gave a batch without arrays: {batch!r}.")
-    shape = np.shape(leaves[0])
+    shape = getattr(leaves[0], "shape", ())
     return shape[0] if shape else 1
 
 

@@ -1,43 +1,31 @@
-"""The loop: epochs of micro-steps in windows of K, on one device or several."""
+"""The `Trainer`: what its user passes, calls and reads, and the course of a run."""
 
-import collections
-import functools
-import itertools
-import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxaccum import _accumulator, _arguments, _limits, _optimizer, _outputs, _plot, _reader, _saver, _snapshot
+from jaxaccum import _arguments, _plot, _run
 from jaxaccum._counters import Counters
+from jaxaccum._epochs import Epochs
 from jaxaccum._evaluation import Evaluation
-from jaxaccum._feed import MicroStep, fused, micro_steps
-from jaxaccum._integers import as_int, positive_int
-from jaxaccum._outputs import Outputs
-from jaxaccum._processes import Wishes, said
-from jaxaccum._programs import FitState, Programs
-from jaxaccum._reader import Reader
-from jaxaccum._records import Records
+from jaxaccum._hooks import Hooks
+from jaxaccum._integers import positive_int
+from jaxaccum._options import Options
+from jaxaccum._programs import FitState
+from jaxaccum._reader import TrainLoader
 from jaxaccum._run import Run
-from jaxaccum._saver import Saver
+from jaxaccum._savers import Savers
 from jaxaccum._signals import Signals
-from jaxaccum._strategy import Strategy, length
-from jaxaccum.callbacks import Callback, EarlyStopping, ModelCheckpoint, ProgressBar
+from jaxaccum._strategy import Strategy
+from jaxaccum.callbacks import Callback, ProgressBar
 from jaxaccum.task import Task
 
 Tree = Any
-
-_ONE_SHOT = (
-    "It is an iterator, which gives its batches once, but there are several epochs: pass something that can be "
-    "iterated again, such as a list, or set limit_train_batches, max_steps or max_epochs=1."
-)
-_NOTHING = object()
 
 
 class Trainer:
@@ -126,42 +114,27 @@ class Trainer:
         detect_anomaly: bool = False,
     ):
         observers = _arguments.callbacks(callbacks)
-        self._schedule = _arguments.schedule(accumulate_grad_batches, observers)
         self._callbacks = (*observers, ProgressBar()) if enable_progress_bar else observers
-        self._max_epochs = None if max_epochs is None else _limits.count_or_endless(max_epochs, "max_epochs")
-        self._max_steps = _limits.count_or_endless(max_steps, "max_steps")
+        self._options = Options(
+            accumulate_grad_batches=_arguments.schedule(accumulate_grad_batches, observers),
+            max_epochs=max_epochs,
+            max_steps=max_steps,
+            limit_train_batches=limit_train_batches,
+            limit_val_batches=limit_val_batches,
+            val_check_interval=val_check_interval,
+            log_every_n_steps=log_every_n_steps,
+            gradient_clip_val=gradient_clip_val,
+            seed=seed,
+            partial_window=partial_window,
+            flush_on_stop=flush_on_stop,
+            fuse_windows=fuse_windows,
+            nonfinite=nonfinite,
+            detect_anomaly=detect_anomaly,
+        )
         self._strategy = Strategy(strategy, devices)
-        self._limit_train_batches = _limits.count_or_fraction(limit_train_batches, "limit_train_batches", least=1)
-        self._limit_val_batches = _limits.count_or_fraction(limit_val_batches, "limit_val_batches", least=0)
-        self._val_check_interval = _limits.count_or_fraction(val_check_interval, "val_check_interval", least=1)
-        self._log_every_n_steps = positive_int(log_every_n_steps, "log_every_n_steps")
-        self._gradient_clip_val = _arguments.gradient_clip_val(gradient_clip_val)
         root = Path(default_root_dir or ".")
         self._loggers, self._folder = _arguments.loggers(logger, root), root / "checkpoints"
-        self._seed = as_int(seed, "seed", "an integer")
-        self._divide_by_k = (
-            _arguments.choice(partial_window, "partial_window", ("exact", "divide_by_k")) == "divide_by_k"
-        )
-        self._flush_on_stop, self._fuse_windows = flush_on_stop, fuse_windows
-        self._nonfinite = _arguments.choice(nonfinite, "nonfinite", ("propagate", "drop"))
-        self._detect_anomaly = detect_anomaly
-        if detect_anomaly:
-            if nonfinite == "drop":
-                raise ValueError("detect_anomaly=True raises where nonfinite='drop' goes on: choose one of them.")
-            if fuse_windows:
-                raise ValueError(
-                    "detect_anomaly=True looks at every micro-step before the next, and fuse_windows=True runs a "
-                    "window of them in one call: choose one of them."
-                )
-            self._nonfinite = "drop"  # What raises is left out too, so that the state which remains is sound.
-        self._hooks = {name: _overridden(self._callbacks, name) for name in vars(Callback) if name.startswith("on_")}
-        self.should_stop = False
-        self._at = Counters()
         self._run: Run | None = None
-        self._savers: list[Saver] = []
-        self._signals = Signals(self._strategy.processes)
-        self._uncounted: collections.deque[tuple[MicroStep, Outputs]] = collections.deque()
-        self._sets_k = False
 
     def fit(
         self,
@@ -217,37 +190,39 @@ class Trainer:
           RuntimeError: if another process has left the run.
         """
         processes = self._strategy.processes
-        processes.begin(lambda: Wishes(self._signals.received, self.should_stop))
-        self.should_stop, self._signals = False, Signals(processes)
+        processes.begin()
+        signals = Signals(processes)
         try:
-            first_epoch = self._start(task, train_loader, val_loader, ckpt_path)
+            run, loader, savers = self._start(task, train_loader, val_loader, ckpt_path)
+            hooks = Hooks(self, task, self._callbacks)
+            epochs = Epochs(run, hooks, savers, signals)
         except BaseException as error:
             processes.leave(error)
             raise
-        with self._signals:
+        with signals:
             try:
-                self._call("on_fit_start")
-                self._call("on_train_start")
-                self._meet()
-                epochs = itertools.chain([first_epoch], self._epochs_after_first(train_loader))
-                if self._at.batch_idx:  # In mid-epoch, or at its end.
-                    self._train_epoch(() if self._at.ends_epoch else next(epochs))
-                while not self._finished():
-                    self._train_epoch(next(epochs))
-                if not self._at.batch_idx:
-                    self._save_at_end()
-                self._call("on_train_end")
-                self._call("on_fit_end")
-                self._meet()
-                self._signals.leave_if_told()
+                hooks.call("on_fit_start")
+                hooks.call("on_train_start")
+                processes.share_wishes()
+                batches = loader.epochs(keeps_state=bool(savers.folders))
+                if run.at.batch_idx:  # In mid-epoch, or at its end.
+                    epochs.train(() if run.at.ends_epoch else next(batches))
+                while not epochs.are_over():
+                    epochs.train(next(batches))
+                if not run.at.batch_idx:
+                    savers.save_at_end(run)
+                hooks.call("on_train_end")
+                hooks.call("on_fit_end")
+                processes.share_wishes()
+                signals.leave_if_told()
             except BaseException as error:
-                self._end_by(error)
+                epochs.end_by(error)
+                hooks.call("on_exception", error)
                 raise
             finally:
-                self._running.records.flush(waits=not self._strategy.processes.left)
-                for saver in self._savers:
-                    saver.close()
-        return self.state
+                run.records.flush(waits=not processes.left)
+                savers.close()
+        return run.state
 
     def validate(self, task: Task, val_loader: Iterable[Tree], state: FitState | None = None) -> dict[str, float]:
         """The weighted means of loss and metrics over `val_loader`.
@@ -263,7 +238,9 @@ class Trainer:
         Raises:
           ValueError: if the loader is empty.
         """
-        return self._evaluate(Evaluation(task, self._strategy), self.state if state is None else state, val_loader)
+        params, _, model_state, _ = self.state if state is None else state
+        evaluation = Evaluation(task, self._strategy, self._options.limit_val_batches)
+        return evaluation.run(params, model_state, val_loader)
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         """Draws the run's losses, K and effective batch over the samples seen.
@@ -302,7 +279,16 @@ class Trainer:
 
         So it is with `fuse_windows`, before the last micro-step of a window. Whatever is saved, is saved after it.
         """
-        return bool(self._uncounted)
+        return bool(self._running.uncounted)
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether training ends after the micro-step at hand. A callback may set it; each `fit` begins without."""
+        return self._strategy.processes.own.stop
+
+    @should_stop.setter
+    def should_stop(self, stop: bool) -> None:
+        self._strategy.processes.own.stop = bool(stop)
 
     @property
     def current_epoch(self) -> int:
@@ -336,12 +322,12 @@ class Trainer:
 
     @accumulate_grad_batches.setter
     def accumulate_grad_batches(self, k: int) -> None:
-        if not self._sets_k:
+        if self._run is None or not self._run.takes_k:
             raise RuntimeError(
                 f"accumulate_grad_batches={k!r} can't be set here: K changes at an epoch's start alone. Set it in a "
                 "callback's on_train_epoch_start, or pass the Trainer a dict from epochs to K."
             )
-        self._at.every_k = positive_int(k, "accumulate_grad_batches")
+        self._run.at.every_k = positive_int(k, "accumulate_grad_batches")
 
     @property
     def effective_batch_size(self) -> int:
@@ -354,16 +340,12 @@ class Trainer:
     @property
     def num_training_batches(self) -> int | float:
         """The micro-steps in an epoch; infinite where that is not known."""
-        batches = self._running.epoch_batches
-        return math.inf if batches is None else -(-batches // self._strategy.group)
+        return self._running.epoch_micro_steps
 
     @property
     def estimated_stepping_batches(self) -> int | float:
         """The optimizer steps of the run if nothing stops it, with every K of the schedule; may be infinite."""
-        micro_steps, epochs = self.num_training_batches, self._epochs
-        known = isinstance(micro_steps, int) and isinstance(epochs, int)
-        steps = self._schedule.optimizer_steps(epochs, micro_steps) if known else math.inf
-        return steps if self._max_steps == -1 else min(steps, self._max_steps)
+        return self._options.optimizer_steps(self.num_training_batches)
 
     @property
     def callback_metrics(self) -> dict[str, Any]:
@@ -373,351 +355,45 @@ class Trainer:
     @property
     def should_log(self) -> bool:
         """In `on_train_batch_end`: whether a record follows."""
-        return not self._at.window_step and self._at.global_step % self._log_every_n_steps == 0
-
-    # The parts of fit, in the order in which they run.
+        return self._running.record_is_due
 
     def _start(
         self, task: Task, train_loader: Iterable[Tree], val_loader: Iterable[Tree] | None, ckpt_path: Any
-    ) -> Iterable[Tree]:
-        """Begins a run, and returns the batches of its first epoch, those to come."""
+    ) -> tuple[Run, TrainLoader, Savers]:
+        """A run, at its start or where a checkpoint left it; what it trains on, and its checkpoints."""
+        options, processes = self._options, self._strategy.processes
         if not isinstance(task, Task):
             raise TypeError(f"task must be a jaxaccum.Task, got {task!r}.")
-        if self._max_epochs is None and self._max_steps == -1:
+        if options.max_epochs is None and options.max_steps == -1:
             warnings.warn(
                 "max_epochs is not set: training for 1000 epochs. Pass max_epochs=-1 for no end.", stacklevel=3
             )
-        epoch_batches = _limits.batches(train_loader, self._limit_train_batches, "limit_train_batches")
-        batches = iter(train_loader)
-        if batches is train_loader and epoch_batches is None and self._epochs != 1 and self._max_steps == -1:
-            raise ValueError(f"train_loader={train_loader!r} would be empty in epoch 1. {_ONE_SHOT}")
-        first = next(batches, _NOTHING)
-        if first is _NOTHING:
-            raise ValueError(f"train_loader={train_loader!r} is empty: it gave no batch.")
-        val_loader = val_loader if self._limit_val_batches else None
-        for callback in self._callbacks:
-            monitor = callback.monitor if isinstance(callback, (EarlyStopping, ModelCheckpoint)) else None
-            if val_loader is None and (monitor or "").startswith("val_"):
-                raise ValueError(
-                    f"{type(callback).__name__}(monitor={monitor!r}) needs a validation: pass fit a val_loader, and "
-                    "limit_val_batches other than 0."
-                )
-        policies = [callback for callback in self._callbacks if isinstance(callback, ModelCheckpoint)]
-        processes = self._strategy.processes
-        self._savers = [Saver(policy, self._folder, processes) for policy in policies]
-        self._agree_on_options(epoch_batches, val_loader is not None)
-        found = _saver.find(ckpt_path, self._savers, processes)
-        # Before the devices meet for the first time: there nobody hears of a process that has left.
-        examples = sum(processes.gather("the number of examples", length(first)))
-        seed = self._seed if found is None else found.notes["seed"]
-        programs, evaluation = self._compiled(task, seed)
-        self._run = Run(
-            task=task,
-            programs=programs,
-            evaluation=evaluation,
-            state=programs.initial(first),
-            records=Records(() if processes.index else self._loggers),
-            seed=seed,
-            val_loader=val_loader,
-            examples=examples,
-            epoch_batches=epoch_batches,
+        loader = TrainLoader(train_loader, options)
+        val_loader = val_loader if options.limit_val_batches else None
+        _arguments.check_monitors(self._callbacks, validates=val_loader is not None)
+        savers = Savers(self, self._callbacks, self._folder, processes)
+        loader.agree(processes)
+        options.agree(
+            processes,
+            strategy=self._strategy.name,
+            devices=self._strategy.size,
+            val_loader=val_loader is not None,
+            ModelCheckpoint=[str(folder) for folder in savers.folders],
         )
-        self._at = Counters()
-        options = {"limit": epoch_batches, "keeps_state": bool(self._savers)}
-        if found is None:
-            return Reader(batches, [first], **options)
-        self._at = _snapshot.restore(found, self._run, self._strategy, programs, self._callbacks)
-        for saver in self._savers:
-            saver.goes_on(found.path, self._at)
-        own = functools.partial(_snapshot.own_batches, checkpoint=found, strategy=self._strategy)
-        loader_state, is_stream = self._run.loader_state, batches is train_loader
-        return _reader.rest(batches, first, self._at, loader_state, is_stream=is_stream, own=own, **options)
-
-    def _agree_on_options(self, epoch_batches: int | None, validates: bool) -> None:
-        """Several processes must take the same way through the loop; what they differ in raises on all of them."""
-        processes = self._strategy.processes
-        lengths = dict(enumerate(processes.gather("the length of an epoch", epoch_batches)))
-        known = {process: batches for process, batches in lengths.items() if batches is not None}
-        if len(set(known.values())) > 1:
-            raise ValueError(
-                f"an epoch of train_loader has another number of batches on another process: {said(known)}. Give all "
-                f"processes equally many, for example with limit_train_batches={min(known.values())}."
-            )
-        processes.agree(
-            "options",
-            {
-                "strategy": self._strategy.name,
-                "devices": self._strategy.size,
-                "accumulate_grad_batches": list(self._schedule.items()),
-                "max_epochs": self._max_epochs,
-                "max_steps": self._max_steps,
-                "gradient_clip_val": str(self._gradient_clip_val),
-                "partial_window": "divide_by_k" if self._divide_by_k else "exact",
-                "flush_on_stop": self._flush_on_stop,
-                "fuse_windows": self._fuse_windows,
-                "nonfinite": self._nonfinite,
-                "detect_anomaly": self._detect_anomaly,
-                "seed": self._seed,
-                "val_loader": validates,
-                "val_check_interval": self._val_check_interval,
-                "ModelCheckpoint": [str(saver.folder) for saver in self._savers],
-            },
-        )
-
-    def _meet(self) -> None:
-        """Tells the other processes what hooks and signals may have asked for, and hears theirs."""
-        self._strategy.processes.gather("the end of a hook")
-
-    def _compiled(self, task: Task, seed: int) -> tuple[Programs, Evaluation]:
-        """The last run's programs, if they serve this one too: then nothing compiles again."""
-        last = self._run
-        if last is not None and last.task is task and last.seed == seed:
-            return last.programs, last.evaluation
-        optimizer = _optimizer.of_window(task.optimizer, self._gradient_clip_val, self._divide_by_k)
-        return Programs(task, self._strategy, optimizer, self._nonfinite, seed), Evaluation(task, self._strategy)
-
-    def _epochs_after_first(self, train_loader: Iterable[Tree]) -> Iterator[Reader]:
-        while True:
-            yield Reader(iter(train_loader), limit=self._running.epoch_batches, keeps_state=bool(self._savers))
-
-    def _train_epoch(self, batches: Iterable[Tree]) -> None:
-        at = self._at
-        processes = self._strategy.processes
-        if not at.batch_idx:
-            self._begin_epoch()
-        processes.agree(f"epoch {at.epoch}", {"accumulate_grad_batches": at.every_k, "micro_step": at.micro_step})
-        self._validate_if_due()
-        is_over = at.batch_idx and (at.ends_epoch or self._finished())
-        before = at.batches
-        for call in () if is_over else self._calls(batches):
-            self._signals.leave_if_told()
-            if processes.wishes.stop and at.batches != before:
-                break  # A hook of the last micro-step asked for it, on whatever process.
-            self._train_batches(call)
-            self._save_if_due("micro_step", len(call))
-            self._validate_if_due()
-            self._signals.leave_if_told()
-            if self._finished():
-                break
-        if at.batches == before and not is_over:
-            passed = f" after the {before} that the checkpoint was trained on" if before else ""
-            raise ValueError(f"train_loader gave no batch in epoch {at.epoch}{passed}. {_ONE_SHOT}")
-        if not at.ends_epoch:
-            self._save_at_end()
-        self._flush_if_asked()
-        self._call("on_train_epoch_end")
-        if at.ends_epoch:
-            at.epoch, at.batch_idx, at.batches, at.ends_epoch = at.epoch + 1, 0, 0, False
-            self._save_if_due("epoch")
-        self._meet()
-
-    def _begin_epoch(self) -> None:
-        """Says what K is."""
-        self._sets_k = True
-        self.accumulate_grad_batches = self._schedule(self._at.epoch)
-        self._call("on_train_epoch_start")
-        self._sets_k = False
-
-    def _calls(self, batches: Iterable[Tree]) -> Iterator[Sequence[MicroStep]]:
-        """The micro-steps to come in the epoch, in lists, each for one call on the devices."""
-        steps = micro_steps(batches, self._strategy)
-        return fused(steps, self._at.every_k, self._at.window_step) if self._fuse_windows else zip(steps)
-
-    def _train_batches(self, micro_steps: Sequence[MicroStep]) -> None:
-        """A call on the devices: one micro-step, or all that are left of a window."""
-        run, at = self._running, self._at
-        for batch_idx, micro_step in enumerate(micro_steps, at.batch_idx):
-            for hook in self._hooks["on_train_batch_start"]:
-                hook(self, run.task, self._batch(micro_step), batch_idx)
-        window_step = at.window_step + len(micro_steps)
-        boundary = micro_steps[-1].last or window_step >= at.every_k
-        with jax.profiler.StepTraceAnnotation("train", step_num=at.micro_step):
-            share = self._share(window_step) if boundary else None
-            pieces = [micro_step.pieces for micro_step in micro_steps]
-            run.state, outputs, means = run.programs.run(run.state, pieces, boundary, share)
-        # From here to the hooks nothing fails: what is counted is in the state, should a hook raise.
-        self._uncounted.extend(zip(micro_steps, outputs, strict=True))
-        try:
-            while self._uncounted:
-                batch_idx = at.batch_idx
-                micro_step, outputs = self._count(means)
-                if self._detect_anomaly:
-                    self._refuse_anomaly(outputs)
-                for hook in self._hooks["on_train_batch_end"]:
-                    hook(self, run.task, outputs, self._batch(micro_step), batch_idx)
-        finally:
-            while self._uncounted:  # A hook raised, but the devices have made them all.
-                self._count(means)
-        if boundary and self.should_log:
-            self._record()
-
-    def _batch(self, micro_step: MicroStep) -> Tree:
-        """What hooks are given."""
-        return micro_step.batches[0] if self._strategy.batches == 1 else micro_step.batches
-
-    def _share(self, window_step: int) -> jax.Array | None:
-        """What to multiply the gradient of a window of so many micro-steps with, if windows are divided by K."""
-        share = window_step / self._at.every_k
-        return self._strategy.constant(share, _accumulator.weight_dtype()) if self._divide_by_k else None
-
-    def _count(self, means: dict[str, jax.Array] | None) -> tuple[MicroStep, Outputs]:
-        """Counts the next micro-step that has been made, at a boundary an optimizer step too, and returns it."""
-        run, at = self._running, self._at
-        micro_step, outputs = self._uncounted.popleft()
-        run.loader_state = micro_step.loader_state
-        at.window_step += 1
-        at.window_samples += micro_step.examples
-        at.batches += micro_step.count
-        at.all_batches += micro_step.count
-        at.ends_epoch = micro_step.last
-        at.batch_idx += 1
-        at.micro_step += 1
-        at.samples_seen += micro_step.examples
-        # Of a window's micro-steps an earlier one may have been the one that made a validation due.
-        at.validated &= run.val_loader is None or not self._validation_is_due(micro_step.last)
-        if means is not None and not self._uncounted:
-            self._closed(means)
-        return micro_step, outputs
-
-    def _closed(self, means: dict[str, jax.Array]) -> None:
-        """Counts an optimizer step."""
-        at = self._at
-        self._running.means = means
-        at.global_step += 1
-        at.window_step = 0
-        at.effective_batch, at.window_samples = at.window_samples, 0
-
-    def _flush_if_asked(self) -> None:
-        """Closes the window that a stop left open."""
-        run = self._running
-        if self._flush_on_stop and self._at.window_step:
-            run.state, means = run.programs.flush(run.state, self._share(self._at.window_step))
-            self._closed(means)
-            if self.should_log:
-                self._record()
-
-    def _refuse_anomaly(self, outputs: Mapping[str, float]) -> None:
-        """Waits for the device."""
-        at = self._at
-        dropped = bool(np.any(_outputs.own(self.state.pending.sums.dropped)))
-        found = self._strategy.processes.gather("an anomaly", [dropped, outputs["loss"] if dropped else None])
-        losses = {process: loss for process, (dropped, loss) in enumerate(found) if dropped}
-        if losses:
-            error = FloatingPointError(
-                f"micro-step {at.batch_idx - 1} of epoch {at.epoch} has a NaN or an infinity in its loss "
-                f"({said(losses) if len(found) > 1 else losses[0]}) or in its gradient. It was left out of its window; "
-                "nonfinite='drop' leaves out all such micro-batches and goes on."
-            )
-            self._strategy.processes.fail(error)
-
-    def _record(self) -> None:
-        """Logs the last window, without waiting for it."""
-        run, at = self._running, self._at
-        scalars = self._place() | {"accumulate_grad_batches": at.every_k, "effective_batch_size": at.effective_batch}
-        run.records.add(at.global_step, scalars | run.train_metrics() | run.logged)
-        run.logged = {}
-
-    def _place(self) -> dict[str, int]:
-        """Where in the run a record was made."""
-        at = self._at
-        return {"epoch": at.epoch, "micro_step": at.micro_step, "samples_seen": at.samples_seen}
-
-    def _validation_is_due(self, last: bool) -> bool:
-        interval = _limits.validation_interval(self._val_check_interval, self.num_training_batches)
-        return last if math.isinf(interval) else self._at.batch_idx % interval == 0
-
-    def _validate_if_due(self) -> None:
-        """A validation in fit; what is pending stays so."""
-        run, at = self._running, self._at
-        if at.validated or run.val_loader is None:
-            return
-        self._call("on_validation_start")
-        results = self._evaluate(run.evaluation, run.state, run.val_loader, self._signals.leave_if_told)
-        run.metrics |= results
-        run.records.add(self.global_step, self._place() | results)
-        self._call("on_validation_epoch_end")
-        self._call("on_validation_end")
-        self._meet()
-        at.validated = True
-        self._save_if_due("validation")
-
-    def _evaluate(
-        self,
-        evaluation: Evaluation,
-        state: FitState,
-        val_loader: Iterable[Tree],
-        look: Callable[[], None] = lambda: None,
-    ) -> dict[str, float]:
-        limit = _limits.batches(val_loader, self._limit_val_batches, "limit_val_batches")
-        return evaluation.run(state.params, state.model_state, itertools.islice(val_loader, limit), look)
-
-    def _save_if_due(self, moment: str, micro_steps: int = 1) -> None:
-        for saver in self._savers:
-            saver.save_if_due(self, moment, self._at, self._take, micro_steps)
-
-    def _save_at_end(self) -> None:
-        for saver in self._savers:
-            saver.save_at_end(self._at, self._take)
-
-    def _take(self) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-        """What a checkpoint holds."""
-        run = self._running
-        run.records.write()  # The resume won't make these records again.
-        return _snapshot.arrays(run.state), _snapshot.notes(run, self._at, self._strategy, self._callbacks)
-
-    def _end_by(self, error: BaseException) -> None:
-        """What is done before an error goes on its way."""
-        if self._signals.came_again(error):
-            self._strategy.processes.leave(error)
-            for saver in self._savers:
-                saver.abandon()
-        else:
-            self._rescue(error)
-        self._call("on_exception", error)
-
-    def _rescue(self, error: BaseException) -> None:
-        """Saves what the last whole micro-step left."""
-        processes = self._strategy.processes
-        processes.leave(error)  # If the others are elsewhere: they don't come to a save.
-        if any(x.is_deleted() for x in jax.tree.leaves(self.state)):
-            return  # It was donated to a program that failed.
-        if processes.are_together(error):
-            try:
-                self._save_at_end()
-            except Exception as failure:
-                warnings.warn(f"the run could not be saved when it met {error!r}: {failure!r}.", stacklevel=2)
-        if isinstance(error, (KeyboardInterrupt, SystemExit)) and processes.are_together(error):
-            self._flush_if_asked()
-
-    def _finished(self) -> bool:
-        at = self._at
-        steps_done = self._max_steps != -1 and at.global_step >= self._max_steps
-        processes = self._strategy.processes
-        should_stop = self.should_stop if processes.count == 1 else processes.wishes.stop
-        return should_stop or steps_done or at.epoch >= self._epochs
+        found = savers.find(ckpt_path)
+        seed = options.seed if found is None else found.notes["seed"]
+        run = _run.begin(task, options, self._strategy, loader, val_loader, self._loggers, seed, last=self._run)
+        self._run = run
+        if found is not None:
+            savers.restore(found, run, loader)
+        return run, loader, savers
 
     @property
-    def _epochs(self) -> int | float:
-        """`max_epochs` with its default; infinite for no end."""
-        if self._max_epochs is None:
-            return 1000 if self._max_steps == -1 else math.inf
-        return math.inf if self._max_epochs == -1 else self._max_epochs
+    def _at(self) -> Counters:
+        return Counters() if self._run is None else self._run.at
 
     @property
     def _running(self) -> Run:
         if self._run is None:
             raise RuntimeError("this is known once fit has been called.")
         return self._run
-
-    def _call(self, hook: str, *args: Any) -> None:
-        for function in self._hooks[hook]:
-            function(self, self._running.task, *args)
-
-
-def _overridden(callbacks: Sequence[Callback], name: str) -> list[Callable[..., None]]:
-    """The callbacks' own methods of that name: a hook that nobody fills costs nothing."""
-    return [
-        getattr(callback, name)
-        for callback in callbacks
-        if getattr(type(callback), name) is not getattr(Callback, name)
-    ]

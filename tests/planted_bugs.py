@@ -29,13 +29,18 @@ CORE = (
 )
 TRAINER = ("test_feed.py", "test_callbacks.py", "test_checkpoint.py", "test_trainer.py", "test_fuse_windows.py")
 TRAINER_FILES = (
+    "_epochs.py",
     "_feed.py",
     "_outputs.py",
     "_pieces.py",
     "_programs.py",
     "_reader.py",
     "_records.py",
+    "_run.py",
+    "_snapshot.py",
     "_strategy.py",
+    "_validation.py",
+    "_windows.py",
     "callbacks.py",
     "trainer.py",
 )
@@ -187,24 +192,25 @@ BUGS = [
     Bug(
         "the sum mode grows with merging", "_redistribute.py", 'ratio = devices / np.size(local("weight"))', "ratio = 1"
     ),
-    Bug("K of the next epoch", "trainer.py", "self._schedule(self._at.epoch)", "self._schedule(self._at.epoch + 1)"),
+    Bug("K of the next epoch", "_epochs.py", "batches(run.at.epoch)", "batches(run.at.epoch + 1)"),
     Bug(
         "an epoch's last window left open",
-        "trainer.py",
+        "_windows.py",
         "boundary = micro_steps[-1].last or window_step >= at.every_k",
         "boundary = window_step >= at.every_k",
     ),
     Bug(
         "max_steps in micro-steps",
-        "trainer.py",
-        "at.global_step >= self._max_steps",
-        "at.micro_step >= self._max_steps",
+        "_epochs.py",
+        "at.global_step >= self._steps",
+        "at.micro_step >= self._steps",
     ),
     Bug(
         "a validation clears what is pending",
-        "trainer.py",
+        "_validation.py",
         "run.metrics |= results",
-        "run.metrics |= results\n"
+        "import jax\n"
+        "        run.metrics |= results\n"
         "        sums = jax.tree.map(jax.numpy.zeros_like, run.state.pending.sums)\n"
         "        run.state = run.state._replace(pending=run.state.pending._replace(sums=sums))",
     ),
@@ -274,29 +280,29 @@ BUGS = [
     ),
     Bug(
         "a validation that a fused window jumps over",
-        "trainer.py",
-        "at.validated &= run.val_loader",
-        "at.validated = run.val_loader",
+        "_windows.py",
+        "at.validated &= not",
+        "at.validated = not",
     ),
     Bug(
         "the loader's place by the window's number",
-        "trainer.py",
+        "_windows.py",
         "at.batches += micro_step.count",
         "at.batches += bool(micro_step.count)",
     ),
     Bug(
         "K forgotten by a checkpoint",
-        "trainer.py",
-        "for saver in self._savers:\n            saver.goes_on(",
-        "self._at.every_k = 1\n        for saver in self._savers:\n            saver.goes_on(",
+        "_snapshot.py",
+        'at = Counters(**noted["counters"])',
+        'at = Counters(**noted["counters"] | {"every_k": 1})',
     ),
-    Bug("a resume with another seed", "trainer.py", 'found.notes["seed"]', "self._seed"),
-    Bug("another task's programs", "trainer.py", "last.task is task and last.seed == seed", "last.seed == seed"),
+    Bug("a resume with another seed", "trainer.py", 'found.notes["seed"]', "options.seed"),
+    Bug("another task's programs", "_run.py", "last.task is task and last.seed == seed", "last.seed == seed"),
     Bug("a model's programs for another", "_programs.py", "if kind != self._kind:", "if self._kind is None:"),
     Bug(
         "batches of earlier epochs given again",
         "_reader.py",
-        "at.all_batches if is_stream else at.batches",
+        "at.all_batches if self._is_stream else at.batches",
         "at.batches",
     ),
     Bug("a limit that starts anew in a resume", "_reader.py", "limit = max(limit - own(at.batches), 0)", "pass"),
@@ -318,7 +324,7 @@ BUGS = [
     Bug("a host that counts from 0", "_host_driven.py", "int(state.mini_step)", "0"),
     Bug("prepared parameters that lag behind", "_micro_step.py", "_, prepared = _prepare.made(", "_ = _prepare.made("),
     Bug("rounded up as often as not", "_accumulator.py", "& jnp.uint32(0xFFFF)\n", "& jnp.uint32(0x7FFF)\n"),
-    Bug("a window that a hook's error leaves uncounted", "trainer.py", "while self._uncounted:  #", "while False:  #"),
+    Bug("a window that a hook's error leaves uncounted", "_windows.py", "while run.uncounted:  #", "while False:  #"),
 ]
 
 

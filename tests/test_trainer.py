@@ -546,6 +546,14 @@ def test_validation_comes_when_it_is_due(options, at):
     assert seen == at
 
 
+def test_a_validation_after_a_part_of_an_epoch_without_a_length_is_refused_at_the_start():
+    """Catches an interval that is found out after the first micro-step."""
+    t = single(val_check_interval=0.5)
+    with pytest.raises(ValueError, match=r"val_check_interval=0.5.*not known; pass an int"):
+        t.fit(slope(), iter(ones(2, 2)), ones(2))
+    assert t.micro_step == 0
+
+
 def test_validate_gives_the_weighted_means():
     """Catches a mean of means, a limit that is not kept, and a state that must be the last fit's."""
     batches = [np.full(n, value, np.float32) for n, value in [(1, 1), (3, 5), (4, 100)]]

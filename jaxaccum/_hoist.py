@@ -44,8 +44,9 @@ def split(loss: Callable[..., Tree], params: Tree, *args: Any) -> tuple[Callable
 
     Taken out of the loss is what it computes from parameters alone: casts, norms of weights, merges of low rank; inside
     of jit and `jax.checkpoint` too, and in a `jax.lax.scan` over stacked layers, for all of them at once. It is left
-    in where its result is larger than what it is made of, where it is but a part or another order of that, and where a
-    loop uses it in every iteration: there its gradient would be summed over the iterations in the result's dtype.
+    in where its result is larger than what it is made of, where it is but a part or another order of that, where it is
+    made of nothing but vectors, which cost nothing where they are used, and where a loop uses it in every iteration:
+    there its gradient would be summed over the iterations in the result's dtype.
 
     Every gradient is formed in the dtype that it has in the loss, so the result is as exact as without, or more so:
     what the transposes round, they round once a window.
@@ -132,7 +133,8 @@ def _gains(eqn: core.JaxprEqn, var: core.Var, origins: frozenset[core.Var]) -> b
     name = eqn.primitive.name
     widens = name == "convert_element_type" and itemsize(var) > itemsize(eqn.invars[0])
     moves = name in _jaxprs.MOVES or name in _SELECTS
-    return not widens and not moves and bool(origins) and size(var) <= sum(map(size, origins))
+    matrices = any(_jaxprs.ndim(origin) > 1 for origin in origins)
+    return not widens and not moves and matrices and size(var) <= sum(map(size, origins))
 
 
 def _body(eqn: core.JaxprEqn) -> core.Jaxpr | None:

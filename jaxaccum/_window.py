@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from jaxaccum import _accumulator, _hoist, _in_place, _prepare, _split
+from jaxaccum import _accumulator, _hoist, _in_place, _packing, _prepare, _split
 from jaxaccum._accumulator import Weighted
 from jaxaccum._cast import Cast
 from jaxaccum._roles import Roles
@@ -87,21 +87,24 @@ class Window(NamedTuple):
 
     def _sum(self, device, backward, seen, sums, carry, batches, length):
         """(sums of loss and gradient, a zero of the loss's dtype, the last carry, aux) over the micro-batches."""
+        packing = _packing.of(sums.total[1], backward.inside)
+        changed = lambda sums, change: Weighted((sums.total[0], change(sums.total[1])), sums.weight)
         dtypes = []
 
         def micro_step(state, micro_batch):
             sums, carry = state
-            (value, (new_carry, aux)), grads = backward(seen, sums.total[1], *micro_batch, carry)
+            (value, (new_carry, aux)), grads = backward(seen, packing.unpack(sums.total[1]), *micro_batch, carry)
             dtypes.append(value.total.dtype)
             keep = None if value.weight is None else jnp.asarray(value.weight) != 0
             weight = jnp.ones_like(sums.weight) if value.weight is None else value.weight
             # The loss tells one window from the next.
             bits = jax.lax.bitcast_convert_type(value.total.astype(jnp.float32), jnp.uint32)
             counters = (device.index(), micro_batch[0], bits)
-            sums = _accumulator.merge(sums, Weighted((value.total, grads), weight), keep=keep, counters=counters)
+            new = Weighted((value.total, packing.pack(grads)), weight)
+            sums = _accumulator.merge(sums, new, keep=keep, counters=counters)
             return (sums, new_carry if keep is None else _accumulator.select(keep, new_carry, carry)), aux
 
-        start, k = (sums, carry), self.k
+        start, k = (changed(sums, packing.pack), carry), self.k
         if isinstance(k, int) and k == length:
             (sums, carry), aux = jax.lax.scan(
                 micro_step, start, (jnp.arange(k, dtype=jnp.int32), batches), unroll=self.unroll
@@ -112,7 +115,7 @@ class Window(NamedTuple):
             )
         else:
             (sums, carry), aux = _loop(micro_step, start, batches, k, length)
-        return sums, jnp.zeros((), dtypes[0]), carry, aux
+        return changed(sums, packing.unpack), jnp.zeros((), dtypes[0]), carry, aux
 
     def unpack(self, returned: Any) -> tuple[Any, tuple[Tree, ...], Tree]:
         """What `fun` returned as (loss, new carry, aux), with () and None for what it does not return."""

@@ -62,12 +62,11 @@ def test_split(wrap):
     loss = language_model(wrap)
     prepare, rest = _hoist.split(loss, params(), batch()[:N])
     kept, made = prepare(params())
-    # The embedding is gathered from; all else is read in half precision alone.
-    assert [x.shape for x in kept] == [(16, WIDTH)]
+    # The embedding is gathered from, and a bias is a vector; all else is read in half precision alone.
+    assert [x.shape for x in kept] == [(16, WIDTH), (LAYERS, WIDTH)]
     assert {(x.shape, str(x.dtype)) for x in made} == {
         ((16, WIDTH), "bfloat16"),
         ((LAYERS, WIDTH, WIDTH), "bfloat16"),
-        ((LAYERS, WIDTH), "bfloat16"),
         ((WIDTH, WIDTH), "bfloat16"),
     }
     np.testing.assert_allclose(rest((kept, made), batch()[:N]), loss(params(), batch()[:N]), rtol=1e-3)
@@ -113,3 +112,10 @@ W, X = jnp.ones((4, 4)), jnp.ones((2, 4))
 def test_rule(loss, expected):
     """What saves nothing, makes something larger, or would be summed over a loop in half precision."""
     assert made(loss, W, X) == expected
+
+
+def test_vectors():
+    """A cast of a bias, which costs nothing where it is added; not one that a matrix has a part in."""
+    b = jnp.ones(4)
+    assert made(lambda p, x: (half(x) + half(p)).sum(), b, X) == []
+    assert made(lambda p, x: (x * (p[0] @ p[1])).sum(), (W, b), X) == [((4,), "float32")]

@@ -12,9 +12,11 @@ import flags
 import numpy as np
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+# They run for longer than they compile: convolutions that are not optimised at all take minutes.
+IN_LESS_OF_A_HURRY = f"{flags.HURRY} --xla_backend_optimization_level=1"
 
 
-def run(name, *arguments, cwd, xla_flags=flags.HURRY):
+def run(name, *arguments, cwd, xla_flags=IN_LESS_OF_A_HURRY):
     """What the example prints. It sees one device, or without `xla_flags` as many as it asks for."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environment |= {} if xla_flags is None else {"XLA_FLAGS": xla_flags}

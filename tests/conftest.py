@@ -1,12 +1,10 @@
 """Every test runs on 8 forced host devices of the CPU; hypothesis draws the same cases every time."""
 
-import importlib.metadata
 import os
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-if importlib.metadata.version("jax").startswith("0.10."):
-    # The other emitters compile in a fraction of the time; later versions have none but the ones they have.
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+import flags
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags.forced(8)}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import hypothesis

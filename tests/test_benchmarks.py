@@ -8,16 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
+import flags
 import pytest
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 TINY = ["--layers", "1", "--width", "32", "--heads", "2", "--vocabulary", "128", "--length", "16"]
-# Compiled in a hurry.
-HURRY = "--xla_backend_optimization_level=0"
-if jax.__version_info__ < (0, 11):  # A fifth of the time, with emitters that later versions don't have.
-    HURRY += " --xla_cpu_use_fusion_emitters=false"
 
 
 def run(script, *arguments, **variables):
@@ -32,7 +28,7 @@ def run(script, *arguments, **variables):
 def test_transform(tmp_path):
     out = tmp_path / "transform.json"
     options = ["--parameters", "20e3", "--k", "3", "--repeats", "2", "--out", str(out)]
-    printed = run("transform.py", *options, XLA_FLAGS=HURRY)
+    printed = run("transform.py", *options, XLA_FLAGS=flags.HURRY)
     cases = json.loads(out.read_text())["cases"]
     assert [case["optimizer"] for case in cases] == ["adamw", "muon"]
     for case in cases:
@@ -60,7 +56,7 @@ def test_devices(tmp_path, options):
     """Catches a side that does other work than its name says: a sync too many or too few, or other data."""
     out = tmp_path / "devices.json"
     options = [*options, *TINY, "--batches", "1", "--k", "2", "--repeats", "2", "--out", str(out)]
-    printed = run("devices.py", *options, XLA_FLAGS=f"--xla_force_host_platform_device_count=2 {HURRY}")
+    printed = run("devices.py", *options, XLA_FLAGS=flags.forced(2))
     [case] = json.loads(out.read_text())["cases"]
     loss, rival = case["loss"], "sync in every micro-step"
     assert {"no sync", "window", rival} < loss.keys()
@@ -84,7 +80,7 @@ def test_window(tmp_path):
     out = tmp_path / "window.json"
     sides = ["floor", "hand-written scan", "window, auto, by two", "host driven, cast", "counter", "optax.MultiSteps"]
     options = ["--batches", "1", "--k", "2", "--repeats", "2", "--out", str(out), "--sides", *sides]
-    printed = run("window.py", *TINY, *options, XLA_FLAGS=HURRY)
+    printed = run("window.py", *TINY, *options, XLA_FLAGS=flags.HURRY)
     [case] = json.loads(out.read_text())["cases"]
     assert case["failed"] == {}
     assert list(case["seconds"]) == sides
@@ -103,7 +99,7 @@ def test_memory(tmp_path):
     """Catches a case that measures another program than its name says, and a failure that passes for a result."""
     out = tmp_path / "memory.json"
     options = ["--ks", "4", "--sides", "one big batch", "--jobs", "2", "--out", str(out)]
-    printed = run("memory.py", *TINY, *options, XLA_FLAGS=HURRY)
+    printed = run("memory.py", *TINY, *options, XLA_FLAGS=flags.HURRY)
     one, four = json.loads(out.read_text())["cases"]
     assert (one["side"], one["k"], four["side"], four["k"]) == ("gradient", 1, "one big batch", 4)
     assert one["output"] == four["output"] > 0 and one["argument"] < four["argument"]
@@ -116,7 +112,7 @@ def test_scaling(tmp_path):
     out = tmp_path / "scaling.json"
     no_layers = ["--unrolled", "--layers", "0"]
     options = ["--n", "1", "--ks", "1,3", "--repeats", "2", "--compiles", "1", "--out", str(out)]
-    printed = run("scaling.py", *TINY, *no_layers, *options, XLA_FLAGS=HURRY)
+    printed = run("scaling.py", *TINY, *no_layers, *options, XLA_FLAGS=flags.HURRY)
     cases = {case["name"]: case for case in json.loads(out.read_text())["cases"]}
     assert [cases[side]["compiles_when_k_changes"] for side in ("window, traced K", "counter")] == [0, 0]
     for case in cases.values():
@@ -132,7 +128,7 @@ def test_beside_lightning(tmp_path):
     pytest.importorskip("lightning")
     out = tmp_path / "lightning.json"
     options = ["--batches", "1", "--k", "2", "--repeats", "2", "--out", str(out)]
-    printed = run("beside_lightning.py", *TINY, *options, XLA_FLAGS=HURRY, TORCH_COMPILE_DISABLE="1")
+    printed = run("beside_lightning.py", *TINY, *options, XLA_FLAGS=flags.HURRY, TORCH_COMPILE_DISABLE="1")
     [case] = json.loads(out.read_text())["cases"]
     assert case["failed"] == {} and len(case["seconds"]) == 6
     for side, seconds in case["seconds"].items():

@@ -526,18 +526,19 @@ def test_a_task_of_a_flax_model_trains_as_by_hand(make):
     key = jax.random.key(0)
     params, statistics = task.init(jax.random.fold_in(key, np.uint32(2**32 - 1)), MICRO_BATCHES[0])
     start, gradients, at_first = params, [], statistics
+    loss = jax.jit(task.loss)
+    gradient_of = jax.jit(jax.value_and_grad(lambda *args: task.loss(*args)[:2], has_aux=True))
     for i, batch in enumerate(MICRO_BATCHES):
-        args = params, statistics, batch, jax.random.fold_in(key, i)
-        (_, statistics), gradient = jax.value_and_grad(lambda *args: task.loss(*args)[:2], has_aux=True)(*args)
+        (_, statistics), gradient = gradient_of(params, statistics, batch, jax.random.fold_in(key, i))
         gradients.append(gradient)
     assert_close(state.params, jax.tree.map(lambda p, g: p - 0.1 * g, start, mean_of(gradients)))
     assert_close(state.model_state, statistics)
     moved = jax.tree.map(lambda new, old: not np.allclose(new, old), state.model_state, at_first)
     assert jax.tree.leaves(moved) and all(jax.tree.leaves(moved))
-    masked = {float(task.loss(params, statistics, MICRO_BATCHES[0], key)[0]) for key in jax.random.split(key, 3)}
+    masked = {float(loss(params, statistics, MICRO_BATCHES[0], key)[0]) for key in jax.random.split(key, 3)}
     assert len(masked) == 3
     assert float(trainer.callback_metrics["train_seen"]) == 1 and trainer.callback_metrics["val_seen"] == 0
-    again = [task.loss(state.params, state.model_state, MICRO_BATCHES[0], None)[0] for _ in range(2)]
+    again = [loss(state.params, state.model_state, MICRO_BATCHES[0], None)[0] for _ in range(2)]
     assert again[0] == again[1] == pytest.approx(trainer.callback_metrics["val_loss"])
     two = jaxaccum.Trainer(**options | {"strategy": "ddp", "devices": 2, "accumulate_grad_batches": 2})
     assert jax.tree.structure(two.fit(task, MICRO_BATCHES)) == jax.tree.structure(state)

@@ -1,5 +1,7 @@
 """The backward pass that adds into the sums: the same numbers, in less memory, where the rule says so."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,6 +79,12 @@ def equal(a, b):
         np.testing.assert_allclose(x, y, rtol=2e-5, atol=1e-6)
 
 
+@functools.cache
+def added_afterwards(loss):
+    """The window's loss and gradient, without references and on one device."""
+    return jax.jit(jaxaccum.value_and_grad(loss, K, in_place=False))(params(), batch())
+
+
 def adds(fun, p, *args):
     """How many parameters are added to inside of the backward pass: each has a reference of its own."""
     return str(jax.make_jaxpr(fun)(p, *args)).count("= new_ref[")
@@ -86,9 +94,9 @@ def adds(fun, p, *args):
 @pytest.mark.parametrize("in_place", [True, None])
 def test_gradients_are_those_added_afterwards(loss, in_place):
     """Adding twice, into the wrong slice, or before the weight is known to be 0."""
-    f = lambda in_place: jax.jit(jaxaccum.value_and_grad(loss, K, in_place=in_place))(params(), batch())
-    assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(f(False)))
-    equal(f(in_place), f(False))
+    want = added_afterwards(loss)
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(want))
+    equal(jax.jit(jaxaccum.value_and_grad(loss, K, in_place=in_place))(params(), batch()), want)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +142,7 @@ def test_on_a_mesh(axis_type, loss, reduce):
     """A reference that lies otherwise than what is added to it, or that all devices share."""
     f = jaxaccum.value_and_grad(loss, K // 2, mesh=mesh_of(axis_type), in_place=True, reduce=reduce)
     assert adds(f, params(), batch()) == 2
-    equal(jax.jit(f)(params(), batch()), jaxaccum.value_and_grad(loss, K, in_place=False)(params(), batch()))
+    equal(jax.jit(f)(params(), batch()), added_afterwards(loss))
 
 
 @pytest.mark.parametrize("axis_type", [AUTO, EXPLICIT])
@@ -153,7 +161,8 @@ def test_beside_a_model_axis(axis_type):
     f = jaxaccum.value_and_grad(loss, K // 2, mesh=mesh)
     with jax.set_mesh(mesh):
         assert adds(f, split, batch()) == 2
-        equal(jax.jit(f)(split, batch()), jaxaccum.value_and_grad(scanned, K, in_place=False)(params(), batch()))
+        got = jax.jit(f)(split, batch())
+    equal(got, added_afterwards(scanned))
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -163,7 +172,7 @@ def test_in_a_mapped_function(check_vma):
     f = jaxaccum.value_and_grad(weighted, K // 2, axis_name="data", in_place=True)
     mapped = jax.shard_map(f, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=check_vma)
     assert adds(mapped, params(), batch()) == 2
-    equal(jax.jit(mapped)(params(), batch()), jaxaccum.value_and_grad(weighted, K, in_place=False)(params(), batch()))
+    equal(jax.jit(mapped)(params(), batch()), added_afterwards(weighted))
 
 
 def test_with_a_traced_k_keys_aux_and_a_carry():
@@ -194,23 +203,31 @@ def micro_steps(loss, in_place, boundary, axis_name=None):
     return train
 
 
+BOUNDARIES = {"static": lambda i: i % K == K - 1, "counter": lambda i: None}
+
+
+@functools.cache
+def micro_steps_added_afterwards(loss, boundary):
+    """Parameters after two windows without references, on one device."""
+    return jax.jit(micro_steps(loss, False, BOUNDARIES[boundary]))(params(), batch())
+
+
 @pytest.mark.parametrize("loss", [scanned, weighted])
-@pytest.mark.parametrize("boundary", [lambda i: i % K == K - 1, lambda i: None], ids=["static", "counter"])
+@pytest.mark.parametrize("boundary", BOUNDARIES)
 def test_micro_steps(loss, boundary):
     """A window that starts from the sums of the one before, or adds twice."""
-    assert adds(micro_steps(loss, True, boundary), params(), batch()) == 2 * 2 * K
-    run = lambda in_place: jax.jit(micro_steps(loss, in_place, boundary))(params(), batch())
-    equal(run(True), run(False))
+    train = micro_steps(loss, True, BOUNDARIES[boundary])
+    assert adds(train, params(), batch()) == 2 * 2 * K
+    equal(jax.jit(train)(params(), batch()), micro_steps_added_afterwards(loss, boundary))
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_micro_steps_in_a_mapped_function(check_vma):
     """A reference that varies otherwise over the devices than what is added to it."""
-    train = micro_steps(scanned, True, lambda i: i % K == K - 1, axis_name="data")
+    train = micro_steps(scanned, True, BOUNDARIES["static"], axis_name="data")
     mapped = jax.shard_map(train, mesh=mesh_of(AUTO), in_specs=(P(), P("data")), out_specs=P(), check_vma=check_vma)
     rows = jnp.tile(batch(), (2, 1))  # Both devices have the same: the mean of two equal gradients.
-    one = micro_steps(scanned, False, lambda i: i % K == K - 1)
-    equal(jax.jit(mapped)(params(), rows), jax.jit(one)(params(), batch()))
+    equal(jax.jit(mapped)(params(), rows), micro_steps_added_afterwards(scanned, "static"))
 
 
 def test_what_can_not_be_taken_out_is_not_added_in_place():

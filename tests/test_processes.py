@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import flags
 import numpy as np
 import pytest
 from process_worker import SIZES, ZERO, Positioned, Records, fit, of_process
@@ -42,9 +43,7 @@ def together(folder, alone):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    # Compiling is most of it, and process 1 has no cache.
-    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "XLA_FLAGS": flags.forced(2), "JAX_PLATFORMS": "cpu"}
     environment["JAX_COMPILATION_CACHE_DIR"] = str(folder / "compiled")
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     processes = []

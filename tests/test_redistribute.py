@@ -1,5 +1,7 @@
 """Local sums for another number of devices, in mid-window: the window ends as if nothing had happened."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,12 +22,31 @@ def transformation(devices, opt=None, use_grad_mean=True, **options):
     return jaxaccum.MultiSteps(opt or inner(), 16, use_grad_mean, mesh=mesh, **options)
 
 
-def train(tx, p, state, seeds, last=None):
+@functools.cache
+def program(devices):
+    """(the transformation for so many devices, its jitted micro-step)."""
+    tx = transformation(devices)
+    return tx, jax.jit(lambda p, s, x, b: tx.micro_step(loss, p, s, x, boundary=b)[1:], static_argnums=3)
+
+
+def train(devices, p, state, seeds, last=None):
     """A micro-step for each seed; a boundary at `last`."""
-    step = jax.jit(lambda p, s, x, b: tx.micro_step(loss, p, s, x, boundary=b)[1:], static_argnums=3)
     for seed in seeds:
-        p, state = step(p, state, rows(seed), seed == last)
+        p, state = program(devices)[1](p, state, rows(seed), seed == last)
     return p, state
+
+
+@functools.cache
+def begun(devices):
+    """(parameters, state) in mid-window, on the host."""
+    p, state = train(devices, params(), program(devices)[0].init(params()), range(3))
+    return jax.device_get((p, state))
+
+
+@functools.cache
+def ended():
+    """(parameters, state) after the whole window on one device."""
+    return train(1, params(), program(1)[0].init(params()), range(6), last=5)
 
 
 def rows(seed):
@@ -38,10 +59,9 @@ def rows(seed):
     }
 
 
-def moved(state, p):
-    """State and parameters as a checkpoint would bring them: from the host, on no particular device."""
-    host = lambda tree: jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), tree)
-    return host(state), host(p)
+def moved(tree):
+    """Arrays as a checkpoint would bring them: from the host, on no particular device."""
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), tree)
 
 
 @pytest.mark.parametrize("after", COUNTS)
@@ -49,12 +69,9 @@ def moved(state, p):
 def test_training_goes_on_with_another_number_of_devices(before, after):
     """Catches a micro-batch lost, counted twice, or weighed anew."""
     with jax.enable_x64(True):
-        old, new = transformation(before), transformation(after)
-        p, state = train(old, params(), old.init(params()), range(3))
-        state, p = moved(state, p)
-        p, state = train(new, p, new.redistribute(state), range(3, 6), last=5)
-        one = transformation(1)
-        want, want_state = train(one, params(), one.init(params()), range(6), last=5)
+        p, state = moved(begun(before))
+        p, state = train(after, p, program(after)[0].redistribute(state), range(3, 6), last=5)
+        want, want_state = ended()
         assert_close((p, state.inner_opt_state), (want, want_state.inner_opt_state))
 
 
@@ -81,7 +98,7 @@ def test_the_sum_mode_stays_the_mean_over_devices():
     old, new = (transformation(n, optax.sgd(1.0), use_grad_mean=False) for n in (8, 4))
     state = old.init(jnp.zeros(()))
     _, state = jax.jit(lambda g, s: old.update(g, s, boundary=False))(jnp.arange(8.0), state)
-    state, p = moved(state, jnp.zeros(()))
+    state, p = moved((state, jnp.zeros(())))
     updates, _ = jax.jit(lambda g, s: new.update(g, s, p, boundary=True))(jnp.ones(4), new.redistribute(state))
     assert updates == -(3.5 + 1.0)
 

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import flags
 import jax
 import pytest
 from training import assert_close, assert_same, loader, task, trainer
@@ -149,8 +150,7 @@ def test_model_states_that_have_parted_go_on_from_their_mean(tmp_path):
 def life(folder, devices, epochs, death=None):
     """A process that trains until it is done, when it says what it ended with, or until it is killed: then None."""
     arguments = [str(folder), str(devices), str(epochs), *map(str, death or ())]
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, "XLA_FLAGS": flags.forced(devices), "JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"}
     environment["JAX_COMPILATION_CACHE_DIR"] = str(folder.parent / "compiled")
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     command = [sys.executable, str(WORKER), *arguments]

@@ -9,7 +9,7 @@ import pytest
 
 import jaxaccum
 
-assert_close = functools.partial(jax.tree.map, functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7))
+assert_close = functools.partial(jax.tree.map, functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6))
 
 
 def params():

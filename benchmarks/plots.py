@@ -32,7 +32,7 @@ def times(record: Record, floor: str) -> Figure:
         below = [median - x[0] for median, x in zip(medians, ratios, strict=True)]
         above = [x[-1] - median for median, x in zip(medians, ratios, strict=True)]
         bars = axes.barh(sides, medians, xerr=[below, above], color="#4c78a8", ecolor="#aaaaaa")
-        axes.bar_label(bars, [f" {m:.2f}" for m in medians], label_type="edge", padding=2)
+        axes.bar_label(bars, [f"{median:.2f}" for median in medians], label_type="center", color="white")
         axes.axvline(1, color="black", linewidth=0.8)
         axes.set(xlim=(0, 1.35 * max(medians)), xlabel=f"time / {floor}", title=case["name"])
         axes.invert_yaxis()

@@ -62,10 +62,11 @@ class Cast:
 def cast(dtype: Any, where: Callable[[str, Any], bool] | None = None) -> Cast:
     """A `prepare` for `value_and_grad`: parameters cast to `dtype` once a window, their gradient summed in float32.
 
-    The gradient of a cast leaf is formed in `dtype` for each micro-batch, as it is where the loss casts, and its sum
-    goes back to the parameter's dtype unrounded. By default leaves of fewer than two dimensions stay as they are
-    (norms and biases; in a scan over layers, those of each layer), and so do leaves whose gradient within one
-    micro-batch is a running sum, which is not to be had in bfloat16, where 1,024 ones make 256:
+    The gradient of a cast leaf is formed in `dtype` for each micro-batch, as it is where the loss casts, or in float32
+    where `in_place` has it so, and its sum goes back to the parameter's dtype unrounded. By default leaves of fewer
+    than two dimensions stay as they are (norms and biases; in a scan over layers, those of each layer), and so do
+    leaves whose gradient within one micro-batch is a running sum, which is not to be had in bfloat16, where 1,024 ones
+    make 256:
 
     * what the loss gathers from, such as an embedding, tied or not: the gradient of a gather is a scatter-add;
     * what a loop uses again in each iteration, such as a recurrent kernel, or a head applied to chunk after chunk.

@@ -66,8 +66,9 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
       prepare: for `micro_step`, a function of the parameters: the loss sees what it returns, which is kept in the state
         and made anew at each optimizer step; its transpose runs there too, on the sum. See `cast`, which here needs
         `where=`, or to be shown the loss by `seeing`.
-      in_place: for `micro_step`, as for `value_and_grad`. With `mesh`, `should_skip_update_fn` or `nonfinite="drop"`
-        nothing is added in place: what is added can't be taken out again.
+      in_place: for `micro_step`, as for `value_and_grad`, but that gradients are formed in float32 in `HostDriven`
+        alone. With `mesh`, `should_skip_update_fn` or `nonfinite="drop"` nothing is added in place: what is added can't
+        be taken out again.
 
     Raises:
       TypeError, ValueError: for an argument that is none of these, at construction.

@@ -54,12 +54,16 @@ def value_and_grad(
         returns (loss, new_carry), or (loss, (new_carry, aux)), and so does the result.
       prepare: a function of the differentiated argument; `fun` sees what it returns. It runs forward once and
         backward once a window, however large K is. See `cast`. "auto" finds what of `fun` depends on that argument
-        alone, casts above all, and takes it out of the micro-batches: each gradient is formed as it is without.
-      in_place: whether gradients are added to their sums inside of the backward pass, where they can be: those of
-        layers that the loss stacks and walks along with `jax.lax.scan`. It saves a tree of gradients. None does so
-        where it costs no time: for a plain loss. True does for a `Weighted` one too. False never does.
+        alone, casts of matrices above all, and takes it out of the micro-batches: each gradient is formed as it is
+        without.
+      in_place: whether gradients are added to their sums inside of the backward pass, where they can be. None does so
+        for a plain loss, in two ways. Layers that the loss stacks and walks along with `jax.lax.scan` add theirs as
+        they go, which saves a tree of gradients. And where the loss multiplies by a weight in half precision outside of
+        loops, the weight's gradient is formed in float32, not rounded, so that the product can add it; such a function
+        has no forward-mode derivatives. True adds those of layers for a `Weighted` loss too. False does neither.
       unroll: how many micro-batches are one iteration of the loop over them: with 2 the sums are read and written half
-        as often, in memory for one more gradient, and what compiles is twice as large. Only for a K that is not traced.
+        as often and compilers join products, in up to twice the memory; what compiles is twice as large. Only for a K
+        that is not traced.
       accumulator_dtype: the dtype of the sums; float64 and complex parameters keep theirs. None: the parameters'. Sums
         in bfloat16, of half the size, are rounded stochastically, by the micro-step and its loss: they are noisier than
         float32's, but nothing that is small beside them is lost.

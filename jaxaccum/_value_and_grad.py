@@ -59,8 +59,8 @@ def value_and_grad(
       in_place: whether gradients are added to their sums inside of the backward pass, where they can be. None does so
         for a plain loss, in two ways. Layers that the loss stacks and walks along with `jax.lax.scan` add theirs as
         they go, which saves a tree of gradients. And where the loss multiplies by a weight in half precision outside of
-        loops, the weight's gradient is formed in float32, not rounded, so that the product can add it; such a function
-        has no forward-mode derivatives. True adds those of layers for a `Weighted` loss too. False does neither.
+        loops, the weight's gradient is formed in float32, not rounded, so that the product can add it. True adds those
+        of layers for a `Weighted` loss too. False does neither.
       unroll: how many micro-batches are one iteration of the loop over them: with 2 the sums are read and written half
         as often and compilers join products, in up to twice the memory; what compiles is twice as large. Only for a K
         that is not traced.

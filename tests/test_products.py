@@ -187,3 +187,19 @@ def test_training_is_that_of_the_window():
         expected = optax.apply_updates(expected, updates)
         np.testing.assert_allclose(params, expected, rtol=1e-5, atol=1e-6)
         assert not np.any(state.acc_grads)
+
+
+def test_what_is_made_of_gradients():
+    """A product that jax can't differentiate once more, forward or backward, or batch."""
+    w, x = draw(0, 16, 24), draw(1, K * 8, 16)
+
+    def products(**options):
+        gradient = lambda w: jaxaccum.value_and_grad(half_loss, K, **options)(w, x)[1]
+        return (
+            jax.jvp(gradient, (w,), (w,))[1],
+            jax.grad(lambda w: jnp.sum(gradient(w) ** 2))(w),
+            jax.vmap(gradient)(jnp.stack([w, 2 * w])),
+        )
+
+    for wide, plain in zip(jax.jit(products)(), jax.jit(lambda: products(in_place=False))(), strict=True):
+        assert error(wide, plain) < 2e-2

@@ -148,11 +148,11 @@ def _product(eqn: core.JaxprEqn, operands: Sequence[_Value]) -> jax.Array:
     def backward(residuals, cotangent):
         activation, weight = residuals
         _, pull_back = jax.vjp(lambda activation: run(activation, weight), activation)
+        # None is for the weight as it is multiplied by: its gradient goes past the cast.
         return *pull_back(cotangent), None, _weight_gradient(eqn, side, activation, cotangent)
 
     product.defvjp(forward, backward)
-    weight = operands[side]
-    return product(operands[1 - side].array, jax.lax.stop_gradient(weight.array), weight.wide)
+    return product(operands[1 - side].array, *operands[side])
 
 
 def _weight_gradient(eqn: core.JaxprEqn, side: int, activation: jax.Array, cotangent: jax.Array) -> jax.Array:

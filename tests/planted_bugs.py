@@ -336,6 +336,12 @@ BUGS = [
     Bug(
         "a cast that is lost where a table is read", "_products.py", "_Value(results[0], wide[0])", "_Value(*wide * 2)"
     ),
+    Bug(
+        "a second derivative that forgets the weight",
+        "_products.py",
+        "*operands[side])",
+        "jax.lax.stop_gradient(operands[side].array), operands[side].wide)",
+    ),
     Bug("small sums read from the wrong place", "_packing.py", "at += like.size", "at += 1"),
     Bug("sums packed that may lie split", "_packing.py", "return jax.device_count() == 1", "return True"),
     Bug("sums packed over a model axis", "_packing.py", "kind == AxisType.Manual for", "True for"),

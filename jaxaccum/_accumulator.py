@@ -73,11 +73,10 @@ def zeros(tree: Tree, accumulator_dtype: Any) -> Tree:
 
 def init(tree: Tree, accumulator_dtype: Any) -> Tree:
     """The same, laid out on the devices as `tree` is, under jit too."""
-    sums = zeros(tree, accumulator_dtype)
     if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree)):
-        return sums
-    like = lambda total, x: None if total is None else x.astype(total.dtype)
-    return cleared(jax.tree.map(like, sums, tree, is_leaf=lambda leaf: leaf is None))
+        return zeros(tree, accumulator_dtype)
+    leaf = lambda x: jnp.asarray(x, sum_dtype(jnp.result_type(x), accumulator_dtype))
+    return cleared(jax.tree.map(lambda x: leaf(x) if is_inexact(x) else None, tree))
 
 
 def cleared(sums: Tree) -> Tree:

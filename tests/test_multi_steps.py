@@ -295,3 +295,14 @@ def test_a_value_of_one_window_does_not_reach_the_next(static):
         update = jax.jit(lambda s, extra, b=boundary: tx.update(jnp.ones(()), s, boundary=b, **extra)[1])
         state = update(state, extra)
     assert state.inner_opt_state == 2.0
+
+
+def test_a_number_among_traced_parameters():
+    """Catches an init under jit that takes every parameter for an array."""
+    tx = jaxaccum.MultiSteps(optax.sgd(1.0), 2)
+    state = jax.jit(lambda w: tx.init({"w": w, "b": 1.0}))(jnp.ones(3))
+    assert jax.tree.map(lambda x: (x.shape, str(x.dtype)), state.acc_grads) == {
+        "w": ((3,), "float32"),
+        "b": ((), "float32"),
+    }
+    assert not any(jax.tree.leaves(jax.tree.map(np.any, state.acc_grads)))

@@ -66,18 +66,29 @@ def interleave(sides: Sequence[Side], repeats: int) -> dict[str, list[float]]:
     return {name: times[WARMUP:] for name, times in seconds.items()}
 
 
-def in_turns(side: Side) -> Side:
-    """`side`, whose run is a window, with a round of `ROUND` windows after `SETTLING` off the clock.
+def interleave_windows(sides: Sequence[Side], repeats: int) -> dict[str, list[float]]:
+    """`interleave` for sides whose run is a window: rounds of `ROUND` windows, after `SETTLING` off the clock.
 
     A program whose buffers lie where those of its last run lay starts faster, as it does in training.
+
+    Returns:
+      Each side's times of a window.
     """
 
-    def train(carry, count):
+    def train(side, carry, count):
         for _ in range(count):
             carry = side.run(carry)
         return carry
 
-    return Side(side.name, lambda carry: train(carry, ROUND), side.carry, lambda carry: train(carry, SETTLING))
+    def in_turns(side):
+        settled = lambda carry: train(side, side.prepare(carry), SETTLING)
+        return Side(side.name, lambda carry: train(side, carry, ROUND), side.carry, settled)
+
+    turns = [in_turns(side) for side in sides]
+    seconds = interleave(turns, repeats)
+    for side, turn in zip(sides, turns, strict=True):
+        side.carry = turn.carry
+    return {name: [time / ROUND for time in times] for name, times in seconds.items()}
 
 
 def environment() -> dict[str, Any]:

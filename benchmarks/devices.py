@@ -43,7 +43,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _measure import ROUND, WARMUP, Comparison, Record, Side, difference, difference_cell, in_turns, interleave, parser
+from _measure import ROUND, WARMUP, Comparison, Record, Side, difference, difference_cell, interleave_windows, parser
 from _model import Model, add_options, chosen, parameters
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -287,9 +287,8 @@ COMPARISON = Comparison(
 def measure(problem: Problem, names: list[str], repeats: int) -> Record:
     """One case: a window by all sides."""
     contenders = {name: SIDES[name](name, problem) for name in names}
-    sides = {name: in_turns(contender.side) for name, contender in contenders.items()}
-    seconds = interleave(list(sides.values()), repeats)
-    carries = {name: side.carry for name, side in sides.items()}
+    seconds = interleave_windows([contender.side for contender in contenders.values()], repeats)
+    carries = {name: contender.side.carry for name, contender in contenders.items()}
     # Under pmap every leaf has a copy for each device.
     one = lambda x, start: np.asarray(x).reshape(-1, *start.shape)[0]
     params = {name: jax.tree.map(one, carry[0], problem.start) for name, carry in carries.items()}
@@ -298,7 +297,7 @@ def measure(problem: Problem, names: list[str], repeats: int) -> Record:
     return {
         "name": f"N = {n}",
         "n": n,
-        "seconds": {name: [time / ROUND for time in times] for name, times in seconds.items()},
+        "seconds": seconds,
         "difference": {name: float(difference(p, reference, problem.start)) for name, p in params.items()},
         "loss": {name: float(np.mean(jax.device_get(carry[2]))) for name, carry in carries.items()},
         "collectives": {name: collectives_of(contender) for name, contender in contenders.items()},

@@ -45,14 +45,13 @@ import numpy as np
 import optax
 from _measure import (
     ROUND,
-    SETTLING,
     WARMUP,
     Comparison,
     Record,
     Side,
     difference,
     difference_cell,
-    interleave,
+    interleave_windows,
     parser,
     reason,
 )
@@ -139,18 +138,15 @@ def measure(problem: Problem, sides: list[str], repeats: int) -> Record:
     def side(name: str, way: Way) -> Side:
         data = itertools.cycle(problem.windows)
 
-        def train(carry, count):
+        def window(carry):
             nonlocal held
-            for tokens in itertools.islice(data, count):
-                *carry, _ = way.step(*carry, tokens)
+            *carry, _ = way.step(*carry, next(data))
             *held, rest = carry
             return *held, rest
 
-        settled = lambda carry: train((*held, carry[2]), SETTLING)
-        return Side(name, lambda carry: train(carry, ROUND), (None, None, way.rest), prepare=settled)
+        return Side(name, window, (None, None, way.rest), prepare=lambda carry: (*held, carry[2]))
 
-    seconds = interleave([side(name, way) for name, way in ways.items()], repeats)
-    case["seconds"] = {name: [time / ROUND for time in times] for name, times in seconds.items()}
+    case["seconds"] = interleave_windows([side(name, way) for name, way in ways.items()], repeats)
     return case
 
 

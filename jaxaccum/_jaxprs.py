@@ -57,6 +57,36 @@ def run(eqn: core.JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
     return results if eqn.primitive.multiple_results else [results]
 
 
+def evaluate(
+    jaxpr: core.Jaxpr,
+    consts: Sequence[Any],
+    inputs: Sequence[Any],
+    results: Callable[[core.JaxprEqn, list[Any]], Sequence[Any]],
+    entry: Callable[[Any], Any],
+) -> list[Any]:
+    """The outputs of `jaxpr`, equation by equation, in what stands for its values; a plain jit is looked into.
+
+    Args:
+      jaxpr: what to evaluate.
+      consts: its constants, arrays.
+      inputs: what stands for its inputs.
+      results: `results(eqn, operands)` is what stands for the results of an equation.
+      entry: what stands for an array of which nothing more is known: a constant, or a literal.
+    """
+    values = dict(zip(jaxpr.invars, inputs, strict=True))
+    values |= dict(zip(jaxpr.constvars, map(entry, consts), strict=True))
+    read = lambda atom: entry(atom.val) if isinstance(atom, core.Literal) else values[atom]
+    for eqn in jaxpr.eqns:
+        operands = [read(atom) for atom in eqn.invars]
+        if is_plain_jit(eqn):
+            body = eqn.params["jaxpr"]
+            outputs = evaluate(body.jaxpr, body.consts, operands, results, entry)
+        else:
+            outputs = results(eqn, operands)
+        values.update(zip(eqn.outvars, outputs, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
 def axes(eqn: core.JaxprEqn) -> set[str]:
     """The mapped axes that an equation communicates over, in itself or in what it calls."""
     if eqn.primitive.name in ("axis_index", "pvary"):

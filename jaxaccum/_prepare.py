@@ -130,15 +130,8 @@ def _evaluate(closed: core.ClosedJaxpr, inputs: Sequence[tuple[Any, Any]]) -> li
 
     The second of each pair is there to be differentiated: it leads past the casts.
     """
-    jaxpr = closed.jaxpr
-    pairs = dict(zip(jaxpr.invars, inputs, strict=True))
-    pairs |= {var: (const, const) for var, const in zip(jaxpr.constvars, closed.consts, strict=True)}
-    read = lambda atom: (atom.val, atom.val) if isinstance(atom, core.Literal) else pairs[atom]
-    for eqn in jaxpr.eqns:
-        operands = [read(atom) for atom in eqn.invars]
-        if _jaxprs.is_plain_jit(eqn):
-            pairs.update(zip(eqn.outvars, _evaluate(eqn.params["jaxpr"], operands), strict=True))
-            continue
+
+    def pairs(eqn, operands):
         values, wide = zip(*operands, strict=True) if operands else ((), ())
         results = _jaxprs.run(eqn, values)
         if eqn.primitive.name == "convert_element_type" and _floating(wide[0], results[0]):
@@ -147,8 +140,9 @@ def _evaluate(closed: core.ClosedJaxpr, inputs: Sequence[tuple[Any, Any]]) -> li
             before = _jaxprs.run(eqn, wide)
         else:
             before = results
-        pairs.update(zip(eqn.outvars, zip(results, before, strict=True), strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
+        return list(zip(results, before, strict=True))
+
+    return _jaxprs.evaluate(closed.jaxpr, closed.consts, inputs, pairs, lambda x: (x, x))
 
 
 def _floating(*arrays: Any) -> bool:

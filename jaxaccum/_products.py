@@ -86,19 +86,10 @@ def _entry(param: Any, lift: Any, is_chosen: bool) -> _Value:
 
 def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], inputs: Sequence[_Value]) -> list[_Value]:
     """The outputs of `jaxpr`."""
-    values: dict[Any, _Value] = dict(zip(jaxpr.invars, inputs, strict=True))
-    values |= {var: _Value(const) for var, const in zip(jaxpr.constvars, consts, strict=True)}
-    read = lambda atom: _Value(atom.val) if isinstance(atom, core.Literal) else values[atom]
-    for eqn in jaxpr.eqns:
-        operands = [read(atom) for atom in eqn.invars]
-        values.update(zip(eqn.outvars, _results(eqn, operands), strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
+    return _jaxprs.evaluate(jaxpr, consts, inputs, _results, _Value)
 
 
 def _results(eqn: core.JaxprEqn, operands: Sequence[_Value]) -> list[_Value]:
-    if _jaxprs.is_plain_jit(eqn):
-        body = eqn.params["jaxpr"]
-        return _evaluate(body.jaxpr, body.consts, operands)
     if _jaxprs.is_checkpoint(eqn):
         body = lambda operands: _evaluate(eqn.params["jaxpr"], [], operands)
         return _jaxprs.checkpointed(eqn, body)(operands)

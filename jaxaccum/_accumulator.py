@@ -5,11 +5,13 @@ Pure functions over pytrees. Nothing here knows an optimizer, a device or a loop
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from jaxaccum import _overwrites
 
 Tree = Any
 
@@ -66,17 +68,29 @@ def is_inexact(leaf: Any) -> bool:
 
 
 def zeros(tree: Tree, accumulator_dtype: Any) -> Tree:
-    """Zero sums for `tree`, leaf by leaf in `sum_dtype`; a leaf that cannot have a gradient gets None."""
-    leaf = lambda x: jnp.zeros_like(x, dtype=sum_dtype(jnp.result_type(x), accumulator_dtype))
-    return jax.tree.map(lambda x: leaf(x) if is_inexact(x) else None, tree)
+    """Zero sums for `tree`, leaf by leaf in `sum_dtype`; a leaf that cannot have a gradient gets None.
+
+    Statistics that are overwritten keep their dtype.
+    """
+    leaf = lambda x, dtype: jnp.zeros_like(x, dtype=dtype)
+    return _map_with_dtype(leaf, tree, accumulator_dtype)
 
 
 def init(tree: Tree, accumulator_dtype: Any) -> Tree:
     """The same, laid out on the devices as `tree` is, under jit too."""
     if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree)):
         return zeros(tree, accumulator_dtype)
-    leaf = lambda x: jnp.asarray(x, sum_dtype(jnp.result_type(x), accumulator_dtype))
-    return cleared(jax.tree.map(lambda x: leaf(x) if is_inexact(x) else None, tree))
+    return cleared(_map_with_dtype(jnp.asarray, tree, accumulator_dtype))
+
+
+def _map_with_dtype(fun: Callable[[Any, Any], Any], tree: Tree, accumulator_dtype: Any) -> Tree:
+    """`fun(leaf, dtype of its sum)`, None for a leaf that cannot have a gradient."""
+
+    def leaf(path, x):
+        wanted = None if _overwrites.holds(path) else accumulator_dtype
+        return fun(x, sum_dtype(jnp.result_type(x), wanted)) if is_inexact(x) else None
+
+    return jax.tree.map_with_path(leaf, tree)
 
 
 def cleared(sums: Tree) -> Tree:
@@ -103,6 +117,8 @@ def add(
 
     The three options are selections, never products with a mask: what is left out may be infinite or NaN.
 
+    Statistics that are overwritten (`_overwrites`) are not added: the larger one stays, whatever its weight.
+
     Args:
       total: the sums so far; where a leaf is None, the leaf of `x` is passed over.
       x: a tree like `total`, of any inexact dtypes; where a leaf is `Added`, it is the new sum.
@@ -117,16 +133,17 @@ def add(
     """
     numbers = itertools.count()
 
-    def leaf(total, x):
+    def leaf(path, total, x):
         if total is None or isinstance(x, Added):
             return x.total if isinstance(x, Added) else None
+        is_overwritten = _overwrites.holds(path)
         wide = jnp.promote_types(total.dtype, jnp.float32)
         x = jnp.asarray(x).astype(wide)
-        if weight is not None:
+        if weight is not None and not is_overwritten:
             x = x * _beside(x, weight).astype(jnp.finfo(wide).dtype)
         if keep is not None:
             x = jnp.where(_beside(x, keep), x, jnp.zeros_like(x))
-        new = total.astype(wide) + x
+        new = jnp.maximum(total.astype(wide), x) if is_overwritten else total.astype(wide) + x
         if first is not None:
             new = jnp.where(first, x, new)
         number = next(numbers)
@@ -134,7 +151,7 @@ def add(
             return _stochastic(new, (number, *counters))
         return new.astype(total.dtype)
 
-    return jax.tree.map(leaf, total, x, is_leaf=lambda leaf: leaf is None)
+    return jax.tree.map_with_path(leaf, total, x, is_leaf=lambda leaf: leaf is None)
 
 
 def bare(grads: Tree) -> Tree:
@@ -151,6 +168,8 @@ def merge(a: Weighted, b: Weighted, *, keep: Any = None, counters: Sequence[Any]
 def mean(sums: Weighted, like: Tree) -> Tree:
     """Σ w·x / Σ w, the one division; 0 where Σ w is 0 and so is the sum.
 
+    Statistics that are overwritten (`_overwrites`) are not divided.
+
     The division is that of a scalar: XLA does not fuse a division of every element into the optimizer's kernels, but
     writes its result out first, in memory of the parameters' size.
 
@@ -164,14 +183,16 @@ def mean(sums: Weighted, like: Tree) -> Tree:
     """
     weight = jnp.where(sums.weight == 0, jnp.ones_like(sums.weight), sums.weight)
 
-    def leaf(total, x):
+    def leaf(path, total, x):
         if total is None:
             return x
+        if _overwrites.holds(path):
+            return total.astype(jnp.result_type(x))
         wide = jnp.promote_types(total.dtype, jnp.float32)
         mean = total.astype(wide) * (1 / weight.astype(jnp.finfo(wide).dtype))
         return mean.astype(_wider(total.dtype, jnp.result_type(x)))
 
-    return jax.tree.map(leaf, sums.total, like, is_leaf=lambda leaf: leaf is None)
+    return jax.tree.map_with_path(leaf, sums.total, like, is_leaf=lambda leaf: leaf is None)
 
 
 def all_finite(tree: Tree, shape: tuple[int, ...] = ()) -> jax.Array:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from jaxaccum import _jaxprs
+from jaxaccum import _jaxprs, _overwrites
 
 Tree = Any
 
@@ -59,20 +59,25 @@ def split(loss: Callable[..., Tree], params: Tree, *args: Any) -> tuple[Callable
     Returns:
       (prepare, rest). `prepare` returns a pair: the parameters that `rest` reads as they are, and what was made.
     """
-    closed, shapes = jax.make_jaxpr(loss, return_shape=True)(params, *args)
-    leaves, treedef = jax.tree.structure(params).num_leaves, jax.tree.structure(shapes)
+    # Statistics that are overwritten have no gradient that could be carried back: nothing is made of them beforehand.
+    linear, statistics = _overwrites.without(params), _overwrites.only(params)
+    divided = lambda linear, statistics, *args: loss(_overwrites.either(linear, statistics), *args)
+    closed, shapes = jax.make_jaxpr(divided, return_shape=True)(linear, statistics, *args)
+    leaves, treedef = jax.tree.structure(linear).num_leaves, jax.tree.structure(shapes)
     inputs = len(closed.jaxpr.invars)
     plan = _plan(closed.jaxpr, [i < leaves for i in range(inputs)])
 
     def prepare(params):
-        flat = jax.tree.leaves(params)
+        flat = jax.tree.leaves(_overwrites.without(params))
         kept = [x for x, uses in zip(flat, plan.uses[:leaves], strict=True) if uses]
-        return kept, _run_before(plan, closed.consts, [*flat, *[None] * (inputs - leaves)])
+        made = _run_before(plan, closed.consts, [*flat, *[None] * (inputs - leaves)])
+        return (kept, _overwrites.only(params)), made
 
     def rest(seen, *args):
-        kept, made = iter(seen[0]), seen[1]
-        flat = [next(kept) if uses else None for uses in plan.uses[:leaves]]
-        return treedef.unflatten(_run_after(plan, closed.consts, [*flat, *jax.tree.leaves(args)], made))
+        (kept, statistics), made = seen
+        given = iter(kept)
+        flat = [next(given) if uses else None for uses in plan.uses[:leaves]]
+        return treedef.unflatten(_run_after(plan, closed.consts, [*flat, *jax.tree.leaves((statistics, args))], made))
 
     return prepare, rest
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from jaxaccum import _jaxprs, _loss, _products
+from jaxaccum import _jaxprs, _loss, _overwrites, _products
 from jaxaccum._accumulator import Added, Weighted
 
 Tree = Any
@@ -74,10 +74,8 @@ class Backward(NamedTuple):
         return returned, treedef.unflatten(marked)
 
 
-def backward(
-    loss: Callable[..., Any], in_place: bool | None, params: Tree, sums: Tree, *args: Any, replaces: bool = False
-) -> Backward:
-    """How to differentiate `loss(params, *args)`, which returns `(loss, rest)`, the loss plain or `Weighted`.
+def backward(loss: _loss.Traced, in_place: bool | None, sums: Tree, *, replaces: bool = False) -> Backward:
+    """How to differentiate a loss that returns `(loss, rest)`, the loss plain or `Weighted`.
 
     Added inside are leaves that the loss hands, as they are, to one `jax.lax.scan` as what it walks along, and to
     nothing else, if it walks along nothing else that floats: the parameters of stacked layers. There each layer's
@@ -95,32 +93,27 @@ def backward(
     Args:
       loss: the loss.
       in_place: False: nothing is added inside; True: whatever can be; None: what gains by it.
-      params: the parameters.
-      sums: Σ of the gradients so far, a tree like them.
-      *args: arguments of the loss; it is traced and not run.
+      sums: Σ of the gradients so far, a tree like the parameters.
       replaces: whether a gradient may take the place of its sum, by selection.
     """
-    total = _loss.total(loss)
-    leaves, treedef = jax.tree.flatten(params)
+    closed, treedef = loss.closed, jax.tree.structure(loss.args[0])
+    named = jax.tree_util.tree_leaves_with_path(loss.args[0])
+    leaves = [leaf for _, leaf in named]
     none = (False,) * len(leaves)
-    plain = Backward(lambda _, leaves, *args: total(treedef.unflatten(leaves), *args), inside=none, wide=none)
-    if in_place is False:
-        return plain
-    closed, shapes = jax.make_jaxpr(total, return_shape=True)(params, *args)
-    _, (value, _) = shapes
-    if value.weight is not None and in_place is None:
+    plain = Backward(lambda _, leaves, *args: loss.total(treedef.unflatten(leaves), *args), inside=none, wide=none)
+    if in_place is False or (loss.has_weight and in_place is None):
         return plain
     pending = treedef.flatten_up_to(sums)
     inputs = closed.jaxpr.invars[: len(leaves)]
     fits = {
         var
-        for var, leaf, sum_ in zip(inputs, leaves, pending, strict=True)
-        if sum_ is not None and sum_.dtype == leaf.dtype and sum_.dtype.itemsize >= 4
+        for var, (path, leaf), sum_ in zip(inputs, named, pending, strict=True)
+        if sum_ is not None and sum_.dtype == leaf.dtype and sum_.dtype.itemsize >= 4 and not _overwrites.holds(path)
     }
     walked = set().union(*(stack for stack in _stacks(closed.jaxpr) if stack <= fits))
-    products = value.weight is None and not replaces and _products.occur(closed.jaxpr)
+    products = not loss.has_weight and not replaces and _products.occur(closed.jaxpr)
     wide = tuple(products and sum_ is not None and sum_.dtype == jnp.float32 for sum_ in pending)
-    replay = functools.partial(_replay, closed, jax.tree.structure(shapes), wide)
+    replay = functools.partial(_replay, closed, jax.tree.structure(loss.shapes), wide)
     return Backward(replay, tuple(var in walked for var in inputs), wide)
 
 

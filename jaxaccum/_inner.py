@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxaccum import _overwrites
 from jaxaccum._accumulator import is_inexact
+from jaxaccum._overwrites import New
 
 Tree = Any
 
@@ -24,9 +26,11 @@ def update(
 ) -> tuple[Tree, Tree]:
     """`opt.update` on `mean`, which may be wider than the gradients that it is the mean of.
 
-    Where it is, the optimizer's floating state and the parameters are lifted to `wide` for the call, so that the mean
-    is not rounded on its way, and the results are cast back: the state to its own dtypes, the updates to those that
-    `opt` would have given for `grads`.
+    Statistics that are overwritten (`_overwrites`) don't reach the optimizer: their update is `New`, their mean.
+
+    Where the mean is wider, the optimizer's floating state and the parameters are lifted to `wide` for the call, so
+    that the mean is not rounded on its way, and the results are cast back: the state to its own dtypes, the updates to
+    those that `opt` would have given for `grads`.
 
     Args:
       opt: the inner optimizer.
@@ -40,13 +44,15 @@ def update(
     Returns:
       (updates, new inner state).
     """
+    statistics = jax.tree.map(New, _overwrites.only(mean))
+    mean, grads, params = map(_overwrites.without, (mean, grads, params))
     if all(jax.tree.leaves(jax.tree.map(lambda m, g: m.dtype == g.dtype, mean, grads))):
         updates, new_state = opt.update(mean, state, params, **extra_args)
     else:
         shapes = update_shapes(opt, grads, state, params, extra_args)
         updates, new_state = opt.update(mean, _lift(state, wide), _lift(params, wide), **extra_args)
         updates = _cast_like(updates, shapes)
-    return updates, _cast_like(new_state, state)
+    return _overwrites.either(updates, statistics), _cast_like(new_state, state)
 
 
 def like_gradients(params: Tree) -> Tree:
@@ -56,7 +62,9 @@ def like_gradients(params: Tree) -> Tree:
 
 def update_shapes(opt, grads: Tree, state: Tree, params: Tree | None, extra_args: dict[str, Any]) -> Tree:
     """Shapes and dtypes of the updates that `opt` gives for `grads`; nothing is computed."""
-    return jax.eval_shape(lambda g, s, p: opt.update(g, s, p, **extra_args)[0], grads, state, params)
+    args = _overwrites.without(grads), state, _overwrites.without(params)
+    shapes = jax.eval_shape(lambda g, s, p: opt.update(g, s, p, **extra_args)[0], *args)
+    return _overwrites.either(shapes, _overwrites.only(grads))
 
 
 def zeros(shapes: Tree) -> Tree:
@@ -65,10 +73,26 @@ def zeros(shapes: Tree) -> Tree:
     return jax.tree.map(lambda x: numpy_or_jax(x.dtype).zeros(x.shape, x.dtype), shapes)
 
 
+def differences(updates: Tree, params: Tree | None) -> Tree:
+    """`updates` with what to add to the parameter in place of each `New`.
+
+    Raises:
+      TypeError: if there is one and no parameters.
+    """
+    is_new = lambda x: isinstance(x, New)
+    if not any(map(is_new, jax.tree.leaves(updates, is_leaf=is_new))):
+        return updates
+    if params is None:
+        raise TypeError(f"update needs params here: those under {_overwrites.NAME!r} are overwritten. Pass params.")
+    return jax.tree.map(lambda u, p: u.value - p if is_new(u) else u, updates, params, is_leaf=is_new)
+
+
 def apply_updates(params: Tree, updates: Tree) -> Tree:
-    """`optax.apply_updates`; a parameter without gradient (float0, None) stays as it is."""
+    """`optax.apply_updates`; a parameter without gradient (float0, None) stays as it is, `New` is its new value."""
 
     def leaf(param, update):
+        if isinstance(update, New):
+            return update.value.astype(param.dtype)
         if update is None or update.dtype == jax.dtypes.float0:
             return param
         return optax.apply_updates(param, update)

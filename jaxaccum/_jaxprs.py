@@ -87,6 +87,16 @@ def evaluate(
     return [read(atom) for atom in jaxpr.outvars]
 
 
+def reached(jaxpr: core.Jaxpr, inputs: Sequence[bool]) -> list[bool]:
+    """For each output whether it may depend on one of the marked inputs: each result of an equation on all operands."""
+    marked = {var for var, is_marked in zip(jaxpr.invars, inputs, strict=True) if is_marked}
+    is_marked = lambda atom: isinstance(atom, core.Var) and atom in marked
+    for eqn in jaxpr.eqns:
+        if any(map(is_marked, eqn.invars)):
+            marked.update(eqn.outvars)
+    return [is_marked(atom) for atom in jaxpr.outvars]
+
+
 def axes(eqn: core.JaxprEqn) -> set[str]:
     """The mapped axes that an equation communicates over, in itself or in what it calls."""
     if eqn.primitive.name in ("axis_index", "pvary"):

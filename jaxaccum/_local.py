@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxaccum import _checks, _loss, _mesh, _split
+from jaxaccum import _checks, _keys, _loss, _mesh, _split
 from jaxaccum._roles import Roles
-from jaxaccum._sync import MappedAxis
+from jaxaccum._sync import MappedAxis, MeshAxis
 
 Tree = Any
 
@@ -26,12 +26,14 @@ def local_value_and_grad(
     """One micro-batch's gradient on each device of a mesh's data axis, not synchronised: for `MultiSteps(mesh=)`.
 
     Args:
-      fun: as for `value_and_grad`; differentiated with respect to its first argument.
+      fun: as for `value_and_grad`, but the weight of a `Weighted` may not depend on the parameters; differentiated with
+        respect to its first argument.
       mesh: a `jax.sharding.Mesh`.
       data_axis: the mesh's data axis, a name or a tuple of names, of P devices in all.
       has_aux: `fun` returns (loss, aux); aux comes back with a leading device axis.
       batch_argnums: the arguments to split: their leaves are (P·N, ...).
-      key_argnums: random keys; device p sees `jax.random.fold_in(key, p)`.
+      key_argnums: random keys; device p sees `jax.random.fold_in(key, p)`. A typed key that is neither here nor in the
+        batch or the parameters is refused: all devices would draw the same mask.
 
     Returns:
       A function of the same arguments that returns `(value, grads)`, or `((value, aux), grads)`: leaves (P, *shape),
@@ -54,14 +56,18 @@ def local_value_and_grad(
 
     def value_and_grad(*args, **kwargs):
         roles.check(args)
-        _checks.differentiable(args[0])
-        _checks.placed(args[0], sync)
-        _split.check_devices(args, roles.batch, 1, False, sync.size())
-        return _mesh.run(body, sync, args, kwargs, split=roles.batch, split_dim=0, out_specs=P(sync.names))
+        _keys.refuse_shared(args, kwargs, roles.all())
+        return on_each(fun, sync, roles, *args, has_aux=has_aux, **kwargs)
+
+    return value_and_grad
+
+
+def on_each(fun: Callable[..., Any], sync: MeshAxis, roles: Roles, *args: Tree, has_aux: bool = False, **kwargs: Tree):
+    """`local_value_and_grad` of `fun`, called."""
 
     def body(*args, **kwargs):
         device = MappedAxis(sync.names)
-        keys = tuple(jax.tree.map(lambda key: jax.random.fold_in(key, device.index()), args[i]) for i in roles.keys)
+        keys = tuple(_keys.fold(args[i], device.index()) for i in roles.keys)
         batch = tuple(args[i] for i in roles.batch)
         one = roles.put(args, (device.local(args[0]),), batch, keys, ())
         normalised = lambda *args, **kwargs: fun(*args, **kwargs) if has_aux else (fun(*args, **kwargs), None)
@@ -73,4 +79,7 @@ def local_value_and_grad(
         result = ((value, aux) if has_aux else value), grads
         return jax.tree.map(lambda x: jnp.asarray(x)[None], result)
 
-    return value_and_grad
+    _checks.differentiable(args[0])
+    _checks.placed(args[0], sync)
+    _split.check_devices(args, roles.batch, 1, False, sync.size())
+    return _mesh.run(body, sync, args, kwargs, split=roles.batch, split_dim=0, out_specs=P(sync.names))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxaccum import _accumulator, _checks, _inner, _prepare
+from jaxaccum import _accumulator, _checks, _inner, _overwrites, _prepare
 from jaxaccum._accumulator import Weighted
 from jaxaccum._state import MultiStepsState
 from jaxaccum._sync import MeshAxis, Sync
@@ -98,7 +98,7 @@ def init(config: Config, params: Tree) -> MultiStepsState:
 
 def _inner_state(config: Config, params: Tree) -> Tree:
     """The inner optimizer's fresh state, laid out as its updates will leave it."""
-    state = config.opt.init(params)
+    state = config.opt.init(_overwrites.without(params))
     if not isinstance(config.sync, MeshAxis):
         return state
     # Under jit optax's zeros forget on which explicit axes the parameters lie.
@@ -219,7 +219,7 @@ def updates_output(config, like, state, params, extra_args) -> Output:
     def stay():
         return _inner.zeros(_inner.update_shapes(config.inner, like(), state.inner_opt_state, params, extra_args))
 
-    return Output(lambda updates: updates, stay)
+    return Output(lambda updates: _inner.differences(updates, params), stay)
 
 
 def apply_output(params: Tree) -> Output:

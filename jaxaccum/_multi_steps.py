@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxaccum import _accumulator, _checks, _in_place, _local, _loss, _micro_step, _prepare, _redistribute
+from jaxaccum import _accumulator, _checks, _in_place, _keys, _local, _loss, _micro_step, _prepare, _redistribute
 from jaxaccum._accumulator import Weighted
 from jaxaccum._integers import positive_int
 from jaxaccum._micro_step import Config
+from jaxaccum._roles import Roles
 from jaxaccum._state import MultiStepsState
 from jaxaccum._sync import MappedAxis, MeshAxis
 
@@ -183,11 +184,14 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         """One micro-batch from its loss to the parameters: backward, add, and at a boundary the optimizer step.
 
         Args:
-          fun: `fun(params, *args)` returns the micro-batch's mean loss, a floating scalar, or a `Weighted`.
+          fun: `fun(params, *args)` returns the micro-batch's mean loss, a floating scalar, or a `Weighted`, whose
+            weight may not depend on the parameters (`value_and_grad` takes one that does).
           params: the parameters.
           state: the state.
           *args: the micro-batch and whatever else `fun` takes. With `mesh=` the first is a batch of P·N examples, split
-            over the data axis, and all others are common to its devices.
+            over the data axis, and all others are common to its devices, but for typed random keys: device p sees
+            `jax.random.fold_in(key, p)`. On one device and with `axis_name=` a key is used as it is: pass each
+            micro-step one of its own, inside a mapped function each device too.
           boundary: as for `update`.
 
         Returns:
@@ -361,12 +365,14 @@ def _gradient(config, fun, params, state, args, clears):
     """(loss as a `Weighted`, gradient, whether that has its weight already) of one micro-batch on each device."""
     seen = params if config.prepare is None else _prepare.seen(config.prepare, params, state.prepared)
     if isinstance(config.sync, MeshAxis):
-        local = _local.local_value_and_grad(fun, mesh=config.sync.mesh, data_axis=config.sync.names)
-        value, grads = local(seen, *args)
+        device, roles = MappedAxis(config.sync.names), Roles.of(0, 1, (), None)
+        own = lambda seen, batch, *others: fun(seen, batch, *_keys.fold_typed(others, device.index()))
+        value, grads = _local.on_each(own, config.sync, roles, seen, *args)
         return value if isinstance(value, Weighted) else Weighted(value, None), grads, False
     seen = config.sync.local(seen)
-    sums, loss = state.acc_grads, lambda seen: (fun(seen, *args), None)
-    backward = _in_place.backward(loss, config.in_place, seen, sums, replaces=not clears)
+    sums, loss = state.acc_grads, _loss.trace(lambda seen: (fun(seen, *args), None), seen)
+    loss.refuse_varying_weight()
+    backward = _in_place.backward(loss, config.in_place, sums, replaces=not clears)
     if any(backward.inside) and not clears:
         sums = _accumulator.select(state.mini_step == 0, jax.tree.map(jnp.zeros_like, sums), sums)
     (value, _), grads = backward(seen, sums)

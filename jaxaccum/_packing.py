@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
+from jaxaccum import _overwrites
+
 Tree = Any
 
 _SMALL = 2**16  # elements
@@ -28,31 +30,32 @@ class Packing(NamedTuple):
     like: Tree
     packed: tuple[bool, ...]
 
-    def pack(self, tree: Tree) -> tuple[jax.Array | None, list[Any]]:
-        """(the vector, the other leaves)."""
+    def pack(self, tree: Tree) -> tuple[jax.Array | None, Tree]:
+        """(the vector, the tree with None for the leaves that lie in it)."""
         leaves = self._leaves(tree)
         pieces = [
             jnp.ravel(x).astype(like.dtype)
             for x, like, packed in zip(leaves, self._leaves(self.like), self.packed, strict=True)
             if packed
         ]
-        others = [x for x, packed in zip(leaves, self.packed, strict=True) if not packed]
-        return jnp.concatenate(pieces) if pieces else None, others
+        others = [None if packed else x for x, packed in zip(leaves, self.packed, strict=True)]
+        return jnp.concatenate(pieces) if pieces else None, self._tree(others)
 
-    def unpack(self, packed: tuple[Any, list[Any]]) -> Tree:
+    def unpack(self, packed: tuple[Any, Tree]) -> Tree:
         """The tree again."""
-        vector, others = packed[0], iter(packed[1])
-        leaves, at = [], 0
-        for like, is_packed in zip(self._leaves(self.like), self.packed, strict=True):
+        vector, others = packed
+        leaves, at = self._leaves(others), 0
+        for i, (like, is_packed) in enumerate(zip(self._leaves(self.like), self.packed, strict=True)):
             if is_packed:
-                leaves.append(vector[at : at + like.size].reshape(like.shape))
+                leaves[i] = vector[at : at + like.size].reshape(like.shape)
                 at += like.size
-            else:
-                leaves.append(next(others))
-        return jax.tree.structure(self.like, is_leaf=_is_none).unflatten(leaves)
+        return self._tree(leaves)
 
     def _leaves(self, tree: Tree) -> list[Any]:
         return jax.tree.structure(self.like, is_leaf=_is_none).flatten_up_to(tree)
+
+    def _tree(self, leaves: list[Any]) -> Tree:
+        return jax.tree.structure(self.like, is_leaf=_is_none).unflatten(leaves)
 
 
 def of(sums: Tree, stay: Sequence[bool]) -> Packing:
@@ -63,9 +66,10 @@ def of(sums: Tree, stay: Sequence[bool]) -> Packing:
       stay: for each array whether it must stay a leaf of its own.
     """
     stays = iter(stay)
+    stays_out = lambda path, x: next(stays) or x.ndim > 1 or x.size > _SMALL or _overwrites.holds(path)
     kinds = [
-        None if x is None or next(stays) or x.ndim > 1 or x.size > _SMALL else (x.dtype, jax.typeof(x).mat.varying)
-        for x in jax.tree.leaves(sums, is_leaf=_is_none)
+        None if x is None or stays_out(path, x) else (x.dtype, jax.typeof(x).mat.varying)
+        for path, x in jax.tree_util.tree_leaves_with_path(sums, is_leaf=_is_none)
     ]
     counts = collections.Counter(kind for kind in kinds if kind is not None)
     most = max(counts, key=counts.__getitem__) if counts and _are_whole() else None

@@ -33,6 +33,10 @@ class Roles(NamedTuple):
             raise ValueError("argnums and batch_argnums must each name an argument.")
         return cls(*roles)
 
+    def all(self) -> set[int]:
+        """The positions that have a role."""
+        return {i for positions in self for i in positions}
+
     def check(self, args: Sequence[Tree]) -> None:
         """All of them must have been passed by position."""
         for name, positions in self._asdict().items():

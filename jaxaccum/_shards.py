@@ -85,6 +85,12 @@ def reduce_scatter(local: jax.Array, mesh: Mesh, names: tuple[str, ...]) -> jax.
     return jax.jit(mapped)(local)
 
 
+def count(leaf: Any, dimension: int) -> int:
+    """The number of devices that the explicit axes of a mesh split a dimension of `leaf` over."""
+    known = _known(leaf)
+    return math.prod(known.mesh.shape[name] for name in _in_order(_types(leaf)[dimension])) if known else 1
+
+
 def is_explicit(mesh: Mesh | AbstractMesh) -> bool:
     """Whether jax's types know how arrays lie on `mesh`."""
     return any(kind == AxisType.Explicit for kind in mesh.axis_types)
@@ -92,9 +98,14 @@ def is_explicit(mesh: Mesh | AbstractMesh) -> bool:
 
 def _types(leaf: Any) -> tuple[Any, ...]:
     """How jax's types say that `leaf` lies: an entry for each dimension, None where they know of none."""
+    known = _known(leaf)
+    return _padded(known.spec if known else (), len(leaf.shape))
+
+
+def _known(leaf: Any) -> NamedSharding | None:
+    """The layout of `leaf` over a mesh with explicit axes, if jax's types know of one."""
     known = getattr(jax.typeof(leaf) if isinstance(leaf, jax.Array) else leaf, "sharding", None)
-    spec = known.spec if isinstance(known, NamedSharding) and is_explicit(known.mesh) else ()
-    return _padded(spec, len(leaf.shape))
+    return known if isinstance(known, NamedSharding) and is_explicit(known.mesh) else None
 
 
 def _padded(spec: Any, ndim: int) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxaccum import _shards
+from jaxaccum import _overwrites, _shards
 
 Tree = Any
 
@@ -145,19 +145,20 @@ class MappedAxis:
         return fun(tree)
 
     def joined(self, tree: Tree, reduced: Tree = None) -> Tree:
-        """The sum over the devices of what is local, in one reduction.
+        """The sum over the devices of what is local, in one reduction; of statistics that are overwritten the maximum.
 
         Args:
           tree: local sums.
           reduced: for each leaf the names of the axes over which it is a sum already; None where that is none at all.
         """
 
-        def leaf(x, done=()):
+        def leaf(path, x, done=()):
             names = tuple(name for name in self.names if name not in done)
-            return jax.lax.psum(x, names) if names else x
+            reduce = jax.lax.pmax if _overwrites.holds(path) else jax.lax.psum
+            return reduce(x, names) if names else x
 
         tree = self.local(tree)
-        return jax.tree.map(leaf, tree) if reduced is None else jax.tree.map(leaf, tree, reduced)
+        return jax.tree.map_with_path(leaf, tree, *(() if reduced is None else (reduced,)))
 
     def averaged(self, tree: Tree) -> Tree:
         """The mean over the devices of what floats in a local tree; the rest must agree, and is the largest."""
@@ -252,9 +253,13 @@ class MeshAxis:
     def joined(self, tree: Tree, reduced: Tree = None) -> Tree:
         """The sum over the leading axis: jax makes it a reduction over the data axis."""
         del reduced
-        if self.scatter:
-            return jax.tree.map(lambda x: _shards.reduce_scatter(x, self.mesh, self.names), tree)
-        return jax.tree.map(lambda x: jnp.sum(x, axis=0), tree)
+
+        def leaf(path, x):
+            if _overwrites.holds(path):
+                return jnp.max(x, axis=0)
+            return _shards.reduce_scatter(x, self.mesh, self.names) if self.scatter else jnp.sum(x, axis=0)
+
+        return jax.tree.map_with_path(leaf, tree)
 
     def averaged(self, tree: Tree) -> Tree:
         """The mean over the leading axis of what floats; the rest must agree, and is the largest."""

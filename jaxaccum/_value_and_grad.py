@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxaccum import _accumulator, _checks, _mesh, _split
+from jaxaccum import _accumulator, _checks, _keys, _mesh, _overwrites, _split
 from jaxaccum._accumulator import Weighted
 from jaxaccum._integers import positive_int
 from jaxaccum._roles import Roles
@@ -41,15 +41,23 @@ def value_and_grad(
 
     Args:
       fun: `fun(*args, **kwargs)` returns the mean loss of a micro-batch, a floating scalar, or a `Weighted`. The
-        window's loss and gradient are the mean over micro-batches, or Σ total / Σ weight.
+        window's loss and gradient are the mean over micro-batches, or Σ total / Σ weight. Where the weight depends on
+        the parameters, the gradient is that of the quotient, for which the window's forward passes run twice.
       num_micro_batches: K, an integer of at least 1. With `stacked` it may be a traced integer scalar, up to the
         batch's leading length; absent micro-batches then cost nothing, and no K compiles again.
       argnums: the arguments to differentiate, as in jax.
       has_aux: `fun` returns (loss, aux); aux comes back with a leading micro-batch axis, of length K, or with a
-        traced K of the batch's leading length with zeros from K on.
-      batch_argnums: the arguments to split: their leaves are (K·N, ...), and micro-batch i is rows i·N to (i+1)·N.
-      stacked: batch leaves are (K_max, N, ...) instead.
-      key_argnums: random keys; micro-batch i sees `jax.random.fold_in(key, i)`.
+        traced K of the batch's leading length with zeros from K on. aux of shape (K, N, ...), an entry for each
+        example, is in the order of the batch again as `jnp.moveaxis(aux, 0, 1).reshape(K * N, ...)`.
+      batch_argnums: the arguments to split: their leaves are (K·N, ...), and micro-batch i is rows i, i + K, i + 2K and
+        so on. A batch whose rows are split over P devices stays where it is, under plain jit too, if P divides N. If P
+        doesn't, this raises on Explicit axes of a mesh; on Auto axes, which a trace can't see, XLA gathers the batch
+        and every device computes all of it. Under plain jit the gradient is reduced in every micro-step; with `mesh` it
+        is reduced once.
+      stacked: batch leaves are (K_max, N, ...) instead, and micro-batch i is row i; split them over devices along N.
+      key_argnums: random keys; micro-batch i sees `jax.random.fold_in(key, i)`. A typed key that is neither here nor
+        among the batch, the carry and the parameters is refused: all micro-batches would draw the same mask. A raw
+        uint32 key, or one that `fun` closes over, can't be told from other data, and is shared.
       carry_argnums: mutable model state, such as batch statistics, handed from micro-batch to micro-batch: `fun`
         returns (loss, new_carry), or (loss, (new_carry, aux)), and so does the result.
       prepare: a function of the differentiated argument; `fun` sees what it returns. It runs forward once and
@@ -74,8 +82,10 @@ def value_and_grad(
         p's micro-batch i is number p·K + i. Floating leaves of the carry come back as their mean over the devices;
         others must agree. aux stays each device's own.
       mesh: under jit, a `jax.sharding.Mesh`. Then the batch is a global array of P·K·N examples (stacked: (K_max, P·N,
-        ...)), split over the data axis, and everything else is as with `axis_name`. aux comes back as (K, P, ...). The
-        mesh's other axes, for tensor parallelism or fsdp, are left to jax, whether Auto or Explicit.
+        ...)), split over the data axis, and everything else is as with `axis_name`: each device splits its own rows.
+        aux comes back as (K, P, ...); one entry for each example, (K, P, N, ...), is in the order of the batch as
+        `jnp.moveaxis(aux, 0, 2).reshape(P * N * K, ...)`. The mesh's other axes, for tensor parallelism or fsdp, are
+        left to jax, whether Auto or Explicit.
       data_axis: the mesh's data axis, a name or a tuple of names; P is its size.
       reduce: "mean" gives every device the whole gradient. "scatter" (ZeRO), with `mesh`, reduce-scatters it: each
         device gets a part, laid out as `zero_sharding` says. Update in global code, with an optimizer state laid out
@@ -83,11 +93,14 @@ def value_and_grad(
 
     Returns:
       A function of the same arguments that returns what `jax.value_and_grad` does. Micro-batches of weight 0 are left
-      out, whatever they hold; where all are, loss and gradient are 0.
+      out, even if they are NaN; where all are, loss and gradient are 0. For statistics of fp8 layers, which flax keeps
+      under `_overwrite_with_gradient` and whose "gradient" is their new value, it is the largest that a micro-batch
+      gave.
 
     Raises:
       TypeError, ValueError: for arguments that contradict each other, at construction; when called, for a batch that
-        does not divide into K, for leaves of different lengths, and for a traced K without `stacked`.
+        does not divide into K, for leaves of different lengths, for a traced K without `stacked`, and for a typed key
+        that micro-batches would share.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxaccum
@@ -130,6 +143,7 @@ def value_and_grad(
         _checks.available("accumulator_dtype", accumulator_dtype)
         _checks.available("grad_dtype", grad_dtype)
         window.roles.check(args)
+        _keys.refuse_shared(args, kwargs, window.roles.all())
         params = window.differentiated(args)
         _checks.differentiable(params)
         _checks.placed(params, sync)
@@ -139,6 +153,7 @@ def value_and_grad(
             sums, reduced, like, carry, aux = window.run(sync, args, kwargs)
             sums = Weighted((sync.joined(sums.total[0]), sync.joined(sums.total[1], reduced)), sync.joined(sums.weight))
         value, grads = _accumulator.mean(sums, (like, params))
+        grads = _overwrites.kept(grads, params, sums.weight == 0)
         grads = jax.tree.map(lambda g, p: g.astype(grad_dtype or jnp.result_type(p)), grads, params)
         return window.pack(value.astype(like.dtype), carry, aux), sync.like(grads, params)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from jaxaccum import _accumulator, _hoist, _in_place, _packing, _prepare, _split
+from jaxaccum import _accumulator, _hoist, _in_place, _keys, _loss, _packing, _prepare, _split
 from jaxaccum._accumulator import Weighted
 from jaxaccum._cast import Cast
 from jaxaccum._roles import Roles
@@ -50,13 +50,13 @@ class Window(NamedTuple):
           loss's dtype; the carry, averaged over the devices; aux).
         """
         params = self.differentiated(args)
-        batches, length = _split.split(args, self.roles.batch, self.k, self.stacked)
+        micro_batches = _split.split(args, self.roles.batch, self.k, self.stacked)
         carry = device.local(jax.tree.map(_strong, tuple(args[i] for i in self.roles.carry)))
 
         def loss(seen, index, batch, carry):
             differentiated = (seen,) if isinstance(self.argnums, int) else seen
             number = device.index() * self.k + index
-            keys = tuple(jax.tree.map(lambda key: jax.random.fold_in(key, number), args[i]) for i in self.roles.keys)
+            keys = tuple(_keys.fold(args[i], number) for i in self.roles.keys)
             returned = self.fun(*self.roles.put(args, differentiated, batch, keys, carry), **kwargs)
             value, new_carry, aux = self.unpack(returned)
             return value, (_carried(new_carry, carry), aux)
@@ -64,7 +64,7 @@ class Window(NamedTuple):
         # Cast to varying before anything is computed from them, so that no gradient is reduced on its way back.
         seen = params = device.local(params)
         transpose, reduced = (lambda grads: grads), jax.tree.map(lambda _: (), params)
-        first = (jnp.zeros((), jnp.int32), jax.tree.map(lambda x: x[0], batches), carry)
+        first = (jnp.zeros((), jnp.int32), micro_batches.take(0), carry)
         if isinstance(self.prepare, str):
             visible, loss = _hoist.split(loss, params, *first)
         else:
@@ -74,18 +74,37 @@ class Window(NamedTuple):
             seen, transpose = _prepare.once(visible, params)
             seen = device.local(seen)
 
+        traced, mean = _loss.trace(loss, seen, *first), None
+        if traced.weight_varies():
+            mean = self._mean(device, loss, seen, carry, micro_batches)
+            traced = _loss.trace(_loss.less(loss, mean), seen, *first)
         start = device.local(self._start(seen))
-        backward = _in_place.backward(loss, self.in_place, seen, start.total[1], *first)
-        sums, like, carry, aux = self._sum(device, backward, seen, start, carry, batches, length)
-        sums = Weighted((sums.total[0], transpose(sums.total[1])), sums.weight)
+        backward = _in_place.backward(traced, self.in_place, start.total[1])
+        sums, like, carry, aux = self._sum(device, backward, seen, start, carry, micro_batches)
+        total, grads = sums.total
+        total = total if mean is None else total + mean * sums.weight
+        sums = Weighted((total, transpose(grads)), sums.weight)
         return sums, reduced, like, device.averaged(carry), aux
 
     def _start(self, seen: Tree) -> Weighted:
         """Sums of no micro-batch."""
-        zero = jnp.zeros((), _accumulator.weight_dtype())
-        return Weighted((zero, _accumulator.zeros(seen, self.accumulator_dtype)), zero)
+        return Weighted((_zero(), _accumulator.zeros(seen, self.accumulator_dtype)), _zero())
 
-    def _sum(self, device, backward, seen, sums, carry, batches, length):
+    def _mean(self, device, loss, seen, carry, micro_batches) -> jax.Array:
+        """The window's loss over all devices, by forward passes alone."""
+
+        def micro_step(state, micro_batch):
+            sums, carry = state
+            value, (new_carry, _) = loss(seen, *micro_batch, carry)
+            keep = jnp.asarray(value.weight) != 0
+            sums = _accumulator.merge(sums, value, keep=keep)
+            return (sums, _accumulator.select(keep, new_carry, carry)), ()
+
+        start = device.local(Weighted(_zero(), _zero())), carry
+        (sums, _), _ = self._loop(micro_step, start, micro_batches)
+        return device.local(_loss.mean(device.joined(sums)))
+
+    def _sum(self, device, backward, seen, sums, carry, micro_batches):
         """(sums of loss and gradient, a zero of the loss's dtype, the last carry, aux) over the micro-batches."""
         packing = _packing.of(sums.total[1], backward.inside)
         changed = lambda sums, change: Weighted((sums.total[0], change(sums.total[1])), sums.weight)
@@ -104,18 +123,21 @@ class Window(NamedTuple):
             sums = _accumulator.merge(sums, new, keep=keep, counters=counters)
             return (sums, new_carry if keep is None else _accumulator.select(keep, new_carry, carry)), aux
 
-        start, k = (changed(sums, packing.pack), carry), self.k
-        if isinstance(k, int) and k == length:
-            (sums, carry), aux = jax.lax.scan(
-                micro_step, start, (jnp.arange(k, dtype=jnp.int32), batches), unroll=self.unroll
-            )
-        elif self.unroll > 1:
+        (sums, carry), aux = self._loop(micro_step, (changed(sums, packing.pack), carry), micro_batches)
+        return changed(sums, packing.unpack), jnp.zeros((), dtypes[0]), carry, aux
+
+    def _loop(self, micro_step, start, micro_batches):
+        """(the last state, rows) of `micro_step(state, (i, micro-batch i)) -> (state, row)` over the window."""
+        k, length = self.k, micro_batches.length
+        take = lambda i: (i, micro_batches.take(i))
+        if self.unroll > 1 and k != length:
             raise ValueError(
                 f"unroll={self.unroll} needs all of the stacked batch: num_micro_batches={k}, but it holds {length}."
             )
-        else:
-            (sums, carry), aux = _loop(micro_step, start, batches, k, length)
-        return changed(sums, packing.unpack), jnp.zeros((), dtypes[0]), carry, aux
+        if isinstance(k, int):
+            numbers = jnp.arange(k, dtype=jnp.int32)
+            return jax.lax.scan(lambda state, i: micro_step(state, take(i)), start, numbers, unroll=self.unroll)
+        return _loop(micro_step, start, take, k, length)
 
     def unpack(self, returned: Any) -> tuple[Any, tuple[Tree, ...], Tree]:
         """What `fun` returned as (loss, new carry, aux), with () and None for what it does not return."""
@@ -152,13 +174,11 @@ class Window(NamedTuple):
         return value, ((rest, aux) if self.has_aux else rest)
 
 
-def _loop(micro_step, start, batches, k, length):
-    """`lax.scan` over the first k of `length` micro-batches, k static or traced; rows of absent ones are zero."""
-    take = lambda i: (i, jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batches))
+def _loop(micro_step, start, take, k, length):
+    """`lax.scan` over the first k of `length` micro-batches, k traced; rows of absent ones are zero."""
     # Traced once, to know the shapes of what it returns before the loop that needs them.
     closed, (_, aux_shapes) = jax.make_jaxpr(micro_step, return_shape=True)(start, take(jnp.zeros((), jnp.int32)))
-    rows = k if isinstance(k, int) else length
-    aux = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape), x.dtype), aux_shapes)
+    aux = jax.tree.map(lambda x: jnp.zeros((length, *x.shape), x.dtype), aux_shapes)
     treedef = jax.tree.structure((start, aux))
 
     def body(i, state):
@@ -167,7 +187,12 @@ def _loop(micro_step, start, batches, k, length):
         state, row = jax.tree.unflatten(treedef, flat)
         return state, jax.tree.map(lambda a, x: jax.lax.dynamic_update_index_in_dim(a, x, i, 0), aux, row)
 
-    return jax.lax.fori_loop(0, k if isinstance(k, int) else jnp.minimum(k, length), body, (start, aux))
+    # Micro-batches are numbered in int32, under x64 too.
+    return jax.lax.fori_loop(jnp.int32(0), jnp.minimum(k, length).astype(jnp.int32), body, (start, aux))
+
+
+def _zero() -> jax.Array:
+    return jnp.zeros((), _accumulator.weight_dtype())
 
 
 def _strong(x: Any) -> jax.Array:

@@ -3,7 +3,7 @@
 Needs flax, which the core does not: `pip install "jaxaccum[flax]"`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from flax import linen, nnx
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
 
-from jaxaccum import _accumulator, _value_and_grad
+from jaxaccum import _keys, _value_and_grad
 from jaxaccum._accumulator import Weighted
 from jaxaccum._multi_steps import MultiSteps
 from jaxaccum._state import MultiStepsState
@@ -39,10 +39,10 @@ def value_and_grad(
 
     Args:
       fun: `fun(model, *args, **kwargs)` returns the mean loss of a micro-batch, or a `jaxaccum.Weighted`.
-      num_micro_batches: K, as for `jaxaccum.value_and_grad`.
+      num_micro_batches: K, as for `jaxaccum.value_and_grad`; micro-batch i is rows i, i + K, ... of the batch.
       wrt: the filter of the variables to differentiate, as in nnx.
       batch_argnums: which arguments of `fun` to split; the model is number 0.
-      key_argnums: random keys; micro-batch i sees `jax.random.fold_in(key, i)`.
+      key_argnums: random keys; micro-batch i sees `jax.random.fold_in(key, i)`. A typed key elsewhere is refused.
       has_aux: `fun` returns (loss, aux).
       **options: the other options of `jaxaccum.value_and_grad`.
 
@@ -59,10 +59,13 @@ def value_and_grad(
       >>> grads["kernel"].shape
       (3, 1)
     """
+    positions = lambda argnums: (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    known = {0, *positions(batch_argnums), *positions(key_argnums)}
     # The model becomes two arguments, its parameters and its other state, so that all others move up by one.
     moved = lambda argnums: argnums + 1 if isinstance(argnums, int) else tuple(i + 1 for i in argnums)
 
     def value_and_grad(model, *args, **kwargs):
+        _keys.refuse_shared((model, *args), kwargs, known)
         graphdef, params, state = nnx.split(model, wrt, ...)
 
         def pure(params, state, *args, **kwargs):
@@ -105,7 +108,7 @@ def linen_value_and_grad(
       module: the model.
       fun: `fun(model, batch)`, with `model` the module bound to its variables, returns the mean loss of a micro-batch,
         or a `jaxaccum.Weighted`.
-      num_micro_batches: K, as for `jaxaccum.value_and_grad`.
+      num_micro_batches: K, as for `jaxaccum.value_and_grad`; micro-batch i is rows i, i + K, ... of the batch.
       mutable: the collections that a call changes, such as "batch_stats". They go from micro-batch to micro-batch.
       rngs: the random streams that a call draws from, such as "dropout". No two micro-batches draw the same.
       has_aux: `fun` returns (loss, aux).
@@ -114,7 +117,8 @@ def linen_value_and_grad(
     Returns:
       A function `f(variables, batch, key=None)` that returns `((loss, variables), grads)`, or
       `((loss, (variables, aux)), grads)`: the variables with what was mutated, and the gradient with respect to
-      `variables["params"]`. `key` is needed where `rngs` names a stream.
+      `variables["params"]`. `key` is needed where `rngs` names a stream. Statistics of fp8 layers, the collection
+      `_overwrite_with_gradient`, come back with the variables: of each the largest that a micro-batch gave.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxaccum.flax
@@ -130,9 +134,9 @@ def linen_value_and_grad(
     rngs = (rngs,) if isinstance(rngs, str) else tuple(rngs)
     apply = linen.apply(fun, module, mutable=list(mutable))
 
-    def pure(params, state, constants, batch, key):
+    def pure(differentiated, state, constants, batch, key):
         streams = {name: jax.random.fold_in(key, i) for i, name in enumerate(rngs)}
-        returned, state = apply({"params": params, **state, **constants}, batch, rngs=streams)
+        returned, state = apply({**differentiated, **state, **constants}, batch, rngs=streams)
         return (returned[0], (state, returned[1])) if has_aux else (returned, state)
 
     window = _value_and_grad.value_and_grad(
@@ -146,11 +150,12 @@ def linen_value_and_grad(
             if name not in variables:
                 raise ValueError(f"variables hold no collection {name!r}; they hold {sorted(variables)}.")
         state = {name: variables[name] for name in mutable}
-        constants = {name: value for name, value in variables.items() if name not in (*mutable, "params")}
-        (loss, rest), grads = window(variables["params"], state, constants, batch, key)
+        differentiated = {name: variables[name] for name in ("params", OVERWRITE_WITH_GRADIENT) if name in variables}
+        constants = {name: value for name, value in variables.items() if name not in {**state, **differentiated}}
+        (loss, rest), grads = window(differentiated, state, constants, batch, key)
         state, aux = rest if has_aux else (rest, None)
-        variables = {**variables, **state}
-        return (loss, (variables, aux) if has_aux else variables), grads
+        variables = {**variables, **state, **grads, "params": variables["params"]}
+        return (loss, (variables, aux) if has_aux else variables), grads["params"]
 
     return value_and_grad
 
@@ -175,7 +180,9 @@ def linen_task(
       rngs: the random streams that a call draws from in training, such as "dropout".
 
     Returns:
-      A Task whose parameters are `variables["params"]`, and whose model state is all other collections.
+      A Task whose parameters are `variables["params"]`, and whose model state is all other collections. With fp8 layers
+      the parameters are a dict of "params" and `_overwrite_with_gradient`, whose statistics are overwritten at each
+      optimizer step.
 
     Example:
       >>> import flax.linen as nn, jax.numpy as jnp, jaxaccum.flax, optax
@@ -192,12 +199,15 @@ def linen_task(
     def init(key, batch):
         make = linen.init(lambda model, batch: fun(model, batch, True), module)
         variables = dict(jax.jit(make)(streams(key, ("params", *rngs)), batch))
-        return variables.pop("params"), variables
+        params = variables.pop("params")
+        if OVERWRITE_WITH_GRADIENT in variables:
+            params = {"params": params, OVERWRITE_WITH_GRADIENT: variables.pop(OVERWRITE_WITH_GRADIENT)}
+        return params, variables
 
     def loss(params, model_state, batch, key):
         train = key is not None
         apply = linen.apply(fun, module, mutable=list(mutable) if train else False)
-        variables = {"params": params, **model_state}
+        variables = {**(params if _has_statistics(params) else {"params": params}), **model_state}
         if not train:
             return _with_state(apply(variables, batch, False), model_state)
         returned, changed = apply(variables, batch, True, rngs=streams(key, rngs))
@@ -261,6 +271,11 @@ def nnx_task(
     return Task(init, loss, optimizer, model_state=True)
 
 
+def _has_statistics(params: Tree) -> bool:
+    """Whether the collection of fp8 layers' statistics is beside the parameters."""
+    return isinstance(params, Mapping) and OVERWRITE_WITH_GRADIENT in params
+
+
 def _with_state(returned: Any, model_state: Tree) -> tuple[Any, ...]:
     """A loss, or a pair of a loss and metrics, with the model's state put second."""
     if isinstance(returned, tuple) and not isinstance(returned, Weighted):
@@ -275,6 +290,10 @@ class TrainState(train_state.TrainState):
     With a `jaxaccum.MultiSteps` as `tx` a micro-step between boundaries leaves the parameters unread. `step` counts
     calls, as in flax: micro-steps; the optimizer steps are `opt_state.gradient_step`.
 
+    Statistics of fp8 layers (`_overwrite_with_gradient`) stay as they are within a window, so that all micro-batches
+    use the same ones. At the boundary each becomes the largest that a micro-batch gave, and the optimizer doesn't see
+    it.
+
     Example:
       >>> import jax.numpy as jnp, jaxaccum, jaxaccum.flax, optax
       >>> tx = jaxaccum.MultiSteps(optax.sgd(1.0), every_k_schedule=2)
@@ -284,6 +303,14 @@ class TrainState(train_state.TrainState):
       >>> print(state.params["w"])
       -2.0
     """
+
+    @classmethod
+    def create(cls, *, apply_fn: Any, params: Any, tx: optax.GradientTransformation, **kwargs: Any) -> "TrainState":
+        """A fresh state; `tx.init` makes its `opt_state`."""
+        if not (isinstance(tx, MultiSteps) and _has_statistics(params)):
+            return super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs)
+        # The statistics of a window have their place in the sums, which flax would not show them to.
+        return cls(step=0, apply_fn=apply_fn, params=params, tx=tx, opt_state=tx.init(params), **kwargs)
 
     def apply_gradients(self, *, grads: Tree, weight: Any = None, boundary: Any = None, **kwargs: Any) -> "TrainState":
         """One micro-step.
@@ -298,28 +325,33 @@ class TrainState(train_state.TrainState):
           The new state.
 
         Raises:
-          ValueError: if `weight` or `boundary` is given and `tx` holds no `MultiSteps`.
+          ValueError: if `weight` or `boundary` is given and `tx` holds no `MultiSteps`; if there are statistics of fp8
+            layers and `tx` holds a `MultiSteps` without being one.
         """
         fields = {name: kwargs.pop(name) for name in list(kwargs) if name in self.__dataclass_fields__}
         extra_args = {name: value for name, value in (("weight", weight), ("boundary", boundary)) if value is not None}
         nodes = jax.tree.leaves(self.opt_state, is_leaf=lambda node: isinstance(node, MultiStepsState))
-        if extra_args and not any(isinstance(node, MultiStepsState) for node in nodes):
+        has_multi_steps = any(isinstance(node, MultiStepsState) for node in nodes)
+        if extra_args and not has_multi_steps:
             raise ValueError(
                 f"{' and '.join(extra_args)} can't be used: tx holds no jaxaccum.MultiSteps. Wrap the optimizer in one."
             )
         extra_args |= kwargs
-        # Statistics that flax's fp8 layers keep among the parameters are replaced by their "gradient", not updated.
-        overwrites = OVERWRITE_WITH_GRADIENT in grads
-        params, grads_of = (self.params["params"], grads["params"]) if overwrites else (self.params, grads)
         opt_state: Any = self.opt_state
         if isinstance(self.tx, MultiSteps):
-            params, opt_state = self.tx.apply(params, opt_state, grads_of, **extra_args)
-        else:
-            tx = optax.with_extra_args_support(self.tx)
-            updates, opt_state = tx.update(grads_of, opt_state, params, **extra_args)
-            params = optax.apply_updates(params, updates)
+            params, opt_state = self.tx.apply(self.params, opt_state, grads, **extra_args)
+            return self.replace(step=self.step + 1, params=params, opt_state=opt_state, **fields)
+        # Statistics that flax's fp8 layers keep among the parameters are replaced by their "gradient", not updated.
+        overwrites = _has_statistics(grads)
+        if overwrites and has_multi_steps:
+            raise ValueError(
+                f"grads hold {OVERWRITE_WITH_GRADIENT!r}, statistics that are overwritten once a window, but tx is a "
+                f"{type(self.tx).__name__} around a MultiSteps: make the MultiSteps the outermost transformation."
+            )
+        params, grads_of = (self.params["params"], grads["params"]) if overwrites else (self.params, grads)
+        tx = optax.with_extra_args_support(self.tx)
+        updates, opt_state = tx.update(grads_of, opt_state, params, **extra_args)
+        params = optax.apply_updates(params, updates)
         if overwrites:
-            new, old = grads[OVERWRITE_WITH_GRADIENT], self.params[OVERWRITE_WITH_GRADIENT]
-            new = new if weight is None else _accumulator.select(jnp.asarray(weight) != 0, new, old)
-            params = {"params": params, OVERWRITE_WITH_GRADIENT: new}
+            params = {"params": params, OVERWRITE_WITH_GRADIENT: grads[OVERWRITE_WITH_GRADIENT]}
         return self.replace(step=self.step + 1, params=params, opt_state=opt_state, **fields)

@@ -54,6 +54,12 @@ def split(tree, *shape):
     return jax.tree.map(lambda x: x.reshape(*shape, -1, *x.shape[1:]), tree)
 
 
+def micro_batches(tree, devices, k):
+    """(P·K, N, ...): device p's micro-batch i, of its rows i, i + K, ..., is number p·K + i."""
+    leaf = lambda x: x.reshape(devices, -1, k, *x.shape[1:]).swapaxes(1, 2).reshape(devices * k, -1, *x.shape[1:])
+    return jax.tree.map(leaf, tree)
+
+
 def inner():
     """An optimizer that sees the norm of the whole gradient."""
     return optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(0.01))

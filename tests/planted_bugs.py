@@ -98,8 +98,8 @@ BUGS = [
     Bug(
         "only the last gradient counted, K times",
         "_accumulator.py",
-        "new = total.astype(wide) + x",
-        "new = x if first is None else x * 4",
+        "else total.astype(wide) + x",
+        "else (x if first is None else x * 4)",
     ),
     Bug(
         "inner state advanced every micro-step",
@@ -174,20 +174,25 @@ BUGS = [
         "number = device.index() * self.k",
     ),
     Bug("same keys on every device", "_window.py", "number = device.index() * self.k + index", "number = index"),
-    Bug("a mean of means over the devices", "_sync.py", "jax.lax.psum(x, names)", "jax.lax.pmean(x, names)"),
-    Bug("model state of padding kept", "_window.py", "_accumulator.select(keep, new_carry, carry)", "new_carry"),
+    Bug("a mean of means over the devices", "_sync.py", "else jax.lax.psum", "else jax.lax.pmean"),
+    Bug(
+        "model state of padding kept",
+        "_window.py",
+        "new_carry if keep is None else _accumulator.select(keep, new_carry, carry)",
+        "new_carry",
+    ),
     Bug("absent micro-batches run", "_window.py", "jnp.minimum(k, length)", "length"),
     Bug(
         "a gathered gradient summed twice",
         "_sync.py",
-        "return jax.tree.map(leaf, tree) if reduced is None else jax.tree.map(leaf, tree, reduced)",
-        "return jax.tree.map(leaf, tree)",
+        "*(() if reduced is None else (reduced,))",
+        "*()",
     ),
     Bug(
         "an all-reduce under ZeRO",
         "_sync.py",
-        "if self.scatter:\n            return jax",
-        "if False:\n            return jax",
+        "if self.scatter else jnp.sum",
+        "if False else jnp.sum",
     ),
     Bug("ZeRO's optimizer state whole on every device", "_shards.py", "return next(fits, None)", "return None"),
     Bug("a sum given to both of its heirs", "_redistribute.py", "else jnp.zeros_like(x[0])", "else x[0]"),
@@ -332,7 +337,7 @@ BUGS = [
         "*(dimension for _, dimension in pairs)",
         "*contracted[side]",
     ),
-    Bug("a selected gradient in float32", "_in_place.py", "value.weight is None and not replaces and", "True and"),
+    Bug("a selected gradient in float32", "_in_place.py", "not loss.has_weight and not replaces and", "True and"),
     Bug(
         "a cast that is lost where a table is read", "_products.py", "_Value(results[0], wide[0])", "_Value(*wide * 2)"
     ),

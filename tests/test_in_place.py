@@ -71,7 +71,8 @@ def weighted(p, x):
 
 def batch():
     x = jax.random.normal(jax.random.key(1), (K * N, WIDTH))
-    return x.at[N : 2 * N, 0].set(-1.0)  # Micro-batch 1 has weight 0.
+    # Even micro-batches have weight 0, on one device and on two.
+    return x.at[:, 0].set(jnp.where(jnp.arange(K * N) % 2 == 0, -1.0, 1.0))
 
 
 def equal(a, b):

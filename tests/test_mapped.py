@@ -16,6 +16,7 @@ from devices import (
     inner,
     loss,
     mapped,
+    micro_batches,
     params,
     split,
 )
@@ -75,10 +76,10 @@ def test_keys_are_numbered_as_on_one_device(form):
         return loss(p, {**data, "x": data["x"] * keep})
 
     with jax.enable_x64(True):
-        one = jaxaccum.value_and_grad(noisy, DEVICES * K, key_argnums=2)
+        one = jaxaccum.value_and_grad(noisy, DEVICES * K, key_argnums=2, stacked=True)
         f = jaxaccum.value_and_grad(noisy, K, key_argnums=2, axis_name="data")
         got = mapped(form, f, (None, 0, None), (None, None))(params(), split(batch(), DEVICES), jax.random.key(1))
-        assert_close(got, one(params(), batch(), jax.random.key(1)))
+        assert_close(got, one(params(), micro_batches(batch(), DEVICES, K), jax.random.key(1)))
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -16,6 +16,7 @@ from devices import (
     inner,
     loss,
     make,
+    micro_batches,
     on_data,
     params,
     placed,
@@ -65,7 +66,7 @@ def test_aux_on_a_mesh_is_that_of_every_device(name, kind):
     fun = lambda p, data: (loss(p, data), data["x"].sum())
     f = jaxaccum.value_and_grad(fun, K, mesh=mesh, data_axis=data_axis, has_aux=True)
     (_, aux), _ = jax.jit(f)(placed(mesh), on_data(mesh, data_axis, batch(0, devices)))
-    want = split(batch(0, devices)["x"], devices, K).sum(axis=(2, 3)).T
+    want = micro_batches(batch(0, devices)["x"], devices, K).sum(axis=(1, 2)).reshape(devices, K).T
     np.testing.assert_allclose(aux, want, rtol=1e-5)
     assert aux.sharding.spec[:2] == (None, data_axis)
 
@@ -79,9 +80,10 @@ def test_keys_on_a_mesh_are_numbered_as_on_one_device():
 
     with jax.enable_x64(True):
         mesh, _, devices = make("data", "auto")
-        one = jaxaccum.value_and_grad(noisy, devices * K, key_argnums=2)
+        one = jaxaccum.value_and_grad(noisy, devices * K, key_argnums=2, stacked=True)
         f = jaxaccum.value_and_grad(noisy, K, key_argnums=2, mesh=mesh)
-        assert_close(jax.jit(f)(params(), batch(), jax.random.key(1)), one(params(), batch(), jax.random.key(1)))
+        want = one(params(), micro_batches(batch(), devices, K), jax.random.key(1))
+        assert_close(jax.jit(f)(params(), batch(), jax.random.key(1)), want)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -111,7 +111,7 @@ def test_what_prepare_closes_over_may_be_traced():
     x = jnp.asarray(np.resize(W, (K * 6, 5)), jnp.float32)
     factors = jax.tree.map(jnp.float32, FACTORS)
     grads = jax.jit(step)(jnp.float32(W), factors, x)
-    mean = x.reshape(K, 6, 5).mean(0)
+    mean = x.reshape(6, K, 5).mean(1)
     np.testing.assert_allclose(grads["a"], mean @ factors["b"].T, rtol=1e-2, atol=1e-2)
     assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype(jnp.float32)}
 

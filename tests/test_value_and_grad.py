@@ -27,7 +27,8 @@ def loss(p, data):
 
 
 def stack(tree, k):
-    return jax.tree.map(lambda x: x.reshape(k, -1, *x.shape[1:]), tree)
+    """The micro-batches of a batch: number i is rows i, i + k, ..."""
+    return jax.tree.map(lambda x: x.reshape(-1, k, *x.shape[1:]).swapaxes(0, 1), tree)
 
 
 def windows(fun, k, data, **options):
@@ -84,7 +85,7 @@ def test_aux_comes_back_for_every_micro_batch(form):
     (value, aux), _ = windows(fun, 3, data, has_aux=True)[form](params())
     assert_close(value, loss(params(), data))
     assert aux["n"].dtype == jnp.int32 and aux["n"][:3].tolist() == [4, 4, 4]
-    assert_close(aux["first"][:3], data["x"][::4])
+    assert_close(aux["first"][:3], data["x"][:3])
     assert np.all(aux["first"][3:] == 0)
 
 
@@ -158,7 +159,7 @@ def test_a_micro_batch_of_weight_zero_leaves_the_model_state_alone():
         return jaxaccum.Weighted(jnp.sum(w * x), (x > 0).sum()), stats + x.sum()
 
     (value, stats), grad = jaxaccum.value_and_grad(fun, 2, carry_argnums=2)(
-        jnp.array(2.0), jnp.array([1.0, 3.0, -5.0, -7.0]), jnp.array(10.0)
+        jnp.array(2.0), jnp.array([1.0, -5.0, 3.0, -7.0]), jnp.array(10.0)
     )
     assert (value, stats, grad) == (4.0, 14.0, 2.0)
 

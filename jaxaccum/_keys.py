@@ -1,0 +1,49 @@
+"""Random keys: one for each micro-batch, and none that several share by mistake."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+
+Tree = Any
+
+
+def is_typed(leaf: Any) -> bool:
+    """Whether `leaf` is an array of typed keys, as `jax.random.key` makes them."""
+    return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def fold(keys: Tree, number: Any) -> Tree:
+    """`jax.random.fold_in(key, number)` of every key; typed keys may have any shape."""
+
+    def leaf(key):
+        fold_in = jax.random.fold_in
+        for _ in range(key.ndim if is_typed(key) else 0):
+            fold_in = jax.vmap(fold_in, (0, None))
+        return fold_in(key, number)
+
+    return jax.tree.map(leaf, keys)
+
+
+def fold_typed(tree: Tree, number: Any) -> Tree:
+    """`tree` with its typed keys folded with `number`."""
+    return jax.tree.map(lambda x: fold(x, number) if is_typed(x) else x, tree)
+
+
+def refuse_shared(args: Sequence[Tree], kwargs: Mapping[str, Tree], known: Collection[int]) -> None:
+    """Typed keys must be in one of the positional arguments `known`: parameters, batch, carry or `key_argnums`.
+
+    Raises:
+      ValueError: naming the leaf, if one is elsewhere: all micro-batches would share it, and draw the same masks.
+    """
+    others = {f"args[{i}]": arg for i, arg in enumerate(args) if i not in known}
+    others |= {f"kwargs[{name!r}]": arg for name, arg in kwargs.items()}
+    for name, tree in others.items():
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            if is_typed(leaf):
+                raise ValueError(
+                    f"{name}{jax.tree_util.keystr(path)} is a random key that all micro-batches would share, so that "
+                    "all draw the same dropout mask. For a key of its own for each micro-batch pass it by position and "
+                    "name that in key_argnums; for one mask on purpose pass jax.random.key_data(key), and use "
+                    "jax.random.wrap_key_data in the loss."
+                )

@@ -1,12 +1,13 @@
 """For a training loop of one's own: the two programs of a window, and the host's count of its micro-steps."""
 
 import functools
+import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
-from jaxaccum import _accumulator, _inner, _multi_steps
+from jaxaccum import _accumulator, _checks, _inner, _multi_steps
 from jaxaccum._integers import positive_int
 from jaxaccum._multi_steps import MultiSteps
 from jaxaccum._state import MultiStepsState, set_every_k
@@ -20,7 +21,16 @@ class HostDriven:
 
     The one for between boundaries takes the parameters and what is pending, and gives the latter back: the optimizer's
     state does not pass through it, and it adds to the sums without asking whether there are any. The other one closes
-    the window, without a conditional, and clears them. K is the host's: to change it compiles nothing.
+    the window, without a conditional, and clears them. Changing K compiles nothing.
+
+    The state that is passed decides where its window stands. For a state that a call returned, the host knows this
+    without waiting for the device; for any other (fresh, restored, copied, or from another step function) it reads
+    `mini_step` and `every_k` from the state, which waits. Several states can take turns, and a call that raises counts
+    for none of them.
+
+    K is the state's own: what `MultiSteps`, `set_every_k` or a checkpoint put there. Assigning `every_k` on this object
+    writes a new K into the next state that is passed, and into each other state that this object returned before the
+    assignment when that one is passed next.
 
     Args:
       tx: what accumulates.
@@ -57,10 +67,12 @@ class HostDriven:
         for reason, holds in reasons.items():
             if holds:
                 raise ValueError(f"the host can't count the windows of a MultiSteps with {reason}; jit tx.micro_step.")
-        self._tx = tx
-        self._every_k = positive_int(config.every_k, "every_k_schedule")
-        self._mini_step: int | None = None
-        self._is_stale = False  # whether the state does not know of K yet
+        self._mini_step = 0
+        self._every_k = self._assigned = positive_int(config.every_k, "every_k_schedule")
+        self._assignments = 0  # of `every_k`
+        self._last_written = 0  # the last assignment that a state has received
+        self._positions = _Facts()
+        self._ks = _Facts()
 
         micro_step = functools.partial(_multi_steps.micro_step, config, fun, clears=True)
 
@@ -82,52 +94,128 @@ class HostDriven:
 
     @property
     def every_k(self) -> int:
-        """K. Set below what is pending, the next micro-step closes the window."""
+        """K of the last call's state, or the value assigned since.
+
+        Set to what is pending or less, the next micro-step closes the window.
+        """
         return self._every_k
 
     @every_k.setter
     def every_k(self, k: int) -> None:
-        self._every_k = positive_int(k, "every_k")
-        self._is_stale = True
+        self._every_k = self._assigned = positive_int(k, "every_k")
+        self._assignments += 1
 
     @property
     def mini_step(self) -> int:
-        """The micro-steps in the open window; 0 where none is pending."""
-        return self._mini_step or 0
+        """The micro-steps in the open window of the last returned state; 0 where none is pending."""
+        return self._mini_step
 
     def __call__(self, params: Tree, state: MultiStepsState, *args: Any) -> tuple[jax.Array, Tree, MultiStepsState]:
         """One micro-step; a boundary after every K of them.
 
-        The first call reads from `state` where the window stands, which waits for the device; no other one does.
-
         Args:
           params: the parameters; donated at a boundary.
-          state: the state; its sums are donated in every call, all of it at a boundary.
+          state: the state; its sums are donated in every call, all of it at a boundary. A call that raises before its
+            program starts, as where `fun` or the compiler raises, donates nothing.
           *args: what `fun` takes besides, for jit.
 
         Returns:
           (the micro-batch's mean loss, params, state).
+
+        Raises:
+          TypeError: if `state` is not that of a `MultiSteps`.
         """
-        if self._mini_step is None:
-            self._mini_step = int(state.mini_step)
-            if not self._mini_step:
-                state = _cleared(state, self._clear)  # Other drives leave there what the last window held.
-        if self._is_stale:
-            state, self._is_stale = set_every_k(state, self._every_k), False
-        self._mini_step += 1
-        if self._mini_step >= self._every_k:
-            self._mini_step = 0
-            return self._close(params, state, *args)
-        # What only a boundary changes goes around the program.
-        kept = {"inner_opt_state": state.inner_opt_state, "prepared": state.prepared}
-        pending = state._replace(inner_opt_state=None, prepared=())
-        loss, pending = self._accumulate(params, state.prepared, pending, *args)
-        return loss, params, pending._replace(**kept)
+        state, position, every_k = self._read(_checks.state(state, "HostDriven"))
+        if position.mini_step + 1 >= every_k:
+            loss, params, state = self._run(self._close, (params,), state, args, position)
+            mini_step = 0
+        else:
+            # What only a boundary changes goes around the program.
+            kept = {"inner_opt_state": state.inner_opt_state, "prepared": state.prepared}
+            pending = state._replace(inner_opt_state=None, prepared=())
+            loss, pending = self._run(self._accumulate, (params, state.prepared), pending, args, position)
+            state = pending._replace(**kept)
+            mini_step = position.mini_step + 1
+        self._remember(state, mini_step, every_k)
+        return loss, params, state
 
     def flush(self, params: Tree, state: MultiStepsState) -> tuple[Tree, MultiStepsState]:
         """Closes a partial window: an optimizer step on the mean of what it holds. Both arguments are donated."""
-        self._mini_step = 0
-        return self._flush(params, state)
+        state, _, every_k = self._read(_checks.state(state, "HostDriven.flush"))
+        params, state = self._flush(params, state)
+        self._remember(state, 0, every_k)
+        return params, state
+
+    def _read(self, state: MultiStepsState) -> tuple[MultiStepsState, "_Position", int]:
+        """(`state` with the K that is assigned to it, its position, its K)."""
+        position = self._positions.get(state.mini_step) or _Position(_on_host(state.mini_step), ())
+        every_k, written = self._ks.get(state.every_k) or (None, self._last_written)
+        if written < self._assignments:
+            every_k = self._assigned
+            state = set_every_k(state, every_k)
+        elif every_k is None:
+            every_k = _on_host(state.every_k)
+        return state, position, every_k
+
+    def _remember(self, state: MultiStepsState, mini_step: int, every_k: int) -> None:
+        """Notes what the programs made of a state, so that the next call does not read it."""
+        cleared = () if mini_step else tuple(map(weakref.ref, _sums(state)))
+        self._positions.add(state.mini_step, _Position(mini_step, cleared))
+        self._ks.add(state.every_k, (every_k, self._assignments))
+        self._mini_step, self._every_k, self._last_written = mini_step, every_k, self._assignments
+
+    def _run(self, program, given, state, args, position):
+        """`program(*given, state, *args)`, with nothing in the sums of `state` where a window begins."""
+        if not position.mini_step and not position.holds_cleared(_sums(state)):
+            # Whatever can raise does so here, before the clearing takes the caller's sums.
+            jax.block_until_ready((given, state, args))
+            program.lower(*given, state, *args).compile()
+            state = _cleared(state, self._clear)
+        return program(*given, state, *args)
+
+
+class _Position(NamedTuple):
+    """Where a state stands in its window.
+
+    Attributes:
+      mini_step: the micro-steps in the window.
+      cleared: where that is 0, references to the state's sums if they are known to be 0.
+    """
+
+    mini_step: int
+    cleared: tuple[weakref.ref, ...]
+
+    def holds_cleared(self, sums: list[Any]) -> bool:
+        """Whether `sums` are the arrays that are known to be 0."""
+        if len(sums) != len(self.cleared):
+            return False
+        return all(ref() is x for ref, x in zip(self.cleared, sums, strict=True))
+
+
+class _Facts:
+    """What the host knows of arrays, for as long as they live. Arrays do not change, so it remains true."""
+
+    def __init__(self):
+        self._facts: dict[int, tuple[weakref.ref, Any]] = {}
+
+    def add(self, array: jax.Array, fact: Any) -> None:
+        """Notes `fact` of `array`."""
+        key = id(array)  # Arrays have no hash.
+        self._facts[key] = weakref.ref(array, functools.partial(self._facts.pop, key)), fact
+
+    def get(self, array: Any) -> Any:
+        """What is known of this very object; None if nothing is."""
+        known = self._facts.get(id(array))
+        return known[1] if known and known[0]() is array else None
+
+
+def _on_host(scalar: Any) -> int:
+    """The value of a state's counter. Waits for the device."""
+    return int(scalar)
+
+
+def _sums(state: MultiStepsState) -> list[Any]:
+    return jax.tree.leaves((state.acc_grads, state.weight))
 
 
 def _cleared(state: MultiStepsState, clear: Callable[[Tree], Tree]) -> MultiStepsState:

@@ -138,6 +138,31 @@ def test_no_k_set_by_the_host_compiles_again():
     assert updates == 4
 
 
+@pytest.mark.parametrize("is_on_mesh", [False, True])
+def test_host_driven_compiles_each_program_once(is_on_mesh):
+    """Catches a state that is read or cleared, or a K, with which a program compiles again."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    place = lambda x: jax.device_put(x, jax.NamedSharding(mesh, jax.P("data" if x.ndim > 1 else "model")))
+    tx = jaxaccum.MultiSteps(optax.adam(1e-3), 3, **({"mesh": mesh} if is_on_mesh else {}))
+    params, batch = jnp.ones(6), jnp.ones((8, 6))
+    if is_on_mesh:
+        params, batch = place(params), place(batch)
+
+    def train(step, starts):
+        for k, (params, state) in zip((3, 1, 2), starts, strict=True):
+            step.every_k = k
+            now = params, state
+            for _ in range(4):
+                _, *now = step(*now, batch)
+
+    loss = lambda params, x: jnp.mean((x @ params) ** 2)
+    first, second = ([(jnp.copy(params), tx.init(params)) for _ in range(3)] for _ in range(2))
+    train(jaxaccum.HostDriven(tx, loss), first)  # Compiles all else.
+    with counted_compiles() as compiles:
+        train(jaxaccum.HostDriven(tx, loss), second)
+    assert len(compiles) == 2
+
+
 def test_a_traced_k_runs_every_window_length_with_one_program():
     """Catches a K that leaks into shapes."""
     f = jax.jit(lambda p, x, k: jaxaccum.value_and_grad(lambda p, x: jnp.mean((x @ p) ** 2), k, stacked=True)(p, x))

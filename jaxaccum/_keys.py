@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 Tree = Any
 
@@ -28,6 +29,17 @@ def fold(keys: Tree, number: Any) -> Tree:
 def fold_typed(tree: Tree, number: Any) -> Tree:
     """`tree` with its typed keys folded with `number`."""
     return jax.tree.map(lambda x: fold(x, number) if is_typed(x) else x, tree)
+
+
+def fold_beyond_first(tree: Tree, device: Any) -> Tree:
+    """`tree` with its typed keys folded with the device's number, on all devices but the first.
+
+    So devices that start with the same keys part, and the first one's keys go on as on one device.
+    """
+    if isinstance(device, int) and device == 0:
+        return tree
+    leaf = lambda x: jnp.where(device == 0, x, fold(x, device)) if is_typed(x) else x
+    return jax.tree.map(leaf, tree)
 
 
 def refuse_shared(args: Sequence[Tree], kwargs: Mapping[str, Tree], known: Collection[int]) -> None:

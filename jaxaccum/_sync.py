@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxaccum import _overwrites, _shards
+from jaxaccum import _keys, _overwrites, _shards
 
 Tree = Any
 
@@ -161,12 +161,16 @@ class MappedAxis:
         return jax.tree.map_with_path(leaf, tree, *(() if reduced is None else (reduced,)))
 
     def averaged(self, tree: Tree) -> Tree:
-        """The mean over the devices of what floats in a local tree; the rest must agree, and is the largest."""
+        """The mean over the devices of what floats in a local tree; the first device's keys; the rest must agree."""
 
         def leaf(x):
             if jnp.issubdtype(x.dtype, jnp.inexact):
                 return jax.lax.pmean(x, self.names)
-            return jax.lax.pmax(x, self.names) if jnp.issubdtype(x.dtype, jnp.number) else x
+            if _keys.is_typed(x):
+                data = jax.random.key_data(x)
+                first = jax.lax.psum(jnp.where(self.index() == 0, data, jnp.zeros_like(data)), self.names)
+                return jax.random.wrap_key_data(first, impl=jax.random.key_impl(x))
+            return jax.lax.pmax(x.astype(jnp.uint8) if x.dtype == bool else x, self.names).astype(x.dtype)
 
         return jax.tree.map(leaf, self.local(tree))
 
@@ -320,11 +324,11 @@ Sync = OneDevice | MappedAxis | MeshAxis
 
 
 def averaged(tree: Tree) -> Tree:
-    """The mean over the leading axis of what floats; the rest must agree, and is the largest."""
+    """The mean over the leading axis of what floats; the first keys; the rest must agree."""
 
     def leaf(x):
         if jnp.issubdtype(x.dtype, jnp.inexact):
             return jnp.mean(x, axis=0)
-        return jnp.max(x, axis=0) if jnp.issubdtype(x.dtype, jnp.number) else x[0]
+        return x[0] if _keys.is_typed(x) else jnp.max(x, axis=0)
 
     return jax.tree.map(leaf, tree)

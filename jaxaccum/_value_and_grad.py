@@ -80,7 +80,8 @@ def value_and_grad(
         the P devices sums over its own batch of K·N, and the sums are joined once, after the loop: loss and gradient
         are those of all P·K·N examples, as on one device with P·K micro-batches, whose keys are numbered alike: device
         p's micro-batch i is number p·K + i. Floating leaves of the carry come back as their mean over the devices;
-        others must agree. aux stays each device's own.
+        others must agree, except typed keys: device p > 0 starts from `jax.random.fold_in(key, p)`, and the keys of
+        device 0 come back. aux stays each device's own.
       mesh: under jit, a `jax.sharding.Mesh`. Then the batch is a global array of P·K·N examples (stacked: (K_max, P·N,
         ...)), split over the data axis, and everything else is as with `axis_name`: each device splits its own rows.
         aux comes back as (K, P, ...); one entry for each example, (K, P, N, ...), is in the order of the batch as

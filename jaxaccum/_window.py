@@ -52,6 +52,7 @@ class Window(NamedTuple):
         params = self.differentiated(args)
         micro_batches = _split.split(args, self.roles.batch, self.k, self.stacked)
         carry = device.local(jax.tree.map(_strong, tuple(args[i] for i in self.roles.carry)))
+        carry = _keys.fold_beyond_first(carry, device.index())
 
         def loss(seen, index, batch, carry):
             differentiated = (seen,) if isinstance(self.argnums, int) else seen
@@ -197,7 +198,8 @@ def _zero() -> jax.Array:
 
 def _strong(x: Any) -> jax.Array:
     """`x` as an array without a weak type, which a loop would widen by tracing its body again."""
-    return jax.lax.convert_element_type(x, jnp.result_type(x)) if jnp.asarray(x).weak_type else jnp.asarray(x)
+    x = jnp.asarray(x)
+    return jax.lax.convert_element_type(x, x.dtype) if jax.typeof(x).weak_type else x
 
 
 def _carried(new: tuple[Tree, ...], old: tuple[Tree, ...]) -> tuple[Tree, ...]:

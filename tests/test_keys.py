@@ -131,3 +131,46 @@ def test_micro_steps_elsewhere_use_a_key_as_it_is():
     f = jax.jit(jax.shard_map(step, mesh=mesh_of(), in_specs=(P("data"), P("data")), out_specs=P("data")))
     keys = jax.random.split(key, 8)
     np.testing.assert_allclose(f(X, keys), jax.vmap(jax.random.uniform)(keys), rtol=1e-6)
+
+
+def chained(w, x, key):
+    """Carries its key on, and tells what it draws."""
+    key, own = jax.random.split(key)
+    return jnp.mean(w * x), (key, jax.random.uniform(own))
+
+
+@pytest.mark.parametrize("form", ["auto", "explicit", "vma", "no vma"])
+def test_a_carried_key_draws_anew_on_every_device(form):
+    """Catches devices that draw the same masks, and a key that can't come back from them."""
+    f = jaxaccum.value_and_grad(chained, K, carry_argnums=2, has_aux=True)
+    (_, (want, first)), _ = f(W, jnp.zeros(K), jax.random.key(0))
+    options = {"carry_argnums": 2, "has_aux": True}
+    if form in KINDS:
+        (_, (key, drawn)), _ = jax.jit(jaxaccum.value_and_grad(chained, K, mesh=mesh_of(form), **options))(
+            W, X, jax.random.key(0)
+        )
+    else:
+        f = jaxaccum.value_and_grad(chained, K, axis_name="data", **options)
+        run = lambda w, x, key: (lambda out: (out[0][1][0], out[0][1][1][:, None]))(f(w, x, key))
+        specs = {"in_specs": (P(), P("data"), P()), "out_specs": (P(), P(None, "data"))}
+        mapped = jax.shard_map(run, mesh=mesh_of(), check_vma=form == "vma", **specs)
+        key, drawn = jax.jit(mapped)(W, X, jax.random.key(0))
+    assert len(np.unique(drawn)) == 8 * K
+    np.testing.assert_array_equal(np.asarray(drawn)[:, 0], first)
+    np.testing.assert_array_equal(jax.random.key_data(key), jax.random.key_data(want))
+
+
+@pytest.mark.parametrize("where", ["eager", "jit", "mesh"])
+def test_dropout_of_an_nnx_model(where):
+    """Catches a model with random streams that can't be called eagerly, and one mask on all devices."""
+    model = nnx.Dropout(0.5, rngs=nnx.Rngs(1))
+    fun = lambda model, x: (jnp.mean(x), model(jnp.ones(16)))
+    options = {"mesh": mesh_of()} if where == "mesh" else {}
+    f = jaxaccum.flax.value_and_grad(fun, K, wrt=nnx.Param, has_aux=True, **options)
+    call = f if where == "eager" else nnx.jit(f)
+    before = jax.random.key_data(model.rngs.key[...])
+    (_, masks), _ = call(model, X)
+    masks = np.asarray(masks).reshape(-1, 16)
+    assert len(np.unique(masks, axis=0)) == len(masks) == K * (8 if where == "mesh" else 1)
+    np.testing.assert_array_equal(jax.random.key_data(model.rngs.key[...]), before)
+    assert model.rngs.count[...] == K

@@ -79,6 +79,7 @@ def init(config: Config, params: Tree) -> MultiStepsState:
     seen, prepared = params, ()
     if config.prepare is not None:
         _checks.differentiable(params)
+        _prepare.check(config.prepare, params)
         seen, prepared = _prepare.made(config.prepare, params)
     state = MultiStepsState(
         mini_step=jnp.zeros((), jnp.int32),
@@ -274,6 +275,7 @@ def _carried_back(config, params, total):
         return total, None
     # Inside a mapped axis they must vary over it as the sums do.
     own = params if isinstance(config.sync, MeshAxis) else config.sync.local(params)
+    _prepare.check(config.prepare, own)
     _, transpose = _prepare.once(config.prepare, own)
     return config.sync.each(transpose, total), _prepare.gathered(config.prepare, own, config.sync.names)
 

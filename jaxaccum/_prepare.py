@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from jaxaccum import _jaxprs
+from jaxaccum import _jaxprs, _linear
 
 Tree = Any
 
@@ -50,6 +50,26 @@ def once(prepare: Callable[[Tree], Tree], params: Tree) -> tuple[Tree, Callable[
         return jax.tree.unflatten(treedef, vjp(cotangents))
 
     return jax.tree.unflatten(jax.tree.structure(shapes), values), transpose
+
+
+def check(prepare: Callable[[Tree], Tree], params: Tree) -> None:
+    """Refuses a `prepare` whose transpose can't be shown to commute with the sum over the window.
+
+    Args:
+      prepare: a differentiable function of the parameters; it is traced and not run.
+      params: the parameters.
+
+    Raises:
+      ValueError: if `prepare` calls a `jax.custom_vjp` whose backward pass may not be linear in its cotangents.
+    """
+    name = _linear.unproved(jax.make_jaxpr(prepare)(params).jaxpr)
+    if name is not None:
+        raise ValueError(
+            f"prepare calls {name}, which has a backward pass of its own (jax.custom_vjp) that can't be shown to be "
+            "linear in its cotangents. prepare is differentiated once a window, on the sum of the micro-batches' "
+            "gradients, and to clip, square or normalise that is not to do so to each of them. Call it in the loss "
+            "instead of in prepare."
+        )
 
 
 def made(prepare: Callable[[Tree], Tree], params: Tree) -> tuple[Tree, tuple[jax.Array, ...]]:

@@ -50,6 +50,7 @@ TRAINER_FILES = (
 OWN = {
     "_in_place.py": ("test_in_place.py", "test_products.py"),
     "_hoist.py": ("test_hoist.py",),
+    "_linear.py": ("test_hoist.py", "test_prepare.py"),
     "_host_driven.py": ("test_host_driven.py",),
     "_packing.py": ("test_packing.py",),
     "_products.py": ("test_products.py",),
@@ -322,6 +323,14 @@ BUGS = [
     Bug("a stack used twice added in place", "_in_place.py", " and uses[atom] == 1 for atom", " for atom"),
     Bug("a loop's constant made beforehand", "_hoist.py", "is_known and i >= whole", "is_known"),
     Bug("larger things made beforehand", "_hoist.py", " and size(var) <= sum(map(size, origins))", ""),
+    Bug("a rule that is not linear made beforehand", "_hoist.py", " and _linear.unproved_in(eqn) is None", ""),
+    Bug("a rule hidden by a loop", "_linear.py", "map(unproved, _bodies(eqn))", "()"),
+    Bug(
+        "an offset taken for linear",
+        "_linear.py",
+        "_ZERO, _CONSTANT, _LINEAR, _OTHER = 0, 1, 2, 3",
+        "_ZERO, _CONSTANT, _LINEAR, _OTHER = 0, 0, 2, 3",
+    ),
     Bug("the host's K kept from the state", "_host_driven.py", "if self._is_stale:", "if False:"),
     Bug("a host that counts from 0", "_host_driven.py", "int(state.mini_step)", "0"),
     Bug("another drive's sums taken over", "_host_driven.py", "state = _cleared(state, self._clear)", "pass"),

@@ -39,7 +39,8 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         it holds, and a window of weight 0 leaves parameters and inner state untouched.
 
     Args:
-      opt: the inner optimizer. It receives the mean in the accumulator's dtype.
+      opt: the inner optimizer. It receives the mean in the accumulator's dtype; that of several devices, whose sums are
+        added in float32 or wider however they are stored, in no less than float32.
       every_k_schedule: K, an integer of at least 1, which `set_every_k` changes without a recompile; or a function
         of `gradient_step` (int32 scalar) that returns K.
       use_grad_mean: False hands the weighted sum to the inner optimizer in place of the mean.

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxaccum import _accumulator
+from jaxaccum import _shards
 from jaxaccum._micro_step import Config
 from jaxaccum._state import MultiStepsState
 from jaxaccum._sync import MeshAxis, OneDevice
@@ -49,13 +49,16 @@ def redistribute(config: Config, state: MultiStepsState, devices: int) -> MultiS
 
 
 def folded(sums: Tree, devices: int) -> Tree:
-    """Leaves (P, ...) as (devices, ...): old device p's sum goes to new device p·devices // P."""
+    """Leaves (P, ...) as (devices, ...): old device p's sum goes to new device p·devices // P.
+
+    Sums are added in float32 or wider, and rounded once to the dtype that they are stored in.
+    """
 
     def leaf(x):
         heirs = np.arange(len(x)) * devices // len(x)
-        parts = [[x[p] for p in np.flatnonzero(heirs == i)] for i in range(devices)]
-        merged = [functools.reduce(_accumulator.add, part) if part else jnp.zeros_like(x[0]) for part in parts]
-        return jnp.stack(merged)
+        wide = _shards.wide(jnp.asarray(x))
+        merged = [jnp.sum(wide[heirs == i], axis=0) for i in range(devices)]
+        return jnp.stack(merged).astype(x.dtype)
 
     return jax.tree.map(leaf, sums)
 

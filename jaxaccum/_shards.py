@@ -68,9 +68,12 @@ def reshard(leaf: jax.Array, mesh: Mesh, names: tuple[str, ...], spec: P) -> jax
 def reduce_scatter(local: jax.Array, mesh: Mesh, names: tuple[str, ...]) -> jax.Array:
     """The sum over the leading device axis of `local`, (P, *shape), split over the data axes as far as it can be.
 
+    It is formed and returned in float32 or wider.
+
     Where the mesh's other axes are automatic, how they split `local` is not known here, and XLA would gather it before
     a reduce-scatter: it is left to XLA to make one out of a reduction and a layout, which it does on GPU and TPU.
     """
+    local = wide(local)
     spec = _types(local)[1:]
     like = jax.ShapeDtypeStruct(local.shape[1:], local.dtype, sharding=NamedSharding(mesh, P(*spec)))
     split = dimension(like, mesh, names)
@@ -83,6 +86,12 @@ def reduce_scatter(local: jax.Array, mesh: Mesh, names: tuple[str, ...]) -> jax.
     out = [names if d == split else entry for d, entry in enumerate(spec)]
     mapped = jax.shard_map(scatter, mesh=mesh, in_specs=P(names, *spec), out_specs=P(*out), check_vma=False)
     return jax.jit(mapped)(local)
+
+
+def wide(x: jax.Array) -> jax.Array:
+    """`x` in float32, if it is of a narrower inexact dtype: what several devices hold is added in no less."""
+    is_narrow = jnp.issubdtype(x.dtype, jnp.inexact) and jnp.finfo(x.dtype).bits < 32
+    return x.astype(jnp.float32) if is_narrow else x
 
 
 def is_explicit(mesh: Mesh | AbstractMesh) -> bool:

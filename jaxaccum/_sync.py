@@ -145,7 +145,7 @@ class MappedAxis:
         return fun(tree)
 
     def joined(self, tree: Tree, reduced: Tree = None) -> Tree:
-        """The sum over the devices of what is local, in one reduction.
+        """The sum over the devices of what is local, in one reduction; in float32 or wider.
 
         Args:
           tree: local sums.
@@ -154,7 +154,7 @@ class MappedAxis:
 
         def leaf(x, done=()):
             names = tuple(name for name in self.names if name not in done)
-            return jax.lax.psum(x, names) if names else x
+            return jax.lax.psum(_shards.wide(x), names) if names else x
 
         tree = self.local(tree)
         return jax.tree.map(leaf, tree) if reduced is None else jax.tree.map(leaf, tree, reduced)
@@ -164,7 +164,7 @@ class MappedAxis:
 
         def leaf(x):
             if jnp.issubdtype(x.dtype, jnp.inexact):
-                return jax.lax.pmean(x, self.names)
+                return jax.lax.pmean(_shards.wide(x), self.names).astype(x.dtype)
             return jax.lax.pmax(x, self.names) if jnp.issubdtype(x.dtype, jnp.number) else x
 
         return jax.tree.map(leaf, self.local(tree))
@@ -250,11 +250,11 @@ class MeshAxis:
         return jax.vmap(fun)(tree)
 
     def joined(self, tree: Tree, reduced: Tree = None) -> Tree:
-        """The sum over the leading axis: jax makes it a reduction over the data axis."""
+        """The sum over the leading axis, in float32 or wider: jax makes it a reduction over the data axis."""
         del reduced
         if self.scatter:
             return jax.tree.map(lambda x: _shards.reduce_scatter(x, self.mesh, self.names), tree)
-        return jax.tree.map(lambda x: jnp.sum(x, axis=0), tree)
+        return jax.tree.map(lambda x: jnp.sum(_shards.wide(x), axis=0), tree)
 
     def averaged(self, tree: Tree) -> Tree:
         """The mean over the leading axis of what floats; the rest must agree, and is the largest."""
@@ -262,7 +262,8 @@ class MeshAxis:
 
     def one(self, tree: Tree) -> Tree:
         """Shapes and dtypes of a local tree as one device has it."""
-        return jax.eval_shape(self.joined, tree)
+        stored = lambda tree: jax.tree.map(lambda total, x: total.astype(x.dtype), self.joined(tree), tree)
+        return jax.eval_shape(stored, tree)
 
     def spread(self, tree: Tree) -> Tree:
         """`tree` laid out as joined sums are: under ZeRO each array split over the data axes where it can be."""
@@ -319,7 +320,7 @@ def averaged(tree: Tree) -> Tree:
 
     def leaf(x):
         if jnp.issubdtype(x.dtype, jnp.inexact):
-            return jnp.mean(x, axis=0)
+            return jnp.mean(_shards.wide(x), axis=0).astype(x.dtype)
         return jnp.max(x, axis=0) if jnp.issubdtype(x.dtype, jnp.number) else x[0]
 
     return jax.tree.map(leaf, tree)

@@ -26,6 +26,7 @@ CORE = (
     "test_exact.py",
     "test_prepared_steps.py",
     "test_rounding.py",
+    "test_reduction.py",
 )
 TRAINER = ("test_feed.py", "test_callbacks.py", "test_checkpoint.py", "test_trainer.py", "test_fuse_windows.py")
 TRAINER_FILES = (
@@ -175,7 +176,18 @@ BUGS = [
         "number = device.index() * self.k",
     ),
     Bug("same keys on every device", "_window.py", "number = device.index() * self.k + index", "number = index"),
-    Bug("a mean of means over the devices", "_sync.py", "jax.lax.psum(x, names)", "jax.lax.pmean(x, names)"),
+    Bug("a mean of means over the devices", "_sync.py", "jax.lax.psum(_shards", "jax.lax.pmean(_shards"),
+    Bug(
+        "stored sums reduced as they are", "_sync.py", "jax.lax.psum(_shards.wide(x), names)", "jax.lax.psum(x, names)"
+    ),
+    Bug("stored sums scattered as they are", "_shards.py", "    local = wide(local)\n", ""),
+    Bug(
+        "merged sums rounded seven times",
+        "_redistribute.py",
+        "jnp.sum(wide[heirs == i], axis=0)",
+        "functools.reduce(lambda a, b: (a + b).astype(x.dtype), wide[heirs == i], jnp.zeros_like(wide[0]))",
+    ),
+    Bug("a gather carried back as it is", "_prepare.py", "if eqn.primitive.name in _GATHERS else", "if False else"),
     Bug("model state of padding kept", "_window.py", "_accumulator.select(keep, new_carry, carry)", "new_carry"),
     Bug("absent micro-batches run", "_window.py", "jnp.minimum(k, length)", "length"),
     Bug(
@@ -191,7 +203,12 @@ BUGS = [
         "if False:\n            return jax",
     ),
     Bug("ZeRO's optimizer state whole on every device", "_shards.py", "return next(fits, None)", "return None"),
-    Bug("a sum given to both of its heirs", "_redistribute.py", "else jnp.zeros_like(x[0])", "else x[0]"),
+    Bug(
+        "a sum given to both of its heirs",
+        "_redistribute.py",
+        "wide[heirs == i]",
+        "wide[heirs == i if i in heirs else slice(1)]",
+    ),
     Bug(
         "the sum mode grows with merging", "_redistribute.py", 'ratio = devices / np.size(local("weight"))', "ratio = 1"
     ),

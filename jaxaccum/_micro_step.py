@@ -100,6 +100,7 @@ def init(config: Config, params: Tree) -> MultiStepsState:
 def _inner_state(config: Config, params: Tree) -> Tree:
     """The inner optimizer's fresh state, laid out as its updates will leave it."""
     state = config.opt.init(params)
+    _checks.inner_state(state)
     if not isinstance(config.sync, MeshAxis):
         return state
     # Under jit optax's zeros forget on which explicit axes the parameters lie.

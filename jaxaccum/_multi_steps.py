@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxaccum import _accumulator, _checks, _in_place, _local, _loss, _micro_step, _prepare, _redistribute
+from jaxaccum import _accumulator, _checks, _in_place, _local, _loss, _micro_step, _misspelling, _prepare, _redistribute
 from jaxaccum._accumulator import Weighted
 from jaxaccum._integers import positive_int
 from jaxaccum._micro_step import Config
@@ -36,11 +36,12 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
       init: `init(params) -> MultiStepsState`.
       update: `update(grads, state, params=None, *, weight=None, boundary=None, **extra_args) -> (updates, state)`.
         `weight` is what this micro-batch counts for (a real scalar, by default 1); weight 0 leaves it out, whatever
-        it holds, and a window of weight 0 leaves parameters and inner state untouched.
+        it holds, and a window of weight 0 leaves parameters and inner state untouched. Other extra args go to the inner
+        optimizer, whether it reads them or not, as in optax; a misspelt `weight` or `boundary` is refused.
 
     Args:
-      opt: the inner optimizer. It receives the mean in the accumulator's dtype; that of several devices, whose sums are
-        added in float32 or wider however they are stored, in no less than float32.
+      opt: the inner optimizer, which does not accumulate itself. It receives the mean in the accumulator's dtype, or in
+        float32 where that is narrower and the sums are those of several devices, which are added in no less.
       every_k_schedule: K, an integer of at least 1, which `set_every_k` changes without a recompile; or a function
         of `gradient_step` (int32 scalar) that returns K.
       use_grad_mean: False hands the weighted sum to the inner optimizer in place of the mean.
@@ -72,7 +73,8 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         be taken out again.
 
     Raises:
-      TypeError, ValueError: for an argument that is none of these, at construction.
+      TypeError, ValueError: for an argument that is none of these, at construction; from `init`, where the inner
+        optimizer holds another `MultiSteps`, ours or optax's.
 
     Example:
       >>> import jax.numpy as jnp, optax, jaxaccum
@@ -107,6 +109,8 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
     ):
         if not (callable(getattr(opt, "init", None)) and callable(getattr(opt, "update", None))):
             raise TypeError(f"opt must be an optax.GradientTransformation, for example optax.adam(1e-3), got {opt!r}.")
+        if isinstance(opt, MultiSteps) or _is_optax_multi_steps(opt):
+            raise _checks.accumulates()
         if not isinstance(use_grad_mean, bool):
             raise TypeError(f"use_grad_mean must be True or False, got {use_grad_mean!r}.")
         if nonfinite not in ("propagate", "drop"):
@@ -167,6 +171,7 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         Returns:
           (params, state).
         """
+        _check_extra_args(self._config, "apply", extra_args)
         return _micro_step.run(
             _unprepared(self._config, "apply"),
             grads,
@@ -233,6 +238,7 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
           >>> print(updates)
           -2.0
         """
+        _check_extra_args(self._config, "flush", extra_args)
         return _micro_step.flush(self._config, _checks.state(state, "flush"), params, extra_args)
 
     def redistribute(self, state: MultiStepsState, devices: int | None = None) -> MultiStepsState:
@@ -316,6 +322,19 @@ def _rebuild(cls: type[MultiSteps], config: tuple) -> MultiSteps:
     return cls(every_k_schedule=every_k, **options, **sync.options())
 
 
+def _is_optax_multi_steps(opt: Any) -> bool:
+    """Whether `opt` is optax's `MultiSteps`, or the transformation that one was converted to."""
+    return isinstance(opt, optax.MultiSteps) or isinstance(getattr(opt.init, "__self__", None), optax.MultiSteps)
+
+
+def _check_extra_args(config: Config, method: str, extra_args: dict[str, Any]) -> None:
+    """Refuses a misspelt `weight` or `boundary`; `flush` has neither."""
+    flushes = method == "flush"
+    remedy = "It takes neither weight nor boundary: it closes the window with what that holds." if flushes else ""
+    given = [name for name in extra_args if name not in config.averaged_extra_args]
+    _misspelling.check(method, given, ("weight", "boundary"), config.opt.update, remedy)
+
+
 def _unprepared(config: Config, method: str) -> Config:
     if config.prepare is not None:
         raise TypeError(
@@ -327,6 +346,7 @@ def _unprepared(config: Config, method: str) -> Config:
 
 def _update(config, grads, state, params=None, *, weight=None, boundary=None, **extra_args):
     config, state = _unprepared(config, "update"), _checks.state(state, "update")
+    _check_extra_args(config, "update", extra_args)
     output = _micro_step.updates_output(config, lambda: config.sync.one(grads), state, params, extra_args)
     return _micro_step.run(config, grads, state, params, weight, boundary, extra_args, output)
 

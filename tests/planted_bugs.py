@@ -28,6 +28,7 @@ CORE = (
     "test_rounding.py",
     "test_reduction.py",
 )
+EXTRA_ARGS = ("test_errors.py", "test_flax.py")
 TRAINER = ("test_feed.py", "test_callbacks.py", "test_checkpoint.py", "test_trainer.py", "test_fuse_windows.py")
 TRAINER_FILES = (
     "_epochs.py",
@@ -51,6 +52,8 @@ TRAINER_FILES = (
 OWN = {
     "_in_place.py": ("test_in_place.py", "test_products.py"),
     "_hoist.py": ("test_hoist.py",),
+    "_misspelling.py": EXTRA_ARGS,
+    "_checks.py": ("test_compose.py", "test_errors.py"),
     "_linear.py": ("test_hoist.py", "test_prepare.py"),
     "_host_driven.py": ("test_host_driven.py",),
     "_packing.py": ("test_packing.py",),
@@ -372,6 +375,9 @@ BUGS = [
     Bug("sums packed that may lie split", "_packing.py", "return jax.device_count() == 1", "return True"),
     Bug("sums packed over a model axis", "_packing.py", "kind == AxisType.Manual for", "True for"),
     Bug("prepared parameters that lag behind", "_micro_step.py", "_, prepared = _prepare.made(", "_ = _prepare.made("),
+    Bug("a misspelt weight taken for an extra arg", "_misspelling.py", "if near is not None and", "if False and"),
+    Bug("an extra arg refused that a chain asks for", "_misspelling.py", "found += value\n", "pass\n"),
+    Bug("a window of windows", "_checks.py", "if any(map(is_accumulating,", "if False and any(map(is_accumulating,"),
     Bug("rounded up as often as not", "_accumulator.py", "& jnp.uint32(0xFFFF)\n", "& jnp.uint32(0x7FFF)\n"),
     Bug("a window that a hook's error leaves uncounted", "_windows.py", "while run.uncounted:  #", "while False:  #"),
 ]

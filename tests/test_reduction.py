@@ -1,4 +1,4 @@
-"""Sums of several devices are added in float32, however they are stored: 256 and seven ones are 263, in bfloat16 264."""
+"""Sums of several devices are added in float32, however they are stored: 256 and seven ones are 263, not 264."""
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,8 @@ def reduced(jaxpr):
             found |= {var.aval.dtype for var in eqn.invars if jnp.issubdtype(var.aval.dtype, jnp.floating)}
         for value in eqn.params.values():
             for body in value if isinstance(value, (tuple, list)) else (value,):
-                body = body.jaxpr if isinstance(body, core.ClosedJaxpr) else body
-                found |= reduced(body) if isinstance(body, core.Jaxpr) else set()
+                if isinstance(body, (core.Jaxpr, core.ClosedJaxpr)):
+                    found |= reduced(body.jaxpr if isinstance(body, core.ClosedJaxpr) else body)
     return found
 
 

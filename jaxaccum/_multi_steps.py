@@ -241,23 +241,37 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         _check_extra_args(self._config, "flush", extra_args)
         return _micro_step.flush(self._config, _checks.state(state, "flush"), params, extra_args)
 
-    def redistribute(self, state: MultiStepsState, devices: int | None = None) -> MultiStepsState:
+    def redistribute(
+        self, state: MultiStepsState, devices: int | None = None, batch: str | None = None
+    ) -> MultiStepsState:
         """`state` with its pending local sums merged or split for another number of devices. For the host.
 
         For a state in mid-window that comes from a checkpoint, or from another mesh. Each sum goes to one device whole:
-        nothing is divided, and the window's mean is what it would have been.
+        nothing is divided, and the mean of what is pending is what it was. What that weighs beside the micro-steps to
+        come depends on what the weights count, which `batch` says. With `use_grad_mean=False` each micro-step enters
+        the result with the mean over the devices that it ran on, whatever `batch` is.
 
         Args:
           state: from a `MultiSteps` of the same options and any number of devices: with `mesh`, with `axis_name` as
             `jax.pmap` returns it (every leaf with a leading device axis), or on one device.
           devices: with `axis_name`, the number of devices; else they are known.
+          batch: needed where a window is open and the number of devices changes.
+
+            * "per_device": each device's batch stays as large as it was. A micro-step on 8 devices weighs 8, one on a
+              single device weighs 1: as many as their examples.
+            * "global": the batch of all devices stays as large as it was, and the loss is a plain mean, which weighs 1
+              on each device. All sums are scaled by the ratio of the numbers of devices, and a micro-step of before
+              weighs as much as one of after.
+            * "weighted": weights are numbers of examples or tokens, as those of a `Weighted` loss or of `weight=`. They
+              mean the same on any number of devices.
 
         Returns:
           The state for this transformation, its local sums placed on the mesh. The rest lies where it lay, or, if it
           came out of a pmap, on the default device.
 
         Raises:
-          TypeError, ValueError: if `state` is no `MultiStepsState`, or `devices` is missing or superfluous.
+          TypeError, ValueError: if `state` is no `MultiStepsState`, `devices` is missing or superfluous, or `batch` is
+            missing or none of the three.
 
         Example:
           >>> import jax, jax.numpy as jnp, optax, jaxaccum
@@ -265,7 +279,7 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
           >>> many = jaxaccum.MultiSteps(optax.sgd(1.0), 2, mesh=mesh)
           >>> _, state = many.update(jnp.arange(1.0, mesh.size + 1), many.init(jnp.zeros(())))
           >>> one = jaxaccum.MultiSteps(optax.sgd(1.0), 2)
-          >>> state = one.redistribute(state)
+          >>> state = one.redistribute(state, batch="per_device")
           >>> bool(state.acc_grads / state.weight == (1 + mesh.size) / 2)
           True
         """
@@ -274,7 +288,10 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
             devices = positive_int(devices, "devices")
         elif devices is not None:
             raise ValueError(f"devices={devices!r} is for axis_name= alone; here there are {sync.size()}.")
-        return _redistribute.redistribute(self._config, _checks.state(state, "redistribute"), devices or sync.size())
+        if batch not in (None, *_redistribute.BATCHES):
+            raise ValueError(f"batch must be None, 'per_device', 'global' or 'weighted', got {batch!r}.")
+        state = _checks.state(state, "redistribute")
+        return _redistribute.redistribute(self._config, state, devices or sync.size(), batch)
 
     def has_updated(self, state: MultiStepsState) -> Any:
         """A bool scalar: whether the call that returned `state` ran the inner optimizer."""

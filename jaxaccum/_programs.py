@@ -177,7 +177,7 @@ class Programs:
 
     def redistribute(self, sums: MultiStepsState) -> MultiStepsState:
         """The sums of an open window, from any number of devices, for these. For the host."""
-        return self._tx.redistribute(sums)
+        return self._tx.redistribute(sums, batch="weighted")  # A plain loss weighs its examples.
 
     # What is compiled.
 

@@ -212,9 +212,15 @@ BUGS = [
         "wide[heirs == i]",
         "wide[heirs == i if i in heirs else slice(1)]",
     ),
+    Bug("the sum mode grows with merging", "_redistribute.py", " or not config.use_grad_mean", ""),
+    Bug("the sum mode scaled twice", "_redistribute.py", "else total * scale", "else total * scale * scale"),
     Bug(
-        "the sum mode grows with merging", "_redistribute.py", 'ratio = devices / np.size(local("weight"))', "ratio = 1"
+        "a plain loss that weighs the devices of before",
+        "_redistribute.py",
+        '"weight": ratio if batch == "global" else 1',
+        '"weight": 1',
     ),
+    Bug("a batch that nobody asks for", "_redistribute.py", "if batch is None and before != devices", "if False"),
     Bug("K of the next epoch", "_epochs.py", "batches(run.at.epoch)", "batches(run.at.epoch + 1)"),
     Bug(
         "an epoch's last window left open",

@@ -58,6 +58,9 @@ OWN = {
     "_host_driven.py": ("test_host_driven.py",),
     "_packing.py": ("test_packing.py",),
     "_products.py": ("test_products.py",),
+    "_prepare.py": ("test_reduction.py", "test_prepare.py", "test_prepared_steps.py"),
+    "_redistribute.py": ("test_redistribute.py", "test_reduction.py"),
+    "_shards.py": ("test_reduction.py", "test_zero.py", "test_mesh.py"),
 }
 
 

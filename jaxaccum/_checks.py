@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxaccum._accumulator import is_inexact
 from jaxaccum._integers import positive_int
@@ -236,6 +237,22 @@ def placed(params: Tree, sync: Sync) -> None:
                 f"{len(devices)} devices; move it there, for example with jax.device_put(params, "
                 "NamedSharding(mesh, P()))."
             )
+
+
+def accumulates() -> ValueError:
+    """The error for an optimizer that accumulates by itself, where it is to do so in one that does."""
+    return ValueError(
+        "opt accumulates by itself: it holds a MultiSteps. Pass the optimizer without it, and K once: for a window of "
+        "K1·K2 micro-steps make one MultiSteps(opt, K1·K2) with all else inside; for the Trainer pass K as "
+        "accumulate_grad_batches."
+    )
+
+
+def inner_state(state: Tree) -> None:
+    """The state of an inner optimizer, which must not accumulate by itself."""
+    is_accumulating = lambda node: isinstance(node, (MultiStepsState, optax.MultiStepsState))
+    if any(map(is_accumulating, jax.tree.leaves(state, is_leaf=is_accumulating))):
+        raise accumulates()
 
 
 def state(value: Any, method: str) -> MultiStepsState:

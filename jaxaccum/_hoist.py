@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from jaxaccum import _jaxprs, _overwrites
+from jaxaccum import _jaxprs, _linear, _overwrites
 
 Tree = Any
 
@@ -46,7 +46,9 @@ def split(loss: Callable[..., Tree], params: Tree, *args: Any) -> tuple[Callable
     of jit and `jax.checkpoint` too, and in a `jax.lax.scan` over stacked layers, for all of them at once. It is left
     in where its result is larger than what it is made of, where it is but a part or another order of that, where it is
     made of nothing but vectors, which cost nothing where they are used, and where a loop uses it in every iteration:
-    there its gradient would be summed over the iterations in the result's dtype.
+    there its gradient would be summed over the iterations in the result's dtype. Left in is also what can't be shown to
+    have a backward pass that is linear in its cotangents, such as a `jax.custom_vjp` that clips them: run once on the
+    sum of the micro-batches' cotangents it would give another gradient.
 
     Every gradient is formed in the dtype that it has in the loss, so the result is as exact as without, or more so:
     what the transposes round, they round once a window.
@@ -90,7 +92,7 @@ def _plan(jaxpr: core.Jaxpr, known: Sequence[bool]) -> _Plan:
     certain, nested = set(), {}
     for i, eqn in enumerate(jaxpr.eqns):
         operands = _variables(eqn.invars)
-        if all(var in origins for var in operands) and not eqn.effects and not _jaxprs.axes(eqn):
+        if all(var in origins for var in operands) and _may_run_once(eqn):
             certain.add(i)
             origins |= dict.fromkeys(eqn.outvars, frozenset().union(*(origins[var] for var in operands)))
         elif body := _body(eqn):
@@ -129,6 +131,12 @@ def _plan(jaxpr: core.Jaxpr, known: Sequence[bool]) -> _Plan:
         reads=tuple(var in wanted for var in jaxpr.invars),
         uses=tuple(var in needed for var in jaxpr.invars),
     )
+
+
+def _may_run_once(eqn: core.JaxprEqn) -> bool:
+    """Whether `eqn` gives once a window, forward and backward, what it gives in every micro-batch."""
+    is_pure = not eqn.effects and eqn.primitive.name != "rng_uniform"  # which draws anew without an effect
+    return is_pure and not _jaxprs.axes(eqn) and _linear.unproved_in(eqn) is None
 
 
 def _gains(eqn: core.JaxprEqn, var: core.Var, origins: frozenset[core.Var]) -> bool:

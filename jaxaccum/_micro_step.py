@@ -79,6 +79,7 @@ def init(config: Config, params: Tree) -> MultiStepsState:
     seen, prepared = params, ()
     if config.prepare is not None:
         _checks.differentiable(params)
+        _prepare.check(config.prepare, params)
         seen, prepared = _prepare.made(config.prepare, params)
     state = MultiStepsState(
         mini_step=jnp.zeros((), jnp.int32),
@@ -99,6 +100,7 @@ def init(config: Config, params: Tree) -> MultiStepsState:
 def _inner_state(config: Config, params: Tree) -> Tree:
     """The inner optimizer's fresh state, laid out as its updates will leave it."""
     state = config.opt.init(_overwrites.without(params))
+    _checks.inner_state(state)
     if not isinstance(config.sync, MeshAxis):
         return state
     # Under jit optax's zeros forget on which explicit axes the parameters lie.
@@ -274,6 +276,7 @@ def _carried_back(config, params, total):
         return total, None
     # Inside a mapped axis they must vary over it as the sums do.
     own = params if isinstance(config.sync, MeshAxis) else config.sync.local(params)
+    _prepare.check(config.prepare, own)
     _, transpose = _prepare.once(config.prepare, own)
     return config.sync.each(transpose, total), _prepare.gathered(config.prepare, own, config.sync.names)
 

@@ -8,7 +8,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxaccum import _accumulator, _checks, _in_place, _keys, _local, _loss, _micro_step, _prepare, _redistribute
+from jaxaccum import (
+    _accumulator,
+    _checks,
+    _in_place,
+    _keys,
+    _local,
+    _loss,
+    _micro_step,
+    _misspelling,
+    _prepare,
+    _redistribute,
+)
 from jaxaccum._accumulator import Weighted
 from jaxaccum._integers import positive_int
 from jaxaccum._micro_step import Config
@@ -37,10 +48,12 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
       init: `init(params) -> MultiStepsState`.
       update: `update(grads, state, params=None, *, weight=None, boundary=None, **extra_args) -> (updates, state)`.
         `weight` is what this micro-batch counts for (a real scalar, by default 1); weight 0 leaves it out, whatever
-        it holds, and a window of weight 0 leaves parameters and inner state untouched.
+        it holds, and a window of weight 0 leaves parameters and inner state untouched. Other extra args go to the inner
+        optimizer, whether it reads them or not, as in optax; a misspelt `weight` or `boundary` is refused.
 
     Args:
-      opt: the inner optimizer. It receives the mean in the accumulator's dtype.
+      opt: the inner optimizer, which does not accumulate itself. It receives the mean in the accumulator's dtype, or in
+        float32 where that is narrower and the sums are those of several devices, which are added in no less.
       every_k_schedule: K, an integer of at least 1, which `set_every_k` changes without a recompile; or a function
         of `gradient_step` (int32 scalar) that returns K.
       use_grad_mean: False hands the weighted sum to the inner optimizer in place of the mean.
@@ -72,7 +85,8 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         be taken out again.
 
     Raises:
-      TypeError, ValueError: for an argument that is none of these, at construction.
+      TypeError, ValueError: for an argument that is none of these, at construction; from `init`, where the inner
+        optimizer holds another `MultiSteps`, ours or optax's.
 
     Example:
       >>> import jax.numpy as jnp, optax, jaxaccum
@@ -107,6 +121,8 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
     ):
         if not (callable(getattr(opt, "init", None)) and callable(getattr(opt, "update", None))):
             raise TypeError(f"opt must be an optax.GradientTransformation, for example optax.adam(1e-3), got {opt!r}.")
+        if isinstance(opt, MultiSteps) or _is_optax_multi_steps(opt):
+            raise _checks.accumulates()
         if not isinstance(use_grad_mean, bool):
             raise TypeError(f"use_grad_mean must be True or False, got {use_grad_mean!r}.")
         if nonfinite not in ("propagate", "drop"):
@@ -167,6 +183,7 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         Returns:
           (params, state).
         """
+        _check_extra_args(self._config, "apply", extra_args)
         return _micro_step.run(
             _unprepared(self._config, "apply"),
             grads,
@@ -236,25 +253,40 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
           >>> print(updates)
           -2.0
         """
+        _check_extra_args(self._config, "flush", extra_args)
         return _micro_step.flush(self._config, _checks.state(state, "flush"), params, extra_args)
 
-    def redistribute(self, state: MultiStepsState, devices: int | None = None) -> MultiStepsState:
+    def redistribute(
+        self, state: MultiStepsState, devices: int | None = None, batch: str | None = None
+    ) -> MultiStepsState:
         """`state` with its pending local sums merged or split for another number of devices. For the host.
 
         For a state in mid-window that comes from a checkpoint, or from another mesh. Each sum goes to one device whole:
-        nothing is divided, and the window's mean is what it would have been.
+        nothing is divided, and the mean of what is pending is what it was. What that weighs beside the micro-steps to
+        come depends on what the weights count, which `batch` says. With `use_grad_mean=False` each micro-step enters
+        the result with the mean over the devices that it ran on, whatever `batch` is.
 
         Args:
           state: from a `MultiSteps` of the same options and any number of devices: with `mesh`, with `axis_name` as
             `jax.pmap` returns it (every leaf with a leading device axis), or on one device.
           devices: with `axis_name`, the number of devices; else they are known.
+          batch: needed where a window is open and the number of devices changes.
+
+            * "per_device": each device's batch stays as large as it was. A micro-step on 8 devices weighs 8, one on a
+              single device weighs 1: as many as their examples.
+            * "global": the batch of all devices stays as large as it was, and the loss is a plain mean, which weighs 1
+              on each device. All sums are scaled by the ratio of the numbers of devices, and a micro-step of before
+              weighs as much as one of after.
+            * "weighted": weights are numbers of examples or tokens, as those of a `Weighted` loss or of `weight=`. They
+              mean the same on any number of devices.
 
         Returns:
           The state for this transformation, its local sums placed on the mesh. The rest lies where it lay, or, if it
           came out of a pmap, on the default device.
 
         Raises:
-          TypeError, ValueError: if `state` is no `MultiStepsState`, or `devices` is missing or superfluous.
+          TypeError, ValueError: if `state` is no `MultiStepsState`, `devices` is missing or superfluous, or `batch` is
+            missing or none of the three.
 
         Example:
           >>> import jax, jax.numpy as jnp, optax, jaxaccum
@@ -262,7 +294,7 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
           >>> many = jaxaccum.MultiSteps(optax.sgd(1.0), 2, mesh=mesh)
           >>> _, state = many.update(jnp.arange(1.0, mesh.size + 1), many.init(jnp.zeros(())))
           >>> one = jaxaccum.MultiSteps(optax.sgd(1.0), 2)
-          >>> state = one.redistribute(state)
+          >>> state = one.redistribute(state, batch="per_device")
           >>> bool(state.acc_grads / state.weight == (1 + mesh.size) / 2)
           True
         """
@@ -271,7 +303,10 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
             devices = positive_int(devices, "devices")
         elif devices is not None:
             raise ValueError(f"devices={devices!r} is for axis_name= alone; here there are {sync.size()}.")
-        return _redistribute.redistribute(self._config, _checks.state(state, "redistribute"), devices or sync.size())
+        if batch not in (None, *_redistribute.BATCHES):
+            raise ValueError(f"batch must be None, 'per_device', 'global' or 'weighted', got {batch!r}.")
+        state = _checks.state(state, "redistribute")
+        return _redistribute.redistribute(self._config, state, devices or sync.size(), batch)
 
     def has_updated(self, state: MultiStepsState) -> Any:
         """A bool scalar: whether the call that returned `state` ran the inner optimizer."""
@@ -319,6 +354,19 @@ def _rebuild(cls: type[MultiSteps], config: tuple) -> MultiSteps:
     return cls(every_k_schedule=every_k, **options, **sync.options())
 
 
+def _is_optax_multi_steps(opt: Any) -> bool:
+    """Whether `opt` is optax's `MultiSteps`, or the transformation that one was converted to."""
+    return isinstance(opt, optax.MultiSteps) or isinstance(getattr(opt.init, "__self__", None), optax.MultiSteps)
+
+
+def _check_extra_args(config: Config, method: str, extra_args: dict[str, Any]) -> None:
+    """Refuses a misspelt `weight` or `boundary`; `flush` has neither."""
+    flushes = method == "flush"
+    remedy = "It takes neither weight nor boundary: it closes the window with what that holds." if flushes else ""
+    given = [name for name in extra_args if name not in config.averaged_extra_args]
+    _misspelling.check(method, given, ("weight", "boundary"), config.opt.update, remedy)
+
+
 def _unprepared(config: Config, method: str) -> Config:
     if config.prepare is not None:
         raise TypeError(
@@ -330,6 +378,7 @@ def _unprepared(config: Config, method: str) -> Config:
 
 def _update(config, grads, state, params=None, *, weight=None, boundary=None, **extra_args):
     config, state = _unprepared(config, "update"), _checks.state(state, "update")
+    _check_extra_args(config, "update", extra_args)
     output = _micro_step.updates_output(config, lambda: config.sync.one(grads), state, params, extra_args)
     return _micro_step.run(config, grads, state, params, weight, boundary, extra_args, output)
 

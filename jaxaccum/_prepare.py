@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from jaxaccum import _jaxprs
+from jaxaccum import _jaxprs, _linear, _shards
 
 Tree = Any
+
+_GATHERS = ("all_gather", "all_gather_invariant")
 
 
 def once(prepare: Callable[[Tree], Tree], params: Tree) -> tuple[Tree, Callable[[Tree], Tree]]:
@@ -50,6 +52,26 @@ def once(prepare: Callable[[Tree], Tree], params: Tree) -> tuple[Tree, Callable[
         return jax.tree.unflatten(treedef, vjp(cotangents))
 
     return jax.tree.unflatten(jax.tree.structure(shapes), values), transpose
+
+
+def check(prepare: Callable[[Tree], Tree], params: Tree) -> None:
+    """Refuses a `prepare` whose transpose can't be shown to commute with the sum over the window.
+
+    Args:
+      prepare: a differentiable function of the parameters; it is traced and not run.
+      params: the parameters.
+
+    Raises:
+      ValueError: if `prepare` calls a `jax.custom_vjp` whose backward pass may not be linear in its cotangents.
+    """
+    name = _linear.unproved(jax.make_jaxpr(prepare)(params).jaxpr)
+    if name is not None:
+        raise ValueError(
+            f"prepare calls {name}, which has a backward pass of its own (jax.custom_vjp) that can't be shown to be "
+            "linear in its cotangents. prepare is differentiated once a window, on the sum of the micro-batches' "
+            "gradients, and to clip, square or normalise that is not to do so to each of them. Call it in the loss "
+            "instead of in prepare."
+        )
 
 
 def made(prepare: Callable[[Tree], Tree], params: Tree) -> tuple[Tree, tuple[jax.Array, ...]]:
@@ -133,7 +155,7 @@ def _evaluate(closed: core.ClosedJaxpr, inputs: Sequence[tuple[Any, Any]]) -> li
 
     def pairs(eqn, operands):
         values, wide = zip(*operands, strict=True) if operands else ((), ())
-        results = _jaxprs.run(eqn, values)
+        results = _gathered(eqn, *values) if eqn.primitive.name in _GATHERS else _jaxprs.run(eqn, values)
         if eqn.primitive.name == "convert_element_type" and _floating(wide[0], results[0]):
             before = wide
         elif eqn.primitive.name in _jaxprs.MOVES and len({x.dtype for x in wide}) == 1:
@@ -143,6 +165,23 @@ def _evaluate(closed: core.ClosedJaxpr, inputs: Sequence[tuple[Any, Any]]) -> li
         return list(zip(results, before, strict=True))
 
     return _jaxprs.evaluate(closed.jaxpr, closed.consts, inputs, pairs, lambda x: (x, x))
+
+
+def _gathered(eqn: core.JaxprEqn, x: Any) -> list[Any]:
+    """The results of a gather of `x`, whose transpose adds what the devices hold in float32 or wider."""
+    run = lambda x: _jaxprs.run(eqn, [x])[0]
+
+    @jax.custom_vjp
+    def gather(x):
+        return run(x)
+
+    def backward(x, cotangent):
+        _, pull_back = jax.vjp(run, _shards.wide(x))
+        (gradient,) = pull_back(_shards.wide(cotangent))
+        return (gradient.astype(x.dtype),)
+
+    gather.defvjp(lambda x: (run(x), x), backward)
+    return [gather(x)]
 
 
 def _floating(*arrays: Any) -> bool:

@@ -109,7 +109,6 @@ class Programs:
     def _begin(self, params, model_state, batch, place):
         """(optimizer state, an empty window)."""
         sums: Any = self._tx.init(params)
-        _refuse_multi_steps(sums.inner_opt_state)
         own, index = self._sync.local(jax.tree.map(jnp.copy, model_state)), jnp.zeros((), jnp.uint32)
         _, _, logs, _ = jax.eval_shape(self._gradients, params, own, batch, place, index)
         logs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), logs)
@@ -178,7 +177,7 @@ class Programs:
 
     def redistribute(self, sums: MultiStepsState) -> MultiStepsState:
         """The sums of an open window, from any number of devices, for these. For the host."""
-        return self._tx.redistribute(sums)
+        return self._tx.redistribute(sums, batch="weighted")  # A plain loss weighs its examples.
 
     # What is compiled.
 
@@ -245,12 +244,3 @@ class Programs:
             index=pending.index + place[2].astype(jnp.uint32),
         )
         return params, sums.inner_opt_state, pending, logs
-
-
-def _refuse_multi_steps(opt_state: Tree) -> None:
-    is_wrapper = lambda node: isinstance(node, (MultiStepsState, optax.MultiStepsState))
-    if any(is_wrapper(node) for node in jax.tree.leaves(opt_state, is_leaf=is_wrapper)):
-        raise ValueError(
-            "the task's optimizer accumulates by itself: it holds a MultiSteps. Pass the optimizer without it, and K "
-            "to the Trainer as accumulate_grad_batches."
-        )

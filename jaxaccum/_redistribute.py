@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxaccum import _accumulator
+from jaxaccum import _overwrites, _shards
 from jaxaccum._micro_step import Config
 from jaxaccum._state import MultiStepsState
 from jaxaccum._sync import MeshAxis, OneDevice
@@ -17,11 +17,25 @@ from jaxaccum._sync import MeshAxis, OneDevice
 Tree = Any
 
 
-def redistribute(config: Config, state: MultiStepsState, devices: int) -> MultiStepsState:
+BATCHES = ("per_device", "global", "weighted")
+
+
+def redistribute(config: Config, state: MultiStepsState, devices: int, batch: str | None) -> MultiStepsState:
     """`state` with its local sums merged or split for `devices` devices, laid out as `config` has them.
 
-    Each sum goes to one of the new devices whole, and those without an heir start from zero: nothing is divided. Only
-    in the sum mode, whose result is a mean over devices, are sums scaled, by the ratio of the numbers of devices.
+    Each sum goes to one of the new devices whole, and those without an heir start from zero: nothing is divided. Two
+    things are scaled by the ratio of the numbers of devices: where a micro-step's whole batch stays and its loss is a
+    plain mean, all sums, so that the micro-steps of before weigh as much as those of after; in the sum mode, whose
+    result is a mean over devices, those of gradients, so that each micro-step enters with the mean over its own.
+
+    Args:
+      config: the transformation.
+      state: its state, for any number of devices.
+      devices: the new number.
+      batch: one of `BATCHES`, or None.
+
+    Raises:
+      ValueError: if `batch` is None where it makes a difference.
     """
     is_stacked = jnp.ndim(state.mini_step) == 1
     if is_stacked:  # By pmap: every device holds all of it.
@@ -32,14 +46,26 @@ def redistribute(config: Config, state: MultiStepsState, devices: int) -> MultiS
         is_one = jnp.ndim(state.weight) == 0
         local = lambda name: jax.tree.map(lambda x: x[None], getattr(state, name)) if is_one else getattr(state, name)
 
-    names = ("acc_grads", "weight", "averages", "dropped")
-    moved = {name: folded(jax.tree.map(_on_host, local(name)), devices) for name in names}
-    if not config.use_grad_mean:
-        ratio = devices / np.size(local("weight"))
-        moved["acc_grads"] = jax.tree.map(lambda x: (x * ratio).astype(x.dtype), moved["acc_grads"])
+    before = np.size(local("weight"))
+    if batch is None and before != devices and np.any(shared.mini_step) and np.any(local("weight")):
+        raise ValueError(
+            f"batch must be given: {before} devices hold the sums of an open window, which go on with {devices}, and "
+            "the state can't tell what their weights count. batch='per_device' if each device's batch stays as large "
+            "as it was; 'global' if the batch of all devices does, and the loss is a plain mean: what is pending is "
+            f"scaled by {devices}/{before}; 'weighted' if weights are numbers of examples or tokens, as those of a "
+            "Weighted loss."
+        )
+    ratio = devices / before
+    scales = {
+        "acc_grads": ratio if batch == "global" or not config.use_grad_mean else 1,
+        "weight": ratio if batch == "global" else 1,
+        "averages": ratio if batch == "global" else 1,
+        "dropped": 1,
+    }
+    moved = {name: folded(jax.tree.map(_on_host, local(name)), devices, scale) for name, scale in scales.items()}
     if isinstance(config.sync, MeshAxis):
         place = functools.partial(_placed, config.sync)
-        moved = {name: jax.tree.map(place, moved[name], local(name)) for name in names}
+        moved = {name: jax.tree.map(place, sums, local(name)) for name, sums in moved.items()}
     if isinstance(config.sync, OneDevice):
         moved = jax.tree.map(lambda x: x[0], moved)
     if isinstance(config.sync, OneDevice | MeshAxis):
@@ -48,16 +74,23 @@ def redistribute(config: Config, state: MultiStepsState, devices: int) -> MultiS
     return stacked._replace(**moved)
 
 
-def folded(sums: Tree, devices: int) -> Tree:
-    """Leaves (P, ...) as (devices, ...): old device p's sum goes to new device p·devices // P."""
+def folded(sums: Tree, devices: int, scale: float = 1) -> Tree:
+    """Leaves (P, ...) as (devices, ...): old device p's sum goes to new device p·devices // P, times `scale`.
 
-    def leaf(x):
+    Sums are added and scaled in float32 or wider, and rounded once to the dtype that they are stored in. Of statistics
+    that are overwritten the largest goes on, unscaled.
+    """
+
+    def leaf(path, x):
         heirs = np.arange(len(x)) * devices // len(x)
-        parts = [[x[p] for p in np.flatnonzero(heirs == i)] for i in range(devices)]
-        merged = [functools.reduce(_accumulator.add, part) if part else jnp.zeros_like(x[0]) for part in parts]
-        return jnp.stack(merged)
+        wide = _shards.wide(jnp.asarray(x))
+        if _overwrites.holds(path):
+            return jnp.stack([jnp.max(wide[heirs == i], axis=0, initial=0) for i in range(devices)]).astype(x.dtype)
+        merged = [jnp.sum(wide[heirs == i], axis=0) for i in range(devices)]
+        total = jnp.stack(merged)
+        return (total if scale == 1 else total * scale).astype(x.dtype)
 
-    return jax.tree.map(leaf, sums)
+    return jax.tree.map_with_path(leaf, sums)
 
 
 def _on_host(x: Any) -> jax.Array:

@@ -68,9 +68,12 @@ def reshard(leaf: jax.Array, mesh: Mesh, names: tuple[str, ...], spec: P) -> jax
 def reduce_scatter(local: jax.Array, mesh: Mesh, names: tuple[str, ...]) -> jax.Array:
     """The sum over the leading device axis of `local`, (P, *shape), split over the data axes as far as it can be.
 
+    It is formed and returned in float32 or wider.
+
     Where the mesh's other axes are automatic, how they split `local` is not known here, and XLA would gather it before
     a reduce-scatter: it is left to XLA to make one out of a reduction and a layout, which it does on GPU and TPU.
     """
+    local = wide(local)
     spec = _types(local)[1:]
     like = jax.ShapeDtypeStruct(local.shape[1:], local.dtype, sharding=NamedSharding(mesh, P(*spec)))
     split = dimension(like, mesh, names)
@@ -89,6 +92,12 @@ def count(leaf: Any, dimension: int) -> int:
     """The number of devices that the explicit axes of a mesh split a dimension of `leaf` over."""
     known = _known(leaf)
     return math.prod(known.mesh.shape[name] for name in _in_order(_types(leaf)[dimension])) if known else 1
+
+
+def wide(x: jax.Array) -> jax.Array:
+    """`x` in float32, if it is of a narrower inexact dtype: what several devices hold is added in no less."""
+    is_narrow = jnp.issubdtype(x.dtype, jnp.inexact) and jnp.finfo(x.dtype).bits < 32
+    return x.astype(jnp.float32) if is_narrow else x
 
 
 def is_explicit(mesh: Mesh | AbstractMesh) -> bool:

@@ -83,10 +83,9 @@ def set_every_k(state: Any, k: int) -> Any:
                 "Build it with an integer every_k_schedule to set K from the host."
             )
         every_k = jax.tree.map(lambda old: jnp.full_like(old, k), node.every_k)
-        return node._replace(every_k=every_k, inner_opt_state=everywhere(node.inner_opt_state))
+        return node._replace(every_k=every_k)
 
-    everywhere = lambda tree: jax.tree.map(replace, tree, is_leaf=lambda node: isinstance(node, MultiStepsState))
-    state = everywhere(state)
+    state = jax.tree.map(replace, state, is_leaf=lambda node: isinstance(node, MultiStepsState))
     if not found:
         raise ValueError(
             f"state holds no MultiStepsState to set k={k} in, got a {type(state)}. Pass the state that "

@@ -145,7 +145,9 @@ class MappedAxis:
         return fun(tree)
 
     def joined(self, tree: Tree, reduced: Tree = None) -> Tree:
-        """The sum over the devices of what is local, in one reduction; of statistics that are overwritten the maximum.
+        """The sum over the devices of what is local, in one reduction, in float32 or wider.
+
+        Of statistics that are overwritten it is the maximum.
 
         Args:
           tree: local sums.
@@ -154,8 +156,9 @@ class MappedAxis:
 
         def leaf(path, x, done=()):
             names = tuple(name for name in self.names if name not in done)
-            reduce = jax.lax.pmax if _overwrites.holds(path) else jax.lax.psum
-            return reduce(x, names) if names else x
+            if not names:
+                return x
+            return jax.lax.pmax(x, names) if _overwrites.holds(path) else jax.lax.psum(_shards.wide(x), names)
 
         tree = self.local(tree)
         return jax.tree.map_with_path(leaf, tree, *(() if reduced is None else (reduced,)))
@@ -165,7 +168,7 @@ class MappedAxis:
 
         def leaf(x):
             if jnp.issubdtype(x.dtype, jnp.inexact):
-                return jax.lax.pmean(x, self.names)
+                return jax.lax.pmean(_shards.wide(x), self.names).astype(x.dtype)
             if _keys.is_typed(x):
                 data = jax.random.key_data(x)
                 first = jax.lax.psum(jnp.where(self.index() == 0, data, jnp.zeros_like(data)), self.names)
@@ -255,13 +258,15 @@ class MeshAxis:
         return jax.vmap(fun)(tree)
 
     def joined(self, tree: Tree, reduced: Tree = None) -> Tree:
-        """The sum over the leading axis: jax makes it a reduction over the data axis."""
+        """The sum over the leading axis, in float32 or wider: jax makes it a reduction over the data axis."""
         del reduced
 
         def leaf(path, x):
             if _overwrites.holds(path):
                 return jnp.max(x, axis=0)
-            return _shards.reduce_scatter(x, self.mesh, self.names) if self.scatter else jnp.sum(x, axis=0)
+            if self.scatter:
+                return _shards.reduce_scatter(x, self.mesh, self.names)
+            return jnp.sum(_shards.wide(x), axis=0)
 
         return jax.tree.map_with_path(leaf, tree)
 
@@ -271,7 +276,8 @@ class MeshAxis:
 
     def one(self, tree: Tree) -> Tree:
         """Shapes and dtypes of a local tree as one device has it."""
-        return jax.eval_shape(self.joined, tree)
+        stored = lambda tree: jax.tree.map(lambda total, x: total.astype(x.dtype), self.joined(tree), tree)
+        return jax.eval_shape(stored, tree)
 
     def spread(self, tree: Tree) -> Tree:
         """`tree` laid out as joined sums are: under ZeRO each array split over the data axes where it can be."""
@@ -328,7 +334,7 @@ def averaged(tree: Tree) -> Tree:
 
     def leaf(x):
         if jnp.issubdtype(x.dtype, jnp.inexact):
-            return jnp.mean(x, axis=0)
+            return jnp.mean(_shards.wide(x), axis=0).astype(x.dtype)
         return x[0] if _keys.is_typed(x) else jnp.max(x, axis=0)
 
     return jax.tree.map(leaf, tree)

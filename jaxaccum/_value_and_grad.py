@@ -63,7 +63,8 @@ def value_and_grad(
       prepare: a function of the differentiated argument; `fun` sees what it returns. It runs forward once and
         backward once a window, however large K is. See `cast`. "auto" finds what of `fun` depends on that argument
         alone, casts of matrices above all, and takes it out of the micro-batches: each gradient is formed as it is
-        without.
+        without. A `jax.custom_vjp` must have a backward pass that is linear in its cotangents, as that of a
+        straight-through estimator: any other is refused in a function, and left in `fun` by "auto".
       in_place: whether gradients are added to their sums inside of the backward pass, where they can be. None does so
         for a plain loss, in two ways. Layers that the loss stacks and walks along with `jax.lax.scan` add theirs as
         they go, which saves a tree of gradients. And where the loss multiplies by a weight in half precision outside of

@@ -70,6 +70,8 @@ class Window(NamedTuple):
             visible, loss = _hoist.split(loss, params, *first)
         else:
             visible = self.prepare.seeing(loss, params, *first) if isinstance(self.prepare, Cast) else self.prepare
+            if visible is not None:
+                _prepare.check(visible, params)
         if visible is not None:
             reduced = _prepare.gathered(visible, params, device.names)
             seen, transpose = _prepare.once(visible, params)

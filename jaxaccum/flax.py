@@ -13,7 +13,7 @@ from flax import linen, nnx
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
 
-from jaxaccum import _keys, _value_and_grad
+from jaxaccum import _keys, _misspelling, _value_and_grad
 from jaxaccum._accumulator import Weighted
 from jaxaccum._multi_steps import MultiSteps
 from jaxaccum._state import MultiStepsState
@@ -327,8 +327,12 @@ class TrainState(train_state.TrainState):
         Raises:
           ValueError: if `weight` or `boundary` is given and `tx` holds no `MultiSteps`; if there are statistics of fp8
             layers and `tx` holds a `MultiSteps` without being one.
+          TypeError: for an extra arg whose name is nearly `weight`, `boundary` or that of a subclass' field, and which
+            no optimizer names.
         """
         fields = {name: kwargs.pop(name) for name in list(kwargs) if name in self.__dataclass_fields__}
+        own_fields = self.__dataclass_fields__.keys() - train_state.TrainState.__dataclass_fields__.keys()
+        _misspelling.check("apply_gradients", kwargs, ("weight", "boundary", *own_fields), self.tx.update)
         extra_args = {name: value for name, value in (("weight", weight), ("boundary", boundary)) if value is not None}
         nodes = jax.tree.leaves(self.opt_state, is_leaf=lambda node: isinstance(node, MultiStepsState))
         has_multi_steps = any(isinstance(node, MultiStepsState) for node in nodes)

@@ -26,7 +26,13 @@ CORE = (
     "test_exact.py",
     "test_prepared_steps.py",
     "test_rounding.py",
+    "test_reduction.py",
+    "test_sharded_batch.py",
+    "test_keys.py",
+    "test_overwrites.py",
+    "test_varying_weight.py",
 )
+EXTRA_ARGS = ("test_errors.py", "test_flax.py")
 TRAINER = ("test_feed.py", "test_callbacks.py", "test_checkpoint.py", "test_trainer.py", "test_fuse_windows.py")
 TRAINER_FILES = (
     "_epochs.py",
@@ -50,9 +56,18 @@ TRAINER_FILES = (
 OWN = {
     "_in_place.py": ("test_in_place.py", "test_products.py"),
     "_hoist.py": ("test_hoist.py",),
+    "_misspelling.py": EXTRA_ARGS,
+    "_checks.py": ("test_compose.py", "test_errors.py"),
+    "_keys.py": ("test_keys.py",),
+    "_split.py": ("test_sharded_batch.py",),
+    "_loss.py": ("test_varying_weight.py",),
+    "_linear.py": ("test_hoist.py", "test_prepare.py"),
     "_host_driven.py": ("test_host_driven.py",),
     "_packing.py": ("test_packing.py",),
     "_products.py": ("test_products.py",),
+    "_prepare.py": ("test_reduction.py", "test_prepare.py", "test_prepared_steps.py"),
+    "_redistribute.py": ("test_redistribute.py", "test_reduction.py"),
+    "_shards.py": ("test_reduction.py", "test_zero.py", "test_mesh.py"),
 }
 
 
@@ -174,12 +189,54 @@ BUGS = [
         "number = device.index() * self.k",
     ),
     Bug("same keys on every device", "_window.py", "number = device.index() * self.k + index", "number = index"),
-    Bug("a mean of means over the devices", "_sync.py", "else jax.lax.psum", "else jax.lax.pmean"),
+    Bug("a mean of means over the devices", "_sync.py", "jax.lax.psum(_shards", "jax.lax.pmean(_shards"),
+    Bug(
+        "stored sums reduced as they are", "_sync.py", "jax.lax.psum(_shards.wide(x), names)", "jax.lax.psum(x, names)"
+    ),
+    Bug("stored sums scattered as they are", "_shards.py", "    local = wide(local)\n", ""),
+    Bug(
+        "merged sums rounded seven times",
+        "_redistribute.py",
+        "jnp.sum(wide[heirs == i], axis=0)",
+        "functools.reduce(lambda a, b: (a + b).astype(x.dtype), wide[heirs == i], jnp.zeros_like(wide[0]))",
+    ),
+    Bug("a gather carried back as it is", "_prepare.py", "if eqn.primitive.name in _GATHERS else", "if False else"),
     Bug(
         "model state of padding kept",
         "_window.py",
         "new_carry if keep is None else _accumulator.select(keep, new_carry, carry)",
         "new_carry",
+    ),
+    Bug(
+        "micro-batches that are runs of rows",
+        "_split.py",
+        "x.reshape((length // k, k, *x.shape[1:]))",
+        "x.reshape((k, length // k, *x.shape[1:])).swapaxes(0, 1)",
+    ),
+    Bug("a layout that would be gathered taken", "_split.py", "if n is not None and n % devices:", "if False:"),
+    Bug("a weight's derivative left out", "_window.py", "if traced.weight_varies():", "if False:"),
+    Bug("a weight's derivative lost in a stream", "_loss.py", "if self.weight_varies():", "if False:"),
+    Bug(
+        "a derivative seen in a comparison",
+        "_loss.py",
+        "return _jaxprs.reached(jax.make_jaxpr(tangent)(varied, varied).jaxpr, tangents)[0]",
+        "return True",
+    ),
+    Bug(
+        "a key that micro-batches share",
+        "_keys.py",
+        "            if is_typed(leaf):\n                raise",
+        "            if False:\n                raise",
+    ),
+    Bug("one mask on all devices", "_keys.py", "fold(x, number) if is_typed(x) else x", "x"),
+    Bug("a carried key that devices share", "_keys.py", "jnp.where(device == 0, x, fold(x, device))", "x"),
+    Bug("statistics added up", "_accumulator.py", "jnp.maximum(total.astype(wide), x) if is_overwritten else ", ""),
+    Bug("statistics added over devices", "_sync.py", "jax.lax.pmax(x, names) if _overwrites.holds(path) else ", ""),
+    Bug(
+        "statistics of nothing",
+        "_value_and_grad.py",
+        "grads = _overwrites.kept(grads, params, sums.weight == 0)",
+        "pass",
     ),
     Bug("absent micro-batches run", "_window.py", "jnp.minimum(k, length)", "length"),
     Bug(
@@ -191,14 +248,25 @@ BUGS = [
     Bug(
         "an all-reduce under ZeRO",
         "_sync.py",
-        "if self.scatter else jnp.sum",
-        "if False else jnp.sum",
+        "if self.scatter:\n                return _shards",
+        "if False:\n                return _shards",
     ),
     Bug("ZeRO's optimizer state whole on every device", "_shards.py", "return next(fits, None)", "return None"),
-    Bug("a sum given to both of its heirs", "_redistribute.py", "else jnp.zeros_like(x[0])", "else x[0]"),
     Bug(
-        "the sum mode grows with merging", "_redistribute.py", 'ratio = devices / np.size(local("weight"))', "ratio = 1"
+        "a sum given to both of its heirs",
+        "_redistribute.py",
+        "merged = [jnp.sum(wide[heirs == i]",
+        "merged = [jnp.sum(wide[heirs == i if i in heirs else slice(1)]",
     ),
+    Bug("the sum mode grows with merging", "_redistribute.py", " or not config.use_grad_mean", ""),
+    Bug("the sum mode scaled twice", "_redistribute.py", "else total * scale", "else total * scale * scale"),
+    Bug(
+        "a plain loss that weighs the devices of before",
+        "_redistribute.py",
+        '"weight": ratio if batch == "global" else 1',
+        '"weight": 1',
+    ),
+    Bug("a batch that nobody asks for", "_redistribute.py", "if batch is None and before != devices", "if False"),
     Bug("K of the next epoch", "_epochs.py", "batches(run.at.epoch)", "batches(run.at.epoch + 1)"),
     Bug(
         "an epoch's last window left open",
@@ -333,6 +401,14 @@ BUGS = [
     Bug("a K that only the next state receives", "_host_driven.py", "if written <", "if self._last_written <"),
     Bug("a host that reads every state", "_host_driven.py", "self._positions.get(state.mini_step) or ", ""),
     Bug("a host that forgets no state", "_host_driven.py", "functools.partial(self._facts.pop, key)", "None"),
+    Bug("a rule that is not linear made beforehand", "_hoist.py", " and _linear.unproved_in(eqn) is None", ""),
+    Bug("a rule hidden by a loop", "_linear.py", "map(unproved, _bodies(eqn))", "()"),
+    Bug(
+        "an offset taken for linear",
+        "_linear.py",
+        "_ZERO, _CONSTANT, _LINEAR, _OTHER = 0, 1, 2, 3",
+        "_ZERO, _CONSTANT, _LINEAR, _OTHER = 0, 0, 2, 3",
+    ),
     Bug("another drive's sums taken over", "_host_driven.py", "state = _cleared(state, self._clear)", "pass"),
     Bug("replaced sums taken for cleared ones", "_host_driven.py", "ref() is x", "True"),
     Bug(
@@ -362,6 +438,9 @@ BUGS = [
     Bug("sums packed that may lie split", "_packing.py", "return jax.device_count() == 1", "return True"),
     Bug("sums packed over a model axis", "_packing.py", "kind == AxisType.Manual for", "True for"),
     Bug("prepared parameters that lag behind", "_micro_step.py", "_, prepared = _prepare.made(", "_ = _prepare.made("),
+    Bug("a misspelt weight taken for an extra arg", "_misspelling.py", "if near is not None and", "if False and"),
+    Bug("an extra arg refused that a chain asks for", "_misspelling.py", "found += value\n", "pass\n"),
+    Bug("a window of windows", "_checks.py", "if any(map(is_accumulating,", "if False and any(map(is_accumulating,"),
     Bug("rounded up as often as not", "_accumulator.py", "& jnp.uint32(0xFFFF)\n", "& jnp.uint32(0x7FFF)\n"),
     Bug("a window that a hook's error leaves uncounted", "_windows.py", "while run.uncounted:  #", "while False:  #"),
 ]

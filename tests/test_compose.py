@@ -121,11 +121,27 @@ def test_two_of_different_k_share_one_multi_transform():
     assert sorted(int(s.gradient_step) for s in found(state)) == [2, 3]
 
 
-def test_it_contains_itself():
-    """Catches state or boundaries of the outer one that the inner one takes for its own."""
-    grads = micro_gradients(12)
-    got, _ = drive(MultiSteps(MultiSteps(ADAM, 2), 3), grads)
-    assert_close(got, drive(ADAM, means(grads, 6))[0])
+ACCUMULATING = {
+    "ours": lambda opt: MultiSteps(opt, 2),
+    "optax's": lambda opt: optax.MultiSteps(opt, 2),
+    "optax's, converted": lambda opt: optax.MultiSteps(opt, 2).gradient_transformation(),
+}
+nesting = "opt accumulates by itself: it holds a MultiSteps.*one MultiSteps.*K1·K2"
+
+
+@pytest.mark.parametrize("other", ACCUMULATING.values(), ids=ACCUMULATING)
+def test_one_directly_inside_another_is_refused(other):
+    """Catches a window of windows: K would be 4, weights those of means, and a flush reach the outer one alone."""
+    with pytest.raises(ValueError, match=nesting):
+        MultiSteps(other(ADAM), 2)
+
+
+@contained
+@pytest.mark.parametrize("other", [name for name in ACCUMULATING if name != "optax's"])
+def test_one_anywhere_inside_another_is_refused(wrap, other):
+    """Catches one that a container hides from the constructor."""
+    with pytest.raises(ValueError, match=nesting):
+        MultiSteps(wrap(ACCUMULATING[other](ADAM)), 2).init(fresh_params())
 
 
 def test_hyperparameters_injected_inside_are_read_and_set():
@@ -537,8 +553,6 @@ def test_set_every_k_reaches_all_of_them_and_leaves_the_argument_alone():
     assert [int(s.every_k) for s in found(new)] == [5, 5]
     assert sorted(int(s.every_k) for s in found(old)) == [2, 3]
     assert jax.tree.structure(new) == jax.tree.structure(old)
-    nested = jaxaccum.set_every_k(MultiSteps(MultiSteps(SGD, 2), 3).init(jnp.array(0.0)), 5)
-    assert (int(nested.every_k), int(nested.inner_opt_state.every_k)) == (5, 5)
 
 
 def test_k_that_shrinks_to_what_is_pending_closes_the_window_with_its_true_weight():

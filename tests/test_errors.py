@@ -202,6 +202,88 @@ def test_a_boundary_is_one_bool(boundary):
         TX.micro_step(lambda params: params["w"].sum(), PARAMS, TX.init(PARAMS), boundary=boundary)
 
 
+NEAR_MISSES = {
+    "weights": "weight",
+    "Weight": "weight",
+    "wieght": "weight",
+    "weigth": "weight",
+    "wight": "weight",
+    "boundry": "boundary",
+    "boundery": "boundary",
+    "bounday": "boundary",
+    "boundarys": "boundary",
+    "is_boundary": "boundary",
+}
+
+
+@pytest.mark.parametrize(("name", "ours"), NEAR_MISSES.items())
+def test_a_misspelt_argument_is_no_extra_arg(name, ours):
+    """Catches a weight that reaches an optimizer which does not read it, and a micro-batch that counts for 1."""
+    words = [f"got an argument {name!r}", f"Did you mean {ours!r}?"]
+    with fails(TypeError, "update", *words):
+        step(**{name: 7.0})
+    with fails(TypeError, "apply", *words):
+        TX.apply(PARAMS, TX.init(PARAMS), GRADS, **{name: 7.0})
+    with fails(TypeError, "update", *words):
+        chain = optax.chain(TX)
+        chain.update(GRADS, chain.init(PARAMS), PARAMS, **{name: 7.0})
+    for misplaced in (name, ours):
+        with fails(TypeError, f"flush got an argument {misplaced!r}", "takes neither weight nor boundary"):
+            TX.flush(TX.init(PARAMS), PARAMS, **{misplaced: 7.0})
+
+
+# Those of optax, and of optimizers around it.
+EXTRA_ARGS = [
+    *("accumulation_steps", "added_score", "carry", "grad", "grad_fn", "hess_fn", "hess_fn_state", "obj_fn", "order"),
+    *("phase", "step", "step_size", "steps", "sync_next", "value", "value_and_grad_fn", "value_fn"),
+    *("loss", "loss_fn", "lr", "mask", "weight_decay", "weights_mask", "sample_weights", "bounds", "bound", "height"),
+    *("boundaries_and_scales", "key", "rng", "batch"),
+]
+
+
+@pytest.mark.parametrize("name", EXTRA_ARGS)
+def test_any_other_extra_arg_passes(name):
+    """Catches an extra arg refused that optax lets pass, whether an optimizer reads it or not."""
+    tx = MultiSteps(SGD, 1)
+    tx.update(GRADS, tx.init(PARAMS), PARAMS, **{name: 1.0})
+    tx.apply(PARAMS, tx.init(PARAMS), GRADS, **{name: 1.0})
+    tx.flush(tx.init(PARAMS), PARAMS, **{name: 1.0})
+
+
+def reads(updates, state, params=None, *, weights, **_):
+    return jax.tree.map(lambda u: jnp.full_like(u, weights), updates), state
+
+
+READER = optax.GradientTransformationExtraArgs(SGD.init, reads)
+READERS = {
+    "alone": READER,
+    "chain": optax.chain(optax.scale(1.0), READER),
+    "chain in a chain": optax.chain(optax.chain(READER)),
+    "named_chain": optax.named_chain(("a", READER)),
+    "masked": optax.masked(READER, True),
+    "partition": optax.partition({"a": READER}, "a"),
+}
+
+
+@pytest.mark.parametrize("opt", READERS.values(), ids=READERS)
+def test_an_extra_arg_that_the_inner_optimizer_names_passes(opt):
+    """Catches a name refused that is no misspelling: the optimizer asks for it."""
+    tx = MultiSteps(opt, 1)
+    updates, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS, weights=7.0)
+    assert updates["b"] == 7.0
+    _, state = tx.update(GRADS, tx.init(PARAMS), PARAMS, boundary=False, weights=7.0)
+    assert tx.flush(state, PARAMS, weights=3.0)[0]["b"] == 3.0
+    averaging = MultiSteps(SGD, 1, averaged_extra_args=("weights",))
+    averaging.update(GRADS, averaging.init(PARAMS), PARAMS, weights=7.0)
+
+
+def test_a_function_that_a_loss_or_schedule_names_is_no_optimizer():
+    """Catches a name taken for an extra arg because some function that the optimizer holds has it."""
+    tx = MultiSteps(optax.masked(SGD, lambda weights: jax.tree.map(lambda _: True, weights)), 1)
+    with fails(TypeError, "update got an argument 'weights'"):
+        tx.update(GRADS, tx.init(PARAMS), PARAMS, weights=7.0)
+
+
 @pytest.mark.parametrize("value", [jnp.ones(3), np.ones(1), 1j, "x", [1.0]], ids=repr)
 def test_an_averaged_extra_arg_is_one_number(value):
     """Catches losses of examples that are averaged by broadcasting, and an error that hides the way out."""

@@ -486,6 +486,22 @@ def test_a_train_state_without_multi_steps_refuses_what_it_would_ignore(option):
         state.apply_gradients(grads={"w": jnp.ones(2)}, **option)
 
 
+@pytest.mark.parametrize("tx", [MultiSteps(ADAM, 2), optax.chain(MultiSteps(ADAM, 2)), ADAM])
+@pytest.mark.parametrize(
+    ("name", "meant"), [("weights", "weight"), ("boundry", "boundary"), ("batch_stat", "batch_stats")]
+)
+def test_train_state_refuses_a_misspelt_argument(tx, name, meant):
+    """Catches a weight, a boundary or new statistics that are taken for an extra arg which nobody reads."""
+
+    class WithStatistics(jaxaccum.flax.TrainState):
+        batch_stats: jax.Array
+
+    state = create(tx, WithStatistics, batch_stats=jnp.zeros(()))
+    with pytest.raises(TypeError, match=f"apply_gradients got an argument '{name}'.*Did you mean '{meant}'"):
+        state.apply_gradients(grads={"w": GRADIENTS[0]}, **{name: 1.0})
+    state.apply_gradients(grads={"w": GRADIENTS[0]}, params_shape=1.0, steps=2, param_labels=3)
+
+
 class Tower(nn.Module):
     """A linen network with batch statistics and dropout."""
 

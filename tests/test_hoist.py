@@ -119,3 +119,132 @@ def test_vectors():
     b = jnp.ones(4)
     assert made(lambda p, x: (half(x) + half(p)).sum(), b, X) == []
     assert made(lambda p, x: (x * (p[0] @ p[1])).sum(), (W, b), X) == [((4,), "float32")]
+
+
+def ruled(backward):
+    """The sine of a matrix, with a backward pass of its own: `backward(matrix, cotangent)`."""
+
+    @jax.custom_vjp
+    def fun(w):
+        return jnp.sin(w)
+
+    fun.defvjp(lambda w: (jnp.sin(w), w), lambda w, cotangent: (backward(w, cotangent),))
+    return fun
+
+
+@jax.custom_vjp
+def squared_backward(x):
+    return x
+
+
+squared_backward.defvjp(lambda x: (x, None), lambda _, cotangent: (cotangent**2,))
+
+NONLINEAR = {
+    "clip": lambda w, ct: jnp.clip(ct, -0.02, 0.02),
+    "square": lambda w, ct: ct**2,
+    "norm": lambda w, ct: ct / jnp.linalg.norm(ct),
+    "sign": lambda w, ct: jnp.sign(ct),
+    "constant": lambda w, ct: jnp.ones_like(ct),
+    "offset": lambda w, ct: ct + w,
+    "selected by itself": lambda w, ct: jnp.where(ct > 0, ct, 0.0),
+    "offset where masked": lambda w, ct: jnp.where(w > 0, ct, 1.0),
+    "sorted": lambda w, ct: jnp.sort(ct),
+    "divided by": lambda w, ct: w / (2 + ct),
+    "product of two": lambda w, ct: ct @ ct.T @ ct,
+    "indexed by itself": lambda w, ct: w[jnp.argmax(ct, axis=0)],
+    "rounded": lambda w, ct: ct.astype(int).astype(ct.dtype),
+    "in a jit": lambda w, ct: jax.jit(lambda ct: jnp.clip(ct, -0.02, 0.02))(ct),
+    "in a branch": lambda w, ct: jax.lax.cond(w[0, 0] > 9, lambda: ct, lambda: ct**2),
+    "chosen by itself": lambda w, ct: jax.lax.cond(ct[0, 0] > 0, lambda: ct, lambda: 2 * ct),
+    "in a loop": lambda w, ct: jax.lax.scan(lambda c, row: (c * row, c), jnp.ones_like(ct[0]), ct)[1],
+    "around a loop": lambda w, ct: jnp.full_like(w, jax.lax.fori_loop(0, 3, lambda i, c: c + 1, ct.sum())),
+    "a print": lambda w, ct: jax.debug.callback(lambda ct: None, ct) or ct,
+}
+LINEAR = {
+    "straight through": lambda w, ct: ct,
+    "masked": lambda w, ct: jnp.where(abs(w) < 1, ct, 0.0),
+    "masked by a product": lambda w, ct: ct * (w > 0),
+    "scaled": lambda w, ct: ct * w / (1 + w**2),
+    "none": lambda w, ct: jnp.zeros_like(ct),
+    "products": lambda w, ct: w @ (w.T @ ct) - ct.mean(),
+    "moved": lambda w, ct: jnp.roll(ct, 1, axis=0)[::-1].at[0].add(ct[1]),
+    "in half": lambda w, ct: half(ct).astype(ct.dtype),
+    "in a jit": lambda w, ct: jax.jit(jnp.tril)(ct),
+    "in a branch": lambda w, ct: jax.lax.cond(w[0, 0] > 0, lambda: ct, lambda: -2 * ct),
+    "in a loop": lambda w, ct: jax.lax.scan(lambda c, row: (c + row, 2 * c), jnp.zeros_like(ct[0]), ct)[1],
+    "of another function": lambda w, ct: jax.vjp(jax.nn.gelu, w)[1](ct)[0],
+    # It is run here, and not differentiated.
+    "through another rule": lambda w, ct: squared_backward(ct),
+}
+PLACES = {
+    "plain": lambda fun: fun,
+    "jit": jax.jit,
+    "checkpoint": jax.checkpoint,
+    "scan": lambda fun: lambda w: jax.lax.scan(lambda c, w: (c, fun(w)), 0, w[None])[1][0],
+    "nested": lambda fun: jax.jit(jax.checkpoint(lambda w: jax.lax.map(jax.jit(fun), w[None])[0])),
+    "cond": lambda fun: lambda w: jax.lax.cond(w[0, 0] > 9, jnp.cos, fun, w),
+}
+every_rule = pytest.mark.parametrize("rule", NONLINEAR.values(), ids=NONLINEAR)
+every_place = pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+
+
+@every_rule
+def test_a_backward_pass_that_is_not_linear_stays_in_the_loss(rule):
+    """Catches a rule that is run on the sum of the micro-batches' cotangents."""
+    assert made(lambda w, x: (x @ ruled(rule)(w)).sum(), W, X) == []
+
+
+@pytest.mark.parametrize("rule", LINEAR.values(), ids=LINEAR)
+@every_place
+def test_a_linear_backward_pass_is_taken_out(rule, place):
+    """Catches a straight-through estimator that runs in every micro-batch."""
+    ((shape, dtype),) = made(lambda w, x: (x @ place(ruled(rule))(w)).sum(), W, X)
+    assert shape[-2:] == (4, 4) and dtype == "float32"
+
+
+@every_place
+def test_it_stays_wherever_it_stands(place):
+    """Catches a rule that a jit, a loop or a checkpoint hides; the cast before it may go."""
+    fun = place(ruled(NONLINEAR["clip"]))
+    assert "float32" not in [dtype for _, dtype in made(lambda w, x: (x @ fun(w)).sum(), W, X)]
+    assert ((4, 4), "bfloat16") in made(lambda w, x: (x @ fun(half(w)).astype(x.dtype)).sum(), W, X)
+
+
+def test_random_numbers_that_are_drawn_anew_stay_in_the_loss():
+    """Catches noise that is the same in all micro-batches of a window."""
+    assert made(lambda w, x: (x @ (w + jax.lax.rng_uniform(0.0, 1.0, w.shape))).sum(), W, X) == []
+
+
+MESH = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4], axis_types=(jax.sharding.AxisType.Auto,))
+DRIVERS = {
+    "plain": dict(),
+    "no in-place": dict(in_place=False),
+    "stacked": dict(stacked=True),
+    "mesh": dict(mesh=MESH),
+}
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["mean", "Weighted"])
+@pytest.mark.parametrize("options", DRIVERS.values(), ids=DRIVERS)
+@pytest.mark.parametrize("rule", ["clip", "square", "norm", "sign"])
+def test_every_micro_batch_has_its_own_backward_pass(rule, options, weighted):
+    """Catches gradients clipped, squared or normalised in sum: 0.1 became 0.025."""
+    rules = [place(ruled(NONLINEAR[rule])) for name, place in PLACES.items() if name != "cond"]
+
+    def loss(w, x):
+        errors = sum(jnp.mean(jnp.tanh(x @ fun(w)) ** 2) for fun in rules)
+        layers = jax.lax.scan(lambda c, w: (jnp.tanh(c @ rules[0](w)), None), x, jnp.stack([w, 2 * w]))[0]
+        total = errors + jnp.mean(layers)
+        return jaxaccum.Weighted(total * x[0, 0], x[0, 0]) if weighted else total
+
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        w, x = jnp.asarray(rng.standard_normal((4, 4))), jnp.asarray(rng.uniform(0.5, 3.0, (4 * K, 4)))
+        x = x.reshape(K, 4, 4) if "stacked" in options else x
+
+        def run(prepare, k):
+            k = k if "stacked" in options else K
+            return jaxaccum.value_and_grad(loss, k, prepare=prepare, **options)(w, x)
+
+        runs = [jax.jit(run, static_argnums=0)(prepare, jnp.int32(K)) for prepare in ("auto", None)]
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), *runs)

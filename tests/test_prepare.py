@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
@@ -33,7 +34,7 @@ def marked(x):
     return jnp.tan(x)
 
 
-marked.defvjp(lambda x: (marked(x), None), lambda _, cotangent: (jnp.cbrt(cotangent),))
+marked.defvjp(lambda x: (marked(x), x), lambda x, cotangent: (cotangent * jnp.cbrt(x),))
 
 
 def occurrences(program, operation):
@@ -114,6 +115,60 @@ def test_what_prepare_closes_over_may_be_traced():
     mean = x.reshape(6, K, 5).mean(1)
     np.testing.assert_allclose(grads["a"], mean @ factors["b"].T, rtol=1e-2, atol=1e-2)
     assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype(jnp.float32)}
+
+
+def quantised(backward):
+    """Rounds to quarters, with a backward pass of its own: `backward(weights, cotangent)`."""
+
+    @jax.custom_vjp
+    def quantise(w):
+        return jnp.round(4 * w) / 4
+
+    quantise.defvjp(lambda w: (quantise(w), w), lambda w, cotangent: (backward(w, cotangent),))
+    return quantise
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint, lambda f: lambda w: jax.lax.map(f, w)])
+@pytest.mark.parametrize("backward", [lambda w, ct: ct, lambda w, ct: jnp.where(abs(w) < 1, ct, 0), jnp.multiply])
+def test_a_straight_through_estimator_is_a_prepare(backward, wrap):
+    """Catches fake quantisation refused, or run with the gradient of its rounding."""
+    prepare = wrap(quantised(backward))
+    loss = lambda w, x: jnp.mean(jnp.tanh(x @ w) ** 2)
+    with jax.enable_x64(True):
+        x = jnp.asarray(np.random.default_rng(1).standard_normal((4 * K, 6)))
+        value, grads = window(loss, prepare=prepare)(jnp.asarray(W), x)
+        want_value, want = jax.value_and_grad(lambda w, x: loss(prepare(w), x))(jnp.asarray(W), x)
+        np.testing.assert_allclose(value, want_value, rtol=1e-12)
+        np.testing.assert_allclose(grads, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint, lambda f: lambda w: jax.lax.map(f, w)])
+@pytest.mark.parametrize(
+    "backward", [lambda w, ct: jnp.clip(ct, -1, 1), lambda w, ct: ct**2, lambda w, ct: ct / jnp.linalg.norm(ct)]
+)
+def test_a_backward_pass_that_is_not_linear_is_refused(backward, wrap):
+    """Catches gradients that are clipped once a window in place of once a micro-batch, in silence."""
+    prepare = wrap(quantised(backward))
+    loss = lambda w, x: jnp.mean(x @ w)
+    message = "prepare calls quantise.*custom_vjp.*linear in its cotangents.*Call it in the loss"
+    with pytest.raises(ValueError, match=message):
+        window(loss, prepare=prepare)(jnp.ones((6, 5)), jnp.ones((K, 6)))
+    tx = jaxaccum.MultiSteps(optax.sgd(1.0), K, prepare=prepare)
+    with pytest.raises(ValueError, match=message):
+        tx.init(jnp.ones((6, 5)))
+    state = jaxaccum.MultiSteps(optax.sgd(1.0), K, prepare=jnp.sin).init(jnp.ones((6, 5)))
+    with pytest.raises(ValueError, match=message):
+        tx.micro_step(loss, jnp.ones((6, 5)), state, jnp.ones((1, 6)), boundary=True)
+
+
+def test_a_solve_is_a_prepare():
+    """Catches a rule of jax's own, as that of a linear solve, taken for a user's."""
+    cayley = lambda w: jnp.linalg.solve(jnp.eye(5) + w - w.T, jnp.eye(5) - w + w.T)
+    loss = lambda w, x: jnp.mean(jnp.tanh(x @ w) ** 2)
+    with jax.enable_x64(True):
+        x = jnp.asarray(np.random.default_rng(1).standard_normal((4 * K, 5)))
+        _, grads = window(loss, prepare=cayley)(jnp.asarray(W[:5]), x)
+        np.testing.assert_allclose(grads, jax.grad(lambda w: loss(cayley(w), x))(jnp.asarray(W[:5])), atol=1e-12)
 
 
 MESH = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

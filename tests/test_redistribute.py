@@ -8,10 +8,11 @@ import numpy as np
 import optax
 import pytest
 from devices import assert_close, inner, loss, params
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxaccum
+from jaxaccum._sync import MappedAxis, MeshAxis
 
 COUNTS = [1, 2, 4, 8]
 
@@ -70,7 +71,8 @@ def test_training_goes_on_with_another_number_of_devices(before, after):
     """Catches a micro-batch lost, counted twice, or weighed anew."""
     with jax.enable_x64(True):
         p, state = moved(begun(before))
-        p, state = train(after, p, program(after)[0].redistribute(state), range(3, 6), last=5)
+        moved_on = program(after)[0].redistribute(state, batch="weighted")
+        p, state = train(after, p, moved_on, range(3, 6), last=5)
         want, want_state = ended()
         assert_close((p, state.inner_opt_state), (want, want_state.inner_opt_state))
 
@@ -82,7 +84,7 @@ def test_sums_are_moved_whole_by_numbers_that_need_no_devices(before, after):
     mapped = jaxaccum.MultiSteps(inner(), 16, axis_name="data")
     rng = np.random.default_rng(0)
     stacked = jax.tree.map(lambda x: np.asarray(rng.integers(0, 99, (before, *x.shape)), x.dtype), state)
-    got = mapped.redistribute(stacked, devices=after)
+    got = mapped.redistribute(stacked._replace(mini_step=np.full(before, 3)), devices=after, batch="weighted")
     for name in ("acc_grads", "weight", "averages", "dropped"):
         sums, old = getattr(got, name), getattr(stacked, name)
         assert all(x.shape[0] == after for x in jax.tree.leaves(sums))
@@ -90,16 +92,154 @@ def test_sums_are_moved_whole_by_numbers_that_need_no_devices(before, after):
         held = {x.tobytes() for y in jax.tree.leaves(old) for x in y}
         if after >= before:
             assert all(x.tobytes() in held or not x.any() for y in jax.tree.leaves(sums) for x in np.asarray(y))
-    assert got.mini_step.tolist() == [stacked.mini_step[0]] * after
+    assert got.mini_step.tolist() == [3] * after
 
 
-def test_the_sum_mode_stays_the_mean_over_devices():
-    """Catches a sum that counts for more devices than it came from."""
+PLACEMENTS = ["auto", "explicit", "pmap"]
+
+
+def mean_loss(p, data):
+    """A plain mean: each device's micro-batch weighs 1, however many examples it has."""
+    return jnp.mean((jnp.tanh(data["x"] @ p["w"] + p["b"]) - data["y"]) ** 2)
+
+
+def example_loss(p, data):
+    """The same, weighing its examples."""
+    return jaxaccum.Weighted(mean_loss(p, data) * len(data["x"]), len(data["x"]))
+
+
+def stage(devices, placement):
+    """(the transformation for so many devices, its micro-step on as many times some examples, whether by pmap)."""
+    if devices == 1:
+        tx = jaxaccum.MultiSteps(inner(), 4)
+    elif placement == "pmap":
+        tx = jaxaccum.MultiSteps(inner(), 4, axis_name="data")
+    else:
+        kind = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}[placement]
+        mesh = jax.make_mesh((devices,), ("data",), axis_types=(kind,), devices=jax.devices()[:devices])
+        tx = jaxaccum.MultiSteps(inner(), 4, mesh=mesh)
+
+    def step(fun, p, state, data):
+        if isinstance(tx._config.sync, MappedAxis):
+            data = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), data)
+            mapped = jax.pmap(functools.partial(tx.micro_step, fun), "data", devices=jax.devices()[:devices])
+            return mapped(p, state, data)[1:]
+        if isinstance(tx._config.sync, MeshAxis):
+            mesh = tx._config.sync.mesh
+            data = jax.device_put(data, NamedSharding(mesh, P("data")))
+            p = jax.device_put(p, NamedSharding(mesh, P()))
+        return jax.jit(functools.partial(tx.micro_step, fun))(p, state, data)[1:]
+
+    return tx, step
+
+
+def replicated(tree, devices):
+    return jax.tree.map(lambda x: jnp.stack([x] * devices), tree)
+
+
+def one_of(tree, is_stacked):
+    return jax.tree.map(lambda x: x[0], tree) if is_stacked else tree
+
+
+@pytest.mark.parametrize("batch", ["per_device", "global", "weighted"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize(("before", "after"), [(8, 1), (8, 4), (4, 8), (1, 8)])
+def test_a_window_goes_on_to_the_big_batch(before, after, placement, batch):
+    """Catches micro-batches of before that weigh more or less than those of after, by the number of devices."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+
+        def micro_batch(size):
+            return {"x": jnp.asarray(rng.standard_normal((size, 3))), "y": jnp.asarray(rng.standard_normal((size, 4)))}
+
+        # Of two examples on each device, or of sixteen in all.
+        sizes = [2 * before, 2 * before, 2 * after, 2 * after] if batch == "per_device" else [16] * 4
+        data = [micro_batch(size) for size in sizes]
+        fun = example_loss if batch == "weighted" else mean_loss
+        p, (old, old_step), (new, new_step) = params(), stage(before, placement), stage(after, placement)
+        state = old.init(p)
+        if isinstance(old._config.sync, MappedAxis):
+            p, state = replicated((p, state), before)
+        for micro in data[:2]:
+            p, state = old_step(fun, p, state, micro)
+        p, state = moved((p, state))
+        p = one_of(p, p["b"].ndim == 2)
+        if isinstance(new._config.sync, MappedAxis):
+            p, state = replicated(p, after), new.redistribute(state, after, batch=batch)
+        else:
+            state = new.redistribute(state, batch=batch)
+        for micro in data[2:]:
+            p, state = new_step(fun, p, state, micro)
+        got = one_of(p, p["b"].ndim == 2)
+
+        every = jax.tree.map(lambda *x: jnp.concatenate(x), *data)
+        start = params()
+        updates, _ = inner().update(jax.grad(mean_loss)(start, every), inner().init(start), start)
+        assert_close(got, optax.apply_updates(start, updates))
+
+
+@pytest.mark.parametrize("batch", ["per_device", "global", "weighted"])
+@pytest.mark.parametrize(("before", "after"), [(8, 1), (8, 4), (4, 8), (1, 8)])
+def test_averages_are_scaled_with_the_sums(before, after, batch):
+    """Catches a loss that reaches the optimizer as another mean than its gradient."""
+    seen = optax.GradientTransformationExtraArgs(
+        lambda p: jnp.zeros(()), lambda updates, state, params=None, *, value, **_: (updates, value)
+    )
+    old, new = transformation(before, seen), transformation(after, seen)
+    each = lambda devices, x: jnp.full((devices,) if devices > 1 else (), x)
+    state = old.init(jnp.zeros(()))
+    _, state = old.update(each(before, 1.0), state, boundary=False, value=each(before, 1.0))
+    state = new.redistribute(moved(state), batch=batch)
+    updates, state = new.update(each(after, 4.0), state, jnp.zeros(()), boundary=True, value=each(after, 4.0))
+    weights = (after if batch == "global" else before), after
+    np.testing.assert_allclose(updates, np.average([1.0, 4.0], weights=weights), rtol=1e-6)
+    np.testing.assert_allclose(state.inner_opt_state, np.average([1.0, 4.0], weights=weights), rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1, 3])
+def test_scaled_sums_are_rounded_once(scale):
+    """Catches sums in bfloat16 that are rounded when they are merged, and again when they are scaled."""
+    values = scale * np.where(np.arange(8) == 7, 256.0, 1.0)
+    mapped = jaxaccum.MultiSteps(optax.sgd(1.0), 2, axis_name="data", accumulator_dtype=jnp.bfloat16)
+    state = replicated(mapped.init(jnp.zeros(3)), 8)
+    sums = jnp.asarray(np.repeat(values[:, None], 3, axis=1), jnp.bfloat16)
+    state = state._replace(acc_grads=sums, mini_step=jnp.ones(8, jnp.int32), weight=jnp.ones(8))
+    one = jaxaccum.MultiSteps(optax.sgd(1.0), 2, accumulator_dtype=jnp.bfloat16)
+    got = one.redistribute(state, batch="global")
+    assert got.acc_grads.dtype == jnp.bfloat16 and got.weight == 1.0
+    exact = np.asarray(sums, np.float32).sum(0) / 8
+    np.testing.assert_array_equal(got.acc_grads, exact.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize(("before", "after"), [(8, 4), (4, 8), (8, 1), (1, 8)])
+def test_what_a_plain_loss_weighs_is_asked_for(before, after):
+    """Catches a window whose micro-batches of before weigh eight times those of after, in silence."""
+    old, new = transformation(before), transformation(after)
+    state = old.init(params())
+    assert new.redistribute(state).mini_step == 0  # Nothing is pending.
+    shape = lambda x: (before, *x.shape) if before > 1 else x.shape
+    grads = jax.tree.map(lambda x: jnp.ones(shape(x)), params())
+    _, state = old.update(grads, state, params(), boundary=False)
+    message = f"batch must be given.*{before} devices.*{after}.*'per_device'.*'global'.*'weighted'"
+    with pytest.raises(ValueError, match=message):
+        new.redistribute(state)
+    for wrong in ("mean", "globl", True, 8):
+        with pytest.raises(ValueError, match=f"batch must be None, 'per_device', 'global' or 'weighted'.*{wrong!r}"):
+            new.redistribute(state, batch=wrong)
+    assert old.redistribute(state).mini_step == 1  # The same number of devices.
+    _, weightless = old.update(grads, old.init(params()), params(), boundary=False, weight=0.0)
+    assert new.redistribute(weightless).mini_step == 1  # Nothing that weighs is pending.
+
+
+@pytest.mark.parametrize("batch", ["per_device", "global", "weighted"])
+def test_the_sum_mode_stays_the_mean_over_devices(batch):
+    """Catches a sum that counts for more devices than it came from, or is scaled twice."""
     old, new = (transformation(n, optax.sgd(1.0), use_grad_mean=False) for n in (8, 4))
     state = old.init(jnp.zeros(()))
     _, state = jax.jit(lambda g, s: old.update(g, s, boundary=False))(jnp.arange(8.0), state)
     state, p = moved((state, jnp.zeros(())))
-    updates, _ = jax.jit(lambda g, s: new.update(g, s, p, boundary=True))(jnp.ones(4), new.redistribute(state))
+    state = new.redistribute(state, batch=batch)
+    updates, _ = jax.jit(lambda g, s: new.update(g, s, p, boundary=True))(jnp.ones(4), state)
     assert updates == -(3.5 + 1.0)
 
 

@@ -15,9 +15,14 @@ def is_typed(leaf: Any) -> bool:
 
 
 def fold(keys: Tree, number: Any) -> Tree:
-    """`jax.random.fold_in(key, number)` of every key; typed keys may have any shape."""
+    """`jax.random.fold_in(key, number)` of every key; typed keys may have any shape.
+
+    Scalars that are no keys, as the counts of an `nnx.Rngs` are, stay as they are.
+    """
 
     def leaf(key):
+        if not is_typed(key) and jnp.ndim(key) == 0:
+            return key
         fold_in = jax.random.fold_in
         for _ in range(key.ndim if is_typed(key) else 0):
             fold_in = jax.vmap(fold_in, (0, None))
@@ -42,11 +47,14 @@ def fold_beyond_first(tree: Tree, device: Any) -> Tree:
     return jax.tree.map(leaf, tree)
 
 
-def refuse_shared(args: Sequence[Tree], kwargs: Mapping[str, Tree], known: Collection[int]) -> None:
+def refuse_shared(
+    args: Sequence[Tree], kwargs: Mapping[str, Tree], known: Collection[int], what: str = "micro-batches"
+) -> None:
     """Typed keys must be in one of the positional arguments `known`: parameters, batch, carry or `key_argnums`.
 
     Raises:
-      ValueError: naming the leaf, if one is elsewhere: all micro-batches would share it, and draw the same masks.
+      ValueError: naming the leaf, if one is elsewhere: all micro-batches, or `what` else, would share it, and draw the
+        same masks.
     """
     others = {f"args[{i}]": arg for i, arg in enumerate(args) if i not in known}
     others |= {f"kwargs[{name!r}]": arg for name, arg in kwargs.items()}
@@ -54,8 +62,8 @@ def refuse_shared(args: Sequence[Tree], kwargs: Mapping[str, Tree], known: Colle
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             if is_typed(leaf):
                 raise ValueError(
-                    f"{name}{jax.tree_util.keystr(path)} is a random key that all micro-batches would share, so that "
-                    "all draw the same dropout mask. For a key of its own for each micro-batch pass it by position and "
-                    "name that in key_argnums; for one mask on purpose pass jax.random.key_data(key), and use "
+                    f"{name}{jax.tree_util.keystr(path)} is a random key that all {what} would share, so that all "
+                    "draw the same dropout mask. For a key of its own for each of them pass it by position and name "
+                    "that in key_argnums; for one mask on purpose pass jax.random.key_data(key), and use "
                     "jax.random.wrap_key_data in the loss."
                 )

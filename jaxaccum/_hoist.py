@@ -1,7 +1,6 @@
 """Finds by itself what of a loss depends on the parameters alone, so that it can run once a window."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -68,25 +67,33 @@ def split(loss: Callable[..., Tree], params: Tree, *args: Any) -> tuple[Callable
     closed, shapes = jax.make_jaxpr(divided, return_shape=True)(linear, statistics, *args)
     leaves, treedef = jax.tree.structure(linear).num_leaves, jax.tree.structure(shapes)
     inputs = len(closed.jaxpr.invars)
-    plan = _plan(closed.jaxpr, [i < leaves for i in range(inputs)])
+    plan = _plan(closed.jaxpr, [i < leaves for i in range(inputs)], {})
 
     def prepare(params):
         flat = jax.tree.leaves(_overwrites.without(params))
         kept = [x for x, uses in zip(flat, plan.uses[:leaves], strict=True) if uses]
-        made = _run_before(plan, closed.consts, [*flat, *[None] * (inputs - leaves)])
+        made = _run_before(_jaxprs.Jits(), plan, closed.consts, [*flat, *[None] * (inputs - leaves)])
         return (kept, _overwrites.only(params)), made
 
     def rest(seen, *args):
         (kept, statistics), made = seen
         given = iter(kept)
         flat = [next(given) if uses else None for uses in plan.uses[:leaves]]
-        return treedef.unflatten(_run_after(plan, closed.consts, [*flat, *jax.tree.leaves((statistics, args))], made))
+        flat += jax.tree.leaves((statistics, args))
+        return treedef.unflatten(_run_after(_jaxprs.Jits(), plan, closed.consts, flat, made))
 
     return prepare, rest
 
 
-def _plan(jaxpr: core.Jaxpr, known: Sequence[bool]) -> _Plan:
-    """How `jaxpr` divides where some of its inputs are known before."""
+def _plan(jaxpr: core.Jaxpr, known: Sequence[bool], plans: dict[Any, _Plan]) -> _Plan:
+    """How `jaxpr` divides where some of its inputs are known before; `plans` are those of what it calls, made once."""
+    key = id(jaxpr), tuple(known)
+    if key not in plans:
+        plans[key] = _made_plan(jaxpr, known, plans)
+    return plans[key]
+
+
+def _made_plan(jaxpr: core.Jaxpr, known: Sequence[bool], plans: dict[Any, _Plan]) -> _Plan:
     # What each known variable is made of.
     origins: dict[core.Var, frozenset[core.Var]] = {var: frozenset() for var in jaxpr.constvars}
     origins |= {var: frozenset([var]) for var, is_known in zip(jaxpr.invars, known, strict=True) if is_known}
@@ -98,7 +105,7 @@ def _plan(jaxpr: core.Jaxpr, known: Sequence[bool]) -> _Plan:
             origins |= dict.fromkeys(eqn.outvars, frozenset().union(*(origins[var] for var in operands)))
         elif body := _body(eqn):
             made = [not isinstance(atom, core.Literal) and bool(origins.get(atom)) for atom in eqn.invars]
-            inner = _plan(body, _walked(eqn, body, made) if eqn.primitive.name == "scan" else made)
+            inner = _plan(body, _walked(eqn, body, made) if eqn.primitive.name == "scan" else made, plans)
             if inner.crossing or inner.nested:
                 nested[i] = inner
 
@@ -166,7 +173,7 @@ def _walked(eqn: core.JaxprEqn, body: core.Jaxpr, known: Sequence[bool]) -> list
     return [is_known and i >= whole for i, is_known in enumerate(known)]
 
 
-def _run_before(plan: _Plan, consts: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
+def _run_before(jits: _jaxprs.Jits, plan: _Plan, consts: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
     """What crosses, in `plan` and then in what is nested in it; an input that is not read may be None."""
     values = _Values(plan.jaxpr, consts, inputs)
     nested = []
@@ -174,18 +181,22 @@ def _run_before(plan: _Plan, consts: Sequence[Any], inputs: Sequence[Any]) -> li
         if i in plan.before:
             values.write(eqn.outvars, _jaxprs.run(eqn, values.read(eqn.invars)))
         if i in plan.nested:
-            inner = plan.nested[i]
-            operands = values.read(eqn.invars, inner.reads)
-            run = functools.partial(_run_nested, inner, _consts(eqn))
-            nested += (jax.vmap(run) if eqn.primitive.name == "scan" else run)(*operands)
+            nested += _call_before(jits, eqn, plan.nested[i], values.read(eqn.invars, plan.nested[i].reads))
     return [*values.read(plan.crossing), *nested]
 
 
-def _run_nested(plan: _Plan, consts: Sequence[Any], *operands: Any) -> list[Any]:
-    return _run_before(plan, consts, operands)
+def _call_before(jits: _jaxprs.Jits, eqn: core.JaxprEqn, plan: _Plan, operands: list[Any]) -> Sequence[Any]:
+    """What crosses in the body of an equation."""
+    run = lambda operands: _run_before(jits, plan, _consts(eqn), operands)
+    if _jaxprs.is_plain_jit(eqn):
+        return jits.call(eqn, "before", run, operands)
+    with _jaxprs.located(eqn):
+        return (jax.vmap(run) if eqn.primitive.name == "scan" else run)(operands)
 
 
-def _run_after(plan: _Plan, consts: Sequence[Any], inputs: Sequence[Any], made: Sequence[Any]) -> list[Any]:
+def _run_after(
+    jits: _jaxprs.Jits, plan: _Plan, consts: Sequence[Any], inputs: Sequence[Any], made: Sequence[Any]
+) -> list[Any]:
     """The outputs, from the inputs and from what crosses; an input that is not used may be None."""
     values = _Values(plan.jaxpr, consts, inputs)
     values.write(plan.crossing, made[: len(plan.crossing)])
@@ -194,20 +205,26 @@ def _run_after(plan: _Plan, consts: Sequence[Any], inputs: Sequence[Any], made: 
         if i in plan.nested:
             inner = plan.nested[i]
             own, nested = nested[: _count(inner)], nested[_count(inner) :]
-            values.write(eqn.outvars, _call(eqn, inner, values.read(eqn.invars, inner.uses), own))
+            values.write(eqn.outvars, _call_after(jits, eqn, inner, values.read(eqn.invars, inner.uses), own))
         elif i in plan.after:
             values.write(eqn.outvars, _jaxprs.run(eqn, values.read(eqn.invars)))
     return values.read(plan.jaxpr.outvars)
 
 
-def _call(eqn: core.JaxprEqn, plan: _Plan, operands: Sequence[Any], made: Sequence[Any]) -> Sequence[Any]:
+def _call_after(
+    jits: _jaxprs.Jits, eqn: core.JaxprEqn, plan: _Plan, operands: list[Any], made: list[Any]
+) -> Sequence[Any]:
     """The results of an equation whose body has run in part."""
-    body = lambda operands, made: _run_after(plan, _consts(eqn), operands, made)
-    params = eqn.params
-    if _jaxprs.is_checkpoint(eqn):
-        body = _jaxprs.checkpointed(eqn, body)
-    if eqn.primitive.name != "scan":
-        return body(operands, made)
+    body = lambda operands, made: _run_after(jits, plan, _consts(eqn), operands, made)
+    if _jaxprs.is_plain_jit(eqn):
+        return jits.call(eqn, "after", lambda both: body(*both), (operands, made))
+    with _jaxprs.located(eqn):
+        if _jaxprs.is_checkpoint(eqn):
+            return _jaxprs.checkpointed(eqn, body)(operands, made)
+        return _scan_after(eqn, plan, body, operands, made)
+
+
+def _scan_after(eqn, plan, body, operands, made):
     constants, carries = _jaxprs.scan_operands(eqn, plan.jaxpr)
     shared, start, along = operands[:constants], operands[constants:][:carries], operands[constants + carries :]
 
@@ -216,7 +233,7 @@ def _call(eqn: core.JaxprEqn, plan: _Plan, operands: Sequence[Any], made: Sequen
         results = body([*shared, *carry, *along], made)
         return results[:carries], results[carries:]
 
-    options = {name: params[name] for name in ("length", "reverse", "unroll")}
+    options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
     carry, rows = jax.lax.scan(step, start, (along, made), **options)
     return [*carry, *rows]
 

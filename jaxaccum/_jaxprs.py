@@ -1,10 +1,12 @@
 """Equations of jaxprs: what they are, and how to run them."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax._src.state import discharge  # Has no public name.
+from jax._src import source_info_util  # These two have no public names.
+from jax._src.state import discharge
 from jax.extend import core
 
 # What only moves numbers about: it commutes with a cast, forward and back.
@@ -58,9 +60,37 @@ def checkpointed(eqn: core.JaxprEqn, body: Callable[..., Any]) -> Callable[..., 
 
 def run(eqn: core.JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
     """The results of one equation."""
-    with eqn.ctx.manager:
+    with located(eqn):
         results = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
     return results if eqn.primitive.multiple_results else [results]
+
+
+@contextlib.contextmanager
+def located(eqn: core.JaxprEqn) -> Iterator[None]:
+    """What is traced inside has the named scopes and the traceback of `eqn`."""
+    name_stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    with source_info_util.user_context(eqn.source_info.traceback, name_stack=name_stack), eqn.ctx.manager:
+        yield
+
+
+class Jits:
+    """The jitted functions of a program that is made anew from a jaxpr.
+
+    Where the jaxpr calls one function many times, so does the program: it is traced and lowered once, under its name.
+    """
+
+    def __init__(self):
+        self._functions: dict[Any, tuple[Any, Any]] = {}
+
+    def call(self, eqn: core.JaxprEqn, key: Any, fun: Callable[[Any], Any], operands: Any) -> Any:
+        """`fun(operands)` under a jit like that of `eqn`, which calls with an equal key share."""
+        closed = eqn.params["jaxpr"]
+        key = id(closed), key, jax.tree.structure(operands)
+        if key not in self._functions:
+            fun.__name__ = eqn.params["name"]
+            self._functions[key] = jax.jit(fun), closed  # Kept, so that no other jaxpr takes its id.
+        with located(eqn):
+            return self._functions[key][0](operands)
 
 
 def evaluate(
@@ -70,7 +100,7 @@ def evaluate(
     results: Callable[[core.JaxprEqn, list[Any]], Sequence[Any]],
     entry: Callable[[Any], Any],
 ) -> list[Any]:
-    """The outputs of `jaxpr`, equation by equation, in what stands for its values; a plain jit is looked into.
+    """The outputs of `jaxpr`, equation by equation, in what stands for its values.
 
     Args:
       jaxpr: what to evaluate.
@@ -84,12 +114,7 @@ def evaluate(
     read = lambda atom: entry(atom.val) if isinstance(atom, core.Literal) else values[atom]
     for eqn in jaxpr.eqns:
         operands = [read(atom) for atom in eqn.invars]
-        if is_plain_jit(eqn):
-            body = eqn.params["jaxpr"]
-            outputs = evaluate(body.jaxpr, body.consts, operands, results, entry)
-        else:
-            outputs = results(eqn, operands)
-        values.update(zip(eqn.outvars, outputs, strict=True))
+        values.update(zip(eqn.outvars, results(eqn, operands), strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
 

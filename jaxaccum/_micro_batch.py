@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxaccum import _accumulator, _checks, _in_place, _jaxprs, _loss, _mesh, _overwrites, _products, _split
+from jaxaccum import _accumulator, _checks, _eager, _in_place, _jaxprs, _loss, _mesh, _overwrites, _products, _split
 from jaxaccum._accumulator import Added, Weighted
 from jaxaccum._roles import Roles
 from jaxaccum._sync import MappedAxis, MeshAxis, OneDevice
@@ -166,7 +166,9 @@ def on_each(
         return value, rest, grads
 
     if not isinstance(sync, MeshAxis):
-        return on_device(sync, sums, starts, *args, **(kwargs or {}))
+        of_arrays = lambda sums, starts, args, kwargs: on_device(sync, sums, starts, *args, **kwargs)
+        value, rest, grads = _eager.run(of_arrays, sums, starts, args, kwargs or {})
+        return (value if weights[-1] is None else Weighted(value.total, weights[-1])), rest, grads
 
     def body(sums, starts, *args, **kwargs):
         one = lambda tree: jax.tree.map(lambda x: x[0], tree)
@@ -179,7 +181,7 @@ def on_each(
     _checks.placed(args[position], sync)
     _split.check_devices(args, roles.batch, 1, False, sync.size())
     split = (0, *(i + 2 for i in (*own, *roles.batch)))
-    value, rest, grads = _mesh.run(
-        body, sync, (sums, starts, *args), kwargs or {}, split=split, split_dim=0, out_specs=P(sync.names)
-    )
+    options = {"split": split, "split_dim": 0, "out_specs": P(sync.names)}
+    on_mesh = lambda args, kwargs: _mesh.run(body, sync, args, kwargs, **options)
+    value, rest, grads = _eager.run(on_mesh, (sums, starts, *args), kwargs or {})
     return (value if weights[-1] is None else Weighted(value.total, weights[-1])), rest, grads

@@ -169,6 +169,8 @@ def _evaluate(closed: core.ClosedJaxpr, inputs: Sequence[tuple[Any, Any]]) -> li
     """
 
     def pairs(eqn, operands):
+        if _jaxprs.is_plain_jit(eqn):
+            return _evaluate(eqn.params["jaxpr"], operands)
         values, wide = zip(*operands, strict=True) if operands else ((), ())
         results = _gathered(eqn, *values) if eqn.primitive.name in _GATHERS else _jaxprs.run(eqn, values)
         if eqn.primitive.name == "convert_element_type" and _floating(wide[0], results[0]):

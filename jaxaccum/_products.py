@@ -5,6 +5,7 @@ casts that back. The product had it in float32. Kept so, it is more exact, and `
 matrix unit, which reads the sum and writes it: what adds afterwards reads and writes half as much again.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -72,7 +73,8 @@ def widened(closed: core.ClosedJaxpr, params: Sequence[Any], chosen: Sequence[bo
     def fun(*inputs):
         lifts, others = inputs[: len(params)], inputs[len(params) :]
         entries = [_entry(*entry) for entry in zip(params, lifts, chosen, strict=True)]
-        return [x.array for x in _evaluate(closed.jaxpr, closed.consts, [*entries, *map(_Value, others)])]
+        outputs = _evaluate(_jaxprs.Jits(), closed.jaxpr, closed.consts, [*entries, *map(_Value, others)])
+        return [x.array for x in outputs]
 
     return fun
 
@@ -84,15 +86,21 @@ def _entry(param: Any, lift: Any, is_chosen: bool) -> _Value:
     return _Value(lift, lift if is_chosen else None)
 
 
-def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], inputs: Sequence[_Value]) -> list[_Value]:
+def _evaluate(jits: _jaxprs.Jits, jaxpr: core.Jaxpr, consts: Sequence[Any], inputs: Sequence[_Value]) -> list[_Value]:
     """The outputs of `jaxpr`."""
-    return _jaxprs.evaluate(jaxpr, consts, inputs, _results, _Value)
+    return _jaxprs.evaluate(jaxpr, consts, inputs, functools.partial(_results, jits), _Value)
 
 
-def _results(eqn: core.JaxprEqn, operands: Sequence[_Value]) -> list[_Value]:
+def _results(jits: _jaxprs.Jits, eqn: core.JaxprEqn, operands: Sequence[_Value]) -> list[_Value]:
+    if all(x.wide is None for x in operands):
+        return [_Value(x) for x in _jaxprs.run(eqn, [x.array for x in operands])]
     if _jaxprs.is_checkpoint(eqn):
-        body = lambda operands: _evaluate(eqn.params["jaxpr"], [], operands)
-        return _jaxprs.checkpointed(eqn, body)(operands)
+        body = lambda operands: _evaluate(jits, eqn.params["jaxpr"], [], operands)
+        with _jaxprs.located(eqn):
+            return _jaxprs.checkpointed(eqn, body)(operands)
+    if _jaxprs.is_plain_jit(eqn):
+        body = eqn.params["jaxpr"]
+        return jits.call(eqn, None, lambda operands: _evaluate(jits, body.jaxpr, body.consts, operands), operands)
     if _is_weighing(eqn, operands):
         return [_Value(_product(eqn, operands))]
     arrays, wide = [x.array for x in operands], [x.wide for x in operands]

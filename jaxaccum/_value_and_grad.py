@@ -1,5 +1,6 @@
 """Driver 2: a whole window inside one jitted step, a drop-in for `jax.value_and_grad`."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxaccum import _accumulator, _checks, _keys, _mesh, _overwrites, _split
+from jaxaccum import _accumulator, _checks, _eager, _keys, _mesh, _overwrites, _split
 from jaxaccum._accumulator import Weighted
 from jaxaccum._integers import positive_int
 from jaxaccum._roles import Roles
@@ -150,17 +151,23 @@ def value_and_grad(
         params = window.differentiated(args)
         _checks.differentiable(params)
         _checks.placed(params, sync)
-        if isinstance(sync, MeshAxis):
-            sums, like, carry, aux = _on_mesh(window, sync, args, kwargs)
-        else:
-            sums, reduced, like, carry, aux = window.run(sync, args, kwargs)
-            sums = Weighted((sync.joined(sums.total[0]), sync.joined(sums.total[1], reduced)), sync.joined(sums.weight))
-        value, grads = _accumulator.mean(sums, (like, params))
-        grads = _overwrites.kept(grads, params, sums.weight == 0)
-        grads = jax.tree.map(lambda g, p: g.astype(grad_dtype or jnp.result_type(p)), grads, params)
-        return window.pack(value.astype(like.dtype), carry, aux), sync.like(grads, params)
+        return _eager.run(functools.partial(_window_of, window, sync, grad_dtype), args, kwargs)
 
     return value_and_grad
+
+
+def _window_of(window, sync, grad_dtype, args, kwargs):
+    """What `value_and_grad` returns."""
+    params = window.differentiated(args)
+    if isinstance(sync, MeshAxis):
+        sums, like, carry, aux = _on_mesh(window, sync, args, kwargs)
+    else:
+        sums, reduced, like, carry, aux = window.run(sync, args, kwargs)
+        sums = Weighted((sync.joined(sums.total[0]), sync.joined(sums.total[1], reduced)), sync.joined(sums.weight))
+    value, grads = _accumulator.mean(sums, (like, params))
+    grads = _overwrites.kept(grads, params, sums.weight == 0)
+    grads = jax.tree.map(lambda g, p: g.astype(grad_dtype or jnp.result_type(p)), grads, params)
+    return window.pack(value.astype(like.dtype), carry, aux), sync.like(grads, params)
 
 
 def _on_mesh(window, sync, args, kwargs):

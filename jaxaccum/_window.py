@@ -81,9 +81,12 @@ class Window(NamedTuple):
         if traced.weight_varies():
             mean = self._mean(device, traced, seen, carry, micro_batches)
             traced = traced.less(mean)
-        start = device.local(self._start(seen))
-        gradient = _micro_batch.of(traced, self.in_place, start.total[1])
-        sums, like, carry, aux = self._sum(device, gradient, seen, start, carry, micro_batches)
+        if isinstance(self.k, int) and self.k == 1:
+            sums, like, carry, aux = _only(traced, seen, *first)
+        else:
+            start = device.local(self._start(seen))
+            gradient = _micro_batch.of(traced, self.in_place, start.total[1])
+            sums, like, carry, aux = self._sum(device, gradient, seen, start, carry, micro_batches)
         total, grads = sums.total
         total = total if mean is None else total + mean * sums.weight
         sums = Weighted((total, transpose(grads, self.k)), sums.weight)
@@ -175,6 +178,19 @@ class Window(NamedTuple):
             return (value, aux) if self.has_aux else value
         rest = carry[0] if isinstance(self.carry_argnums, int) else carry
         return value, ((rest, aux) if self.has_aux else rest)
+
+
+def _only(traced, seen, index, batch, carry):
+    """The same as `Window._sum` for a window of one micro-batch, which needs no sums."""
+    value, (new_carry, aux), grads = _micro_batch.of(traced, False, None)(seen, None, index, batch, carry)
+    one = jnp.ones((), _accumulator.weight_dtype())
+    weight = one if value.weight is None else jnp.asarray(value.weight).astype(one.dtype)
+    sums = Weighted((value.total.astype(one.dtype), grads), weight)
+    keep = _loss.keep(value.weight)
+    if keep is not None:
+        sums = _accumulator.select(keep, sums, jax.tree.map(jnp.zeros_like, sums))
+        new_carry = _accumulator.select(keep, new_carry, carry)
+    return sums, jnp.zeros((), value.total.dtype), new_carry, jax.tree.map(lambda x: x[None], aux)
 
 
 def _loop(micro_step, start, take, k, length):

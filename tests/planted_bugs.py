@@ -410,7 +410,9 @@ BUGS = [
         "_ZERO, _CONSTANT, _LINEAR, _OTHER = 0, 1, 2, 3",
         "_ZERO, _CONSTANT, _LINEAR, _OTHER = 0, 0, 2, 3",
     ),
-    Bug("another drive's sums taken over", "_host_driven.py", "state = _micro_step.cleared(state, self._clear)", "pass"),
+    Bug(
+        "another drive's sums taken over", "_host_driven.py", "state = _micro_step.cleared(state, self._clear)", "pass"
+    ),
     Bug("replaced sums taken for cleared ones", "_host_driven.py", "ref() is x", "True"),
     Bug(
         "sums cleared before a call that raises",

@@ -243,7 +243,7 @@ def test_unrolled(k):
         for e in jax.make_jaxpr(jaxaccum.value_and_grad(loss, k, unroll=2))(jnp.ones(3), x).eqns
         if "scan" in str(e.primitive)
     ]
-    assert [e.params["unroll"] for e in scans] == [2]
+    assert [e.params["unroll"] for e in scans] == [2] * (k > 1)  # One micro-batch needs no loop.
 
 
 def test_unrolled_loops_are_those_of_a_known_length():

@@ -68,9 +68,8 @@ class HostDriven:
             if holds:
                 raise ValueError(f"the host can't count the windows of a MultiSteps with {reason}; jit tx.micro_step.")
         self._mini_step = 0
-        self._every_k = self._assigned = positive_int(config.every_k, "every_k_schedule")
-        self._assignments = 0  # of `every_k`
-        self._last_written = 0  # the last assignment that a state has received
+        self._assigned = self._last_written = _Assignment(positive_int(config.every_k, "every_k_schedule"))
+        self._every_k = self._assigned.every_k
         self._positions = _Facts()
         self._ks = _Facts()
 
@@ -98,12 +97,12 @@ class HostDriven:
 
         Set to what is pending or less, the next micro-step closes the window.
         """
-        return self._every_k
+        assigned = self._assigned
+        return self._every_k if assigned is self._last_written else assigned.every_k
 
     @every_k.setter
     def every_k(self, k: int) -> None:
-        self._every_k = self._assigned = positive_int(k, "every_k")
-        self._assignments += 1
+        self._assigned = _Assignment(positive_int(k, "every_k"))
 
     @property
     def mini_step(self) -> int:
@@ -125,8 +124,8 @@ class HostDriven:
         Raises:
           TypeError: if `state` is not that of a `MultiSteps`.
         """
-        state, position, every_k = self._read(_checks.state(state, "HostDriven"))
-        if position.mini_step + 1 >= every_k:
+        state, position, k = self._read(_checks.state(state, "HostDriven"))
+        if position.mini_step + 1 >= k.every_k:
             loss, params, state = self._run(self._close, (params,), state, args, position)
             mini_step = 0
         else:
@@ -136,33 +135,32 @@ class HostDriven:
             loss, pending = self._run(self._accumulate, (params, state.prepared), pending, args, position)
             state = pending._replace(**kept)
             mini_step = position.mini_step + 1
-        self._remember(state, mini_step, every_k)
+        self._remember(state, mini_step, k)
         return loss, params, state
 
     def flush(self, params: Tree, state: MultiStepsState) -> tuple[Tree, MultiStepsState]:
         """Closes a partial window: an optimizer step on the mean of what it holds. Both arguments are donated."""
-        state, _, every_k = self._read(_checks.state(state, "HostDriven.flush"))
+        state, _, k = self._read(_checks.state(state, "HostDriven.flush"))
         params, state = self._flush(params, state)
-        self._remember(state, 0, every_k)
+        self._remember(state, 0, k)
         return params, state
 
-    def _read(self, state: MultiStepsState) -> tuple[MultiStepsState, "_Position", int]:
+    def _read(self, state: MultiStepsState) -> tuple[MultiStepsState, "_Position", "_K"]:
         """(`state` with the K that is assigned to it, its position, its K)."""
+        assigned = self._assigned  # What is assigned from here on, as by a signal handler, waits for the next call.
         position = self._positions.get(state.mini_step) or _Position(_on_host(state.mini_step), ())
-        every_k, written = self._ks.get(state.every_k) or (None, self._last_written)
-        if written < self._assignments:
-            every_k = self._assigned
-            state = set_every_k(state, every_k)
-        elif every_k is None:
-            every_k = _on_host(state.every_k)
-        return state, position, every_k
+        k = self._ks.get(state.every_k)
+        if (k.written if k else self._last_written) is not assigned:
+            state = set_every_k(state, assigned.every_k)
+            k = _K(assigned.every_k, assigned)
+        return state, position, k or _K(_on_host(state.every_k), assigned)
 
-    def _remember(self, state: MultiStepsState, mini_step: int, every_k: int) -> None:
+    def _remember(self, state: MultiStepsState, mini_step: int, k: "_K") -> None:
         """Notes what the programs made of a state, so that the next call does not read it."""
         cleared = () if mini_step else tuple(map(weakref.ref, _sums(state)))
         self._positions.add(state.mini_step, _Position(mini_step, cleared))
-        self._ks.add(state.every_k, (every_k, self._assignments))
-        self._mini_step, self._every_k, self._last_written = mini_step, every_k, self._assignments
+        self._ks.add(state.every_k, k)
+        self._mini_step, self._every_k, self._last_written = mini_step, k.every_k, k.written
 
     def _run(self, program, given, state, args, position):
         """`program(*given, state, *args)`, with nothing in the sums of `state` where a window begins."""
@@ -172,6 +170,24 @@ class HostDriven:
             program.lower(*given, state, *args).compile()
             state = _micro_step.cleared(state, self._clear)
         return program(*given, state, *args)
+
+
+class _Assignment(NamedTuple):
+    """One assignment to `HostDriven.every_k`, told from others by its identity."""
+
+    every_k: int
+
+
+class _K(NamedTuple):
+    """A state's K.
+
+    Attributes:
+      every_k: its value.
+      written: the last assignment that the state has received or that came before it.
+    """
+
+    every_k: int
+    written: _Assignment
 
 
 class _Position(NamedTuple):

@@ -395,10 +395,16 @@ BUGS = [
     Bug("a stack used twice added in place", "_in_place.py", " and uses[atom] == 1 for atom", " for atom"),
     Bug("a loop's constant made beforehand", "_hoist.py", "is_known and i >= whole", "is_known"),
     Bug("larger things made beforehand", "_hoist.py", " and size(var) <= sum(map(size, origins))", ""),
-    Bug("the host's K kept from the state", "_host_driven.py", "state = set_every_k(state, every_k)", "pass"),
+    Bug("the host's K kept from the state", "_host_driven.py", "state = set_every_k(state, assigned.every_k)", "pass"),
     Bug("a host that counts from 0", "_host_driven.py", "_on_host(state.mini_step)", "0"),
     Bug("a host that ignores the state's K", "_host_driven.py", "_on_host(state.every_k)", "self._every_k"),
-    Bug("a K that only the next state receives", "_host_driven.py", "if written <", "if self._last_written <"),
+    Bug(
+        "an assignment lost that comes during a call",
+        "_host_driven.py",
+        "self._last_written = mini_step, k.every_k, k.written",
+        "self._last_written = mini_step, k.every_k, self._assigned",
+    ),
+    Bug("a K that only the next state receives", "_host_driven.py", "k.written if k else ", ""),
     Bug("a host that reads every state", "_host_driven.py", "self._positions.get(state.mini_step) or ", ""),
     Bug("a host that forgets no state", "_host_driven.py", "functools.partial(self._facts.pop, key)", "None"),
     Bug("a rule that is not linear made beforehand", "_hoist.py", " and _linear.unproved_in(eqn) is None", ""),
@@ -409,7 +415,9 @@ BUGS = [
         "_ZERO, _CONSTANT, _LINEAR, _OTHER = 0, 1, 2, 3",
         "_ZERO, _CONSTANT, _LINEAR, _OTHER = 0, 0, 2, 3",
     ),
-    Bug("another drive's sums taken over", "_host_driven.py", "state = _cleared(state, self._clear)", "pass"),
+    Bug(
+        "another drive's sums taken over", "_host_driven.py", "state = _micro_step.cleared(state, self._clear)", "pass"
+    ),
     Bug("replaced sums taken for cleared ones", "_host_driven.py", "ref() is x", "True"),
     Bug(
         "sums cleared before a call that raises",
@@ -417,7 +425,7 @@ BUGS = [
         "program.lower(*given, state, *args).compile()",
         "pass",
     ),
-    Bug("a flush that leaves its sums", "_host_driven.py", "_cleared(state, _accumulator.cleared)", "state"),
+    Bug("a flush that leaves its sums", "_host_driven.py", "_micro_step.cleared(state)\n", "state\n"),
     Bug(
         "a weight's dimensions in the order of the activation's",
         "_products.py",

@@ -349,6 +349,45 @@ def test_an_assigned_k_reaches_each_returned_state_once():
     assert counters(b[1]) == (2, 1, 3)
 
 
+@pytest.mark.parametrize(("k", "first", "second"), [(4, (1, 0, 4), (0, 1, 2)), (1, (0, 1, 1), (1, 1, 2))])
+def test_an_assignment_while_the_loss_is_traced(k, first, second):
+    """Catches an assignment during a first call that the end of the call overwrites: before a boundary and at one."""
+    tx, _, *now = summing(k)
+
+    def loss(w, x):
+        step.every_k = 2
+        return tangent(w, x)
+
+    step = jaxaccum.HostDriven(tx, loss)
+    for expected in (first, second):
+        now = run(step, *now, [1])
+        assert (counters(now[1]), step.every_k) == (expected, 2)
+
+
+@pytest.mark.parametrize("call", ["step", "flush"])
+@pytest.mark.parametrize("is_known", [False, True])
+def test_an_assignment_while_a_program_runs(call, is_known, monkeypatch):
+    """Catches an assignment by a signal handler or another thread that the end of the call overwrites."""
+    _, step, *now = summing(4)
+    if is_known:
+        now = run(step, *now, [1])
+    remember = step._remember
+
+    def interrupted(*args):
+        step.every_k = 2
+        remember(*args)
+
+    monkeypatch.setattr(step, "_remember", interrupted)
+    now = step.flush(*now) if call == "flush" else run(step, *now, [1])
+    monkeypatch.undo()
+    assert (step.every_k, int(now[1].every_k)) == (2, 4)
+    is_last = step.mini_step > 0
+    now = run(step, *now, [1])
+    assert counters(now[1])[::2] == (0 if is_last else 1, 2)
+    now = run(step, now[0], jaxaccum.set_every_k(now[1], 3), [1])
+    assert int(now[1].every_k) == step.every_k == 3
+
+
 def test_flush_is_of_the_state_that_is_passed():
     """Catches a flush that closes another state's window in the host's count, or counts though it raised."""
     tx, step, *a = summing(3)

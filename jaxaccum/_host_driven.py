@@ -29,8 +29,10 @@ class HostDriven:
     for none of them.
 
     K is the state's own: what `MultiSteps`, `set_every_k` or a checkpoint put there. Assigning `every_k` on this object
-    writes a new K into the next state that is passed, and into each other state that this object returned before the
-    assignment when that one is passed next.
+    writes a new K into the next state that is passed, once into each other state that this object returned before the
+    assignment, and into each state that is new to it and still has the K of `MultiSteps(opt, every_k_schedule)`. A
+    state whose K was changed by `set_every_k`, or comes with another K from a checkpoint, keeps its own. An assignment
+    during a call waits for the next one.
 
     Args:
       tx: what accumulates.
@@ -68,8 +70,9 @@ class HostDriven:
             if holds:
                 raise ValueError(f"the host can't count the windows of a MultiSteps with {reason}; jit tx.micro_step.")
         self._mini_step = 0
-        self._assigned = self._last_written = _Assignment(positive_int(config.every_k, "every_k_schedule"))
-        self._every_k = self._assigned.every_k
+        self._built = _Assignment(positive_int(config.every_k, "every_k_schedule"))
+        self._assigned = self._last_written = self._built  # what holds now, and what a state has received
+        self._every_k = self._built.every_k
         self._positions = _Facts()
         self._ks = _Facts()
 
@@ -148,12 +151,16 @@ class HostDriven:
     def _read(self, state: MultiStepsState) -> tuple[MultiStepsState, "_Position", "_K"]:
         """(`state` with the K that is assigned to it, its position, its K)."""
         assigned = self._assigned  # What is assigned from here on, as by a signal handler, waits for the next call.
-        position = self._positions.get(state.mini_step) or _Position(_on_host(state.mini_step), ())
+        position = self._positions.get(state.mini_step)
         k = self._ks.get(state.every_k)
-        if (k.written if k else self._last_written) is not assigned:
+        if k is None and self._last_written is assigned:
+            every_k = _on_host(state.every_k)
+            is_as_built = position is None and every_k == self._built.every_k
+            k = _K(every_k, self._built if is_as_built else assigned)
+        if k is None or k.written is not assigned:
             state = set_every_k(state, assigned.every_k)
             k = _K(assigned.every_k, assigned)
-        return state, position, k or _K(_on_host(state.every_k), assigned)
+        return state, position or _Position(_on_host(state.mini_step), ()), k
 
     def _remember(self, state: MultiStepsState, mini_step: int, k: "_K") -> None:
         """Notes what the programs made of a state, so that the next call does not read it."""

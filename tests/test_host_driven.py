@@ -335,18 +335,42 @@ def test_an_assigned_k_reaches_each_returned_state_once():
     """Catches a K that only one of several states hears of, or that overrules a state which brings another one."""
     tx, step, *a = summing(4)
     a, b = run(step, *a, [1]), run(step, jnp.zeros(1), tx.init(jnp.zeros(1)), [1])
-    saved = copied(a)
+    saved = copied((a[0], jaxaccum.set_every_k(a[1], 5)))
     step.every_k = 2
     assert step.every_k == 2
     a = run(step, *a, [1])
     assert counters(a[1]) == (0, 1, 2)
     saved = run(step, *saved, [1])  # A copy from before has the K of then.
-    assert counters(saved[1]) == (2, 0, 4)
-    assert step.every_k == 4
+    assert counters(saved[1]) == (2, 0, 5)
+    assert step.every_k == 5
     b = run(step, *b, [1])
     assert counters(b[1]) == (0, 1, 2)
     b = run(step, b[0], jaxaccum.set_every_k(b[1], 3), [1, 1])
     assert counters(b[1]) == (2, 1, 3)
+
+
+@pytest.mark.parametrize("form", [lambda state: state, copied, restored])
+def test_an_assigned_k_reaches_each_new_state(form):
+    """Catches a K that only the first of several models hears of, or one that is lost on a copy from before."""
+    tx, step, *former = summing(8)
+    copy = form(tx.init(jnp.zeros(1)))
+    before = run(step, *former, [0])
+    step.every_k = 2
+    for new in [(jnp.zeros(1), copy), (jnp.zeros(1), tx.init(jnp.zeros(1))), copied(before)]:
+        _, state = run(step, *new, [0] * 8)
+        assert (step.every_k, int(state.every_k), int(state.gradient_step)) == (2, 2, 4)
+
+
+@pytest.mark.parametrize("form", [lambda state: state, restored])
+def test_a_new_state_with_another_k_keeps_it(form):
+    """Catches an assigned K that overrules one from a checkpoint or from `set_every_k`, even where that equals ours."""
+    tx, step, *now = summing(8)
+    step.every_k = 2
+    now = run(step, *now, [0])
+    other = run(step, jnp.zeros(1), form(jaxaccum.set_every_k(tx.init(jnp.zeros(1)), 4)), [0] * 3)
+    assert counters(other[1]) == (3, 0, 4)
+    now = run(step, now[0], jaxaccum.set_every_k(now[1], 8), [0] * 3)
+    assert counters(now[1]) == (4, 0, 8)
 
 
 @pytest.mark.parametrize(("k", "first", "second"), [(4, (1, 0, 4), (0, 1, 2)), (1, (0, 1, 1), (1, 1, 2))])
@@ -457,7 +481,7 @@ class Slot:
       saved: copies of both, from some time before.
       has_known_position: whether `HostDriven` returned the state.
       has_known_k: whether it returned the state's K too.
-      expects: the K that was assigned since, if any.
+      expects: the K that was assigned since `HostDriven` returned the state, if any.
     """
 
     def __init__(self, host, device):
@@ -480,7 +504,8 @@ class Interleaving(hypothesis.stateful.RuleBasedStateMachine):
         _host_driven._on_host = self.count
         self.step.every_k = 3
         self.step(*self.start(), BATCHES[0])  # Takes what a former example assigned.
-        self.assigned = None  # what no state has received yet
+        self.last_assigned = 3
+        self.assigned = None  # the same, as long as no state has received it
         self.slots = [Slot(self.start(), self.start()) for _ in range(3)]
 
     def teardown(self):
@@ -498,6 +523,8 @@ class Interleaving(hypothesis.stateful.RuleBasedStateMachine):
         params, state = slot.device
         k = slot.expects if slot.has_known_k else self.assigned
         reads = (not slot.has_known_position) + (not slot.has_known_k and k is None)
+        if k is None and not slot.has_known_position and state.every_k == 3:
+            k = self.last_assigned
         return (params, state if k is None else jaxaccum.set_every_k(state, k)), reads
 
     def returned(self, slot, host, device, reads):
@@ -549,6 +576,21 @@ class Interleaving(hypothesis.stateful.RuleBasedStateMachine):
     def start_anew(self, index):
         self.slots[index].put(self.start(), self.start())
 
+    @hypothesis.stateful.rule(k=KS, indices=st.permutations(range(3)), batch=st.integers(0, 7))
+    def start_several_after_one_assignment(self, k, indices, batch):
+        self.assign_k(k)
+        for index in indices:
+            self.start_anew(index)
+        for index in indices:
+            self.call(index, batch, 3)
+
+    @hypothesis.stateful.rule(index=INDICES, k=KS, form=st.sampled_from([copied, restored]))
+    def resume_with_k(self, index, k, form):
+        """From a checkpoint of the slot's own state, whose K was set before it was written: to ours or to another."""
+        self.set_k_in_the_state(index, k)
+        slot = self.slots[index]
+        slot.put(form(slot.host), slot.device)
+
     @hypothesis.stateful.rule(index=INDICES)
     def save(self, index):
         slot = self.slots[index]
@@ -563,7 +605,7 @@ class Interleaving(hypothesis.stateful.RuleBasedStateMachine):
 
     @hypothesis.stateful.rule(k=KS)
     def assign_k(self, k):
-        self.step.every_k = self.assigned = k
+        self.step.every_k = self.assigned = self.last_assigned = k
         for slot in self.slots:
             slot.expects = k
 

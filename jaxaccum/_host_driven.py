@@ -75,6 +75,7 @@ class HostDriven:
         self._every_k = self._built.every_k
         self._positions = _Facts()
         self._ks = _Facts()
+        self._compiled = set()  # (program, signature) where it is known to compile
 
         micro_step = functools.partial(_multi_steps.micro_step, config, fun, clears=True)
 
@@ -174,7 +175,10 @@ class HostDriven:
         if not position.mini_step and not position.holds_cleared(_sums(state)):
             # Whatever can raise does so here, before the clearing takes the caller's sums.
             jax.block_until_ready((given, state, args))
-            program.lower(*given, state, *args).compile()
+            signature = _signature((given, state, args))
+            if (program, signature) not in self._compiled:
+                program.lower(*given, state, *args).compile()
+                self._compiled.add((program, signature))
             state = _micro_step.cleared(state, self._clear)
         return program(*given, state, *args)
 
@@ -235,6 +239,15 @@ class _Facts:
 def _on_host(scalar: Any) -> int:
     """The value of a state's counter. Waits for the device."""
     return int(scalar)
+
+
+def _signature(args: Any) -> tuple:
+    """What decides whether a program must be traced and compiled anew: all but the values in `args`."""
+    leaves, treedef = jax.tree.flatten(args)
+    kind = lambda x: (type(x), getattr(x, "shape", None), getattr(x, "dtype", None))
+    placed = lambda x: (x.aval, x.sharding, x.committed)
+    kinds = tuple(placed(x) if isinstance(x, jax.Array) else kind(x) for x in leaves)
+    return jax.sharding.get_abstract_mesh(), treedef, kinds
 
 
 def _sums(state: MultiStepsState) -> list[Any]:

@@ -428,6 +428,18 @@ BUGS = [
         "program.lower(*given, state, *args).compile()",
         "pass",
     ),
+    Bug(
+        "a program taken for compiled whatever the types",
+        "_host_driven.py",
+        "(program, signature) not in self._compiled",
+        "program not in dict(self._compiled)",
+    ),
+    Bug(
+        "a program taken for compiled wherever arrays lie",
+        "_host_driven.py",
+        "(x.aval, x.sharding, x.committed)",
+        "x.aval",
+    ),
     Bug("a flush that leaves its sums", "_host_driven.py", "_micro_step.cleared(state)\n", "state\n"),
     Bug(
         "a weight's dimensions in the order of the activation's",

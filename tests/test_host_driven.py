@@ -248,6 +248,67 @@ def test_a_loss_that_raises():
     assert (now[0], counters(now[1])) == (-2, (0, 1, 2))
 
 
+def test_a_loss_that_raises_for_other_arguments():
+    """Catches sums taken by a call whose program is taken for compiled: it is, but for arguments of another type."""
+
+    def loss(w, x, scale):
+        if jnp.shape(scale) or not jnp.issubdtype(jnp.result_type(scale), jnp.floating) or "bad" in x:
+            raise RuntimeError("no such scale")
+        return tangent(w, x["x"]) * scale
+
+    tx, _, params, _ = summing(3)
+    step = jaxaccum.HostDriven(tx, loss)
+    new = lambda: (jnp.zeros(1), tx.init(params))
+    others = [
+        ({"x": x_of(1)}, jnp.ones(1)),
+        ({"x": x_of(1)}, 1),
+        ({"x": x_of(1)}, np.int32(1)),
+        ({"bad": x_of(1)}, 1.0),
+    ]
+    for scale in (1.0, jnp.float32(1), np.float32(1)):
+        step(*new(), {"x": x_of(1)}, scale)
+        for other in others:
+            now = new()
+            with pytest.raises(RuntimeError, match="no such scale"):
+                step(*now, *other)
+            assert is_alive(now)
+
+
+def test_arguments_on_another_device():
+    """Catches sums taken by a call that jax refuses for where its arguments lie, of types that it ran with before."""
+    tx, step, *_ = summing(3)
+    device, other = jax.devices()[:2]
+    new = lambda: jax.device_put((jnp.zeros(1), tx.init(jnp.zeros(1))), device)
+    step(*new(), x_of(1))
+    now = new()
+    with pytest.raises(ValueError, match="incompatible devices"):
+        step(*now, jax.device_put(x_of(1), other))
+    assert is_alive(now)
+
+
+class Counted:
+    """A compiled program that counts how often it is lowered by name."""
+
+    def __init__(self, program):
+        self.program, self.lowered = program, 0
+
+    def __call__(self, *args):
+        return self.program(*args)
+
+    def lower(self, *args):
+        self.lowered += 1
+        return self.program.lower(*args)
+
+
+def test_a_new_state_is_not_traced_again():
+    """Catches a check that traces and lowers the program for each new state, though it ran with the same types."""
+    tx, step, *_ = summing(2)
+    step._accumulate, step._close = programs = Counted(step._accumulate), Counted(step._close)
+    for k in (1, 2, 1, 2):
+        run(step, jnp.zeros(1), jaxaccum.set_every_k(tx.init(jnp.zeros(1)), k), [1])
+    assert [program.lowered for program in programs] == [1, 1]
+
+
 def test_parameters_that_were_donated():
     """Catches fresh sums that are lost to a call that can't run: its parameters were donated before."""
     tx, step, params, state = summing(1)

@@ -29,8 +29,10 @@ class HostDriven:
     for none of them.
 
     K is the state's own: what `MultiSteps`, `set_every_k` or a checkpoint put there. Assigning `every_k` on this object
-    writes a new K into the next state that is passed, and into each other state that this object returned before the
-    assignment when that one is passed next.
+    writes a new K into the next state that is passed, once into each other state that this object returned before the
+    assignment, and into each state that is new to it and still has the K of `MultiSteps(opt, every_k_schedule)`. A
+    state whose K was changed by `set_every_k`, or comes with another K from a checkpoint, keeps its own. An assignment
+    during a call waits for the next one.
 
     Args:
       tx: what accumulates.
@@ -68,11 +70,12 @@ class HostDriven:
             if holds:
                 raise ValueError(f"the host can't count the windows of a MultiSteps with {reason}; jit tx.micro_step.")
         self._mini_step = 0
-        self._every_k = self._assigned = positive_int(config.every_k, "every_k_schedule")
-        self._assignments = 0  # of `every_k`
-        self._last_written = 0  # the last assignment that a state has received
+        self._built = _Assignment(positive_int(config.every_k, "every_k_schedule"))
+        self._assigned = self._last_written = self._built  # what holds now, and what a state has received
+        self._every_k = self._built.every_k
         self._positions = _Facts()
         self._ks = _Facts()
+        self._compiled = set()  # (program, signature) where it is known to compile
 
         micro_step = functools.partial(_multi_steps.micro_step, config, fun, clears=True)
 
@@ -98,12 +101,12 @@ class HostDriven:
 
         Set to what is pending or less, the next micro-step closes the window.
         """
-        return self._every_k
+        assigned = self._assigned
+        return self._every_k if assigned is self._last_written else assigned.every_k
 
     @every_k.setter
     def every_k(self, k: int) -> None:
-        self._every_k = self._assigned = positive_int(k, "every_k")
-        self._assignments += 1
+        self._assigned = _Assignment(positive_int(k, "every_k"))
 
     @property
     def mini_step(self) -> int:
@@ -125,8 +128,8 @@ class HostDriven:
         Raises:
           TypeError: if `state` is not that of a `MultiSteps`.
         """
-        state, position, every_k = self._read(_checks.state(state, "HostDriven"))
-        if position.mini_step + 1 >= every_k:
+        state, position, k = self._read(_checks.state(state, "HostDriven"))
+        if position.mini_step + 1 >= k.every_k:
             loss, params, state = self._run(self._close, (params,), state, args, position)
             mini_step = 0
         else:
@@ -136,42 +139,66 @@ class HostDriven:
             loss, pending = self._run(self._accumulate, (params, state.prepared), pending, args, position)
             state = pending._replace(**kept)
             mini_step = position.mini_step + 1
-        self._remember(state, mini_step, every_k)
+        self._remember(state, mini_step, k)
         return loss, params, state
 
     def flush(self, params: Tree, state: MultiStepsState) -> tuple[Tree, MultiStepsState]:
         """Closes a partial window: an optimizer step on the mean of what it holds. Both arguments are donated."""
-        state, _, every_k = self._read(_checks.state(state, "HostDriven.flush"))
+        state, _, k = self._read(_checks.state(state, "HostDriven.flush"))
         params, state = self._flush(params, state)
-        self._remember(state, 0, every_k)
+        self._remember(state, 0, k)
         return params, state
 
-    def _read(self, state: MultiStepsState) -> tuple[MultiStepsState, "_Position", int]:
+    def _read(self, state: MultiStepsState) -> tuple[MultiStepsState, "_Position", "_K"]:
         """(`state` with the K that is assigned to it, its position, its K)."""
-        position = self._positions.get(state.mini_step) or _Position(_on_host(state.mini_step), ())
-        every_k, written = self._ks.get(state.every_k) or (None, self._last_written)
-        if written < self._assignments:
-            every_k = self._assigned
-            state = set_every_k(state, every_k)
-        elif every_k is None:
+        assigned = self._assigned  # What is assigned from here on, as by a signal handler, waits for the next call.
+        position = self._positions.get(state.mini_step)
+        k = self._ks.get(state.every_k)
+        if k is None and self._last_written is assigned:
             every_k = _on_host(state.every_k)
-        return state, position, every_k
+            is_as_built = position is None and every_k == self._built.every_k
+            k = _K(every_k, self._built if is_as_built else assigned)
+        if k is None or k.written is not assigned:
+            state = set_every_k(state, assigned.every_k)
+            k = _K(assigned.every_k, assigned)
+        return state, position or _Position(_on_host(state.mini_step), ()), k
 
-    def _remember(self, state: MultiStepsState, mini_step: int, every_k: int) -> None:
+    def _remember(self, state: MultiStepsState, mini_step: int, k: "_K") -> None:
         """Notes what the programs made of a state, so that the next call does not read it."""
         cleared = () if mini_step else tuple(map(weakref.ref, _sums(state)))
         self._positions.add(state.mini_step, _Position(mini_step, cleared))
-        self._ks.add(state.every_k, (every_k, self._assignments))
-        self._mini_step, self._every_k, self._last_written = mini_step, every_k, self._assignments
+        self._ks.add(state.every_k, k)
+        self._mini_step, self._every_k, self._last_written = mini_step, k.every_k, k.written
 
     def _run(self, program, given, state, args, position):
         """`program(*given, state, *args)`, with nothing in the sums of `state` where a window begins."""
         if not position.mini_step and not position.holds_cleared(_sums(state)):
             # Whatever can raise does so here, before the clearing takes the caller's sums.
             jax.block_until_ready((given, state, args))
-            program.lower(*given, state, *args).compile()
+            signature = _signature((given, state, args))
+            if (program, signature) not in self._compiled:
+                program.lower(*given, state, *args).compile()
+                self._compiled.add((program, signature))
             state = _micro_step.cleared(state, self._clear)
         return program(*given, state, *args)
+
+
+class _Assignment(NamedTuple):
+    """One assignment to `HostDriven.every_k`, told from others by its identity."""
+
+    every_k: int
+
+
+class _K(NamedTuple):
+    """A state's K.
+
+    Attributes:
+      every_k: its value.
+      written: the last assignment that the state has received or that came before it.
+    """
+
+    every_k: int
+    written: _Assignment
 
 
 class _Position(NamedTuple):
@@ -212,6 +239,15 @@ class _Facts:
 def _on_host(scalar: Any) -> int:
     """The value of a state's counter. Waits for the device."""
     return int(scalar)
+
+
+def _signature(args: Any) -> tuple:
+    """What decides whether a program must be traced and compiled anew: all but the values in `args`."""
+    leaves, treedef = jax.tree.flatten(args)
+    kind = lambda x: (type(x), getattr(x, "shape", None), getattr(x, "dtype", None))
+    placed = lambda x: (x.aval, x.sharding, x.committed)
+    kinds = tuple(placed(x) if isinstance(x, jax.Array) else kind(x) for x in leaves)
+    return jax.sharding.get_abstract_mesh(), treedef, kinds
 
 
 def _sums(state: MultiStepsState) -> list[Any]:

@@ -1,5 +1,7 @@
 """Bad input is refused before anything runs, by an error that names the argument, the value and the remedy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -213,6 +215,8 @@ NEAR_MISSES = {
     "bounday": "boundary",
     "boundarys": "boundary",
     "is_boundary": "boundary",
+    "boundary_": "boundary",
+    "weigh": "weight",
 }
 
 
@@ -238,6 +242,9 @@ EXTRA_ARGS = [
     *("phase", "step", "step_size", "steps", "sync_next", "value", "value_and_grad_fn", "value_fn"),
     *("loss", "loss_fn", "lr", "mask", "weight_decay", "weights_mask", "sample_weights", "bounds", "bound", "height"),
     *("boundaries_and_scales", "key", "rng", "batch"),
+    # Words of their own, or numbered ones.
+    *("sample_weight", "wt", "weighted", "weighting", "eight", "weight0", "weight_1", "boundaries", "at_boundary"),
+    *("hessian", "params_weight"),
 ]
 
 
@@ -254,9 +261,81 @@ def reads(updates, state, params=None, *, weights, **_):
     return jax.tree.map(lambda u: jnp.full_like(u, weights), updates), state
 
 
-READER = optax.GradientTransformationExtraArgs(SGD.init, reads)
+def names_only(updates, state, params=None, *, weights):
+    return reads(updates, state, params, weights=weights)
+
+
+def takes_it_in_order(updates, state, params=None, weights=None):
+    return reads(updates, state, params, weights=weights)
+
+
+class Callable:
+    """An optimizer's update as an object."""
+
+    def __call__(self, updates, state, params=None, *, weights):
+        return reads(updates, state, params, weights=weights)
+
+
+class Holder:
+    """An optimizer as an object that holds another one."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def update(self, updates, state, params=None, **extra_args):
+        return self.inner.update(updates, state, params, **extra_args)
+
+
+def decorated(update):
+    @functools.wraps(update)
+    def wrapper(*args, **kwargs):
+        return update(*args, **kwargs)
+
+    return wrapper
+
+
+def through(inner, updates, state, params=None, **extra_args):
+    return inner.update(updates, state, params, **extra_args)
+
+
+def through_keyword(updates, state, params=None, *, inner, **extra_args):
+    return inner.update(updates, state, params, **extra_args)
+
+
+def through_global(updates, state, params=None, **extra_args):
+    return READER.update(updates, state, params, **extra_args)
+
+
+def reading(update):
+    return optax.GradientTransformationExtraArgs(SGD.init, update)
+
+
+def scaled_reader(scale, decay=0.5):
+    """Reads `weights`; its own hyperparameters are numbers or schedules."""
+    return optax.chain(optax.scale(scale / scale), optax.scale(decay / decay), READER)
+
+
+READER = reading(reads)
 READERS = {
     "alone": READER,
+    "a named keyword alone": reading(names_only),
+    "a parameter with a default": reading(takes_it_in_order),
+    "chain of a named keyword": optax.chain(reading(names_only)),
+    "jit": reading(jax.jit(reads)),
+    "jit in a chain": optax.chain(reading(jax.jit(names_only))),
+    "callable object": reading(Callable()),
+    "callable object in a chain": optax.chain(reading(Callable())),
+    "decorated": reading(decorated(names_only)),
+    "held by an object": reading(Holder(READER).update),
+    "held by a callable object": reading(functools.partial(Holder(reading(names_only)).update)),
+    "global": reading(through_global),
+    "partial": reading(functools.partial(through, READER)),
+    "partial by keyword": reading(functools.partial(through_keyword, inner=READER)),
+    "partial of a keyword": reading(functools.partial(names_only, weights=2.0)),
+    "inject_hyperparams": optax.inject_hyperparams(scaled_reader)(scale=1.0),
+    "inject_hyperparams, schedule": optax.inject_hyperparams(scaled_reader)(optax.constant_schedule(1.0)),
+    "inject_hyperparams in a chain": optax.chain(optax.inject_hyperparams(scaled_reader)(scale=1.0)),
+    "conditionally_transform": optax.conditionally_transform(READER, lambda step: step >= 0),
     "chain": optax.chain(optax.scale(1.0), READER),
     "chain in a chain": optax.chain(optax.chain(READER)),
     "named_chain": optax.named_chain(("a", READER)),
@@ -268,7 +347,7 @@ READERS = {
 @pytest.mark.parametrize("opt", READERS.values(), ids=READERS)
 def test_an_extra_arg_that_the_inner_optimizer_names_passes(opt):
     """Catches a name refused that is no misspelling: the optimizer asks for it."""
-    tx = MultiSteps(opt, 1)
+    tx = MultiSteps(opt, 1, averaged_extra_args=())  # Some of them take no `value`.
     updates, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS, weights=7.0)
     assert updates["b"] == 7.0
     _, state = tx.update(GRADS, tx.init(PARAMS), PARAMS, boundary=False, weights=7.0)
@@ -279,9 +358,25 @@ def test_an_extra_arg_that_the_inner_optimizer_names_passes(opt):
 
 def test_a_function_that_a_loss_or_schedule_names_is_no_optimizer():
     """Catches a name taken for an extra arg because some function that the optimizer holds has it."""
-    tx = MultiSteps(optax.masked(SGD, lambda weights: jax.tree.map(lambda _: True, weights)), 1)
-    with fails(TypeError, "update got an argument 'weights'"):
-        tx.update(GRADS, tx.init(PARAMS), PARAMS, weights=7.0)
+    masked = optax.masked(SGD, lambda weights: jax.tree.map(lambda _: True, weights))
+    injected = optax.inject_hyperparams(lambda rate, weights=1.0: optax.sgd(rate * weights))(rate=1.0)
+    for opt in (masked, injected):
+        tx = MultiSteps(opt, 1)
+        with fails(TypeError, "update got an argument 'weights'"):
+            tx.update(GRADS, tx.init(PARAMS), PARAMS, weights=7.0)
+
+
+def test_a_factory_that_cannot_be_asked_is_believed():
+    """Catches an error of the check itself, where what `inject_hyperparams` builds can't be known from outside."""
+
+    def picky(scale):
+        if scale != 3.0:
+            raise ValueError("scale")
+        return READER
+
+    tx = MultiSteps(optax.inject_hyperparams(picky)(scale=3.0), 1)
+    updates, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS, weights=7.0)
+    assert updates["b"] == 7.0
 
 
 @pytest.mark.parametrize("value", [jnp.ones(3), np.ones(1), 1j, "x", [1.0]], ids=repr)

@@ -248,6 +248,67 @@ def test_a_loss_that_raises():
     assert (now[0], counters(now[1])) == (-2, (0, 1, 2))
 
 
+def test_a_loss_that_raises_for_other_arguments():
+    """Catches sums taken by a call whose program is taken for compiled: it is, but for arguments of another type."""
+
+    def loss(w, x, scale):
+        if jnp.shape(scale) or not jnp.issubdtype(jnp.result_type(scale), jnp.floating) or "bad" in x:
+            raise RuntimeError("no such scale")
+        return tangent(w, x["x"]) * scale
+
+    tx, _, params, _ = summing(3)
+    step = jaxaccum.HostDriven(tx, loss)
+    new = lambda: (jnp.zeros(1), tx.init(params))
+    others = [
+        ({"x": x_of(1)}, jnp.ones(1)),
+        ({"x": x_of(1)}, 1),
+        ({"x": x_of(1)}, np.int32(1)),
+        ({"bad": x_of(1)}, 1.0),
+    ]
+    for scale in (1.0, jnp.float32(1), np.float32(1)):
+        step(*new(), {"x": x_of(1)}, scale)
+        for other in others:
+            now = new()
+            with pytest.raises(RuntimeError, match="no such scale"):
+                step(*now, *other)
+            assert is_alive(now)
+
+
+def test_arguments_on_another_device():
+    """Catches sums taken by a call that jax refuses for where its arguments lie, of types that it ran with before."""
+    tx, step, *_ = summing(3)
+    device, other = jax.devices()[:2]
+    new = lambda: jax.device_put((jnp.zeros(1), tx.init(jnp.zeros(1))), device)
+    step(*new(), x_of(1))
+    now = new()
+    with pytest.raises(ValueError, match="incompatible devices"):
+        step(*now, jax.device_put(x_of(1), other))
+    assert is_alive(now)
+
+
+class Counted:
+    """A compiled program that counts how often it is lowered by name."""
+
+    def __init__(self, program):
+        self.program, self.lowered = program, 0
+
+    def __call__(self, *args):
+        return self.program(*args)
+
+    def lower(self, *args):
+        self.lowered += 1
+        return self.program.lower(*args)
+
+
+def test_a_new_state_is_not_traced_again():
+    """Catches a check that traces and lowers the program for each new state, though it ran with the same types."""
+    tx, step, *_ = summing(2)
+    step._accumulate, step._close = programs = Counted(step._accumulate), Counted(step._close)
+    for k in (1, 2, 1, 2):
+        run(step, jnp.zeros(1), jaxaccum.set_every_k(tx.init(jnp.zeros(1)), k), [1])
+    assert [program.lowered for program in programs] == [1, 1]
+
+
 def test_parameters_that_were_donated():
     """Catches fresh sums that are lost to a call that can't run: its parameters were donated before."""
     tx, step, params, state = summing(1)
@@ -335,18 +396,81 @@ def test_an_assigned_k_reaches_each_returned_state_once():
     """Catches a K that only one of several states hears of, or that overrules a state which brings another one."""
     tx, step, *a = summing(4)
     a, b = run(step, *a, [1]), run(step, jnp.zeros(1), tx.init(jnp.zeros(1)), [1])
-    saved = copied(a)
+    saved = copied((a[0], jaxaccum.set_every_k(a[1], 5)))
     step.every_k = 2
     assert step.every_k == 2
     a = run(step, *a, [1])
     assert counters(a[1]) == (0, 1, 2)
     saved = run(step, *saved, [1])  # A copy from before has the K of then.
-    assert counters(saved[1]) == (2, 0, 4)
-    assert step.every_k == 4
+    assert counters(saved[1]) == (2, 0, 5)
+    assert step.every_k == 5
     b = run(step, *b, [1])
     assert counters(b[1]) == (0, 1, 2)
     b = run(step, b[0], jaxaccum.set_every_k(b[1], 3), [1, 1])
     assert counters(b[1]) == (2, 1, 3)
+
+
+@pytest.mark.parametrize("form", [lambda state: state, copied, restored])
+def test_an_assigned_k_reaches_each_new_state(form):
+    """Catches a K that only the first of several models hears of, or one that is lost on a copy from before."""
+    tx, step, *former = summing(8)
+    copy = form(tx.init(jnp.zeros(1)))
+    before = run(step, *former, [0])
+    step.every_k = 2
+    for new in [(jnp.zeros(1), copy), (jnp.zeros(1), tx.init(jnp.zeros(1))), copied(before)]:
+        _, state = run(step, *new, [0] * 8)
+        assert (step.every_k, int(state.every_k), int(state.gradient_step)) == (2, 2, 4)
+
+
+@pytest.mark.parametrize("form", [lambda state: state, restored])
+def test_a_new_state_with_another_k_keeps_it(form):
+    """Catches an assigned K that overrules one from a checkpoint or from `set_every_k`, even where that equals ours."""
+    tx, step, *now = summing(8)
+    step.every_k = 2
+    now = run(step, *now, [0])
+    other = run(step, jnp.zeros(1), form(jaxaccum.set_every_k(tx.init(jnp.zeros(1)), 4)), [0] * 3)
+    assert counters(other[1]) == (3, 0, 4)
+    now = run(step, now[0], jaxaccum.set_every_k(now[1], 8), [0] * 3)
+    assert counters(now[1]) == (4, 0, 8)
+
+
+@pytest.mark.parametrize(("k", "first", "second"), [(4, (1, 0, 4), (0, 1, 2)), (1, (0, 1, 1), (1, 1, 2))])
+def test_an_assignment_while_the_loss_is_traced(k, first, second):
+    """Catches an assignment during a first call that the end of the call overwrites: before a boundary and at one."""
+    tx, _, *now = summing(k)
+
+    def loss(w, x):
+        step.every_k = 2
+        return tangent(w, x)
+
+    step = jaxaccum.HostDriven(tx, loss)
+    for expected in (first, second):
+        now = run(step, *now, [1])
+        assert (counters(now[1]), step.every_k) == (expected, 2)
+
+
+@pytest.mark.parametrize("call", ["step", "flush"])
+@pytest.mark.parametrize("is_known", [False, True])
+def test_an_assignment_while_a_program_runs(call, is_known, monkeypatch):
+    """Catches an assignment by a signal handler or another thread that the end of the call overwrites."""
+    _, step, *now = summing(4)
+    if is_known:
+        now = run(step, *now, [1])
+    remember = step._remember
+
+    def interrupted(*args):
+        step.every_k = 2
+        remember(*args)
+
+    monkeypatch.setattr(step, "_remember", interrupted)
+    now = step.flush(*now) if call == "flush" else run(step, *now, [1])
+    monkeypatch.undo()
+    assert (step.every_k, int(now[1].every_k)) == (2, 4)
+    is_last = step.mini_step > 0
+    now = run(step, *now, [1])
+    assert counters(now[1])[::2] == (0 if is_last else 1, 2)
+    now = run(step, now[0], jaxaccum.set_every_k(now[1], 3), [1])
+    assert int(now[1].every_k) == step.every_k == 3
 
 
 def test_flush_is_of_the_state_that_is_passed():
@@ -418,7 +542,7 @@ class Slot:
       saved: copies of both, from some time before.
       has_known_position: whether `HostDriven` returned the state.
       has_known_k: whether it returned the state's K too.
-      expects: the K that was assigned since, if any.
+      expects: the K that was assigned since `HostDriven` returned the state, if any.
     """
 
     def __init__(self, host, device):
@@ -441,7 +565,8 @@ class Interleaving(hypothesis.stateful.RuleBasedStateMachine):
         _host_driven._on_host = self.count
         self.step.every_k = 3
         self.step(*self.start(), BATCHES[0])  # Takes what a former example assigned.
-        self.assigned = None  # what no state has received yet
+        self.last_assigned = 3
+        self.assigned = None  # the same, as long as no state has received it
         self.slots = [Slot(self.start(), self.start()) for _ in range(3)]
 
     def teardown(self):
@@ -459,6 +584,8 @@ class Interleaving(hypothesis.stateful.RuleBasedStateMachine):
         params, state = slot.device
         k = slot.expects if slot.has_known_k else self.assigned
         reads = (not slot.has_known_position) + (not slot.has_known_k and k is None)
+        if k is None and not slot.has_known_position and state.every_k == 3:
+            k = self.last_assigned
         return (params, state if k is None else jaxaccum.set_every_k(state, k)), reads
 
     def returned(self, slot, host, device, reads):
@@ -510,6 +637,21 @@ class Interleaving(hypothesis.stateful.RuleBasedStateMachine):
     def start_anew(self, index):
         self.slots[index].put(self.start(), self.start())
 
+    @hypothesis.stateful.rule(k=KS, indices=st.permutations(range(3)), batch=st.integers(0, 7))
+    def start_several_after_one_assignment(self, k, indices, batch):
+        self.assign_k(k)
+        for index in indices:
+            self.start_anew(index)
+        for index in indices:
+            self.call(index, batch, 3)
+
+    @hypothesis.stateful.rule(index=INDICES, k=KS, form=st.sampled_from([copied, restored]))
+    def resume_with_k(self, index, k, form):
+        """From a checkpoint of the slot's own state, whose K was set before it was written: to ours or to another."""
+        self.set_k_in_the_state(index, k)
+        slot = self.slots[index]
+        slot.put(form(slot.host), slot.device)
+
     @hypothesis.stateful.rule(index=INDICES)
     def save(self, index):
         slot = self.slots[index]
@@ -524,7 +666,7 @@ class Interleaving(hypothesis.stateful.RuleBasedStateMachine):
 
     @hypothesis.stateful.rule(k=KS)
     def assign_k(self, k):
-        self.step.every_k = self.assigned = k
+        self.step.every_k = self.assigned = self.last_assigned = k
         for slot in self.slots:
             slot.expects = k
 

@@ -192,7 +192,8 @@ def averaged(name: str, value: Any, shape: tuple[int, ...] = ()) -> None:
     if not _is_real(value, shape):
         raise ValueError(
             f"the extra arg {name!r} is averaged over the window and must be one real number{_or_one_each(shape)}, got "
-            f"{_kind(value)}. To hand it over as it is at the boundary, leave "
+            f"{_kind(value)}: init makes its sum before it can know the shape of anything else. To average an array or "
+            "a tree, add it up in the training loop; to pass it on as it is at the boundary, leave "
             f"{name!r} out of averaged_extra_args."
         )
 

@@ -35,6 +35,11 @@ class Config(NamedTuple):
         """`opt`, taking extra args. Made when asked for: a new closure each time, it must not enter comparisons."""
         return optax.with_extra_args_support(self.opt)
 
+    @property
+    def called(self) -> optax.GradientTransformationExtraArgs:
+        """`inner`, to which averaged extra args, and `grad` in a flush, can be passed whether it takes them or not."""
+        return _inner.without_refused(self.inner, (*self.averaged_extra_args, "grad"))
+
 
 class Output(NamedTuple):
     """What a call returns beside the state: made from the updates at a boundary, and without any in between."""
@@ -198,7 +203,7 @@ def flush(
     if params is None and config.prepare is not None:
         raise TypeError("flush needs params here: with prepare= the sums are carried back to them. Pass params.")
     grads = _inner.like_gradients(params if params is not None else config.sync.one(state.acc_grads))
-    extra_args = {name: jnp.nan for name in state.averages} | extra_args
+    extra_args = {name: jnp.nan for name in (*state.averages, "grad")} | extra_args
     window = _Window(Weighted(state.acc_grads, state.weight), state.averages, may_be_empty=True)
     output = updates_output(config, lambda: grads, state, params, extra_args)
     pending = _checks.known(state.mini_step > 0)
@@ -219,7 +224,10 @@ def updates_output(config, like, state, params, extra_args) -> Output:
     """The optax contract: the updates at a boundary, zeros of the same types in between; `like()` is a gradient."""
 
     def stay():
-        return _inner.zeros(_inner.update_shapes(config.inner, like(), state.inner_opt_state, params, extra_args))
+        given = {name: extra_args[name] for name in config.averaged_extra_args if extra_args.get(name) is not None}
+        scalars = {name: jnp.zeros((), _mean_dtype(value)) for name, value in given.items()}
+        args = like(), state.inner_opt_state, params, extra_args | scalars
+        return _inner.zeros(_inner.update_shapes(config.called, *args))
 
     return Output(lambda updates: _inner.differences(updates, params), stay)
 
@@ -250,7 +258,7 @@ def _emit(config, state, params, grads, window, extra_args, output, closed):
             mean = _accumulator.mean(Weighted(total, divisor), grads)
             wide = jnp.float32 if config.accumulator_dtype is None else config.accumulator_dtype
             args = (mean, grads, state.inner_opt_state, params, extra_args | means, wide)
-            updates, inner = _inner.update(config.inner, *args)
+            updates, inner = _inner.update(config.called, *args)
             prepared = ()
             if config.prepare is not None:
                 new_params = config.sync.whole(_inner.apply_updates(params, updates))
@@ -318,7 +326,11 @@ def _both(a: Any, b: Any) -> Any:
 def _average(sums: Weighted, value: Any) -> jax.Array:
     """The window's mean of an extra arg, never narrower than `value`; NaN where nothing was summed."""
     mean = jnp.where(sums.weight == 0, jnp.nan, _accumulator.mean(sums, sums.total))
-    return mean.astype(jnp.promote_types(jnp.result_type(value), jnp.float32))
+    return mean.astype(_mean_dtype(value))
+
+
+def _mean_dtype(value: Any) -> Any:
+    return jnp.promote_types(jnp.result_type(value), jnp.float32)
 
 
 def _zero() -> jax.Array:

@@ -75,8 +75,9 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         parameters are gathered once a window.
       nonfinite: "propagate", or "drop": a micro-batch with a NaN or an infinity in its gradient or averaged extra
         args gets weight 0 and is counted in `state.dropped`.
-      averaged_extra_args: names of scalar extra args that reach the inner optimizer as the window's weighted mean.
-        All other extra args are those of the boundary's call.
+      averaged_extra_args: names of scalar extra args that reach the inner optimizer as the window's weighted mean,
+        if it takes them. An extra arg `grad` reaches it as the window's mean gradient. All other extra args are those
+        of the boundary's call.
       prepare: for `micro_step`, a function of the parameters: the loss sees what it returns, which is kept in the state
         and made anew at each optimizer step; its transpose runs there too, on the sum. See `cast`, which here needs
         `where=`, or to be shown the loss by `seeing`.
@@ -149,7 +150,7 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
             should_skip_update_fn=should_skip_update_fn,
             accumulator_dtype=None if accumulator_dtype is None else jnp.dtype(accumulator_dtype),
             nonfinite=nonfinite,
-            averaged_extra_args=tuple(averaged_extra_args),
+            averaged_extra_args=tuple(name for name in averaged_extra_args if name != "grad"),  # It is the mean anyway.
             sync=sync,
             prepare=prepare,
             in_place=in_place,

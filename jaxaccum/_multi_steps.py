@@ -1,7 +1,6 @@
 """Driver 1: an optax transformation that is fed one micro-batch's gradient at a time."""
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -155,7 +154,7 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
             prepare=prepare,
             in_place=in_place,
         )
-        self = super().__new__(cls, functools.partial(_micro_step.init, config), functools.partial(_update, config))
+        self = super().__new__(cls, *_transformation(config))
         self._config = config
         return self
 
@@ -322,6 +321,11 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         """The inner optimizer."""
         return self._config.inner
 
+    @classmethod
+    def _make(cls, iterable: Iterable[Any]) -> Any:
+        """What `_replace` makes: with a function of its own it is no `MultiSteps` any more."""
+        return optax.GradientTransformationExtraArgs._make(iterable)
+
     # Identity is configuration: a copy is equal to its original, and two that differ in one option never share a trace.
 
     def __eq__(self, other: object) -> bool:
@@ -377,11 +381,53 @@ def _unprepared(config: Config, method: str) -> Config:
     return config
 
 
-def _update(config, grads, state, params=None, *, weight=None, boundary=None, **extra_args):
-    config, state = _unprepared(config, "update"), _checks.state(state, "update")
-    _check_extra_args(config, "update", extra_args)
-    output = _micro_step.updates_output(config, lambda: config.sync.one(grads), state, params, extra_args)
-    return _micro_step.run(config, grads, state, params, weight, boundary, extra_args, output)
+def _transformation(config: Config) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The two functions of an optax transformation."""
+
+    def init(params: Tree) -> MultiStepsState:
+        """A fresh state, with nothing pending.
+
+        Args:
+          params: the parameters.
+
+        Returns:
+          The state; no two leaves of it and of `params` share a buffer, so that both can be donated.
+
+        Raises:
+          TypeError, ValueError: for parameters that can't be trained so, and where the inner optimizer holds another
+            `MultiSteps`.
+        """
+        return _micro_step.init(config, params)
+
+    def update(
+        grads: Tree,
+        state: MultiStepsState,
+        params: Tree | None = None,
+        *,
+        weight: Any = None,
+        boundary: Any = None,
+        **extra_args: Any,
+    ) -> tuple[Tree, MultiStepsState]:
+        """Adds one micro-batch's gradient and, at a boundary, runs the inner optimizer on the window's mean.
+
+        Args:
+          grads: one micro-batch's gradient, a tree like the parameters.
+          state: the state.
+          params: the parameters, where the inner optimizer needs them.
+          weight: what the micro-batch counts for, a real scalar; None is 1, and 0 leaves it out.
+          boundary: whether it is the window's last; None lets the state's counter decide.
+          **extra_args: the inner optimizer's. Those named in `averaged_extra_args` reach it as the window's mean, and
+            `grad` as the window's mean gradient.
+
+        Returns:
+          (updates, state). Between boundaries the updates are zeros.
+        """
+        checked = _checks.state(state, "update")
+        _check_extra_args(_unprepared(config, "update"), "update", extra_args)
+        output = _micro_step.updates_output(config, lambda: config.sync.one(grads), checked, params, extra_args)
+        return _micro_step.run(config, grads, checked, params, weight, boundary, extra_args, output)
+
+    return init, update
 
 
 def micro_step(

@@ -2,8 +2,10 @@
 
 import copy
 import functools
+import inspect
 import operator
 import pickle
+import pydoc
 
 import equinox as eqx
 import jax
@@ -548,6 +550,34 @@ def test_it_is_an_optax_transformation_of_two_functions():
     init, update = tx
     updates, state = update(jnp.array(1.0), init(jnp.array(0.0)), None)
     assert float(updates) == 0 and bool(tx.has_updated(state)) is False
+
+
+@pytest.mark.parametrize("field", ["init", "update"])
+def test_a_replaced_field_makes_a_plain_optax_transformation(field):
+    """Catches a NamedTuple's own method, which makes an instance without its options."""
+    tx = build()
+    replaced = tx._replace(**{field: min})
+    assert type(replaced) is optax.GradientTransformationExtraArgs
+    assert replaced._asdict() == tx._asdict() | {field: min}
+    assert type(MultiSteps._make((min, max))) is optax.GradientTransformationExtraArgs
+    with pytest.raises((TypeError, ValueError), match="opt"):
+        tx._replace(opt=SGD)
+    if hasattr(copy, "replace"):  # from Python 3.13
+        assert copy.replace(tx, **{field: min}) == replaced
+
+
+def test_its_functions_document_themselves():
+    """Catches help that shows functools.partial in the place of arguments, and a name that a profile can't show."""
+    tx = build()
+    for fun, words in (
+        (tx.init, ["params", "nothing pending"]),
+        (tx.update, ["weight: ", "boundary: ", "**extra_args"]),
+    ):
+        text = pydoc.plain(pydoc.render_doc(fun))
+        assert f"{fun.__name__}(" in text and all(word in text for word in words)
+    parameters = ["grads", "state", "params", "weight", "boundary", "extra_args"]
+    assert list(inspect.signature(tx.update).parameters) == parameters
+    assert (tx.init.__name__, tx.update.__name__) == ("init", "update")
 
 
 def host_step(case):

@@ -1,5 +1,6 @@
 """Random keys: one for each micro-batch, and none that several share by mistake."""
 
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -51,6 +52,11 @@ def refuse_shared(args: Sequence[Tree], kwargs: Mapping[str, Tree], known: Colle
     others = {f"args[{i}]": arg for i, arg in enumerate(args) if i not in known}
     others |= {f"kwargs[{name!r}]": arg for name, arg in kwargs.items()}
     for name, tree in others.items():
+        if _is_rngs(tree):
+            raise ValueError(
+                f"{name} is an nnx.Rngs, which all micro-batches would share, so that all draw the same dropout mask. "
+                "Pass a key in its place, by position, name that in key_argnums, and make nnx.Rngs(key) in the loss."
+            )
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             if is_typed(leaf):
                 raise ValueError(
@@ -59,3 +65,22 @@ def refuse_shared(args: Sequence[Tree], kwargs: Mapping[str, Tree], known: Colle
                     "name that in key_argnums; for one mask on purpose pass jax.random.key_data(key), and use "
                     "jax.random.wrap_key_data in the loss."
                 )
+
+
+def refuse_rngs(args: Sequence[Tree]) -> None:
+    """A micro-step, and `key_argnums`, take keys and no `nnx.Rngs`, whose counts the traced loss can't change.
+
+    Raises:
+      TypeError: if one of `args` is such.
+    """
+    if any(map(_is_rngs, args)):
+        raise TypeError(
+            "an argument is an nnx.Rngs, whose counts can't change inside the traced loss: all would draw the same "
+            "dropout mask. Pass a key in its place, for example rngs(), and make nnx.Rngs(key) in the loss; "
+            "value_and_grad takes the key's position as key_argnums."
+        )
+
+
+def _is_rngs(arg: Any) -> bool:
+    nnx = sys.modules.get("flax.nnx")  # Who has one has imported it.
+    return nnx is not None and isinstance(arg, nnx.Rngs)

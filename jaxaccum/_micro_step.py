@@ -73,6 +73,7 @@ class _Selection(NamedTuple):
 def init(config: Config, params: Tree) -> MultiStepsState:
     """A state with nothing pending; no two leaves of it and of `params` share a buffer."""
     _checks.available("accumulator_dtype", config.accumulator_dtype)
+    _checks.arrays(params)
     _checks.placed(params, config.sync)
     gradient_step = jnp.zeros((), jnp.int32)
     if callable(config.every_k):

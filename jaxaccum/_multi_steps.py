@@ -187,7 +187,7 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         return _micro_step.run(
             _unprepared(self._config, "apply"),
             grads,
-            _checks.state(state, "apply"),
+            _checks.state(state, "apply", self._config.sync),
             params,
             weight,
             boundary,
@@ -225,7 +225,10 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
           1.0 1.0
           9.0 0.0
         """
-        return micro_step(self._config, fun, params, _checks.state(state, "micro_step"), args, boundary)
+        state = _checks.state(state, "micro_step", self._config.sync)
+        _checks.arrays(params)
+        _keys.refuse_rngs(args)
+        return micro_step(self._config, _checks.without_aux(fun, "micro_step"), params, state, args, boundary)
 
     def flush(
         self, state: MultiStepsState, params: Tree | None = None, **extra_args: Any
@@ -254,7 +257,7 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
           -2.0
         """
         _check_extra_args(self._config, "flush", extra_args)
-        return _micro_step.flush(self._config, _checks.state(state, "flush"), params, extra_args)
+        return _micro_step.flush(self._config, _checks.state(state, "flush", self._config.sync), params, extra_args)
 
     def redistribute(
         self, state: MultiStepsState, devices: int | None = None, batch: str | None = None
@@ -422,7 +425,7 @@ def _transformation(config: Config) -> tuple[Callable[..., Any], Callable[..., A
         Returns:
           (updates, state). Between boundaries the updates are zeros.
         """
-        checked = _checks.state(state, "update")
+        checked = _checks.state(state, "update", config.sync)
         _check_extra_args(_unprepared(config, "update"), "update", extra_args)
         output = _micro_step.updates_output(config, lambda: config.sync.one(grads), checked, params, extra_args)
         return _micro_step.run(config, grads, checked, params, weight, boundary, extra_args, output)

@@ -115,8 +115,7 @@ def value_and_grad(
     """
     if not callable(fun):
         raise TypeError(f"fun must be callable, got {fun!r}.")
-    if prepare != "auto":
-        _checks.prepare(prepare)
+    _checks.prepare(prepare, auto=True)
     _checks.in_place(in_place)
     if prepare is not None and not isinstance(argnums, int):
         raise ValueError(f"prepare takes one differentiated argument, got argnums={argnums!r}; put them in one tree.")
@@ -144,16 +143,20 @@ def value_and_grad(
     def value_and_grad(*args, **kwargs):
         _checks.available("accumulator_dtype", accumulator_dtype)
         _checks.available("grad_dtype", grad_dtype)
-        window.roles.check(args)
+        window.roles.check(args, kwargs)
+        _checks.in_map(sync)
         _keys.refuse_shared(args, kwargs, window.roles.all())
+        _keys.refuse_rngs([args[i] for i in window.roles.keys])
         params = window.differentiated(args)
         _checks.differentiable(params)
         _checks.placed(params, sync)
-        if isinstance(sync, MeshAxis):
-            sums, like, carry, aux = _on_mesh(window, sync, args, kwargs)
-        else:
-            sums, reduced, like, carry, aux = window.run(sync, args, kwargs)
-            sums = Weighted((sync.joined(sums.total[0]), sync.joined(sums.total[1], reduced)), sync.joined(sums.weight))
+        with window.roles.hints(args, kwargs, window.k, stacked):
+            if isinstance(sync, MeshAxis):
+                sums, like, carry, aux = _on_mesh(window, sync, args, kwargs)
+            else:
+                sums, reduced, like, carry, aux = window.run(sync, args, kwargs)
+                totals = sync.joined(sums.total[0]), sync.joined(sums.total[1], reduced)
+                sums = Weighted(totals, sync.joined(sums.weight))
         value, grads = _accumulator.mean(sums, (like, params))
         grads = _overwrites.kept(grads, params, sums.weight == 0)
         grads = jax.tree.map(lambda g, p: g.astype(grad_dtype or jnp.result_type(p)), grads, params)

@@ -219,10 +219,32 @@ def averaged(name: str, value: Any, shape: tuple[int, ...] = ()) -> None:
     if not _is_real(value, shape):
         raise ValueError(
             f"the extra arg {name!r} is averaged over the window and must be one real number{_or_one_each(shape)}, got "
-            f"{_kind(value)}: init makes its sum before it can know the shape of anything else. To average an array or "
-            "a tree, add it up in the training loop; to pass it on as it is at the boundary, leave "
-            f"{name!r} out of averaged_extra_args."
+            f"{_kind(value)}. To average an array or a tree, say its shapes with averaged_extra_args={{{name!r}: "
+            f"...}}; to hand it over as it is at the boundary, leave {name!r} out of averaged_extra_args."
         )
+
+
+def averaged_tree(name: str, value: Tree, like: Tree, shape: tuple[int, ...]) -> None:
+    """An averaged extra arg that is no scalar: a tree like the one that `averaged_extra_args` has, of each device."""
+    numbers(name, value)
+    got = jax.tree.map(jnp.shape, value)
+    want = jax.tree.map(lambda x: (*shape, *x.shape), like)
+    if jax.tree.structure(value) != jax.tree.structure(like) or got != want:
+        raise ValueError(
+            f"the extra arg {name!r} must have the tree and shapes that averaged_extra_args gives: {want}, not {got}."
+        )
+
+
+def numbers(name: str, tree: Tree) -> Tree:
+    """`tree`, an averaged extra arg or one like it, which must consist of numbers, and of one at least."""
+    leaves = jax.tree.leaves(tree)
+    for leaf in leaves:
+        has_dtype = hasattr(leaf, "dtype") and not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
+        if not (has_dtype or isinstance(leaf, (int, float, complex))):
+            raise TypeError(f"averaged_extra_args: {name!r} must be arrays or numbers, got {_kind(leaf)}.")
+    if not leaves:
+        raise TypeError(f"averaged_extra_args: {name!r} must be arrays or numbers, got {tree!r}.")
+    return tree
 
 
 def skip(value: Any) -> Any:

@@ -16,6 +16,24 @@ from jaxaccum._sync import MeshAxis, Sync
 Tree = Any
 
 
+class Shapes(NamedTuple):
+    """A tree's structure, shapes and dtypes, in a form to compare and to hash."""
+
+    treedef: Any
+    leaves: tuple[jax.ShapeDtypeStruct, ...]
+
+    @classmethod
+    def of(cls, tree: Tree) -> "Shapes":
+        """Those of a tree of arrays, of numbers or of `jax.ShapeDtypeStruct`."""
+        leaves, treedef = jax.tree.flatten(jax.eval_shape(lambda tree: tree, tree))
+        return cls(treedef, tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves))
+
+    @property
+    def tree(self) -> Tree:
+        """A tree of `jax.ShapeDtypeStruct`."""
+        return self.treedef.unflatten(self.leaves)
+
+
 class Config(NamedTuple):
     """What tells one `MultiSteps` from another; its arguments are documented there."""
 
@@ -29,6 +47,8 @@ class Config(NamedTuple):
     sync: Sync
     prepare: Callable[[Tree], Tree] | None
     in_place: bool | None
+    averaged_shapes: tuple[tuple[str, Shapes], ...] = ()
+    """Of those in `averaged_extra_args` that are no scalars."""
 
     @property
     def inner(self) -> optax.GradientTransformationExtraArgs:
@@ -94,7 +114,7 @@ def init(config: Config, params: Tree) -> MultiStepsState:
         acc_grads=local(_accumulator.init(seen, config.accumulator_dtype)),
         skip_state=skip_state,
         weight=local(_zero()),
-        averages={name: local(Weighted(_zero(), _zero())) for name in config.averaged_extra_args},
+        averages=local(_no_averages(config)),
         every_k=None if callable(config.every_k) else jnp.full((), config.every_k, jnp.int32),
         updated=jnp.zeros((), jnp.bool_),
         dropped=local(jnp.zeros((), jnp.int32)),
@@ -147,8 +167,12 @@ def run(
     _checks.gradients(shown, state.acc_grads, config.sync)
     _checks.local_gradients(shown, config.sync)
     averaged = {name: extra_args[name] for name in config.averaged_extra_args if extra_args.get(name) is not None}
+    shapes = dict(config.averaged_shapes)
     for name, value in averaged.items():
-        _checks.averaged(name, value, config.sync.shape)
+        if name in shapes:
+            _checks.averaged_tree(name, value, shapes[name].tree, config.sync.shape)
+        else:
+            _checks.averaged(name, value, config.sync.shape)
     (accepted, keep, closed), skip_state, dropped = _select(config, state, shown, params, weight, boundary, averaged)
 
     first = None if clears else state.mini_step == 0
@@ -204,7 +228,8 @@ def flush(
     if params is None and config.prepare is not None:
         raise TypeError("flush needs params here: with prepare= the sums are carried back to them. Pass params.")
     grads = _inner.like_gradients(params if params is not None else config.sync.one(state.acc_grads))
-    extra_args = {name: jnp.nan for name in (*state.averages, "grad")} | extra_args
+    stand_ins = {name: shapes.tree for name, shapes in config.averaged_shapes}
+    extra_args = dict.fromkeys((*state.averages, "grad"), jnp.nan) | stand_ins | extra_args
     window = _Window(Weighted(state.acc_grads, state.weight), state.averages, may_be_empty=True)
     output = updates_output(config, lambda: grads, state, params, extra_args)
     pending = _checks.known(state.mini_step > 0)
@@ -225,9 +250,7 @@ def updates_output(config, like, state, params, extra_args) -> Output:
     """The optax contract: the updates at a boundary, zeros of the same types in between; `like()` is a gradient."""
 
     def stay():
-        given = {name: extra_args[name] for name in config.averaged_extra_args if extra_args.get(name) is not None}
-        scalars = {name: jnp.zeros((), _mean_dtype(value)) for name, value in given.items()}
-        args = like(), state.inner_opt_state, params, extra_args | scalars
+        args = like(), state.inner_opt_state, params, extra_args | _like_averages(config, extra_args)
         return _inner.zeros(_inner.update_shapes(config.called, *args))
 
     return Output(lambda updates: _inner.differences(updates, params), stay)
@@ -324,10 +347,30 @@ def _both(a: Any, b: Any) -> Any:
     return a if b is True else (False if b is False else jnp.logical_and(a, b))
 
 
-def _average(sums: Weighted, value: Any) -> jax.Array:
+def _no_averages(config: Config) -> dict[str, Weighted]:
+    """The sums of the averaged extra args before the first micro-batch."""
+    sum_dtype = lambda x: jnp.promote_types(x.dtype, _accumulator.weight_dtype())
+    zeros = lambda shapes: jax.tree.map(lambda x: jnp.zeros(x.shape, sum_dtype(x)), shapes.tree)
+    totals = {name: _zero() for name in config.averaged_extra_args}
+    totals |= {name: zeros(shapes) for name, shapes in config.averaged_shapes}
+    return {name: Weighted(total, _zero()) for name, total in totals.items()}
+
+
+def _like_averages(config: Config, extra_args: dict[str, Any]) -> dict[str, Tree]:
+    """Zeros like what `_average` gives for those of `extra_args` that are averaged."""
+    trees = {name: shapes.tree for name, shapes in config.averaged_shapes}
+
+    def zeros(name):
+        shapes = trees[name] if name in trees else jax.ShapeDtypeStruct((), jnp.result_type(extra_args[name]))
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, _mean_dtype(x)), shapes)
+
+    return {name: zeros(name) for name in config.averaged_extra_args if extra_args.get(name) is not None}
+
+
+def _average(sums: Weighted, value: Tree) -> Tree:
     """The window's mean of an extra arg, never narrower than `value`; NaN where nothing was summed."""
-    mean = jnp.where(sums.weight == 0, jnp.nan, _accumulator.mean(sums, sums.total))
-    return mean.astype(_mean_dtype(value))
+    leaf = lambda mean, x: jnp.where(sums.weight == 0, jnp.nan, mean).astype(_mean_dtype(x))
+    return jax.tree.map(leaf, _accumulator.mean(sums, sums.total), value)
 
 
 def _mean_dtype(value: Any) -> Any:

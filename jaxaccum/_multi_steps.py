@@ -1,6 +1,6 @@
 """Driver 1: an optax transformation that is fed one micro-batch's gradient at a time."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from jaxaccum import (
 )
 from jaxaccum._accumulator import Weighted
 from jaxaccum._integers import positive_int
-from jaxaccum._micro_step import Config
+from jaxaccum._micro_step import Config, Shapes
 from jaxaccum._roles import Roles
 from jaxaccum._state import MultiStepsState
 from jaxaccum._sync import MappedAxis, MeshAxis
@@ -75,8 +75,9 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
       nonfinite: "propagate", or "drop": a micro-batch with a NaN or an infinity in its gradient or averaged extra
         args gets weight 0 and is counted in `state.dropped`.
       averaged_extra_args: names of scalar extra args that reach the inner optimizer as the window's weighted mean,
-        if it takes them. An extra arg `grad` reaches it as the window's mean gradient. All other extra args are those
-        of the boundary's call.
+        if it takes them. For arrays and trees a dict of the names, each with a tree of the same shapes and dtypes:
+        `{"value": 0.0, "hessian": params}`; `jax.ShapeDtypeStruct` will do. An extra arg `grad` reaches the inner
+        optimizer as the window's mean gradient. All other extra args are those of the boundary's call.
       prepare: for `micro_step`, a function of the parameters: the loss sees what it returns, which is kept in the state
         and made anew at each optimizer step; its transpose runs there too, on the sum. See `cast`, which here needs
         `where=`, or to be shown the loss by `seeing`.
@@ -115,7 +116,7 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         data_axis: Any = "data",
         reduce: str = "mean",
         nonfinite: str = "propagate",
-        averaged_extra_args: Sequence[str] = ("value",),
+        averaged_extra_args: Sequence[str] | Mapping[str, Tree] = ("value",),
         prepare: Callable[[Tree], Tree] | None = None,
         in_place: bool | None = None,
     ):
@@ -127,9 +128,16 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
             raise TypeError(f"use_grad_mean must be True or False, got {use_grad_mean!r}.")
         if nonfinite not in ("propagate", "drop"):
             raise ValueError(f"nonfinite must be 'propagate' or 'drop', got {nonfinite!r}.")
-        is_sequence = isinstance(averaged_extra_args, (tuple, list))
-        if not is_sequence or not all(isinstance(name, str) for name in averaged_extra_args):
-            raise TypeError(f"averaged_extra_args must be a tuple of names, got {averaged_extra_args!r}.")
+        is_collection = isinstance(averaged_extra_args, (tuple, list, Mapping))
+        if not is_collection or not all(isinstance(name, str) for name in averaged_extra_args):
+            raise TypeError(
+                "averaged_extra_args must be a tuple of names, or a dict of names and what they are like, got "
+                f"{averaged_extra_args!r}."
+            )
+        names = [name for name in averaged_extra_args if name != "grad"]  # That is the mean of the gradients anyway.
+        trees = averaged_extra_args if isinstance(averaged_extra_args, Mapping) else {}
+        shapes = {name: Shapes.of(_checks.numbers(name, trees[name])) for name in names if name in trees}
+        is_scalar = lambda shapes: shapes == Shapes.of(jax.ShapeDtypeStruct((), shapes.leaves[0].dtype))
         if should_skip_update_fn is not None and not callable(should_skip_update_fn):
             raise TypeError(f"should_skip_update_fn must be None or a function, got {should_skip_update_fn!r}.")
         _checks.floating("accumulator_dtype", accumulator_dtype)
@@ -149,10 +157,11 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
             should_skip_update_fn=should_skip_update_fn,
             accumulator_dtype=None if accumulator_dtype is None else jnp.dtype(accumulator_dtype),
             nonfinite=nonfinite,
-            averaged_extra_args=tuple(name for name in averaged_extra_args if name != "grad"),  # It is the mean anyway.
+            averaged_extra_args=tuple(names),
             sync=sync,
             prepare=prepare,
             in_place=in_place,
+            averaged_shapes=tuple((name, tree) for name, tree in shapes.items() if not is_scalar(tree)),
         )
         self = super().__new__(cls, *_transformation(config))
         self._config = config
@@ -359,6 +368,9 @@ jax.tree_util.register_static(MultiSteps)
 def _rebuild(cls: type[MultiSteps], config: tuple) -> MultiSteps:
     options = Config(*config)._asdict()
     every_k, sync = options.pop("every_k"), options.pop("sync")
+    shapes = {name: shapes.tree for name, shapes in options.pop("averaged_shapes")}
+    if shapes:
+        options["averaged_extra_args"] = dict.fromkeys(options["averaged_extra_args"], 0.0) | shapes
     return cls(every_k_schedule=every_k, **options, **sync.options())
 
 

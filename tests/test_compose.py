@@ -336,6 +336,49 @@ def test_the_extra_arg_grad_is_the_windows_mean(names, dtype):
     assert float(tx.flush(state, params)[0]["w"]) == 0.0
 
 
+def scale_by_tree():
+    """An optimizer whose updates are the extra arg `tree["w"]`."""
+    update = lambda updates, state, params=None, *, tree, **_: (tree["w"], state)
+    return optax.GradientTransformationExtraArgs(lambda params: (), update)
+
+
+TREE = {"w": jnp.zeros(2), "n": jnp.zeros((), jnp.int32)}
+LIKE = {"arrays": TREE, "shapes": jax.eval_shape(lambda: TREE), "numbers": {"w": np.zeros(2, np.float32), "n": 0}}
+
+
+@pytest.mark.parametrize("like", LIKE.values(), ids=LIKE)
+@pytest.mark.parametrize("flushes", [False, True], ids=["boundary", "flush"])
+def test_an_averaged_tree_is_the_windows_weighted_mean(like, flushes):
+    """Catches a mean of scalars alone, one of the boundary's own tree, and sums that go on into the next window."""
+    averaged = {"value": 0.0, "tree": like, "grad": like}
+    tx = MultiSteps(scale_by_tree(), 3 if flushes else 2, averaged_extra_args=averaged)
+    state, params = tx.init(jnp.zeros(2)), jnp.zeros(2)
+    assert jax.tree.structure(state) == jax.tree.structure(tx.update(params, state, params, tree=TREE)[1])
+    step = jax.jit(tx.update)
+    for start in (0.0, 10.0):
+        for w, weight in ((1.0, 1.0), (5.0, 3.0)):
+            tree = {"w": jnp.array([start, w]), "n": 2}
+            updates, state = step(params, state, params, tree=tree, weight=weight, value=1.0)
+        if flushes:
+            updates, state = tx.flush(state, params)
+        np.testing.assert_array_equal(updates, [start, 4.0])
+    assert step._cache_size() == 1
+
+
+def test_an_averaged_tree_on_a_mesh_is_the_mean_over_devices():
+    """Catches a leading device axis that reaches the optimizer, or is missing in the sums."""
+    tx = MultiSteps(scale_by_tree(), 2, averaged_extra_args={"tree": TREE}, mesh=jax.make_mesh((8,), ("data",)))
+    state, params = tx.init(jnp.zeros(2)), jnp.zeros(2)
+    for i in range(2):
+        tree = {"w": jnp.arange(16.0).reshape(8, 2) + i, "n": jnp.arange(8)}
+        updates, state = jax.jit(tx.update)(jnp.zeros((8, 2)), state, params, tree=tree)
+    np.testing.assert_array_equal(updates, [7.5, 8.5])
+    one = MultiSteps(scale_by_tree(), 2, averaged_extra_args={"tree": TREE})
+    _, state = tx.update(jnp.zeros((8, 2)), state, params, tree=tree)
+    updates, _ = one.flush(one.redistribute(state, batch="per_device"), params)
+    np.testing.assert_array_equal(updates, [8.0, 9.0])
+
+
 @pytest.mark.parametrize("array", [bool, np.bool_, jnp.asarray], ids=["bool", "numpy", "traced"])
 def test_boundary_and_weight_reach_it_through_a_chain(array):
     """Catches a chain that drops `boundary`, a Python bool included, and a boundary that the counter overrules."""
@@ -487,6 +530,7 @@ OTHERS = {
     "accumulator_dtype": dict(accumulator_dtype=jnp.bfloat16),
     "nonfinite": dict(nonfinite="drop"),
     "averaged_extra_args": dict(averaged_extra_args=()),
+    "averaged shapes": dict(averaged_extra_args={"value": jnp.zeros(2)}),
 }
 
 

@@ -127,6 +127,10 @@ BAD_OPTIONS = [
     (dict(averaged_extra_args="value"), TypeError, ["averaged_extra_args must be a tuple of names", "'value'"]),
     (dict(averaged_extra_args=None), TypeError, ["averaged_extra_args", "None"]),
     (dict(averaged_extra_args=(1,)), TypeError, ["averaged_extra_args", "(1,)"]),
+    (dict(averaged_extra_args={1: 0.0}), TypeError, ["averaged_extra_args", "{1: 0.0}"]),
+    (dict(averaged_extra_args={"a": "float"}), TypeError, ["'a' must be arrays or numbers", "'float'"]),
+    (dict(averaged_extra_args={"a": [jax.random.key(0)]}), TypeError, ["'a' must be arrays or numbers", "key"]),
+    (dict(averaged_extra_args={"a": None}), TypeError, ["'a' must be arrays or numbers", "None"]),
     (dict(accumulator_dtype=jnp.int32), TypeError, ["accumulator_dtype must be a floating dtype or None", "int32"]),
     (dict(accumulator_dtype="int8"), TypeError, ["accumulator_dtype", "'int8'"]),
     (dict(accumulator_dtype="fp32"), TypeError, ["accumulator_dtype", "'fp32'"]),
@@ -292,8 +296,26 @@ def test_a_function_that_a_loss_or_schedule_names_is_no_optimizer():
 @pytest.mark.parametrize("value", [jnp.ones(3), np.ones(1), 1j, "x", [1.0]], ids=repr)
 def test_an_averaged_extra_arg_is_one_number(value):
     """Catches losses of examples that are averaged by broadcasting, and an error that hides the way out."""
-    with fails(ValueError, "'value'", "one real number", "averaged_extra_args"):
+    with fails(ValueError, "'value'", "one real number", "averaged_extra_args={'value': ...}", "leave 'value' out"):
         step(value=value)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "words"),
+    [
+        ({"a": jnp.ones(2)}, ValueError, ["{'a': (3,)}", "{'a': (2,)}"]),
+        ({"b": jnp.ones(3)}, ValueError, ["{'a': (3,)}", "{'b': (3,)}"]),
+        (jnp.ones(3), ValueError, ["{'a': (3,)}", "(3,)"]),
+        (1.0, ValueError, ["{'a': (3,)}", "()"]),
+        ({"a": "x"}, TypeError, ["arrays or numbers", "'x'"]),
+    ],
+    ids=["shape", "key", "array", "scalar", "string"],
+)
+def test_an_averaged_tree_is_like_what_was_given(value, error, words):
+    """Catches a tree that broadcasts into the sums of another."""
+    tx = MultiSteps(TX.inner_opt, 1, averaged_extra_args={"stats": {"a": jnp.ones(3)}})
+    with fails(error, "'stats'", *words):
+        tx.update(GRADS, tx.init(PARAMS), PARAMS, stats=value)
 
 
 @pytest.mark.parametrize(

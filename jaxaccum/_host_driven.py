@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxaccum import _accumulator, _checks, _inner, _keys, _multi_steps
+from jaxaccum import _accumulator, _checks, _inner, _keys, _micro_step, _multi_steps
 from jaxaccum._integers import positive_int
 from jaxaccum._multi_steps import MultiSteps
 from jaxaccum._state import MultiStepsState, set_every_k
@@ -87,7 +87,7 @@ class HostDriven:
 
         def flush(params, state):
             updates, state = tx.flush(state, params)
-            return _inner.apply_updates(params, updates), _cleared(state, _accumulator.cleared)
+            return _inner.apply_updates(params, updates), _micro_step.cleared(state)
 
         self._accumulate = jax.jit(accumulate, donate_argnums=2)
         self._close = jax.jit(close, donate_argnums=(0, 1))
@@ -178,7 +178,7 @@ class HostDriven:
             _checks.arrays(given[0])
             jax.block_until_ready((given, state, args))
             program.lower(*given, state, *args).compile()
-            state = _cleared(state, self._clear)
+            state = _micro_step.cleared(state, self._clear)
         return program(*given, state, *args)
 
 
@@ -233,9 +233,3 @@ def _on_host(scalar: Any) -> int:
 
 def _sums(state: MultiStepsState) -> list[Any]:
     return jax.tree.leaves((state.acc_grads, state.weight))
-
-
-def _cleared(state: MultiStepsState, clear: Callable[[Tree], Tree]) -> MultiStepsState:
-    """`state` with nothing in its sums."""
-    acc_grads, weight = clear((state.acc_grads, state.weight))
-    return state._replace(acc_grads=acc_grads, weight=weight)

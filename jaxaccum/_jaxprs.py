@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax._src.state import discharge  # Has no public name.
 from jax.extend import core
 
 # What only moves numbers about: it commutes with a cast, forward and back.
@@ -85,6 +86,17 @@ def evaluate(
             outputs = results(eqn, operands)
         values.update(zip(eqn.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def purely(fun: Callable[..., Any], *args: Any) -> Any:
+    """`fun(*args)`, which may make references of its own, without any.
+
+    What it does with them becomes arrays that are threaded through its loops. Those can be batched, differentiated and
+    rematerialised; references can't. XLA is given the same program either way.
+    """
+    closed, shapes = jax.make_jaxpr(fun, return_shape=True)(*args)
+    pure = discharge.discharge_state(closed)
+    return jax.tree.unflatten(jax.tree.structure(shapes), core.jaxpr_as_fun(pure)(*jax.tree.leaves(args)))
 
 
 def reached(jaxpr: core.Jaxpr, inputs: Sequence[bool]) -> list[bool]:

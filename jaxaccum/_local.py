@@ -3,11 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
-from jaxaccum import _checks, _keys, _loss, _mesh, _split
+from jaxaccum import _checks, _keys, _micro_batch
+from jaxaccum._accumulator import Weighted
 from jaxaccum._roles import Roles
 from jaxaccum._sync import MappedAxis, MeshAxis
 
@@ -54,32 +53,25 @@ def local_value_and_grad(
     sync = _checks.mesh_axis(mesh, data_axis)
     roles = Roles.of(0, batch_argnums, key_argnums, None)
 
+    def normalised(*args, **kwargs):
+        return fun(*args, **kwargs) if has_aux else (fun(*args, **kwargs), None)
+
     def value_and_grad(*args, **kwargs):
         roles.check(args)
         _keys.refuse_shared(args, kwargs, roles.all())
-        return on_each(fun, sync, roles, *args, has_aux=has_aux, **kwargs)
+        # Folded on each device: here a key is one for all.
+        own = lambda *args, **kwargs: normalised(*_folded(args, roles, sync), **kwargs)
+        value, aux, grads = _micro_batch.on_each(own, sync, roles, args, kwargs, mean=True)
+        if value.weight is None:
+            value = value.total
+        else:
+            value = Weighted(value.total, jnp.broadcast_to(value.weight, value.total.shape))
+        return ((value, aux) if has_aux else value), grads
 
     return value_and_grad
 
 
-def on_each(fun: Callable[..., Any], sync: MeshAxis, roles: Roles, *args: Tree, has_aux: bool = False, **kwargs: Tree):
-    """`local_value_and_grad` of `fun`, called."""
-
-    def body(*args, **kwargs):
-        device = MappedAxis(sync.names)
-        keys = tuple(_keys.fold(args[i], device.index()) for i in roles.keys)
-        batch = tuple(args[i] for i in roles.batch)
-        one = roles.put(args, (device.local(args[0]),), batch, keys, ())
-        normalised = lambda *args, **kwargs: fun(*args, **kwargs) if has_aux else (fun(*args, **kwargs), None)
-        (value, aux), grads = _loss.value_and_grad(normalised)(*one, **kwargs)
-        if value.weight is None:
-            value = value.total
-        else:
-            grads = _loss.mean_gradient(value, grads)
-        result = ((value, aux) if has_aux else value), grads
-        return jax.tree.map(lambda x: jnp.asarray(x)[None], result)
-
-    _checks.differentiable(args[0])
-    _checks.placed(args[0], sync)
-    _split.check_devices(args, roles.batch, 1, False, sync.size())
-    return _mesh.run(body, sync, args, kwargs, split=roles.batch, split_dim=0, out_specs=P(sync.names))
+def _folded(args: Sequence[Tree], roles: Roles, sync: MeshAxis) -> list[Tree]:
+    """`args` with the keys of this device."""
+    device = MappedAxis(sync.names).index()
+    return [_keys.fold(arg, device) if i in roles.keys else arg for i, arg in enumerate(args)]

@@ -1,11 +1,11 @@
 """What a loss function may return, in one form for both drivers: a plain scalar, or a `Weighted`."""
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 
 from jaxaccum import _accumulator, _checks, _jaxprs
@@ -14,44 +14,55 @@ from jaxaccum._accumulator import Weighted
 Tree = Any
 
 
-def total(fun: Callable[..., Any]) -> Callable[..., tuple[Any, tuple[Weighted, Any]]]:
-    """`fun`, which returns `(loss, rest)`, the loss plain or `Weighted`, in the form to differentiate.
-
-    Returns:
-      A function that returns `(the loss's total, (loss, rest))`: the loss as a `Weighted`, whose weight is None where
-      it was plain.
-    """
-
-    def total(*args, **kwargs):
-        loss, rest = fun(*args, **kwargs)
-        loss = loss if isinstance(loss, Weighted) else Weighted(loss, None)
-        _checks.total(loss.total)
-        if loss.weight is not None:
-            _checks.weight(loss.weight)
-        return loss.total, (loss, rest)
-
-    return total
-
-
 class Traced(NamedTuple):
-    """A loss, and its trace for some arguments.
+    """The trace of a loss: its Python code runs once, however often the loss is evaluated.
 
     Attributes:
-      total: the loss as `total` gives it.
       args: the arguments that it was traced with, the parameters first.
-      closed: the trace: from flat arguments to flat results.
+      closed: the trace, from flat arguments to flat results.
       shapes: the shapes of the results, `(the loss's total, (loss, rest))`.
     """
 
-    total: Callable[..., tuple[Any, tuple[Weighted, Any]]]
     args: tuple[Tree, ...]
     closed: core.ClosedJaxpr
     shapes: Any
 
+    def total(self, *args: Tree) -> tuple[Any, tuple[Weighted, Any]]:
+        """`(the loss's total, (loss, rest))`, in the form to differentiate.
+
+        The loss is a `Weighted`, whose weight is None where it was plain.
+        """
+        return self.unflatten(core.jaxpr_as_fun(self.closed)(*jax.tree.leaves(args)))
+
+    def unflatten(self, flat: Sequence[Any]) -> tuple[Any, tuple[Weighted, Any]]:
+        """Flat results as `total` gives them."""
+        return jax.tree.unflatten(jax.tree.structure(self.shapes), flat)
+
+    def less(self, mean: Any) -> "Traced":
+        """The loss with `total - mean·weight` for its total.
+
+        The derivative of Σ total / Σ weight is that of Σ (total - mean·weight) / Σ weight, if `mean` is the value of
+        the former, held constant. So the weight's derivative needs no sums of its own.
+        """
+
+        def less(*args):
+            total, (loss, rest) = self.total(*args)
+            return Weighted((total - mean * loss.weight).astype(total.dtype), loss.weight), rest
+
+        return trace(less, *self.args)
+
+    @property
+    def weight(self) -> int | float | None:
+        """The weight where it is a number that no input enters, and not 0: that of every micro-batch. Else None."""
+        if self.shapes[1][0].weight is None:
+            return None
+        atom = self.closed.jaxpr.outvars[_WEIGHT]
+        return (np.asarray(atom.val).item() or None) if isinstance(atom, core.Literal) else None
+
     @property
     def has_weight(self) -> bool:
-        """Whether the loss is a `Weighted`."""
-        return self.shapes[1][0].weight is not None
+        """Whether the loss has a weight that must be read, and may be 0."""
+        return self.shapes[1][0].weight is not None and self.weight is None
 
     def weight_varies(self) -> bool:
         """Whether the weight has a derivative with respect to the parameters that is not symbolically zero.
@@ -94,39 +105,28 @@ _WEIGHT = 2
 
 
 def trace(fun: Callable[..., Any], *args: Any) -> Traced:
-    """Traces `fun`, as for `total`, with `args`, the parameters first; nothing is run."""
-    normalised = total(fun)
-    closed, shapes = jax.make_jaxpr(normalised, return_shape=True)(*args)
-    return Traced(normalised, args, closed, shapes)
+    """Traces `fun(*args)`, which returns (loss, rest), the loss plain or `Weighted`; nothing is run.
 
-
-def value_and_grad(fun: Callable[..., Any]) -> Callable[..., tuple[tuple[Weighted, Any], Tree]]:
-    """`jax.value_and_grad` of such a loss: returns `((loss, rest), gradient of its total)`.
-
-    The weight of a `Weighted` loss may not depend on the parameters.
+    Args:
+      fun: the loss.
+      *args: its arguments, the parameters first.
     """
 
-    def value_and_grad(*args, **kwargs):
-        trace(functools.partial(fun, **kwargs), *args).refuse_varying_weight()
-        (_, returned), grads = jax.value_and_grad(total(fun), has_aux=True)(*args, **kwargs)
-        return returned, grads
-
-    return value_and_grad
-
-
-def less(fun: Callable[..., Any], mean: Any) -> Callable[..., Any]:
-    """`fun` with `total - mean·weight` for its total.
-
-    The derivative of Σ total / Σ weight is that of Σ (total - mean·weight) / Σ weight, if `mean` is the value of the
-    former, held constant. So the weight's derivative needs no sums of its own.
-    """
-
-    def fun_less_mean(*args):
+    def total(*args):
         loss, rest = fun(*args)
-        total = jnp.asarray(loss.total)
-        return Weighted((total - mean * loss.weight).astype(total.dtype), loss.weight), rest
+        loss = loss if isinstance(loss, Weighted) else Weighted(loss, None)
+        _checks.total(loss.total)
+        if loss.weight is not None:
+            _checks.weight(loss.weight)
+        return loss.total, (loss, rest)
 
-    return fun_less_mean
+    closed, shapes = jax.make_jaxpr(total, return_shape=True)(*args)
+    return Traced(args, closed, shapes)
+
+
+def keep(weight: Any) -> jax.Array | None:
+    """Whether a micro-batch of this weight counts; None where it is known to."""
+    return None if weight is None or (isinstance(weight, (int, float)) and weight) else jnp.asarray(weight) != 0
 
 
 def mean(loss: Weighted) -> jax.Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxaccum import _accumulator, _checks, _inner, _overwrites, _prepare
+from jaxaccum import _accumulator, _checks, _inner, _loss, _overwrites, _prepare
 from jaxaccum._accumulator import Weighted
 from jaxaccum._state import MultiStepsState
 from jaxaccum._sync import MeshAxis, Sync
@@ -246,6 +246,12 @@ def flush(
     )
 
 
+def cleared(state: MultiStepsState, clear: Callable[[Tree], Tree] = _accumulator.cleared) -> MultiStepsState:
+    """`state` with nothing in its sums."""
+    acc_grads, weight = clear((state.acc_grads, state.weight))
+    return state._replace(acc_grads=acc_grads, weight=weight)
+
+
 def updates_output(config, like, state, params, extra_args) -> Output:
     """The optax contract: the updates at a boundary, zeros of the same types in between; `like()` is a gradient."""
 
@@ -331,7 +337,7 @@ def _select(config, state, grads, params, weight, boundary, averaged):
     keep, dropped = None, state.dropped
     if weight is not None:
         _checks.weight(weight, config.sync.shape)
-        keep = jnp.asarray(weight) != 0
+        keep = _loss.keep(weight)
     if config.nonfinite == "drop":
         finite = _accumulator.all_finite((grads, averaged), config.sync.shape)
         bad = jnp.logical_not(finite) if keep is None else jnp.logical_and(keep, jnp.logical_not(finite))

@@ -8,12 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from jaxaccum import (
-    _accumulator,
     _checks,
-    _in_place,
     _keys,
-    _local,
     _loss,
+    _micro_batch,
     _micro_step,
     _misspelling,
     _prepare,
@@ -82,8 +80,8 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         and made anew at each optimizer step; its transpose runs there too, on the sum. See `cast`, which here needs
         `where=`, or to be shown the loss by `seeing`.
       in_place: for `micro_step`, as for `value_and_grad`, but that gradients are formed in float32 in `HostDriven`
-        alone. With `mesh`, `should_skip_update_fn` or `nonfinite="drop"` nothing is added in place: what is added can't
-        be taken out again.
+        alone. With `should_skip_update_fn` or `nonfinite="drop"` nothing is added in place: what is added can't be
+        taken out again.
 
     Raises:
       TypeError, ValueError: for an argument that is none of these, at construction; from `init`, where the inner
@@ -144,10 +142,10 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         _checks.prepare(prepare)
         _checks.in_place(in_place)
         sync = _checks.sync(axis_name, mesh, data_axis, should_skip_update_fn, reduce=reduce)
-        if should_skip_update_fn is not None or nonfinite == "drop" or isinstance(sync, MeshAxis):
+        if should_skip_update_fn is not None or nonfinite == "drop":
             if in_place:
                 raise ValueError(
-                    "in_place=True can't be had with should_skip_update_fn, nonfinite='drop' or mesh: leave it at None."
+                    "in_place=True can't be had with should_skip_update_fn or nonfinite='drop': leave it at None."
                 )
             in_place = False
         config = Config(
@@ -445,6 +443,66 @@ def _transformation(config: Config) -> tuple[Callable[..., Any], Callable[..., A
     return init, update
 
 
+def step(
+    config: Config,
+    fun: Callable[..., tuple[Any, Any]],
+    roles: Roles,
+    params: Tree,
+    state: MultiStepsState,
+    args: Sequence[Any],
+    boundary: Any,
+    *,
+    own: Sequence[int] = (),
+    clears: bool = False,
+    extra_args: dict[str, Any] | None = None,
+) -> tuple[Weighted, Any, Tree, MultiStepsState]:
+    """One micro-step from its loss to the parameters.
+
+    Args:
+      config: the transformation.
+      fun: `fun(params, *args)` returns (loss, rest), the loss plain or a `Weighted`.
+      roles: what the arguments are, the parameters number 0.
+      params: the parameters.
+      state: the state.
+      args: the other arguments.
+      boundary: as for `MultiSteps.update`.
+      own: as for `_micro_batch.on_each`.
+      clears: as for `_micro_step.run`.
+      extra_args: for the inner optimizer.
+
+    Returns:
+      (loss, rest, params, state), the former two each device's own: with a mesh they have a leading device axis.
+    """
+    seen = params if config.prepare is None else _prepare.seen(config.prepare, params, state.prepared)
+    judges = config.should_skip_update_fn is not None  # It is shown mean gradients.
+    loss, rest, grads = _micro_batch.on_each(
+        fun,
+        config.sync,
+        roles,
+        (seen, *args),
+        own=own,
+        sums=None if config.in_place is False else state.acc_grads,
+        in_place=config.in_place,
+        starts=False if clears else state.mini_step == 0,
+        mean=judges,
+    )
+    if "value" in config.averaged_extra_args:
+        extra_args = {"value": _loss.mean(loss), **(extra_args or {})}
+    params, state = _micro_step.run(
+        config,
+        grads,
+        state,
+        params,
+        loss.weight,
+        boundary,
+        extra_args or {},
+        _micro_step.apply_output(params),
+        weighted=loss.weight is not None and not judges,
+        clears=clears,
+    )
+    return loss, rest, params, state
+
+
 def micro_step(
     config: Config,
     fun: Callable[..., Any],
@@ -455,38 +513,13 @@ def micro_step(
     clears: bool = False,
 ) -> tuple[jax.Array, Tree, MultiStepsState]:
     """`MultiSteps.micro_step`; `clears` as for `_micro_step.run`."""
-    value, grads, weighted = _gradient(config, fun, params, state, args, clears)
-    loss = _loss.mean(value)
-    params, state = _micro_step.run(
-        config,
-        grads,
-        state,
-        params,
-        value.weight,
-        boundary,
-        {"value": loss} if "value" in config.averaged_extra_args else {},
-        _micro_step.apply_output(params),
-        weighted=weighted,
-        clears=clears,
-    )
-    return loss, params, state
 
+    def own(params, *args):
+        if isinstance(config.sync, MeshAxis):  # Each device's part of the batch; the rest is common to all of them.
+            batch, *others = args
+            args = batch, *_keys.fold_typed(others, MappedAxis(config.sync.names).index())
+        return fun(params, *args), None
 
-def _gradient(config, fun, params, state, args, clears):
-    """(loss as a `Weighted`, gradient, whether that has its weight already) of one micro-batch on each device."""
-    seen = params if config.prepare is None else _prepare.seen(config.prepare, params, state.prepared)
-    if isinstance(config.sync, MeshAxis):
-        device, roles = MappedAxis(config.sync.names), Roles.of(0, 1, (), None)
-        own = lambda seen, batch, *others: fun(seen, batch, *_keys.fold_typed(others, device.index()))
-        value, grads = _local.on_each(own, config.sync, roles, seen, *args)
-        return value if isinstance(value, Weighted) else Weighted(value, None), grads, False
-    seen = config.sync.local(seen)
-    sums, loss = state.acc_grads, _loss.trace(lambda seen: (fun(seen, *args), None), seen)
-    loss.refuse_varying_weight()
-    backward = _in_place.backward(loss, config.in_place, sums, replaces=not clears)
-    if any(backward.inside) and not clears:
-        sums = _accumulator.select(state.mini_step == 0, jax.tree.map(jnp.zeros_like, sums), sums)
-    (value, _), grads = backward(seen, sums)
-    if value.weight is None or config.should_skip_update_fn is None:
-        return value, grads, value.weight is not None
-    return value, _loss.mean_gradient(value, grads), False  # The rule judges mean gradients.
+    roles = Roles(params=(0,), batch=(1,), keys=(), carry=())
+    loss, _, params, state = step(config, own, roles, params, state, args, boundary, clears=clears)
+    return _loss.mean(loss), params, state

@@ -1,15 +1,15 @@
-"""One piece of a micro-step on each device: its gradient, or its loss alone, before any synchronisation."""
+"""One piece of a micro-step on each device: its loss, to be differentiated or validated."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxaccum import _accumulator, _checks, _loss, _mesh
+from jaxaccum import _accumulator, _checks, _mesh
 from jaxaccum import task as _task
 from jaxaccum._accumulator import Weighted
+from jaxaccum._roles import Roles
 from jaxaccum._strategy import Strategy
 from jaxaccum._sync import MappedAxis, OneDevice
 from jaxaccum.task import Task
@@ -18,62 +18,63 @@ Tree = Any
 Logs = dict[str, Weighted]
 
 
-def gradients(
+# What the arguments of `objective` are: each device has its own model state, and a share of the batch.
+ROLES, OWN = Roles(params=(0,), batch=(2,), keys=(), carry=()), (1,)
+
+
+def objective(
     task: Task, strategy: Strategy, seed: int, params: Tree, model_state: Tree, batch: Tree, place: Any, index: Any
-) -> tuple[Tree, jax.Array, Logs, Tree]:
-    """A piece's gradient on each device.
+) -> tuple[Any, tuple[Tree, Logs]]:
+    """A piece's loss on one device, to be differentiated there.
 
     Args:
       task: what to train.
       strategy: the devices, P of them.
       seed: of the key that is folded with the micro-batch's number.
       params: the parameters.
-      model_state: each device's own, leaves (P, ...).
-      batch: leaves (P·N, ...).
+      model_state: this device's own.
+      batch: its share, leaves (N, ...).
       place: a `Place`, int32 (3,).
       index: uint32 scalar, the loader batches before this one.
 
     Returns:
-      (mean gradient, mean loss, weighted sums of loss and metrics, new model state): on one device as they are, on
-      several with a leading axis for them.
+      (loss, (new model state, weighted sums of loss and metrics)). The loss is a `Weighted`: a plain one counts for its
+      examples, and that of a device without a share for 0.
     """
-
-    def on_device(device, params, model_state, batch, place, index):
-        key = _key(strategy, seed, device.index(), place, index)
-        loss = lambda params: _with_rest(_task.evaluate(task, params, model_state, batch, key))
-        (value, (new_model_state, metrics)), grads = _loss.value_and_grad(loss)(device.local(params))
-        if value.weight is not None:
-            grads = _loss.mean_gradient(value, grads)
-        _check_unchanged(model_state, new_model_state)
-        present = _present(strategy, device.index(), place)
-        return grads, _loss.mean(value), _logs(value, metrics, batch, present), new_model_state
-
-    return _on_devices(strategy, on_device, (params, model_state, batch, place, index), split=(1, 2))
+    device = _device(strategy)
+    key = _key(strategy, seed, device.index(), place, index)
+    value, new_model_state, metrics = _task.evaluate(task, params, model_state, batch, key)
+    _check_unchanged(model_state, new_model_state)
+    value = value if isinstance(value, Weighted) else Weighted(value, None)
+    _checks.total(value.total)
+    present = _present(strategy, device.index(), place)
+    logs = _logs(value, metrics, batch, present)
+    if value.weight is None:
+        value = Weighted(value.total * _examples(batch), _examples(batch))
+    # On one device no piece is without a share, and the number of examples is known beforehand.
+    weight = value.weight if strategy.size == 1 else jnp.where(present, value.weight, 0)
+    return Weighted(value.total, weight), (new_model_state, logs)
 
 
 def losses(task: Task, strategy: Strategy, params: Tree, model_state: Tree, batch: Tree, place: Any) -> Logs:
     """The weighted sums of a piece's loss and metrics in validation, on each device; `model_state` is all devices'."""
 
-    def on_device(device, params, model_state, batch, place):
+    def on_device(params, model_state, batch, place):
         value, _, metrics = _task.evaluate(task, params, model_state, batch, None)
         value = value if isinstance(value, Weighted) else Weighted(value, None)
         _checks.total(value.total)
-        return _logs(value, metrics, batch, _present(strategy, device.index(), place))
+        return _logs(value, metrics, batch, _present(strategy, _device(strategy).index(), place))
 
-    return _on_devices(strategy, on_device, (params, model_state, batch, place), split=(2,))
+    sync, args = strategy.sync, (params, model_state, batch, place)
+    if isinstance(sync, OneDevice):
+        return on_device(*args)
+    body = lambda *args: jax.tree.map(lambda x: x[None], on_device(*args))
+    return _mesh.run(body, sync, args, {}, split=(2,), split_dim=0, out_specs=P(sync.names))
 
 
-def _on_devices(strategy: Strategy, on_device: Callable[..., Any], args: tuple, split: tuple[int, ...]) -> Any:
-    """`on_device(device, *args)` on each device, which sees its share of the arguments that `split` names."""
-    if isinstance(strategy.sync, OneDevice):
-        return on_device(strategy.sync, *args)
-    device = MappedAxis(strategy.sync.names)
-
-    def body(params, model_state, *args):
-        own = jax.tree.map(lambda x: x[0], model_state) if 1 in split else model_state
-        return jax.tree.map(lambda x: jnp.asarray(x)[None], on_device(device, params, own, *args))
-
-    return _mesh.run(body, strategy.sync, args, {}, split=split, split_dim=0, out_specs=P(strategy.sync.names))
+def _device(strategy: Strategy) -> OneDevice | MappedAxis:
+    """The device that this code runs on."""
+    return MappedAxis(strategy.sync.names) if strategy.size > 1 else OneDevice()
 
 
 def _key(strategy: Strategy, seed: int, device: Any, place: Any, index: Any) -> jax.Array:
@@ -89,11 +90,6 @@ def _present(strategy: Strategy, device: Any, place: Any) -> Any:
     """Whether a device has a share of a piece."""
     first = place[0] % strategy.size
     return jnp.logical_and(first <= device, device < first + place[1])
-
-
-def _with_rest(evaluated: tuple[Any, Tree, dict[str, Any]]) -> tuple[Any, tuple[Tree, dict[str, Any]]]:
-    value, model_state, metrics = evaluated
-    return value, (model_state, metrics)
 
 
 def _logs(value: Weighted, metrics: dict[str, Any], batch: Tree, present: Any) -> Logs:

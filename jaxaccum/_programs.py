@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxaccum import _accumulator, _checks, _inner, _pieces, _shares
+from jaxaccum import _accumulator, _checks, _inner, _micro_step, _multi_steps, _pieces, _shares
 from jaxaccum import task as _task
 from jaxaccum._feed import MicroStep
 from jaxaccum._multi_steps import MultiSteps
@@ -72,7 +72,7 @@ class Programs:
         self, task: Task, strategy: Strategy, optimizer: optax.GradientTransformation, nonfinite: str, seed: int
     ):
         self._task, self._strategy, self._sync, self._seed = task, strategy, strategy.sync, seed
-        self._gradients = functools.partial(_pieces.gradients, task, strategy, seed)
+        self._objective = functools.partial(_pieces.objective, task, strategy, seed)
         # K is the host's to know: every call says whether it is a boundary.
         self._tx = MultiSteps(optimizer, 1, nonfinite=nonfinite, **self._sync.options())
         self._kind: Any = None
@@ -110,7 +110,8 @@ class Programs:
         """(optimizer state, an empty window)."""
         sums: Any = self._tx.init(params)
         own, index = self._sync.local(jax.tree.map(jnp.copy, model_state)), jnp.zeros((), jnp.uint32)
-        _, _, logs, _ = jax.eval_shape(self._gradients, params, own, batch, place, index)
+        args = params, sums, own, batch, place, index
+        _, (_, logs), _, _ = jax.eval_shape(functools.partial(self._micro_step, boundary=False), *args)
         logs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), logs)
         return sums.inner_opt_state, Pending(sums._replace(inner_opt_state=None), logs, own, index)
 
@@ -206,7 +207,7 @@ class Programs:
         sums = state.pending.sums._replace(inner_opt_state=state.opt_state)
         updates, sums = self._tx.flush(sums, state.params, **share)
         params = _inner.apply_updates(state.params, updates)
-        pending = state.pending._replace(sums=sums._replace(inner_opt_state=None))
+        pending = state.pending._replace(sums=_micro_step.cleared(sums)._replace(inner_opt_state=None))
         return self._closed(params, sums.inner_opt_state, pending), self._means(pending.logs)
 
     def _closed(self, params, opt_state, pending):
@@ -221,19 +222,18 @@ class Programs:
         divide = lambda sums: jnp.where(sums.weight == 0, jnp.nan, _accumulator.mean(sums, sums.total))
         return {name: divide(sums) for name, sums in joined.items()}
 
+    def _micro_step(self, params, sums, *args, boundary, extra_args=None):
+        """(loss, (model state, logs), params, sums) with one more piece; sums are 0 where a window begins."""
+        config = self._tx._config
+        options = {"own": _pieces.OWN, "boundary": boundary, "clears": True, "extra_args": extra_args}
+        return _multi_steps.step(config, self._objective, _pieces.ROLES, params, sums, args, **options)
+
     def _add(self, params, opt_state, pending, batch, place, boundary, **extra_args):
         """(params, opt_state, pending, logs) with one more piece; the optimizer runs at a boundary."""
-        grads, value, logs, model_state = self._gradients(params, pending.model_state, batch, place, pending.index)
+        sums = pending.sums._replace(inner_opt_state=opt_state)
+        args = params, sums, pending.model_state, batch, place, pending.index
+        _, (model_state, logs), params, sums = self._micro_step(*args, boundary=boundary, extra_args=extra_args)
         weight = logs["loss"].weight
-        params, sums = self._tx.apply(
-            params,
-            pending.sums._replace(inner_opt_state=opt_state),
-            grads,
-            weight=weight,
-            boundary=boundary,
-            value=value,
-            **extra_args,
-        )
         counts = jnp.logical_and(weight != 0, sums.dropped == pending.sums.dropped)
         first = pending.sums.mini_step == 0
         add = lambda total, x: _accumulator.add(total, x, keep=counts, first=first)

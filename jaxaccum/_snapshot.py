@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxaccum import _accumulator, _plain, _redistribute, _sync
+from jaxaccum import _accumulator, _micro_step, _plain, _redistribute, _sync
 from jaxaccum._counters import Counters
 from jaxaccum._programs import FitState, Pending, Programs
 from jaxaccum._reader import TrainLoader
 from jaxaccum._run import Run
+from jaxaccum._state import MultiStepsState
 from jaxaccum._strategy import Strategy
 from jaxaccum._sync import OneDevice
 from jaxaccum.callbacks import Callback
@@ -102,11 +103,18 @@ def _placed(checkpoint: Checkpoint, like: FitState, before: int, strategy: Strat
     _check(checkpoint, like, before, strategy.size)
     named = {name: _keyed(checkpoint.arrays[name], x) for name, x in _named(like).items()}
     state = jax.tree.unflatten(jax.tree.structure(like), list(named.values()))
+    if not checkpoint.notes["counters"]["window_step"]:
+        # The programs add to sums of 0 where a window begins. Those of version 0.1 left the last window's there.
+        state = state._replace(pending=state.pending._replace(sums=_cleared(state.pending.sums)))
     if before != strategy.size:
         state = state._replace(pending=_redistributed(state.pending, before, strategy, programs))
     if strategy.processes.count == 1:
         return jax.device_put(state, jax.tree.map(lambda x: x.sharding, like), may_alias=False)
     return jax.tree.map(lambda x, lies: strategy.placed(x, lies.sharding), state, like)
+
+
+def _cleared(sums: MultiStepsState) -> MultiStepsState:
+    return _micro_step.cleared(sums, functools.partial(jax.tree.map, np.zeros_like))
 
 
 def _redistributed(pending: Pending, before: int, strategy: Strategy, programs: Programs) -> Pending:

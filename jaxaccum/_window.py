@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from jaxaccum import _accumulator, _hoist, _in_place, _keys, _loss, _packing, _prepare, _split
+from jaxaccum import _accumulator, _hoist, _keys, _loss, _micro_batch, _packing, _prepare, _split
 from jaxaccum._accumulator import Weighted
 from jaxaccum._cast import Cast
 from jaxaccum._roles import Roles
@@ -79,11 +79,11 @@ class Window(NamedTuple):
 
         traced, mean = _loss.trace(loss, seen, *first), None
         if traced.weight_varies():
-            mean = self._mean(device, loss, seen, carry, micro_batches)
-            traced = _loss.trace(_loss.less(loss, mean), seen, *first)
+            mean = self._mean(device, traced, seen, carry, micro_batches)
+            traced = traced.less(mean)
         start = device.local(self._start(seen))
-        backward = _in_place.backward(traced, self.in_place, start.total[1])
-        sums, like, carry, aux = self._sum(device, backward, seen, start, carry, micro_batches)
+        gradient = _micro_batch.of(traced, self.in_place, start.total[1])
+        sums, like, carry, aux = self._sum(device, gradient, seen, start, carry, micro_batches)
         total, grads = sums.total
         total = total if mean is None else total + mean * sums.weight
         sums = Weighted((total, transpose(grads)), sums.weight)
@@ -98,8 +98,8 @@ class Window(NamedTuple):
 
         def micro_step(state, micro_batch):
             sums, carry = state
-            value, (new_carry, _) = loss(seen, *micro_batch, carry)
-            keep = jnp.asarray(value.weight) != 0
+            _, (value, (new_carry, _)) = loss.total(seen, *micro_batch, carry)
+            keep = value.weight != 0
             sums = _accumulator.merge(sums, value, keep=keep)
             return (sums, _accumulator.select(keep, new_carry, carry)), ()
 
@@ -107,17 +107,17 @@ class Window(NamedTuple):
         (sums, _), _ = self._loop(micro_step, start, micro_batches)
         return device.local(_loss.mean(device.joined(sums)))
 
-    def _sum(self, device, backward, seen, sums, carry, micro_batches):
+    def _sum(self, device, gradient, seen, sums, carry, micro_batches):
         """(sums of loss and gradient, a zero of the loss's dtype, the last carry, aux) over the micro-batches."""
-        packing = _packing.of(sums.total[1], backward.inside)
+        packing = _packing.of(sums.total[1], gradient.inside)
         changed = lambda sums, change: Weighted((sums.total[0], change(sums.total[1])), sums.weight)
         dtypes = []
 
         def micro_step(state, micro_batch):
             sums, carry = state
-            (value, (new_carry, aux)), grads = backward(seen, packing.unpack(sums.total[1]), *micro_batch, carry)
+            value, (new_carry, aux), grads = gradient(seen, packing.unpack(sums.total[1]), *micro_batch, carry)
             dtypes.append(value.total.dtype)
-            keep = None if value.weight is None else jnp.asarray(value.weight) != 0
+            keep = _loss.keep(value.weight)
             weight = jnp.ones_like(sums.weight) if value.weight is None else value.weight
             # The loss tells one window from the next.
             bits = jax.lax.bitcast_convert_type(value.total.astype(jnp.float32), jnp.uint32)

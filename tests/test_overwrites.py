@@ -160,7 +160,7 @@ def test_sums_on_another_number_of_devices():
     many = jaxaccum.MultiSteps(optax.sgd(1.0), 2, mesh=mesh_of("auto"))
     one = jaxaccum.MultiSteps(optax.sgd(1.0), 2)
     _, p, state = many.micro_step(loss, params(), many.init(params()), jnp.arange(8.0))
-    p, state = jax.device_put(p, jax.devices()[0]), one.redistribute(state, batch="per_device")
+    p, state = jax.device_put((p, one.redistribute(state, batch="per_device")), jax.devices()[0])
     _, p, _ = one.micro_step(loss, p, state, jnp.arange(4.0))
     assert amax(p) == 7.0
 

@@ -197,3 +197,26 @@ if __name__ == "__main__":
         got, cut_off = killed_and_resumed(Path(root) / "killed", options.devices, options.kills, options.seed)
     print(f"{options.kills} kills, the same in the end: {got == want}", got)
     sys.exit(got != want)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_the_sums_of_a_window_that_is_over_are_not_gone_on_with(tmp_path, monkeypatch, devices):
+    """Catches sums that version 0.1 left in its checkpoints after a window, added to those of the next one."""
+    batches = loader(*[2] * 6 * devices)
+
+    def run(*callbacks):
+        options = {"strategy": "single" if devices == 1 else "ddp", "devices": devices}
+        return trainer(accumulate_grad_batches=2, callbacks=callbacks, **options)
+
+    want = run(every_micro_step(tmp_path)).fit(task(), batches)
+    load = jaxaccum.checkpoint.load
+
+    def of_before(path):
+        checkpoint = load(path)
+        stale = lambda name, x: x + 7 if name.startswith((".pending.sums.acc_grads", ".pending.sums.weight")) else x
+        return checkpoint._replace(arrays={name: stale(name, x) for name, x in checkpoint.arrays.items()})
+
+    first = saved(tmp_path)[1]
+    assert load(first).notes["counters"]["window_step"] == 0
+    monkeypatch.setattr(jaxaccum.checkpoint, "load", of_before)
+    assert_same(run().fit(task(), batches, ckpt_path=first), want)

@@ -274,14 +274,14 @@ def arrays(params: Tree) -> None:
             )
 
 
-def differentiable(params: Tree) -> None:
+def differentiable(params: Tree, what: str = "the argument that argnums names") -> None:
     """Parameters to differentiate: floating or complex, every one."""
     arrays(params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not is_inexact(leaf):
             raise TypeError(
-                f"the argument that argnums names holds {jnp.result_type(leaf)} at {_name(path) or 'its root'}, which "
-                "has no gradient; pass it as another argument."
+                f"{what} holds {jnp.result_type(leaf)} at {_name(path) or 'its root'}, which has no gradient; pass it "
+                "as another argument."
             )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 
 from jaxaccum import _jaxprs, _linear, _overwrites
@@ -141,6 +142,8 @@ def _may_run_once(eqn: core.JaxprEqn) -> bool:
 
 def _gains(eqn: core.JaxprEqn, var: core.Var, origins: frozenset[core.Var]) -> bool:
     """Whether it is worth while to have `var` made beforehand, by `eqn`."""
+    if not jnp.issubdtype(_jaxprs.dtype(var), jnp.inexact):
+        return False  # The loss is differentiated by what is made, and integers have no gradient.
     itemsize = lambda atom: atom.aval.dtype.itemsize
     size = lambda var: var.aval.size * itemsize(var)
     name = eqn.primitive.name

@@ -44,16 +44,16 @@ def update(
     Returns:
       (updates, new inner state).
     """
-    statistics = jax.tree.map(New, _overwrites.only(mean))
-    mean, grads, params = map(_overwrites.without, (mean, grads, params))
+    statistics = _overwrites.only(mean)
+    mean, grads, params = map(_overwrites.optimized, (mean, grads, params))
     if all(jax.tree.leaves(jax.tree.map(lambda m, g: m.dtype == g.dtype, mean, grads))):
         updates, new_state = opt.update(mean, state, params, **_with_grad(extra_args, mean))
     else:
-        shapes = update_shapes(opt, grads, state, params, extra_args)
+        shapes = _shapes(opt, grads, state, params, extra_args)
         extra_args = _with_grad(extra_args, mean)
         updates, new_state = opt.update(mean, _lift(state, wide), _lift(params, wide), **extra_args)
         updates = _cast_like(updates, shapes)
-    return _overwrites.either(updates, statistics), _cast_like(new_state, state)
+    return _overwrites.with_new(updates, statistics), _cast_like(new_state, state)
 
 
 def without_refused(
@@ -84,9 +84,14 @@ def like_gradients(params: Tree) -> Tree:
 
 def update_shapes(opt, grads: Tree, state: Tree, params: Tree | None, extra_args: dict[str, Any]) -> Tree:
     """Shapes and dtypes of the updates that `opt` gives for `grads`; nothing is computed."""
-    args = _overwrites.without(grads), state, _overwrites.without(params)
-    shapes = jax.eval_shape(lambda g, s, p: opt.update(g, s, p, **_with_grad(extra_args, g))[0], *args)
-    return _overwrites.either(shapes, _overwrites.only(grads))
+    shapes = _shapes(opt, _overwrites.optimized(grads), state, _overwrites.optimized(params), extra_args)
+    is_new = lambda x: isinstance(x, New)
+    updates = _overwrites.with_new(shapes, _overwrites.only(grads))
+    return jax.tree.map(lambda x: x.value if is_new(x) else x, updates, is_leaf=is_new)
+
+
+def _shapes(opt, grads, state, params, extra_args):
+    return jax.eval_shape(lambda g, s, p: opt.update(g, s, p, **_with_grad(extra_args, g))[0], grads, state, params)
 
 
 def zeros(shapes: Tree) -> Tree:

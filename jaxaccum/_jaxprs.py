@@ -1,6 +1,6 @@
 """Equations of jaxprs: what they are, and how to run them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +31,11 @@ def scan_operands(scan: core.JaxprEqn, body: core.Jaxpr) -> ScanOperands:
 def ndim(atom: Any) -> int:
     """The number of dimensions of a variable or a literal."""
     return len(atom.aval.shape)
+
+
+def dtype(atom: Any) -> Any:
+    """The dtype of a variable or a literal."""
+    return atom.aval.dtype
 
 
 def is_plain_jit(eqn: core.JaxprEqn) -> bool:
@@ -97,6 +102,14 @@ def purely(fun: Callable[..., Any], *args: Any) -> Any:
     closed, shapes = jax.make_jaxpr(fun, return_shape=True)(*args)
     pure = discharge.discharge_state(closed)
     return jax.tree.unflatten(jax.tree.structure(shapes), core.jaxpr_as_fun(pure)(*jax.tree.leaves(args)))
+
+
+def bodies(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
+    """The functions that an equation calls."""
+    for param in eqn.params.values():
+        for value in param if isinstance(param, (tuple, list)) else (param,):
+            if isinstance(value, (core.Jaxpr, core.ClosedJaxpr)):
+                yield value.jaxpr if isinstance(value, core.ClosedJaxpr) else value
 
 
 def reached(jaxpr: core.Jaxpr, inputs: Sequence[bool]) -> list[bool]:

@@ -16,9 +16,14 @@ def is_typed(leaf: Any) -> bool:
 
 
 def fold(keys: Tree, number: Any) -> Tree:
-    """`jax.random.fold_in(key, number)` of every key; typed keys may have any shape."""
+    """`jax.random.fold_in(key, number)` of every key; typed keys may have any shape.
+
+    Scalars that are no keys, as the counts of an `nnx.Rngs` are, stay as they are.
+    """
 
     def leaf(key):
+        if not is_typed(key) and jnp.ndim(key) == 0:
+            return key
         fold_in = jax.random.fold_in
         for _ in range(key.ndim if is_typed(key) else 0):
             fold_in = jax.vmap(fold_in, (0, None))
@@ -43,44 +48,38 @@ def fold_beyond_first(tree: Tree, device: Any) -> Tree:
     return jax.tree.map(leaf, tree)
 
 
-def refuse_shared(args: Sequence[Tree], kwargs: Mapping[str, Tree], known: Collection[int]) -> None:
+def refuse_shared(
+    args: Sequence[Tree], kwargs: Mapping[str, Tree], known: Collection[int], what: str = "micro-batches"
+) -> None:
     """Typed keys must be in one of the positional arguments `known`: parameters, batch, carry or `key_argnums`.
 
     Raises:
-      ValueError: naming the leaf, if one is elsewhere: all micro-batches would share it, and draw the same masks.
+      ValueError: naming the leaf, if one is elsewhere: all micro-batches, or `what` else, would share it, and draw the
+        same masks.
     """
     others = {f"args[{i}]": arg for i, arg in enumerate(args) if i not in known}
     others |= {f"kwargs[{name!r}]": arg for name, arg in kwargs.items()}
     for name, tree in others.items():
-        if _is_rngs(tree):
-            raise ValueError(
-                f"{name} is an nnx.Rngs, which all micro-batches would share, so that all draw the same dropout mask. "
-                "Pass a key in its place, by position, name that in key_argnums, and make nnx.Rngs(key) in the loss."
-            )
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             if is_typed(leaf):
                 raise ValueError(
-                    f"{name}{jax.tree_util.keystr(path)} is a random key that all micro-batches would share, so that "
-                    "all draw the same dropout mask. For a key of its own for each micro-batch pass it by position and "
-                    "name that in key_argnums; for one mask on purpose pass jax.random.key_data(key), and use "
+                    f"{name}{jax.tree_util.keystr(path)} is a random key that all {what} would share, so that all "
+                    "draw the same dropout mask. For a key of its own for each of them pass it by position and name "
+                    "that in key_argnums; for one mask on purpose pass jax.random.key_data(key), and use "
                     "jax.random.wrap_key_data in the loss."
                 )
 
 
 def refuse_rngs(args: Sequence[Tree]) -> None:
-    """A micro-step, and `key_argnums`, take keys and no `nnx.Rngs`, whose counts the traced loss can't change.
+    """A micro-step takes keys and no `nnx.Rngs`: the traced loss can't change its counts, or not for the next one.
 
     Raises:
       TypeError: if one of `args` is such.
     """
-    if any(map(_is_rngs, args)):
-        raise TypeError(
-            "an argument is an nnx.Rngs, whose counts can't change inside the traced loss: all would draw the same "
-            "dropout mask. Pass a key in its place, for example rngs(), and make nnx.Rngs(key) in the loss; "
-            "value_and_grad takes the key's position as key_argnums."
-        )
-
-
-def _is_rngs(arg: Any) -> bool:
     nnx = sys.modules.get("flax.nnx")  # Who has one has imported it.
-    return nnx is not None and isinstance(arg, nnx.Rngs)
+    if nnx is not None and any(isinstance(arg, nnx.Rngs) for arg in args):
+        raise TypeError(
+            "an argument is an nnx.Rngs, whose counts can't change inside the traced loss: all micro-steps would draw "
+            "the same dropout mask. Pass a key in its place, for example rngs(), and make nnx.Rngs(key) in the loss; "
+            "jaxaccum.value_and_grad takes an nnx.Rngs in key_argnums."
+        )

@@ -6,10 +6,11 @@ gradients, square them or divide them by their norm. It is traced, and its outpu
 
 import functools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
@@ -25,7 +26,7 @@ _JVPS = ("custom_jvp_call", "custom_jvp_call_jaxpr")
 _ZERO, _CONSTANT, _LINEAR, _OTHER = 0, 1, 2, 3
 
 _SUMS = ("add", "add_any", "cumsum", "neg", "reduce_sum", "reduce_window_sum", "sub")
-_PARTS = ("complex", "conj", "imag", "name", "real", "reduce_precision")
+_PARTS = ("complex", "conj", "imag", "name", "real")
 _COLLECTIVES = ("all_to_all", "pbroadcast", "pcast", "ppermute", "psum", "psum2", "psum_invariant", "reduce_scatter")
 # Linear in all operands together.
 _JOINTLY = frozenset([*_jaxprs.MOVES, *_SUMS, *_PARTS, *_COLLECTIVES, "pad"])
@@ -55,7 +56,21 @@ def unproved_in(eqn: core.JaxprEqn) -> str | None:
     name = eqn.primitive.name
     if name in _USERS:
         return None if _is_linear(eqn) else _name(eqn)
-    return None if name in _JVPS else next(filter(None, map(unproved, _bodies(eqn))), None)
+    bodies = [_jvp(eqn)] if name in _JVPS else _jaxprs.bodies(eqn)
+    return next(filter(None, map(unproved, bodies)), None)
+
+
+def _jvp(eqn: core.JaxprEqn) -> core.Jaxpr:
+    """What jax transposes of a custom_jvp: its rule, not its body."""
+    operands = [atom.aval for atom in eqn.invars]
+    zero = lambda atom: np.zeros(atom.aval.shape, jax.dtypes.float0)
+
+    def tangents_of(operands, tangents):
+        given = iter(tangents)
+        every = [next(given) if _is_inexact(atom) else zero(atom) for atom in eqn.invars]
+        return jax.jvp(lambda *operands: list(_jaxprs.run(eqn, operands)), operands, every)[1]
+
+    return jax.make_jaxpr(tangents_of)(operands, [atom.aval for atom in eqn.invars if _is_inexact(atom)]).jaxpr
 
 
 def _is_linear(eqn: core.JaxprEqn) -> bool:
@@ -81,6 +96,11 @@ def _is_linear(eqn: core.JaxprEqn) -> bool:
     return not closed.effects and all(kind in (_ZERO, _LINEAR) for kind in outputs)
 
 
+def is_zero(jaxpr: core.Jaxpr, linear: Sequence[bool]) -> bool:
+    """Whether all outputs of `jaxpr` can be shown to be 0, which is linear in the marked inputs."""
+    return all(kind == _ZERO for kind in _kinds(jaxpr, [_LINEAR if x else _CONSTANT for x in linear]))
+
+
 def _kinds(jaxpr: core.Jaxpr, inputs: Sequence[int]) -> list[int]:
     """What the outputs of `jaxpr` are."""
     consts = [_CONSTANT] * len(jaxpr.constvars)
@@ -95,10 +115,12 @@ def _results(eqn: core.JaxprEqn, kinds: Sequence[int]) -> Sequence[int]:
     """What the results of `eqn` are."""
     name = eqn.primitive.name
     if name in _CALLS or _jaxprs.is_checkpoint(eqn):
-        (body,) = _bodies(eqn)
+        (body,) = _jaxprs.bodies(eqn)
         return _kinds(body, kinds)
     if name == "cond" and kinds[0] <= _CONSTANT:
-        return [_union(branch) for branch in zip(*(_kinds(body, kinds[1:]) for body in _bodies(eqn)), strict=True)]
+        return [
+            _union(branch) for branch in zip(*(_kinds(body, kinds[1:]) for body in _jaxprs.bodies(eqn)), strict=True)
+        ]
     if name == "scan":
         return _of_scan(eqn, kinds)
     if name == "optimization_barrier":
@@ -108,7 +130,7 @@ def _results(eqn: core.JaxprEqn, kinds: Sequence[int]) -> Sequence[int]:
 
 def _of_scan(eqn: core.JaxprEqn, kinds: Sequence[int]) -> Sequence[int]:
     """What the results of a scan are: what goes around is the union of what it is in all iterations."""
-    (body,) = _bodies(eqn)
+    (body,) = _jaxprs.bodies(eqn)
     constants, carries = _jaxprs.scan_operands(eqn, body)
     kinds = list(kinds)
     while True:
@@ -125,7 +147,7 @@ def _of_operation(eqn: core.JaxprEqn, kinds: Sequence[int]) -> int:
     if name in _PRODUCTS and len(kinds) == 2:
         a, b = kinds
         return _ZERO if _ZERO in kinds else a if b == _CONSTANT else b if a == _CONSTANT else _OTHER
-    if name in _JOINTLY or (name == "convert_element_type" and _is_inexact(eqn.outvars[0])):
+    if name in _JOINTLY or (name == "convert_element_type" and _keeps_range(eqn)):
         data = range(len(kinds))
     elif name == "select_n":
         data = range(1, len(kinds))
@@ -133,6 +155,14 @@ def _of_operation(eqn: core.JaxprEqn, kinds: Sequence[int]) -> int:
         data = _DATA.get(name, ())
     is_known = all(kind <= _CONSTANT for i, kind in enumerate(kinds) if i not in data)
     return _union(kinds[i] for i in data) if data and is_known else (_CONSTANT if is_known else _OTHER)
+
+
+def _keeps_range(eqn: core.JaxprEqn) -> bool:
+    """Whether a cast rounds at most: a sum may overflow in a dtype of a smaller range where none of its terms does."""
+    before, after = (_jaxprs.dtype(atom) for atom in (eqn.invars[0], eqn.outvars[0]))
+    if not (_is_inexact(eqn.invars[0]) and _is_inexact(eqn.outvars[0])):
+        return _is_inexact(eqn.outvars[0])
+    return jnp.finfo(after).maxexp >= min(jnp.finfo(before).maxexp, jnp.finfo(jnp.float32).maxexp)
 
 
 def _union(kinds: Any) -> int:
@@ -144,19 +174,11 @@ def _literal(value: Any) -> int:
     return _ZERO if is_zero else _CONSTANT
 
 
-def _bodies(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
-    """The functions that an equation calls."""
-    for param in eqn.params.values():
-        for value in param if isinstance(param, (tuple, list)) else (param,):
-            if isinstance(value, (core.Jaxpr, core.ClosedJaxpr)):
-                yield value.jaxpr if isinstance(value, core.ClosedJaxpr) else value
-
-
 def _is_inexact(atom: Any) -> bool:
-    return jax.dtypes.issubdtype(atom.aval.dtype, np.inexact)
+    return jax.dtypes.issubdtype(_jaxprs.dtype(atom), np.inexact)
 
 
 def _name(eqn: core.JaxprEqn) -> str:
     """What to call a user's rule in an error: the function's name where it is known."""
-    info = next((getattr(body, "debug_info", None) for body in _bodies(eqn)), None)
+    info = next((getattr(body, "debug_info", None) for body in _jaxprs.bodies(eqn)), None)
     return getattr(info, "func_name", None) or eqn.primitive.name

@@ -58,7 +58,7 @@ def local_value_and_grad(
 
     def value_and_grad(*args, **kwargs):
         roles.check(args)
-        _keys.refuse_shared(args, kwargs, roles.all())
+        _keys.refuse_shared(args, kwargs, roles.all(), "devices")
         # Folded on each device: here a key is one for all.
         own = lambda *args, **kwargs: normalised(*_folded(args, roles, sync), **kwargs)
         value, aux, grads = _micro_batch.on_each(own, sync, roles, args, kwargs, mean=True)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from jaxaccum import _accumulator, _checks, _jaxprs
+from jaxaccum import _accumulator, _checks, _jaxprs, _linear
 from jaxaccum._accumulator import Weighted
 
 Tree = Any
@@ -83,8 +83,16 @@ class Traced(NamedTuple):
 
         varied = [x for x, varies in zip(leaves, is_varied, strict=True) if varies]
         tangent = lambda varied, tangents: jax.jvp(weight, (varied,), (tangents,))[1]
-        tangents = [False] * len(varied) + [True] * len(varied)
-        return _jaxprs.reached(jax.make_jaxpr(tangent)(varied, varied).jaxpr, tangents)[0]
+        count = len(varied)
+        if not _jaxprs.reached(jax.make_jaxpr(tangent)(varied, varied).jaxpr, [False] * count + [True] * count)[0]:
+            return False
+        # To jvp all results of a custom_vjp vary. Its backward pass may show that this one does not.
+        gradient = lambda varied, cotangent: jax.vjp(weight, varied)[1](cotangent)
+        try:
+            closed = jax.make_jaxpr(gradient)(varied, jax.eval_shape(weight, varied))
+        except Exception:  # Such as a loop that reverse mode can't pass, though the loss's total does.
+            return True
+        return not _linear.is_zero(closed.jaxpr, [False] * count + [True])
 
     def refuse_varying_weight(self) -> None:
         """A stream of micro-batches has no place for the derivative of a weight.

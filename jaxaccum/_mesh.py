@@ -54,5 +54,7 @@ def run(
         return fun(*args, **kwargs)
 
     in_specs = ([spec for spec, array in zip(spec_of, is_array, strict=True) if array],)
-    mapped = jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes))
-    return mapped(arrays)
+    # Not with check_vma: a loss that is written for plain jit may start a loop from a constant, for example.
+    options = {"axis_names": set(axes), "check_vma": False}
+    mapped = jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_specs, **options)
+    return jax.jit(mapped)(arrays)

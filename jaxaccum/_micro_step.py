@@ -69,10 +69,18 @@ class Output(NamedTuple):
 
 
 class _Window(NamedTuple):
-    """What is pending: the sums of the gradients, those of the extra args, and whether all of it may weigh nothing."""
+    """What is pending.
+
+    Attributes:
+      sums: of the gradients.
+      averages: the sums of the extra args.
+      count: the micro-steps.
+      may_be_empty: whether all of it may weigh nothing.
+    """
 
     sums: Weighted
     averages: dict[str, Weighted]
+    count: Any
     may_be_empty: bool
 
 
@@ -100,7 +108,8 @@ def init(config: Config, params: Tree) -> MultiStepsState:
         _checks.scheduled_k(config.every_k(gradient_step))
     skip_state = ()
     if config.should_skip_update_fn is not None:
-        _, skip_state = config.should_skip_update_fn(jax.tree.map(jnp.zeros_like, params), gradient_step, params)
+        seen = _overwrites.optimized(params)
+        _, skip_state = config.should_skip_update_fn(jax.tree.map(jnp.zeros_like, seen), gradient_step, seen)
     local = config.sync.local
     seen, prepared = params, ()
     if config.prepare is not None:
@@ -125,7 +134,8 @@ def init(config: Config, params: Tree) -> MultiStepsState:
 
 def _inner_state(config: Config, params: Tree) -> Tree:
     """The inner optimizer's fresh state, laid out as its updates will leave it."""
-    state = config.opt.init(_overwrites.without(params))
+    params = _overwrites.optimized(params)
+    state = config.opt.init(params)
     _checks.inner_state(state)
     if not isinstance(config.sync, MeshAxis):
         return state
@@ -190,7 +200,7 @@ def run(
     closed = _both(closed, accepted)
     # A window can be empty only if its last micro-batch can be left out.
     window = _Window(
-        Weighted(acc_grads, total_weight), {n: averages[n] for n in averaged}, may_be_empty=keep is not None
+        Weighted(acc_grads, total_weight), {n: averages[n] for n in averaged}, state.mini_step + 1, keep is not None
     )
     like = config.sync.one(shown) if config.prepare is None else params
     result, inner_opt_state, prepared, applied = _emit(config, state, params, like, window, extra_args, output, closed)
@@ -230,7 +240,7 @@ def flush(
     grads = _inner.like_gradients(params if params is not None else config.sync.one(state.acc_grads))
     stand_ins = {name: shapes.tree for name, shapes in config.averaged_shapes}
     extra_args = dict.fromkeys((*state.averages, "grad"), jnp.nan) | stand_ins | extra_args
-    window = _Window(Weighted(state.acc_grads, state.weight), state.averages, may_be_empty=True)
+    window = _Window(Weighted(state.acc_grads, state.weight), state.averages, state.mini_step, may_be_empty=True)
     output = updates_output(config, lambda: grads, state, params, extra_args)
     pending = _checks.known(state.mini_step > 0)
     updates, inner_opt_state, prepared, applied = _emit(
@@ -278,7 +288,7 @@ def _emit(config, state, params, grads, window, extra_args, output, closed):
     branch = lambda pred, close, stay: _inner.branch(pred, lambda: same(close()), lambda: same(stay()))
 
     def close():
-        total, reduced = _carried_back(config, params, window.sums.total)
+        total, reduced = _carried_back(config, params, window)
         total = config.sync.joined(total, reduced)
         weight, averages = config.sync.joined((window.sums.weight, window.averages))
         means = {name: _average(average, extra_args[name]) for name, average in averages.items()}
@@ -308,15 +318,16 @@ def _emit(config, state, params, grads, window, extra_args, output, closed):
     return result, inner, prepared, closed if filled is None else filled
 
 
-def _carried_back(config, params, total):
+def _carried_back(config, params, window):
     """(local sums of what `prepare` returned as those of the parameters, the axes that each is summed over by that)."""
     if config.prepare is None:
-        return total, None
+        return window.sums.total, None
     # Inside a mapped axis they must vary over it as the sums do.
     own = params if isinstance(config.sync, MeshAxis) else config.sync.local(params)
     _prepare.check(config.prepare, own)
     _, transpose = _prepare.once(config.prepare, own)
-    return config.sync.each(transpose, total), _prepare.gathered(config.prepare, own, config.sync.names)
+    carried = config.sync.each(lambda sums: transpose(sums, window.count), window.sums.total)
+    return carried, _prepare.gathered(config.prepare, own, config.sync.names)
 
 
 def _select(config, state, grads, params, weight, boundary, averaged):
@@ -331,7 +342,8 @@ def _select(config, state, grads, params, weight, boundary, averaged):
 
     accepted, skip_state = True, state.skip_state
     if config.should_skip_update_fn is not None:
-        skip, skip_state = config.should_skip_update_fn(grads, state.gradient_step, params)
+        shown, seen = _overwrites.optimized(grads), _overwrites.optimized(params)
+        skip, skip_state = config.should_skip_update_fn(shown, state.gradient_step, seen)
         accepted = _checks.known(jnp.logical_not(_checks.skip(skip)))
 
     keep, dropped = None, state.dropped

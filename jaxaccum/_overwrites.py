@@ -5,6 +5,7 @@ and no optimizer steps on them: of a window they are the largest that any micro-
 that is the big batch's. They are not negative, so a sum that has seen none is 0.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -43,6 +44,25 @@ def only(tree: Tree) -> Tree:
 def either(a: Tree, b: Tree) -> Tree:
     """The leaves of `a`, and those of `b` where `a` has None."""
     return jax.tree.map(lambda x, y: y if x is None else x, a, b, is_leaf=lambda leaf: leaf is None)
+
+
+def optimized(tree: Tree) -> Tree:
+    """What an optimizer sees of `tree`: all but the statistics; of flax's variables the collection "params"."""
+    if not jax.tree.leaves(only(tree)):
+        return tree
+    return tree["params"] if _is_flaxs(tree) else without(tree)
+
+
+def with_new(updates: Tree, statistics: Tree) -> Tree:
+    """An optimizer's `updates` with each of `statistics`, as `only` gives them, as `New`."""
+    if not jax.tree.leaves(statistics):
+        return updates
+    new = jax.tree.map(New, statistics)
+    return type(new)({**new, "params": updates}) if _is_flaxs(new) else either(updates, new)
+
+
+def _is_flaxs(tree: Tree) -> bool:
+    return isinstance(tree, Mapping) and set(tree) == {"params", NAME}
 
 
 def kept(new: Tree, old: Tree, pred: Any) -> Tree:

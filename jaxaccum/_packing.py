@@ -1,7 +1,8 @@
-"""The sums of biases and norms as one vector, while a window runs: one addition for all of them.
+"""The sums of biases and norms in stacks, while a window runs: one addition for all those of a shape.
 
 A model has many of them, hardly a percent of its parameters, and on an accelerator each addition of its own takes as
-long as its start takes.
+long as its start takes. A stack has a new first axis and leaves the others as they are, so leaves that are split over
+devices stay where they lie.
 """
 
 import collections
@@ -10,9 +11,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 
-from jaxaccum import _overwrites
+from jaxaccum import _overwrites, _shards
 
 Tree = Any
 
@@ -20,69 +20,46 @@ _SMALL = 2**16  # elements
 
 
 class Packing(NamedTuple):
-    """Which leaves of a tree lie in one vector.
+    """Which leaves of a tree are stacked.
 
     Attributes:
-      like: the tree; None where it has no leaf.
-      packed: for each leaf of it whether it lies in the vector.
+      structure: the tree's, with None as a leaf.
+      stacks: the leaves of each stack, by number.
     """
 
-    like: Tree
-    packed: tuple[bool, ...]
+    structure: Any
+    stacks: tuple[tuple[int, ...], ...]
 
-    def pack(self, tree: Tree) -> tuple[jax.Array | None, Tree]:
-        """(the vector, the tree with None for the leaves that lie in it)."""
-        leaves = self._leaves(tree)
-        pieces = [
-            jnp.ravel(x).astype(like.dtype)
-            for x, like, packed in zip(leaves, self._leaves(self.like), self.packed, strict=True)
-            if packed
-        ]
-        others = [None if packed else x for x, packed in zip(leaves, self.packed, strict=True)]
-        return jnp.concatenate(pieces) if pieces else None, self._tree(others)
+    def pack(self, tree: Tree) -> tuple[list[jax.Array], Tree]:
+        """(the stacks, the tree with None for the leaves that are in one)."""
+        leaves = self.structure.flatten_up_to(tree)
+        stacked = [jnp.stack([leaves[i] for i in numbers]) for numbers in self.stacks]
+        for i in (i for numbers in self.stacks for i in numbers):
+            leaves[i] = None
+        return stacked, self.structure.unflatten(leaves)
 
-    def unpack(self, packed: tuple[Any, Tree]) -> Tree:
+    def unpack(self, packed: tuple[list[jax.Array], Tree]) -> Tree:
         """The tree again."""
-        vector, others = packed
-        leaves, at = self._leaves(others), 0
-        for i, (like, is_packed) in enumerate(zip(self._leaves(self.like), self.packed, strict=True)):
-            if is_packed:
-                leaves[i] = vector[at : at + like.size].reshape(like.shape)
-                at += like.size
-        return self._tree(leaves)
-
-    def _leaves(self, tree: Tree) -> list[Any]:
-        return jax.tree.structure(self.like, is_leaf=_is_none).flatten_up_to(tree)
-
-    def _tree(self, leaves: list[Any]) -> Tree:
-        return jax.tree.structure(self.like, is_leaf=_is_none).unflatten(leaves)
+        stacked, others = packed
+        leaves = self.structure.flatten_up_to(others)
+        for numbers, stack in zip(self.stacks, stacked, strict=True):
+            for i, leaf in zip(numbers, stack, strict=True):
+                leaves[i] = leaf
+        return self.structure.unflatten(leaves)
 
 
 def of(sums: Tree, stay: Sequence[bool]) -> Packing:
-    """How to pack `sums`: small leaves, those of the most common kind, if none can lie split over devices.
+    """How to pack `sums`: small leaves, with others of their shape, dtype and layout.
 
     Args:
       sums: arrays; None where there is no leaf.
       stay: for each array whether it must stay a leaf of its own.
     """
-    stays = iter(stay)
-    stays_out = lambda path, x: next(stays) or x.ndim > 1 or x.size > _SMALL or _overwrites.holds(path)
-    kinds = [
-        None if x is None or stays_out(path, x) else (x.dtype, jax.typeof(x).mat.varying)
-        for path, x in jax.tree_util.tree_leaves_with_path(sums, is_leaf=_is_none)
-    ]
-    counts = collections.Counter(kind for kind in kinds if kind is not None)
-    most = max(counts, key=counts.__getitem__) if counts and _are_whole() else None
-    return Packing(sums, tuple(kind is not None and kind == most and counts[kind] > 1 for kind in kinds))
-
-
-def _are_whole() -> bool:
-    """Whether each device is known to have the whole of what it adds to. Else a vector of parts would be gathered."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return jax.device_count() == 1
-    return all(kind == AxisType.Manual for kind in mesh.axis_types)
-
-
-def _is_none(x: Any) -> bool:
-    return x is None
+    is_none = lambda x: x is None
+    stays, alike = iter(stay), collections.defaultdict(list)
+    for i, (path, x) in enumerate(jax.tree_util.tree_leaves_with_path(sums, is_leaf=is_none)):
+        if x is None or next(stays) or x.ndim > 1 or x.size > _SMALL or _overwrites.holds(path):
+            continue
+        alike[x.shape, x.dtype, jax.typeof(x).mat.varying, _shards.layout(x)].append(i)
+    stacks = tuple(tuple(numbers) for numbers in alike.values() if len(numbers) > 1)
+    return Packing(jax.tree.structure(sums, is_leaf=is_none), stacks)

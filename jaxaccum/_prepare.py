@@ -5,16 +5,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 
-from jaxaccum import _jaxprs, _linear, _shards
+from jaxaccum import _checks, _jaxprs, _linear, _overwrites, _shards
 
 Tree = Any
 
 _GATHERS = ("all_gather", "all_gather_invariant")
 
 
-def once(prepare: Callable[[Tree], Tree], params: Tree) -> tuple[Tree, Callable[[Tree], Tree]]:
+def once(prepare: Callable[[Tree], Tree], params: Tree) -> tuple[Tree, Callable[[Tree, Any], Tree]]:
     """`prepare(params)`, and the function that carries a gradient back from there to the parameters.
 
     A gradient is linear in its cotangents, so the map back commutes with the sum over the window. A cast that ends a
@@ -27,12 +28,12 @@ def once(prepare: Callable[[Tree], Tree], params: Tree) -> tuple[Tree, Callable[
       params: the parameters.
 
     Returns:
-      (what the loss sees, transpose). `transpose` takes a tree like the former, of any floating dtypes, and returns
-      one like the parameters, in float32 where those are narrower.
+      (what the loss sees, transpose). `transpose(sums, count)` takes the sums of `count` gradients, a tree like the
+      former, of any floating dtypes, and returns one like the parameters, in float32 where those are narrower.
 
     Example:
       >>> seen, transpose = once(lambda p: (2 * p).astype(jnp.bfloat16), jnp.ones(()))
-      >>> print(seen.dtype, transpose(jnp.array(0.75 + 2**-10)))
+      >>> print(seen.dtype, transpose(jnp.array(0.75 + 2**-10), 1))
       bfloat16 1.5019531
     """
     leaves, treedef = jax.tree.flatten(params)
@@ -47,9 +48,13 @@ def once(prepare: Callable[[Tree], Tree], params: Tree) -> tuple[Tree, Callable[
     wide, vjp, values = jax.vjp(forward, *lifted, has_aux=True)
     dtypes = [x.dtype for x in wide]
 
-    def transpose(grads: Tree) -> Tree:
-        cotangents = tuple(g.astype(dtype) for g, dtype in zip(jax.tree.leaves(grads), dtypes, strict=True))
-        return jax.tree.unflatten(treedef, vjp(cotangents))
+    def transpose(sums: Tree, count: Any) -> Tree:
+        # A sum can be beyond the range of float16 where no term is: it passes scaled down to about their mean.
+        scale = _power_of_two(count) if _has_small_range(closed.jaxpr) else 1
+        scaled = lambda x, by: x if isinstance(by, int) else x * by.astype(jnp.finfo(x.dtype).dtype)
+        leaves = [scaled(x, scale if isinstance(scale, int) else 1 / scale) for x in jax.tree.leaves(sums)]
+        grads = vjp(tuple(x.astype(dtype) for x, dtype in zip(leaves, dtypes, strict=True)))
+        return jax.tree.unflatten(treedef, [scaled(x, scale) for x in grads])
 
     return jax.tree.unflatten(jax.tree.structure(shapes), values), transpose
 
@@ -62,9 +67,19 @@ def check(prepare: Callable[[Tree], Tree], params: Tree) -> None:
       params: the parameters.
 
     Raises:
-      ValueError: if `prepare` calls a `jax.custom_vjp` whose backward pass may not be linear in its cotangents.
+      ValueError: if `prepare` calls a `jax.custom_vjp` whose backward pass may not be linear in its cotangents, or
+        moves statistics that are overwritten away from their name.
+      TypeError: if it returns what has no gradient.
     """
-    name = _linear.unproved(jax.make_jaxpr(prepare)(params).jaxpr)
+    closed, shapes = jax.make_jaxpr(prepare, return_shape=True)(params)
+    _checks.differentiable(shapes, "what prepare returns")
+    statistics = lambda tree: len(jax.tree.leaves(_overwrites.only(tree)))
+    if statistics(params) != statistics(shapes):
+        raise ValueError(
+            f"prepare returns {statistics(shapes)} of {statistics(params)} statistics under {_overwrites.NAME!r}, by "
+            "which they are known to be overwritten and not summed. Return them under the name that they came with."
+        )
+    name = _linear.unproved(closed.jaxpr)
     if name is not None:
         raise ValueError(
             f"prepare calls {name}, which has a backward pass of its own (jax.custom_vjp) that can't be shown to be "
@@ -182,6 +197,19 @@ def _gathered(eqn: core.JaxprEqn, x: Any) -> list[Any]:
 
     gather.defvjp(lambda x: (run(x), x), backward)
     return [gather(x)]
+
+
+def _has_small_range(jaxpr: core.Jaxpr) -> bool:
+    """Whether a floating dtype of a smaller range than float32's is in it."""
+    largest = lambda var: jnp.finfo(var.aval.dtype).maxexp if _floating(var.aval) else np.inf
+    own = any(largest(var) < jnp.finfo(jnp.bfloat16).maxexp for eqn in jaxpr.eqns for var in eqn.outvars)
+    return own or any(_has_small_range(body) for eqn in jaxpr.eqns for body in _jaxprs.bodies(eqn))
+
+
+def _power_of_two(count: Any) -> jax.Array:
+    """The smallest power of two that is not below `count`, an integer of at least 1: a float32 scalar."""
+    bits = 32 - jax.lax.clz(jnp.asarray(count, jnp.int32) - 1)
+    return jnp.ldexp(jnp.float32(1), bits)
 
 
 def _floating(*arrays: Any) -> bool:

@@ -23,7 +23,7 @@ def dimension(leaf: Any, mesh: Mesh, names: tuple[str, ...]) -> int | None:
       The dimension; None where there is none, such as for a scalar: then every device keeps all of `leaf`.
     """
     size = math.prod(mesh.shape[name] for name in names)
-    free = [not _names(entry) - set(names) for entry in _types(leaf)]
+    free = [not _names(entry) - set(names) for entry in layout(leaf)]
     fits = (d for d, n in enumerate(leaf.shape) if free[d] and n and n % size == 0)
     return next(fits, None)
 
@@ -57,7 +57,7 @@ def lay(leaf: jax.Array, mesh: Mesh, names: tuple[str, ...], split: int | None) 
 
 def reshard(leaf: jax.Array, mesh: Mesh, names: tuple[str, ...], spec: P) -> jax.Array:
     """`leaf` as `spec` says over the data axes, other axes as they are: on explicit axes jax won't do it by itself."""
-    current = _types(leaf)
+    current = layout(leaf)
     rest = [tuple(name for name in _in_order(entry) if name not in names) or None for entry in current]
     wanted = (*(new or old for new, old in zip(spec, rest, strict=False)), *rest[len(spec) :])
     if all(_in_order(new) == _in_order(old) for new, old in zip(wanted, current, strict=True)):
@@ -74,7 +74,7 @@ def reduce_scatter(local: jax.Array, mesh: Mesh, names: tuple[str, ...]) -> jax.
     a reduce-scatter: it is left to XLA to make one out of a reduction and a layout, which it does on GPU and TPU.
     """
     local = wide(local)
-    spec = _types(local)[1:]
+    spec = layout(local)[1:]
     like = jax.ShapeDtypeStruct(local.shape[1:], local.dtype, sharding=NamedSharding(mesh, P(*spec)))
     split = dimension(like, mesh, names)
     if split is None:
@@ -91,7 +91,7 @@ def reduce_scatter(local: jax.Array, mesh: Mesh, names: tuple[str, ...]) -> jax.
 def count(leaf: Any, dimension: int) -> int:
     """The number of devices that the explicit axes of a mesh split a dimension of `leaf` over."""
     known = _known(leaf)
-    return math.prod(known.mesh.shape[name] for name in _in_order(_types(leaf)[dimension])) if known else 1
+    return math.prod(known.mesh.shape[name] for name in _in_order(layout(leaf)[dimension])) if known else 1
 
 
 def wide(x: jax.Array) -> jax.Array:
@@ -105,7 +105,7 @@ def is_explicit(mesh: Mesh | AbstractMesh) -> bool:
     return any(kind == AxisType.Explicit for kind in mesh.axis_types)
 
 
-def _types(leaf: Any) -> tuple[Any, ...]:
+def layout(leaf: Any) -> tuple[Any, ...]:
     """How jax's types say that `leaf` lies: an entry for each dimension, None where they know of none."""
     known = _known(leaf)
     return _padded(known.spec if known else (), len(leaf.shape))

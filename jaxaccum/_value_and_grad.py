@@ -11,7 +11,7 @@ from jaxaccum import _accumulator, _checks, _keys, _mesh, _overwrites, _split
 from jaxaccum._accumulator import Weighted
 from jaxaccum._integers import positive_int
 from jaxaccum._roles import Roles
-from jaxaccum._sync import MappedAxis, MeshAxis
+from jaxaccum._sync import MappedAxis, MeshAxis, OneDevice
 from jaxaccum._window import Window
 
 Tree = Any
@@ -145,8 +145,8 @@ def value_and_grad(
         _checks.available("grad_dtype", grad_dtype)
         window.roles.check(args, kwargs)
         _checks.in_map(sync)
-        _keys.refuse_shared(args, kwargs, window.roles.all())
-        _keys.refuse_rngs([args[i] for i in window.roles.keys])
+        if not (isinstance(sync, OneDevice) and isinstance(window.k, int) and window.k == 1):
+            _keys.refuse_shared(args, kwargs, window.roles.all())
         params = window.differentiated(args)
         _checks.differentiable(params)
         _checks.placed(params, sync)

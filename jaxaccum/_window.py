@@ -64,7 +64,7 @@ class Window(NamedTuple):
 
         # Cast to varying before anything is computed from them, so that no gradient is reduced on its way back.
         seen = params = device.local(params)
-        transpose, reduced = (lambda grads: grads), jax.tree.map(lambda _: (), params)
+        transpose, reduced = (lambda sums, count: sums), jax.tree.map(lambda _: (), params)
         first = (jnp.zeros((), jnp.int32), micro_batches.take(0), carry)
         if isinstance(self.prepare, str):
             visible, loss = _hoist.split(loss, params, *first)
@@ -86,7 +86,7 @@ class Window(NamedTuple):
         sums, like, carry, aux = self._sum(device, gradient, seen, start, carry, micro_batches)
         total, grads = sums.total
         total = total if mean is None else total + mean * sums.weight
-        sums = Weighted((total, transpose(grads)), sums.weight)
+        sums = Weighted((total, transpose(grads, self.k)), sums.weight)
         return sums, reduced, like, device.averaged(carry), aux
 
     def _start(self, seen: Tree) -> Weighted:

@@ -8,7 +8,6 @@ import optax
 import pytest
 from flax import nnx
 
-import jaxaccum
 from jaxaccum import AccumulationSchedule, HostDriven, MultiSteps, Weighted, cast, set_every_k, value_and_grad
 
 SGD = optax.sgd(1.0)
@@ -629,24 +628,19 @@ def test_no_hint_where_none_is_due():
 
 
 def test_an_nnx_rngs_is_no_key():
-    """Catches an error that names a leaf inside of it, or nnx's own about trace levels, without the remedy."""
+    """Catches nnx's own error about trace levels, without the remedy, and one mask on all micro-steps of a mesh."""
     noisy = lambda w, x, rngs: jnp.mean(x @ w) * jax.random.uniform(rngs.dropout(), ())
-    model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
     keyed = lambda w, x, key: noisy(w, x, nnx.Rngs(key))
-    tx, words = MultiSteps(SGD, 2), ["an nnx.Rngs", "Pass a key in its place", "make nnx.Rngs(key) in the loss"]
-    with fails(ValueError, "args[2]", "key_argnums", *words):
-        value_and_grad(noisy, 2)(W, X, nnx.Rngs(0))
-    with fails(ValueError, "kwargs['rngs']", "key_argnums", *words):
-        value_and_grad(noisy, 2)(W, X, rngs=nnx.Rngs(0))
-    with fails(TypeError, "key_argnums", *words):
-        value_and_grad(noisy, 2, key_argnums=2)(W, X, nnx.Rngs(0))
-    with fails(ValueError, "args[2]", "key_argnums", *words):
-        jaxaccum.flax.value_and_grad(must_not_run, 2)(model, X, nnx.Rngs(0))
-    for driver in DRIVERS.values():
-        with fails(TypeError, *words):
-            driver(tx, noisy)(noisy, W, tx.init(W), X, nnx.Rngs(0))
-        driver(tx, keyed)(keyed, W, tx.init(W), X, nnx.Rngs(0)())
-    value_and_grad(keyed, 2, key_argnums=2)(W, X, nnx.Rngs(0)())
+    for args, kwargs in [((nnx.Rngs(0),), {}), ((), {"rngs": nnx.Rngs(0)})]:
+        with fails(ValueError, "random key that all micro-batches would share", "key_argnums"):
+            value_and_grad(noisy, 2)(W, X, *args, **kwargs)
+    value_and_grad(noisy, 2, key_argnums=2)(W, X, nnx.Rngs(0))
+    words = ["an nnx.Rngs", "Pass a key in its place", "make nnx.Rngs(key) in the loss", "key_argnums"]
+    for tx in (MultiSteps(SGD, 2), MultiSteps(SGD, 2, mesh=MESH)):
+        for driver in DRIVERS.values():
+            with fails(TypeError, *words):
+                driver(tx, noisy)(noisy, W, tx.init(W), jnp.ones((8, 3)), nnx.Rngs(0))
+            driver(tx, keyed)(keyed, W, tx.init(W), jnp.ones((8, 3)), nnx.Rngs(0)())
 
 
 class Frozen:

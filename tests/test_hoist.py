@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.custom_derivatives import linear_call
 
 import jaxaccum
 from jaxaccum import _hoist
@@ -248,3 +249,59 @@ def test_every_micro_batch_has_its_own_backward_pass(rule, options, weighted):
 
         runs = [jax.jit(run, static_argnums=0)(prepare, jnp.int32(K)) for prepare in ("auto", None)]
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), *runs)
+
+
+# What is computed from the parameters alone, and is no number that a gradient reaches.
+INTEGERS = {
+    "mask": lambda w, x: jnp.mean((x @ jnp.where(w > 0.1, jnp.mean(x), w)) ** 2),
+    "argmax": lambda w, x: jnp.mean((x @ w)[:, jnp.argmax(w, 1)] ** 2),
+    "int8": lambda w, x: jnp.mean(jax.lax.dot((x * 9).astype(jnp.int8), (w * 9).astype(jnp.int8)) * (x @ w)),
+    "cond": lambda w, x: jnp.mean((x @ jax.lax.cond(w.sum() > 9, jnp.sin, jnp.cos, w * jnp.mean(x))) ** 2),
+    "fake quantisation": lambda w, x: jnp.mean(
+        (x @ (w + jax.lax.stop_gradient(jnp.round(9 * w).astype(int) / 9 - w))) ** 2
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_integers_of_the_parameters(name):
+    """Catches integers taken out of the loss, which is then differentiated by them."""
+    w, x = jax.random.normal(jax.random.key(0), (4, 4)), jax.random.normal(jax.random.key(1), (2 * K, 4))
+    f = lambda prepare: jax.jit(jaxaccum.value_and_grad(INTEGERS[name], K, prepare=prepare))(w, x)
+    for a, b in zip(f("auto"), f(None), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def through_linear_call(w):
+    """Clips gradients in the transpose of a custom_jvp's own rule."""
+    clip = lambda t: linear_call(lambda _, t: t, lambda _, g: jnp.clip(g, -0.1, 0.1), (), t)
+    f = jax.custom_jvp(lambda w: w)
+    f.defjvp(lambda p, t: (p[0], clip(t[0])))
+    return f(w)
+
+
+def in_eight_bits(w):
+    """Casts gradients to a dtype in which their sum is NaN."""
+    f = jax.custom_vjp(lambda w: w)
+    f.defvjp(lambda w: (w, None), lambda _, g: (g.astype(jnp.float8_e4m3fn).astype(g.dtype),))
+    return f(w)
+
+
+def of_low_precision(w):
+    """Rounds gradients to a range that their sum is beyond."""
+    f = jax.custom_vjp(lambda w: w)
+    f.defvjp(lambda w: (w, None), lambda _, g: (jax.lax.reduce_precision(g, 4, 3),))
+    return f(w)
+
+
+@pytest.mark.parametrize("rule", [through_linear_call, in_eight_bits, of_low_precision])
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint])
+def test_rules_that_hide_what_is_not_linear(rule, wrap):
+    """Catches rules that look linear: 0.1 becomes 0.025, and 144 NaN."""
+    w, x, scale = jnp.ones((2, 2)), jnp.ones((2 * K, 2)), 1 if rule is through_linear_call else 150
+    loss = lambda w, x: scale * jnp.mean(jnp.sum(x @ wrap(rule)(w), -1))
+    want = sum(jax.grad(loss)(w, x[i::K]) for i in range(K)) / K
+    np.testing.assert_allclose(jaxaccum.value_and_grad(loss, K, prepare="auto")(w, x)[1], want, rtol=1e-6)
+    plain = lambda w, x: scale * jnp.mean(jnp.sum(x @ w, -1))
+    with pytest.raises(ValueError, match="can't be shown to be linear"):
+        jaxaccum.value_and_grad(plain, K, prepare=wrap(rule))(w, x)

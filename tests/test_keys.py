@@ -24,7 +24,7 @@ def noisy(w, x, key):
 
 
 W, X = jnp.ones(()), jnp.zeros(K * 8)
-SHARED = r"random key that all micro-batches would share.*key_argnums.*jax\.random\.key_data"
+SHARED = r"random key that all (micro-batches|devices) would share.*key_argnums.*jax\.random\.key_data"
 
 WINDOWS = {
     "eager": lambda fun, **options: jaxaccum.value_and_grad(fun, K, **options),
@@ -174,3 +174,22 @@ def test_dropout_of_an_nnx_model(where):
     assert len(np.unique(masks, axis=0)) == len(masks) == K * (8 if where == "mesh" else 1)
     np.testing.assert_array_equal(jax.random.key_data(model.rngs.key[...]), before)
     assert model.rngs.count[...] == K
+
+
+def test_one_micro_batch_shares_its_key_with_none():
+    """Catches a sweep over K that breaks at 1."""
+    value, _ = jaxaccum.value_and_grad(noisy, 1)(W, X, jax.random.key(0))
+    np.testing.assert_allclose(value, jax.random.uniform(jax.random.key(0)), rtol=1e-6)
+    with pytest.raises(ValueError, match=SHARED):
+        jaxaccum.value_and_grad(noisy, 1, mesh=mesh_of())(W, X, jax.random.key(0))
+
+
+def test_an_nnx_rngs_is_an_argument_of_keys():
+    """Catches a remedy that doesn't work: the counts of its streams are no keys."""
+    model, drop = nnx.Linear(3, 2, rngs=nnx.Rngs(0)), nnx.Dropout(0.5)
+    fun = lambda model, x, rngs: (jnp.mean(model(x) ** 2), drop(jnp.ones(16), rngs=rngs))
+    with pytest.raises(ValueError, match=SHARED):
+        jaxaccum.flax.value_and_grad(fun, K, has_aux=True)(model, jnp.ones((8, 3)), nnx.Rngs(1))
+    f = jaxaccum.flax.value_and_grad(fun, K, has_aux=True, key_argnums=2)
+    (_, masks), _ = f(model, jnp.ones((8, 3)), nnx.Rngs(1))
+    assert len(np.unique(masks, axis=0)) == K

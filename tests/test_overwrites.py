@@ -258,3 +258,21 @@ def test_linen_tasks(options):
     fitted = trainer.fit(task, batches)
     assert_inputs_are_the_big_batchs(fitted.params[NAME], start, x)
     assert variables.keys() == fitted.params.keys()
+
+
+def test_the_optimizer_sees_what_flaxs_train_state_shows_it():
+    """Catches masks and labels by top-level names that miss, and statistics that a rule for gradients judges."""
+    _, variables = fp8_batch()
+    seen = []
+    decay = lambda p: seen.append(set(p)) or jax.tree.map(lambda _: True, p)
+    inner = optax.chain(optax.add_decayed_weights(1.0, mask=decay), optax.sgd(0.5))
+    tx = jaxaccum.MultiSteps(inner, 1, should_skip_update_fn=optax.skip_not_finite)
+    state = jaxaccum.flax.TrainState.create(apply_fn=None, params=variables, tx=tx)
+    state = state.apply_gradients(grads=jax.tree.map(jnp.zeros_like, variables))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b / 2), state.params["params"], variables["params"])
+    assert seen and all(names == set(variables["params"]) for names in seen)
+    skip = lambda g, s, p: optax.skip_large_updates(g, s, p, max_squared_norm=50.0)
+    tx = jaxaccum.MultiSteps(optax.sgd(1.0), 1, should_skip_update_fn=skip)
+    grads = {"params": {"w": jnp.array(1.0)}, NAME: {"layer": {"amax": jnp.array(10.0)}}}
+    p, _ = tx.apply(params(), tx.init(params()), grads)
+    assert p["params"]["w"] == 1.0 and amax(p) == 10.0

@@ -546,3 +546,50 @@ def test_a_linen_model_with_scanned_layers_is_cast_once_a_window():
     assert_near(*(f(prepare)(variables, FLAX_TOKENS)[1] for prepare in (jaxaccum.cast(BF16), None)))
     assert {path for path, dtype in seen[1].items() if dtype == BF16} == {"Dense_0/kernel"}
     assert paths_asked(variables["params"]) == ["Dense_0/bias", "Dense_0/kernel", "Embed_0/embedding"]
+
+
+def fp16(w):
+    return jnp.tanh(w.astype(jnp.float16))
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("prepare", ["auto", fp16])
+def test_a_sum_does_not_overflow_where_no_gradient_does(prepare, traced):
+    """Catches inf for 16,224: K cotangents, with a usual loss scale, are together beyond the range of float16."""
+    w, x = jnp.full((2, 2), 0.1), jnp.ones((2 * K, 2))
+    scaled = lambda w, x: 2.0**15 * jnp.mean((x.astype(jnp.float16) @ w).astype(jnp.float32))
+    loss = scaled if callable(prepare) else lambda w, x: scaled(fp16(w), x)
+    if traced:
+        f = lambda k: jaxaccum.value_and_grad(loss, k, stacked=True, prepare=prepare)(w, x.reshape(K, 2, 2))
+        got = jax.jit(f)(jnp.int32(K))
+    else:
+        got = jaxaccum.value_and_grad(loss, K, prepare=prepare)(w, x)
+    want = jax.value_and_grad(lambda w, x: scaled(fp16(w), x))(w, x)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-3), got, want)
+
+
+def test_a_sum_of_micro_steps_does_not_overflow():
+    """Catches the same in a stream."""
+    tx = jaxaccum.MultiSteps(optax.sgd(1.0), K, prepare=fp16)
+    w, x = jnp.full((2, 2), 0.1), jnp.ones((2, 2))
+    loss = lambda w, x: 2.0**15 * jnp.mean((x.astype(jnp.float16) @ w).astype(jnp.float32))
+    p, state = w, tx.init(w)
+    for _ in range(K):
+        _, p, state = tx.micro_step(loss, p, state, x)
+    np.testing.assert_allclose(w - p, jax.grad(lambda w: loss(fp16(w), x))(w), rtol=2e-3)
+
+
+def test_what_has_no_gradient_is_refused():
+    """Catches jax's own error about an argument that nobody passed."""
+    f = jaxaccum.value_and_grad(lambda s, x: jnp.mean(x @ (s[0] * s[1])), K, prepare=lambda w: (w, w > 0))
+    with pytest.raises(TypeError, match=r"what prepare returns holds bool at \[1\]"):
+        f(jnp.ones((2, 2)), jnp.ones((2 * K, 2)))
+
+
+def test_statistics_that_lose_their_name_are_refused():
+    """Catches statistics of fp8 layers that are summed because prepare returns them elsewhere."""
+    variables = {"params": jnp.ones(()), "_overwrite_with_gradient": jnp.ones(())}
+    prepare = lambda v: (v["params"], v["_overwrite_with_gradient"])
+    f = jaxaccum.value_and_grad(lambda v, x: jnp.mean(v[0] * v[1] * x), K, prepare=prepare)
+    with pytest.raises(ValueError, match="prepare returns 0 of 1 statistics under '_overwrite_with_gradient'"):
+        f(variables, jnp.ones(K))

@@ -170,6 +170,22 @@ CONSTANT = {
 }
 
 
+@jax.custom_vjp
+def fused(p, x):
+    """A sum and a count from one kernel, whose backward pass ignores the latter's cotangent."""
+    return jnp.sum((x @ p["p"]) ** 2), jnp.sum(x[:, 0] > 0) + 0.0
+
+
+def fused_backward(residuals, cotangents):
+    p, x = residuals
+    return {"p": 2 * cotangents[0] * x.T @ (x @ p["p"]), "b": jnp.zeros(())}, jnp.zeros_like(x)
+
+
+fused.defvjp(lambda p, x: (fused(p, x), (p, x)), fused_backward)
+CONSTANT["custom_vjp"] = lambda p, x: fused(p, x)[1]
+CONSTANT["times zero"] = lambda p, x: len(x) + 0.0 * jnp.sum(p["p"])
+
+
 def of_weight(weight):
     return lambda p, x: jaxaccum.Weighted(jnp.sum((x @ p["p"]) ** 2 + p["b"]), weight(p, x))
 

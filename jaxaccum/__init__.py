@@ -1,30 +1,57 @@
-"""Exact gradient accumulation for JAX, Flax and optax."""
+"""Exact gradient accumulation for JAX, Flax and optax.
+
+The submodules `callbacks`, `checkpoint`, `distributed`, `flax` and `loggers` are imported when they are first used.
+"""
 
 import importlib as _importlib
+import importlib.metadata as _metadata
+import importlib.util as _util
 import typing as _typing
 
-from jaxaccum._accumulator import Weighted as Weighted
-from jaxaccum._cast import cast as cast
-from jaxaccum._collectives import collectives as collectives
-from jaxaccum._host_driven import HostDriven as HostDriven
-from jaxaccum._local import local_value_and_grad as local_value_and_grad
-from jaxaccum._multi_steps import MultiSteps as MultiSteps
-from jaxaccum._schedule import AccumulationSchedule as AccumulationSchedule
-from jaxaccum._state import MultiStepsState as MultiStepsState
-from jaxaccum._state import set_every_k as set_every_k
-from jaxaccum._value_and_grad import value_and_grad as value_and_grad
-from jaxaccum._zero import zero_sharding as zero_sharding
+from jaxaccum._accumulator import Weighted
+from jaxaccum._cast import cast
+from jaxaccum._collectives import collectives
+from jaxaccum._host_driven import HostDriven
+from jaxaccum._local import local_value_and_grad
+from jaxaccum._multi_steps import MultiSteps
+from jaxaccum._schedule import AccumulationSchedule
+from jaxaccum._state import MultiStepsState, set_every_k
+from jaxaccum._value_and_grad import value_and_grad
+from jaxaccum._zero import zero_sharding
 
 if _typing.TYPE_CHECKING:
     from jaxaccum import callbacks as callbacks
     from jaxaccum import checkpoint as checkpoint
+    from jaxaccum import distributed as distributed
+    from jaxaccum import flax as flax
     from jaxaccum import loggers as loggers
-    from jaxaccum.task import Task as Task
-    from jaxaccum.trainer import Trainer as Trainer
+    from jaxaccum.task import Task
+    from jaxaccum.trainer import Trainer
 
-# The host side is loaded when it is asked for.
+__all__ = [
+    "AccumulationSchedule",
+    "HostDriven",
+    "MultiSteps",
+    "MultiStepsState",
+    "Task",
+    "Trainer",
+    "Weighted",
+    "cast",
+    "collectives",
+    "local_value_and_grad",
+    "set_every_k",
+    "value_and_grad",
+    "zero_sharding",
+]
+
+try:
+    __version__ = _metadata.version("jaxaccum")
+except _metadata.PackageNotFoundError:  # A source tree that is not installed.
+    __version__ = "0+unknown"
+
+# The host side, the adapters and what needs jax's distributed runtime are loaded when they are asked for.
 _LAZY = {"Task": "jaxaccum.task", "Trainer": "jaxaccum.trainer"}
-_LAZY_MODULES = ("callbacks", "checkpoint", "loggers")
+_LAZY_MODULES = ("callbacks", "checkpoint", "distributed", "flax", "loggers")
 
 
 def __getattr__(name: str) -> object:
@@ -36,4 +63,6 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY, *_LAZY_MODULES})
+    names = {*globals(), *_LAZY, *_LAZY_MODULES}
+    # Whoever walks through the names, as help does, must not fail for an extra that is not installed.
+    return sorted(names if _util.find_spec("flax") else names - {"flax"})

@@ -1,6 +1,7 @@
 """Checks of what callers pass, made before anything runs: each error names the argument, the value and the remedy."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxaccum._accumulator import is_inexact
+from jaxaccum._accumulator import Weighted, is_inexact
 from jaxaccum._integers import positive_int
 from jaxaccum._schedule import AccumulationSchedule
 from jaxaccum._state import MultiStepsState
@@ -29,9 +30,13 @@ def floating(name: str, dtype: Any) -> None:
         raise TypeError(f"{name} must be a floating dtype or None, got {dtype!r}.")
 
 
-def prepare(value: Any) -> None:
-    """None, or a function of the parameters."""
-    if not (value is None or callable(value)):
+def prepare(value: Any, *, auto: bool = False) -> None:
+    """None, or a function of the parameters, or, where `auto`, the string "auto"."""
+    if isinstance(value, str) and not (auto and value == "auto"):
+        takes = '"auto", None or a function' if auto else "None or a function"
+        hint = "" if auto else '; "auto" is an option of jaxaccum.value_and_grad alone'
+        raise ValueError(f"prepare must be {takes} of the parameters, got {value!r}{hint}.")
+    if not (auto and value == "auto") and not (value is None or callable(value)):
         raise TypeError(f"prepare must be None or a function of the parameters, got {value!r}.")
 
 
@@ -108,14 +113,36 @@ def weight(value: Any, shape: tuple[int, ...] = ()) -> None:
             )
 
 
-def total(value: Any) -> None:
-    """A loss, or the total of a `Weighted` one: one floating scalar."""
+def total(value: Any, without_aux: str | None = None) -> None:
+    """A loss, or the total of a `Weighted` one: one floating scalar.
+
+    Args:
+      value: the loss.
+      without_aux: what was called, if that takes no aux.
+    """
     dtype = _scalar_dtype(value)
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        others = (
+            f"{without_aux} takes no aux yet: return the loss alone, or use jaxaccum.value_and_grad with has_aux=True."
+            if without_aux
+            else "Return other results with has_aux=True."
+        )
         raise TypeError(
             f"the loss must be one floating scalar, or a Weighted with such a total, got {_kind(value)}; "
-            "reduce an array first, and return other results with has_aux=True."
+            f"reduce an array first. {others}"
         )
+
+
+def without_aux(fun: Callable[..., Any], method: str) -> Callable[..., Any]:
+    """`fun`, a loss for `method`, which takes no aux; what it returns is checked."""
+
+    @functools.wraps(fun, updated=())
+    def checked(*args):
+        value = fun(*args)
+        total(value.total if isinstance(value, Weighted) else value, method)
+        return value
+
+    return checked
 
 
 def boundary(value: Any, sync: Sync) -> Any:
@@ -192,9 +219,32 @@ def averaged(name: str, value: Any, shape: tuple[int, ...] = ()) -> None:
     if not _is_real(value, shape):
         raise ValueError(
             f"the extra arg {name!r} is averaged over the window and must be one real number{_or_one_each(shape)}, got "
-            f"{_kind(value)}. To hand it over as it is at the boundary, leave "
-            f"{name!r} out of averaged_extra_args."
+            f"{_kind(value)}. To average an array or a tree, say its shapes with averaged_extra_args={{{name!r}: "
+            f"...}}; to hand it over as it is at the boundary, leave {name!r} out of averaged_extra_args."
         )
+
+
+def averaged_tree(name: str, value: Tree, like: Tree, shape: tuple[int, ...]) -> None:
+    """An averaged extra arg that is no scalar: a tree like the one that `averaged_extra_args` has, of each device."""
+    numbers(name, value)
+    got = jax.tree.map(jnp.shape, value)
+    want = jax.tree.map(lambda x: (*shape, *x.shape), like)
+    if jax.tree.structure(value) != jax.tree.structure(like) or got != want:
+        raise ValueError(
+            f"the extra arg {name!r} must have the tree and shapes that averaged_extra_args gives: {want}, not {got}."
+        )
+
+
+def numbers(name: str, tree: Tree) -> Tree:
+    """`tree`, an averaged extra arg or one like it, which must consist of numbers, and of one at least."""
+    leaves = jax.tree.leaves(tree)
+    for leaf in leaves:
+        has_dtype = hasattr(leaf, "dtype") and not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
+        if not (has_dtype or isinstance(leaf, (int, float, complex))):
+            raise TypeError(f"averaged_extra_args: {name!r} must be arrays or numbers, got {_kind(leaf)}.")
+    if not leaves:
+        raise TypeError(f"averaged_extra_args: {name!r} must be arrays or numbers, got {tree!r}.")
+    return tree
 
 
 def skip(value: Any) -> Any:
@@ -212,8 +262,21 @@ def available(name: str, dtype: Any) -> None:
         raise ValueError(f"{name}={jnp.dtype(dtype)} needs x64: set jax_enable_x64 first.")
 
 
+def arrays(params: Tree) -> None:
+    """Parameters: arrays or numbers, every one. A module of equinox holds functions too."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not (hasattr(leaf, "dtype") or isinstance(leaf, (bool, int, float, complex))):
+            raise TypeError(
+                f"the parameters hold {leaf!r} at {_name(path) or 'their root'}, which is not an array. Separate the "
+                "arrays from the rest, for an equinox module with arrays, rest = eqx.partition(model, "
+                "eqx.is_inexact_array); pass the arrays as the parameters, and call eqx.combine(arrays, rest) in the "
+                "loss."
+            )
+
+
 def differentiable(params: Tree, what: str = "the argument that argnums names") -> None:
     """Parameters to differentiate: floating or complex, every one."""
+    arrays(params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not is_inexact(leaf):
             raise TypeError(
@@ -255,13 +318,39 @@ def inner_state(state: Tree) -> None:
         raise accumulates()
 
 
-def state(value: Any, method: str) -> MultiStepsState:
-    """A state of `MultiSteps`."""
+def in_map(sync: Sync) -> None:
+    """Refuses a mapped axis outside of its map."""
+    try:
+        sync.size()
+    except NameError:
+        raise NameError(
+            f"axis_name={sync.options()['axis_name']!r} names no axis here: call this inside the function that "
+            "jax.pmap or jax.shard_map maps over that axis, or leave axis_name out."
+        ) from None
+
+
+def state(value: Any, method: str, sync: Sync | None = None) -> MultiStepsState:
+    """A state of `MultiSteps`; where `sync` is given, one whose local sums are of its devices.
+
+    Raises:
+      TypeError: if it is none.
+      ValueError: if its local sums are those of other devices.
+      NameError: if `sync` is a mapped axis, and this is not inside of its map.
+    """
     if not isinstance(value, MultiStepsState):
         raise TypeError(
             f"{method} takes the MultiStepsState that init returned, got a {type(value)}; in a chain's state "
             "it is the entry of this transformation."
         )
+    if sync is not None:
+        in_map(sync)
+        if jnp.shape(value.weight) != sync.shape:
+            shape = jnp.shape(value.weight)
+            made = lambda shape: f"made with mesh= for {shape[0]} devices" if shape else "made without mesh="
+            raise ValueError(
+                f"{method} got a state whose weight has shape {shape}, as if {made(shape)}, but this MultiSteps was "
+                f"{made(sync.shape)}. Use a state from its own init, or convert this one with its redistribute."
+            )
     return value
 
 

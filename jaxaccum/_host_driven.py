@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxaccum import _accumulator, _checks, _inner, _micro_step, _multi_steps
+from jaxaccum import _accumulator, _checks, _inner, _keys, _micro_step, _multi_steps
 from jaxaccum._integers import positive_int
 from jaxaccum._multi_steps import MultiSteps
 from jaxaccum._state import MultiStepsState, set_every_k
@@ -69,6 +69,7 @@ class HostDriven:
         for reason, holds in reasons.items():
             if holds:
                 raise ValueError(f"the host can't count the windows of a MultiSteps with {reason}; jit tx.micro_step.")
+        self._sync = config.sync
         self._mini_step = 0
         self._built = _Assignment(positive_int(config.every_k, "every_k_schedule"))
         self._assigned = self._last_written = self._built  # what holds now, and what a state has received
@@ -77,7 +78,8 @@ class HostDriven:
         self._ks = _Facts()
         self._compiled = set()  # (program, signature) where it is known to compile
 
-        micro_step = functools.partial(_multi_steps.micro_step, config, fun, clears=True)
+        loss = _checks.without_aux(fun, "HostDriven")
+        micro_step = functools.partial(_multi_steps.micro_step, config, loss, clears=True)
 
         def accumulate(params, prepared, pending, *args):
             loss, _, pending = micro_step(params, pending._replace(prepared=prepared), args, boundary=False)
@@ -126,9 +128,12 @@ class HostDriven:
           (the micro-batch's mean loss, params, state).
 
         Raises:
-          TypeError: if `state` is not that of a `MultiSteps`.
+          TypeError: if `state` is not that of a `MultiSteps`, and inside `jax.jit` or another transformation.
         """
-        state, position, k = self._read(_checks.state(state, "HostDriven"))
+        state = _checks.state(state, "HostDriven", self._sync)
+        _check_on_host("HostDriven", (params, state.mini_step, args))
+        _keys.refuse_rngs(args)
+        state, position, k = self._read(state)
         if position.mini_step + 1 >= k.every_k:
             loss, params, state = self._run(self._close, (params,), state, args, position)
             mini_step = 0
@@ -144,7 +149,9 @@ class HostDriven:
 
     def flush(self, params: Tree, state: MultiStepsState) -> tuple[Tree, MultiStepsState]:
         """Closes a partial window: an optimizer step on the mean of what it holds. Both arguments are donated."""
-        state, _, k = self._read(_checks.state(state, "HostDriven.flush"))
+        state = _checks.state(state, "HostDriven.flush", self._sync)
+        _check_on_host("HostDriven.flush", (params, state.mini_step))
+        state, _, k = self._read(state)
         params, state = self._flush(params, state)
         self._remember(state, 0, k)
         return params, state
@@ -174,6 +181,7 @@ class HostDriven:
         """`program(*given, state, *args)`, with nothing in the sums of `state` where a window begins."""
         if not position.mini_step and not position.holds_cleared(_sums(state)):
             # Whatever can raise does so here, before the clearing takes the caller's sums.
+            _checks.arrays(given[0])
             jax.block_until_ready((given, state, args))
             signature = _signature((given, state, args))
             if (program, signature) not in self._compiled:
@@ -234,6 +242,15 @@ class _Facts:
         """What is known of this very object; None if nothing is."""
         known = self._facts.get(id(array))
         return known[1] if known and known[0]() is array else None
+
+
+def _check_on_host(method: str, tree: Tree) -> None:
+    """Refuses tracers: the host counts calls, and inside `jax.jit` a call is made once, while tracing."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
+        raise TypeError(
+            f"{method} was called with tracers, inside jax.jit or another transformation, where the host can't count "
+            "the micro-steps. Call it outside, or use tx.micro_step and tx.flush there, which count on the device."
+        )
 
 
 def _on_host(scalar: Any) -> int:

@@ -1,6 +1,6 @@
 """The call of the inner optimizer: on the exact mean, with the types that it would have had without accumulation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -38,7 +38,7 @@ def update(
       grads: arrays or shapes with the dtypes that the optimizer would see without accumulation.
       state: the inner optimizer's state.
       params: the parameters, or None.
-      extra_args: the inner optimizer's extra arguments.
+      extra_args: the inner optimizer's extra arguments; it sees `mean` in place of an argument `grad`.
       wide: the dtype to lift to.
 
     Returns:
@@ -47,12 +47,34 @@ def update(
     statistics = _overwrites.only(mean)
     mean, grads, params = map(_overwrites.optimized, (mean, grads, params))
     if all(jax.tree.leaves(jax.tree.map(lambda m, g: m.dtype == g.dtype, mean, grads))):
-        updates, new_state = opt.update(mean, state, params, **extra_args)
+        updates, new_state = opt.update(mean, state, params, **_with_grad(extra_args, mean))
     else:
         shapes = _shapes(opt, grads, state, params, extra_args)
+        extra_args = _with_grad(extra_args, mean)
         updates, new_state = opt.update(mean, _lift(state, wide), _lift(params, wide), **extra_args)
         updates = _cast_like(updates, shapes)
     return _overwrites.with_new(updates, statistics), _cast_like(new_state, state)
+
+
+def without_refused(
+    opt: optax.GradientTransformationExtraArgs, names: Sequence[str]
+) -> optax.GradientTransformationExtraArgs:
+    """`opt`, called without those of the extra args `names` that it, or an optimizer inside it, does not take.
+
+    optax's containers take any extra arg and pass it on, so that only a call can tell.
+    """
+
+    def update(updates, state, params=None, **extra_args):
+        try:
+            return opt.update(updates, state, params, **extra_args)
+        except TypeError as error:
+            refused = [name for name in names if f"unexpected keyword argument {name!r}" in str(error)]
+            taken = {name: value for name, value in extra_args.items() if name not in refused}
+            if len(taken) == len(extra_args):
+                raise
+            return update(updates, state, params, **taken)
+
+    return optax.GradientTransformationExtraArgs(opt.init, update)
 
 
 def like_gradients(params: Tree) -> Tree:
@@ -69,7 +91,7 @@ def update_shapes(opt, grads: Tree, state: Tree, params: Tree | None, extra_args
 
 
 def _shapes(opt, grads, state, params, extra_args):
-    return jax.eval_shape(lambda g, s, p: opt.update(g, s, p, **extra_args)[0], grads, state, params)
+    return jax.eval_shape(lambda g, s, p: opt.update(g, s, p, **_with_grad(extra_args, g))[0], grads, state, params)
 
 
 def zeros(shapes: Tree) -> Tree:
@@ -138,6 +160,11 @@ def branch(pred: Any, close: Callable[[], Tree], stay: Callable[[], Tree]) -> Tr
     if isinstance(pred, bool):
         return close() if pred else stay()
     return jax.lax.cond(pred, lambda: jax.lax.optimization_barrier(close()), stay)
+
+
+def _with_grad(extra_args: dict[str, Any], grads: Tree) -> dict[str, Any]:
+    """`extra_args` with `grads` in place of `grad`, where that is given: a line search needs the window's mean."""
+    return extra_args | {"grad": grads} if extra_args.get("grad") is not None else extra_args
 
 
 def _lift(tree: Tree, wide: Any) -> Tree:

@@ -1,5 +1,6 @@
 """Random keys: one for each micro-batch, and none that several share by mistake."""
 
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -67,3 +68,18 @@ def refuse_shared(
                     "that in key_argnums; for one mask on purpose pass jax.random.key_data(key), and use "
                     "jax.random.wrap_key_data in the loss."
                 )
+
+
+def refuse_rngs(args: Sequence[Tree]) -> None:
+    """A micro-step takes keys and no `nnx.Rngs`: the traced loss can't change its counts, or not for the next one.
+
+    Raises:
+      TypeError: if one of `args` is such.
+    """
+    nnx = sys.modules.get("flax.nnx")  # Who has one has imported it.
+    if nnx is not None and any(isinstance(arg, nnx.Rngs) for arg in args):
+        raise TypeError(
+            "an argument is an nnx.Rngs, whose counts can't change inside the traced loss: all micro-steps would draw "
+            "the same dropout mask. Pass a key in its place, for example rngs(), and make nnx.Rngs(key) in the loss; "
+            "jaxaccum.value_and_grad takes an nnx.Rngs in key_argnums."
+        )

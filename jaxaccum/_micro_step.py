@@ -16,6 +16,24 @@ from jaxaccum._sync import MeshAxis, Sync
 Tree = Any
 
 
+class Shapes(NamedTuple):
+    """A tree's structure, shapes and dtypes, in a form to compare and to hash."""
+
+    treedef: Any
+    leaves: tuple[jax.ShapeDtypeStruct, ...]
+
+    @classmethod
+    def of(cls, tree: Tree) -> "Shapes":
+        """Those of a tree of arrays, of numbers or of `jax.ShapeDtypeStruct`."""
+        leaves, treedef = jax.tree.flatten(jax.eval_shape(lambda tree: tree, tree))
+        return cls(treedef, tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves))
+
+    @property
+    def tree(self) -> Tree:
+        """A tree of `jax.ShapeDtypeStruct`."""
+        return self.treedef.unflatten(self.leaves)
+
+
 class Config(NamedTuple):
     """What tells one `MultiSteps` from another; its arguments are documented there."""
 
@@ -29,11 +47,18 @@ class Config(NamedTuple):
     sync: Sync
     prepare: Callable[[Tree], Tree] | None
     in_place: bool | None
+    averaged_shapes: tuple[tuple[str, Shapes], ...] = ()
+    """Of those in `averaged_extra_args` that are no scalars."""
 
     @property
     def inner(self) -> optax.GradientTransformationExtraArgs:
         """`opt`, taking extra args. Made when asked for: a new closure each time, it must not enter comparisons."""
         return optax.with_extra_args_support(self.opt)
+
+    @property
+    def called(self) -> optax.GradientTransformationExtraArgs:
+        """`inner`, to which averaged extra args, and `grad` in a flush, can be passed whether it takes them or not."""
+        return _inner.without_refused(self.inner, (*self.averaged_extra_args, "grad"))
 
 
 class Output(NamedTuple):
@@ -76,6 +101,7 @@ class _Selection(NamedTuple):
 def init(config: Config, params: Tree) -> MultiStepsState:
     """A state with nothing pending; no two leaves of it and of `params` share a buffer."""
     _checks.available("accumulator_dtype", config.accumulator_dtype)
+    _checks.arrays(params)
     _checks.placed(params, config.sync)
     gradient_step = jnp.zeros((), jnp.int32)
     if callable(config.every_k):
@@ -97,7 +123,7 @@ def init(config: Config, params: Tree) -> MultiStepsState:
         acc_grads=local(_accumulator.init(seen, config.accumulator_dtype)),
         skip_state=skip_state,
         weight=local(_zero()),
-        averages={name: local(Weighted(_zero(), _zero())) for name in config.averaged_extra_args},
+        averages=local(_no_averages(config)),
         every_k=None if callable(config.every_k) else jnp.full((), config.every_k, jnp.int32),
         updated=jnp.zeros((), jnp.bool_),
         dropped=local(jnp.zeros((), jnp.int32)),
@@ -151,8 +177,12 @@ def run(
     _checks.gradients(shown, state.acc_grads, config.sync)
     _checks.local_gradients(shown, config.sync)
     averaged = {name: extra_args[name] for name in config.averaged_extra_args if extra_args.get(name) is not None}
+    shapes = dict(config.averaged_shapes)
     for name, value in averaged.items():
-        _checks.averaged(name, value, config.sync.shape)
+        if name in shapes:
+            _checks.averaged_tree(name, value, shapes[name].tree, config.sync.shape)
+        else:
+            _checks.averaged(name, value, config.sync.shape)
     (accepted, keep, closed), skip_state, dropped = _select(config, state, shown, params, weight, boundary, averaged)
 
     first = None if clears else state.mini_step == 0
@@ -208,7 +238,8 @@ def flush(
     if params is None and config.prepare is not None:
         raise TypeError("flush needs params here: with prepare= the sums are carried back to them. Pass params.")
     grads = _inner.like_gradients(params if params is not None else config.sync.one(state.acc_grads))
-    extra_args = {name: jnp.nan for name in state.averages} | extra_args
+    stand_ins = {name: shapes.tree for name, shapes in config.averaged_shapes}
+    extra_args = dict.fromkeys((*state.averages, "grad"), jnp.nan) | stand_ins | extra_args
     window = _Window(Weighted(state.acc_grads, state.weight), state.averages, state.mini_step, may_be_empty=True)
     output = updates_output(config, lambda: grads, state, params, extra_args)
     pending = _checks.known(state.mini_step > 0)
@@ -235,7 +266,8 @@ def updates_output(config, like, state, params, extra_args) -> Output:
     """The optax contract: the updates at a boundary, zeros of the same types in between; `like()` is a gradient."""
 
     def stay():
-        return _inner.zeros(_inner.update_shapes(config.inner, like(), state.inner_opt_state, params, extra_args))
+        args = like(), state.inner_opt_state, params, extra_args | _like_averages(config, extra_args)
+        return _inner.zeros(_inner.update_shapes(config.called, *args))
 
     return Output(lambda updates: _inner.differences(updates, params), stay)
 
@@ -266,7 +298,7 @@ def _emit(config, state, params, grads, window, extra_args, output, closed):
             mean = _accumulator.mean(Weighted(total, divisor), grads)
             wide = jnp.float32 if config.accumulator_dtype is None else config.accumulator_dtype
             args = (mean, grads, state.inner_opt_state, params, extra_args | means, wide)
-            updates, inner = _inner.update(config.inner, *args)
+            updates, inner = _inner.update(config.called, *args)
             prepared = ()
             if config.prepare is not None:
                 new_params = config.sync.whole(_inner.apply_updates(params, updates))
@@ -333,10 +365,34 @@ def _both(a: Any, b: Any) -> Any:
     return a if b is True else (False if b is False else jnp.logical_and(a, b))
 
 
-def _average(sums: Weighted, value: Any) -> jax.Array:
+def _no_averages(config: Config) -> dict[str, Weighted]:
+    """The sums of the averaged extra args before the first micro-batch."""
+    sum_dtype = lambda x: jnp.promote_types(x.dtype, _accumulator.weight_dtype())
+    zeros = lambda shapes: jax.tree.map(lambda x: jnp.zeros(x.shape, sum_dtype(x)), shapes.tree)
+    totals = {name: _zero() for name in config.averaged_extra_args}
+    totals |= {name: zeros(shapes) for name, shapes in config.averaged_shapes}
+    return {name: Weighted(total, _zero()) for name, total in totals.items()}
+
+
+def _like_averages(config: Config, extra_args: dict[str, Any]) -> dict[str, Tree]:
+    """Zeros like what `_average` gives for those of `extra_args` that are averaged."""
+    trees = {name: shapes.tree for name, shapes in config.averaged_shapes}
+
+    def zeros(name):
+        shapes = trees[name] if name in trees else jax.ShapeDtypeStruct((), jnp.result_type(extra_args[name]))
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, _mean_dtype(x)), shapes)
+
+    return {name: zeros(name) for name in config.averaged_extra_args if extra_args.get(name) is not None}
+
+
+def _average(sums: Weighted, value: Tree) -> Tree:
     """The window's mean of an extra arg, never narrower than `value`; NaN where nothing was summed."""
-    mean = jnp.where(sums.weight == 0, jnp.nan, _accumulator.mean(sums, sums.total))
-    return mean.astype(jnp.promote_types(jnp.result_type(value), jnp.float32))
+    leaf = lambda mean, x: jnp.where(sums.weight == 0, jnp.nan, mean).astype(_mean_dtype(x))
+    return jax.tree.map(leaf, _accumulator.mean(sums, sums.total), value)
+
+
+def _mean_dtype(value: Any) -> Any:
+    return jnp.promote_types(jnp.result_type(value), jnp.float32)
 
 
 def _zero() -> jax.Array:

@@ -1,7 +1,6 @@
 """Driver 1: an optax transformation that is fed one micro-batch's gradient at a time."""
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +19,7 @@ from jaxaccum import (
 )
 from jaxaccum._accumulator import Weighted
 from jaxaccum._integers import positive_int
-from jaxaccum._micro_step import Config
+from jaxaccum._micro_step import Config, Shapes
 from jaxaccum._roles import Roles
 from jaxaccum._state import MultiStepsState
 from jaxaccum._sync import MappedAxis, MeshAxis
@@ -73,8 +72,10 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         parameters are gathered once a window.
       nonfinite: "propagate", or "drop": a micro-batch with a NaN or an infinity in its gradient or averaged extra
         args gets weight 0 and is counted in `state.dropped`.
-      averaged_extra_args: names of scalar extra args that reach the inner optimizer as the window's weighted mean.
-        All other extra args are those of the boundary's call.
+      averaged_extra_args: names of scalar extra args that reach the inner optimizer as the window's weighted mean,
+        if it takes them. For arrays and trees a dict of the names, each with a tree of the same shapes and dtypes:
+        `{"value": 0.0, "hessian": params}`; `jax.ShapeDtypeStruct` will do. An extra arg `grad` reaches the inner
+        optimizer as the window's mean gradient. All other extra args are those of the boundary's call.
       prepare: for `micro_step`, a function of the parameters: the loss sees what it returns, which is kept in the state
         and made anew at each optimizer step; its transpose runs there too, on the sum. See `cast`, which here needs
         `where=`, or to be shown the loss by `seeing`.
@@ -113,7 +114,7 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         data_axis: Any = "data",
         reduce: str = "mean",
         nonfinite: str = "propagate",
-        averaged_extra_args: Sequence[str] = ("value",),
+        averaged_extra_args: Sequence[str] | Mapping[str, Tree] = ("value",),
         prepare: Callable[[Tree], Tree] | None = None,
         in_place: bool | None = None,
     ):
@@ -125,9 +126,16 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
             raise TypeError(f"use_grad_mean must be True or False, got {use_grad_mean!r}.")
         if nonfinite not in ("propagate", "drop"):
             raise ValueError(f"nonfinite must be 'propagate' or 'drop', got {nonfinite!r}.")
-        is_sequence = isinstance(averaged_extra_args, (tuple, list))
-        if not is_sequence or not all(isinstance(name, str) for name in averaged_extra_args):
-            raise TypeError(f"averaged_extra_args must be a tuple of names, got {averaged_extra_args!r}.")
+        is_collection = isinstance(averaged_extra_args, (tuple, list, Mapping))
+        if not is_collection or not all(isinstance(name, str) for name in averaged_extra_args):
+            raise TypeError(
+                "averaged_extra_args must be a tuple of names, or a dict of names and what they are like, got "
+                f"{averaged_extra_args!r}."
+            )
+        names = [name for name in averaged_extra_args if name != "grad"]  # That is the mean of the gradients anyway.
+        trees = averaged_extra_args if isinstance(averaged_extra_args, Mapping) else {}
+        shapes = {name: Shapes.of(_checks.numbers(name, trees[name])) for name in names if name in trees}
+        is_scalar = lambda shapes: shapes == Shapes.of(jax.ShapeDtypeStruct((), shapes.leaves[0].dtype))
         if should_skip_update_fn is not None and not callable(should_skip_update_fn):
             raise TypeError(f"should_skip_update_fn must be None or a function, got {should_skip_update_fn!r}.")
         _checks.floating("accumulator_dtype", accumulator_dtype)
@@ -147,12 +155,13 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
             should_skip_update_fn=should_skip_update_fn,
             accumulator_dtype=None if accumulator_dtype is None else jnp.dtype(accumulator_dtype),
             nonfinite=nonfinite,
-            averaged_extra_args=tuple(averaged_extra_args),
+            averaged_extra_args=tuple(names),
             sync=sync,
             prepare=prepare,
             in_place=in_place,
+            averaged_shapes=tuple((name, tree) for name, tree in shapes.items() if not is_scalar(tree)),
         )
-        self = super().__new__(cls, functools.partial(_micro_step.init, config), functools.partial(_update, config))
+        self = super().__new__(cls, *_transformation(config))
         self._config = config
         return self
 
@@ -185,7 +194,7 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         return _micro_step.run(
             _unprepared(self._config, "apply"),
             grads,
-            _checks.state(state, "apply"),
+            _checks.state(state, "apply", self._config.sync),
             params,
             weight,
             boundary,
@@ -223,7 +232,10 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
           1.0 1.0
           9.0 0.0
         """
-        return micro_step(self._config, fun, params, _checks.state(state, "micro_step"), args, boundary)
+        state = _checks.state(state, "micro_step", self._config.sync)
+        _checks.arrays(params)
+        _keys.refuse_rngs(args)
+        return micro_step(self._config, _checks.without_aux(fun, "micro_step"), params, state, args, boundary)
 
     def flush(
         self, state: MultiStepsState, params: Tree | None = None, **extra_args: Any
@@ -252,7 +264,7 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
           -2.0
         """
         _check_extra_args(self._config, "flush", extra_args)
-        return _micro_step.flush(self._config, _checks.state(state, "flush"), params, extra_args)
+        return _micro_step.flush(self._config, _checks.state(state, "flush", self._config.sync), params, extra_args)
 
     def redistribute(
         self, state: MultiStepsState, devices: int | None = None, batch: str | None = None
@@ -319,6 +331,11 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         """The inner optimizer."""
         return self._config.inner
 
+    @classmethod
+    def _make(cls, iterable: Iterable[Any]) -> Any:
+        """What `_replace` makes: with a function of its own it is no `MultiSteps` any more."""
+        return optax.GradientTransformationExtraArgs._make(iterable)
+
     # Identity is configuration: a copy is equal to its original, and two that differ in one option never share a trace.
 
     def __eq__(self, other: object) -> bool:
@@ -349,6 +366,9 @@ jax.tree_util.register_static(MultiSteps)
 def _rebuild(cls: type[MultiSteps], config: tuple) -> MultiSteps:
     options = Config(*config)._asdict()
     every_k, sync = options.pop("every_k"), options.pop("sync")
+    shapes = {name: shapes.tree for name, shapes in options.pop("averaged_shapes")}
+    if shapes:
+        options["averaged_extra_args"] = dict.fromkeys(options["averaged_extra_args"], 0.0) | shapes
     return cls(every_k_schedule=every_k, **options, **sync.options())
 
 
@@ -374,11 +394,53 @@ def _unprepared(config: Config, method: str) -> Config:
     return config
 
 
-def _update(config, grads, state, params=None, *, weight=None, boundary=None, **extra_args):
-    config, state = _unprepared(config, "update"), _checks.state(state, "update")
-    _check_extra_args(config, "update", extra_args)
-    output = _micro_step.updates_output(config, lambda: config.sync.one(grads), state, params, extra_args)
-    return _micro_step.run(config, grads, state, params, weight, boundary, extra_args, output)
+def _transformation(config: Config) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The two functions of an optax transformation."""
+
+    def init(params: Tree) -> MultiStepsState:
+        """A fresh state, with nothing pending.
+
+        Args:
+          params: the parameters.
+
+        Returns:
+          The state; no two leaves of it and of `params` share a buffer, so that both can be donated.
+
+        Raises:
+          TypeError, ValueError: for parameters that can't be trained so, and where the inner optimizer holds another
+            `MultiSteps`.
+        """
+        return _micro_step.init(config, params)
+
+    def update(
+        grads: Tree,
+        state: MultiStepsState,
+        params: Tree | None = None,
+        *,
+        weight: Any = None,
+        boundary: Any = None,
+        **extra_args: Any,
+    ) -> tuple[Tree, MultiStepsState]:
+        """Adds one micro-batch's gradient and, at a boundary, runs the inner optimizer on the window's mean.
+
+        Args:
+          grads: one micro-batch's gradient, a tree like the parameters.
+          state: the state.
+          params: the parameters, where the inner optimizer needs them.
+          weight: what the micro-batch counts for, a real scalar; None is 1, and 0 leaves it out.
+          boundary: whether it is the window's last; None lets the state's counter decide.
+          **extra_args: the inner optimizer's. Those named in `averaged_extra_args` reach it as the window's mean, and
+            `grad` as the window's mean gradient.
+
+        Returns:
+          (updates, state). Between boundaries the updates are zeros.
+        """
+        checked = _checks.state(state, "update", config.sync)
+        _check_extra_args(_unprepared(config, "update"), "update", extra_args)
+        output = _micro_step.updates_output(config, lambda: config.sync.one(grads), checked, params, extra_args)
+        return _micro_step.run(config, grads, checked, params, weight, boundary, extra_args, output)
+
+    return init, update
 
 
 def step(

@@ -1,7 +1,10 @@
 """Which positional arguments of a loss are its parameters, its batch, its keys, its carry."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
+
+import jax
 
 Tree = Any
 
@@ -37,14 +40,70 @@ class Roles(NamedTuple):
         """The positions that have a role."""
         return {i for positions in self for i in positions}
 
-    def check(self, args: Sequence[Tree]) -> None:
+    def check(self, args: Sequence[Tree], kwargs: Mapping[str, Tree] | None = None) -> None:
         """All of them must have been passed by position."""
+        named = ", ".join(f"{name}=..." for name in kwargs or ())
+        hint = (
+            " Arguments passed by name are never split. To split them put them in one batch, and wrap the loss: "
+            f"value_and_grad(lambda params, batch: loss(params, **batch), k)(params, dict({named}))."
+            if named
+            else ""
+        )
         for name, positions in self._asdict().items():
             if max(positions, default=-1) >= len(args):
                 raise TypeError(
                     f"the {name} argument is number {max(positions)}, counted from 0, but only {len(args)} arguments "
-                    "were passed by position; pass it so, or name another."
+                    f"were passed by position; pass it so, or name another.{hint}"
                 )
+
+    @contextlib.contextmanager
+    def hints(self, args: Sequence[Tree], kwargs: Mapping[str, Tree], k: Any, stacked: bool) -> Iterator[None]:
+        """Adds to an error what in the arguments of the window may have led to it.
+
+        Args:
+          args: the positional arguments.
+          kwargs: the keyword arguments.
+          k: K.
+          stacked: whether the batch is.
+        """
+        try:
+            yield
+        except Exception as error:
+            for hint in (self._unsplit(args, kwargs), None if stacked else self._listed(args, k)):
+                if hint is not None:
+                    error.add_note(hint)
+            raise
+
+    def _unsplit(self, args: Sequence[Tree], kwargs: Mapping[str, Tree]) -> str | None:
+        """A hint at arguments that have the batch's leading length but are not split."""
+        length = lambda x: tuple(getattr(x, "shape", ()))[:1]
+        lengths = {length(x) for i in self.batch for x in jax.tree.leaves(args[i])} - {()}
+        is_like = lambda tree: any(length(x) in lengths for x in jax.tree.leaves(tree))
+        positions = [i for i, arg in enumerate(args) if i not in self.all() and is_like(arg)]
+        names = [*(f"args[{i}]" for i in positions), *(f"kwargs[{n!r}]" for n, arg in kwargs.items() if is_like(arg))]
+        if not names:
+            return None
+        remedy = f"batch_argnums={tuple(sorted((*self.batch, *positions)))}"
+        if len(names) > len(positions):
+            remedy = "pass those by position, and name them in batch_argnums"
+        return (
+            f"{', '.join(names)}: as long as the batch, but not split, so that each micro-batch sees all of it. If it "
+            f"belongs to the batch, {remedy}."
+        )
+
+    def _listed(self, args: Sequence[Tree], k: Any) -> str | None:
+        """A hint at a batch that is a list of K alike trees."""
+        shapes = lambda tree: (jax.tree.structure(tree), [getattr(x, "shape", ()) for x in jax.tree.leaves(tree)])
+        for i in self.batch:
+            batch = args[i]
+            is_list = isinstance(batch, (list, tuple)) and isinstance(k, int) and len(batch) == k > 1
+            if is_list and all(shapes(tree) == shapes(batch[0]) for tree in batch):
+                return (
+                    f"args[{i}] is a {type(batch).__name__} of num_micro_batches={k} alike trees. If they are the "
+                    "micro-batches, stack them with jax.tree.map(lambda *x: jnp.stack(x), *micro_batches), and pass "
+                    "stacked=True."
+                )
+        return None
 
     def put(self, args: Sequence[Tree], *values: tuple[Tree, ...]) -> list[Tree]:
         """`args` with the arguments of each role replaced, in the order of the fields."""

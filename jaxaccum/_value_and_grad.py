@@ -116,8 +116,7 @@ def value_and_grad(
     """
     if not callable(fun):
         raise TypeError(f"fun must be callable, got {fun!r}.")
-    if prepare != "auto":
-        _checks.prepare(prepare)
+    _checks.prepare(prepare, auto=True)
     _checks.in_place(in_place)
     if prepare is not None and not isinstance(argnums, int):
         raise ValueError(f"prepare takes one differentiated argument, got argnums={argnums!r}; put them in one tree.")
@@ -145,13 +144,15 @@ def value_and_grad(
     def value_and_grad(*args, **kwargs):
         _checks.available("accumulator_dtype", accumulator_dtype)
         _checks.available("grad_dtype", grad_dtype)
-        window.roles.check(args)
+        window.roles.check(args, kwargs)
+        _checks.in_map(sync)
         if not (isinstance(sync, OneDevice) and isinstance(window.k, int) and window.k == 1):
             _keys.refuse_shared(args, kwargs, window.roles.all())
         params = window.differentiated(args)
         _checks.differentiable(params)
         _checks.placed(params, sync)
-        return _eager.run(functools.partial(_window_of, window, sync, grad_dtype), args, kwargs)
+        with window.roles.hints(args, kwargs, window.k, stacked):
+            return _eager.run(functools.partial(_window_of, window, sync, grad_dtype), args, kwargs)
 
     return value_and_grad
 

@@ -258,17 +258,20 @@ def nnx_task(
     def loss(params, model_state, batch, key):
         train = key is not None
         key = key if train else jax.random.key(0)
-        is_key = lambda stream: jax.dtypes.issubdtype(stream.dtype, jax.dtypes.prng_key)
-        drawn = [
-            jax.random.fold_in(key, i) if is_key(stream) else jnp.zeros(stream.shape, stream.dtype)
-            for i, stream in enumerate(streams)
-        ]
+        drawn = [_stream(stream, jax.random.fold_in(key, i)) for i, stream in enumerate(streams)]
         model = nnx.merge(graphdef, params, structure.unflatten(drawn), model_state, copy=True)
         (model.train if train else model.eval)()
         returned = fun(model, batch)
         return _with_state(returned, nnx.split(model, wrt, nnx.RngState, ...)[3])
 
     return Task(init, loss, optimizer, model_state=True)
+
+
+def _stream(stream: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:
+    """A leaf of a model's random streams: `key`, or as many keys as a stack of layers has, or a count of 0."""
+    if not _keys.is_typed(stream):
+        return jnp.zeros(stream.shape, stream.dtype)
+    return jax.random.split(key, stream.shape) if stream.shape else key
 
 
 def _has_statistics(params: Tree) -> bool:

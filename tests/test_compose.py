@@ -2,8 +2,10 @@
 
 import copy
 import functools
+import inspect
 import operator
 import pickle
+import pydoc
 
 import equinox as eqx
 import jax
@@ -256,6 +258,127 @@ def test_a_named_extra_arg_is_averaged():
     assert_close(drive(tx, jnp.array([1.0, 3.0]), jnp.array(0.0), extras)[0], jnp.array(4.0))
 
 
+@pytest.mark.parametrize("inside", [False, True], ids=["alone", "in a chain"])
+def test_an_optimizer_that_takes_no_value_runs_in_micro_step_and_flush(inside):
+    """Catches a `value` that micro_step or flush passes on to an optimizer of a fixed signature."""
+    ascent = optax.chain(optax.contrib.normalize(), optax.sgd(0.05))
+    opt = optax.contrib.sam(optax.sgd(0.1), ascent, sync_period=2)
+    opt = optax.chain(optax.clip(1.0), opt) if inside else opt
+    loss = lambda w, x: jnp.mean((w * x - 1.0) ** 2)
+    tx, x = MultiSteps(opt, 2), jnp.arange(1.0, 7.0).reshape(3, 2)
+    got, state = jnp.array(0.5), tx.init(jnp.array(0.5))
+    want, inner = jnp.array(0.5), opt.init(jnp.array(0.5))
+    step = jax.jit(functools.partial(tx.micro_step, loss))
+    for micro_batches in (x[:2], x[2:]):
+        for micro_batch in micro_batches:
+            _, got, state = step(got, state, micro_batch)
+        updates, inner = opt.update(jax.grad(loss)(want, micro_batches), inner, want)
+        want = optax.apply_updates(want, updates)
+    updates, state = tx.flush(state, got)
+    assert_close(optax.apply_updates(got, updates), want)
+    assert_close(state.inner_opt_state, inner)
+
+
+def test_a_type_error_of_the_optimizer_is_its_own():
+    """Catches an error swallowed, or an extra arg left out, because some extra arg was refused."""
+    tx = MultiSteps(optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.1)), 1, averaged_extra_args=())
+    with pytest.raises(TypeError, match="unexpected keyword argument 'value'"):
+        tx.update(jnp.array(1.0), tx.init(jnp.array(0.0)), jnp.array(0.0), value=1.0)
+
+
+def scale_by_grad():
+    """An optimizer whose updates are the extra arg `grad`."""
+    update = lambda updates, state, params=None, *, grad, **_: (grad, state)
+    return optax.GradientTransformationExtraArgs(lambda params: (), update)
+
+
+LINE_SEARCHES = {
+    "backtracking": optax.scale_by_backtracking_linesearch(5, store_grad=True),
+    "zoom": optax.scale_by_zoom_linesearch(5),
+}
+
+
+@pytest.mark.parametrize("search", LINE_SEARCHES.values(), ids=LINE_SEARCHES)
+@pytest.mark.parametrize("flushes", [False, True], ids=["boundary", "flush"])
+def test_a_line_search_sees_the_windows_gradient(search, flushes):
+    """Catches a line search that judges the window's step by the last micro-batch's gradient."""
+    opt = optax.chain(optax.sgd(1.0), search)
+    mean_loss = lambda w: (w - 2.0) ** 2 + 1.0
+    value_fns = [lambda w: (w - 1.0) ** 2, lambda w: (w - 3.0) ** 2]
+    want, inner = jnp.array(0.0), opt.init(jnp.array(0.0))
+    args = dict(value=mean_loss(want), grad=jax.grad(mean_loss)(want), value_fn=mean_loss)
+    updates, inner = opt.update(args["grad"], inner, want, **args)
+
+    tx, params = MultiSteps(opt, 3 if flushes else 2), jnp.array(0.0)
+    state = tx.init(params)
+    for value_fn in value_fns:
+        value, grad = jax.value_and_grad(value_fn)(params)
+        got, state = jax.jit(functools.partial(tx.update, value_fn=mean_loss))(
+            grad, state, params, value=value, grad=grad
+        )
+    if flushes:
+        got, state = tx.flush(state, params, value_fn=mean_loss)
+    assert_close(got, updates)
+    assert_close(state.inner_opt_state, inner)
+
+
+@pytest.mark.parametrize("names", [("value",), ("value", "grad")], ids=str)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_extra_arg_grad_is_the_windows_mean(names, dtype):
+    """Catches the boundary's own gradient in the place of the mean, 3.0 for 2.0, and one refused for its tree."""
+    tx, params = MultiSteps(scale_by_grad(), 2, averaged_extra_args=names), {"w": jnp.zeros((), dtype)}
+    state = tx.init(params)
+    for grad in (1.0, 3.0):
+        grads = {"w": jnp.array(grad, dtype)}
+        updates, state = tx.update(grads, state, params, grad=grads)
+    assert float(updates["w"]) == 2.0 and updates["w"].dtype == dtype
+    _, state = tx.update(params, state, params, grad=params)
+    assert float(tx.flush(state, params)[0]["w"]) == 0.0
+
+
+def scale_by_tree():
+    """An optimizer whose updates are the extra arg `tree["w"]`."""
+    update = lambda updates, state, params=None, *, tree, **_: (tree["w"], state)
+    return optax.GradientTransformationExtraArgs(lambda params: (), update)
+
+
+TREE = {"w": jnp.zeros(2), "n": jnp.zeros((), jnp.int32)}
+LIKE = {"arrays": TREE, "shapes": jax.eval_shape(lambda: TREE), "numbers": {"w": np.zeros(2, np.float32), "n": 0}}
+
+
+@pytest.mark.parametrize("like", LIKE.values(), ids=LIKE)
+@pytest.mark.parametrize("flushes", [False, True], ids=["boundary", "flush"])
+def test_an_averaged_tree_is_the_windows_weighted_mean(like, flushes):
+    """Catches a mean of scalars alone, one of the boundary's own tree, and sums that go on into the next window."""
+    averaged = {"value": 0.0, "tree": like, "grad": like}
+    tx = MultiSteps(scale_by_tree(), 3 if flushes else 2, averaged_extra_args=averaged)
+    state, params = tx.init(jnp.zeros(2)), jnp.zeros(2)
+    assert jax.tree.structure(state) == jax.tree.structure(tx.update(params, state, params, tree=TREE)[1])
+    step = jax.jit(tx.update)
+    for start in (0.0, 10.0):
+        for w, weight in ((1.0, 1.0), (5.0, 3.0)):
+            tree = {"w": jnp.array([start, w]), "n": 2}
+            updates, state = step(params, state, params, tree=tree, weight=weight, value=1.0)
+        if flushes:
+            updates, state = tx.flush(state, params)
+        np.testing.assert_array_equal(updates, [start, 4.0])
+    assert step._cache_size() == 1
+
+
+def test_an_averaged_tree_on_a_mesh_is_the_mean_over_devices():
+    """Catches a leading device axis that reaches the optimizer, or is missing in the sums."""
+    tx = MultiSteps(scale_by_tree(), 2, averaged_extra_args={"tree": TREE}, mesh=jax.make_mesh((8,), ("data",)))
+    state, params = tx.init(jnp.zeros(2)), jnp.zeros(2)
+    for i in range(2):
+        tree = {"w": jnp.arange(16.0).reshape(8, 2) + i, "n": jnp.arange(8)}
+        updates, state = jax.jit(tx.update)(jnp.zeros((8, 2)), state, params, tree=tree)
+    np.testing.assert_array_equal(updates, [7.5, 8.5])
+    one = MultiSteps(scale_by_tree(), 2, averaged_extra_args={"tree": TREE})
+    _, state = tx.update(jnp.zeros((8, 2)), state, params, tree=tree)
+    updates, _ = one.flush(one.redistribute(state, batch="per_device"), params)
+    np.testing.assert_array_equal(updates, [8.0, 9.0])
+
+
 @pytest.mark.parametrize("array", [bool, np.bool_, jnp.asarray], ids=["bool", "numpy", "traced"])
 def test_boundary_and_weight_reach_it_through_a_chain(array):
     """Catches a chain that drops `boundary`, a Python bool included, and a boundary that the counter overrules."""
@@ -407,6 +530,7 @@ OTHERS = {
     "accumulator_dtype": dict(accumulator_dtype=jnp.bfloat16),
     "nonfinite": dict(nonfinite="drop"),
     "averaged_extra_args": dict(averaged_extra_args=()),
+    "averaged shapes": dict(averaged_extra_args={"value": jnp.zeros(2)}),
 }
 
 
@@ -470,6 +594,34 @@ def test_it_is_an_optax_transformation_of_two_functions():
     init, update = tx
     updates, state = update(jnp.array(1.0), init(jnp.array(0.0)), None)
     assert float(updates) == 0 and bool(tx.has_updated(state)) is False
+
+
+@pytest.mark.parametrize("field", ["init", "update"])
+def test_a_replaced_field_makes_a_plain_optax_transformation(field):
+    """Catches a NamedTuple's own method, which makes an instance without its options."""
+    tx = build()
+    replaced = tx._replace(**{field: min})
+    assert type(replaced) is optax.GradientTransformationExtraArgs
+    assert replaced._asdict() == tx._asdict() | {field: min}
+    assert type(MultiSteps._make((min, max))) is optax.GradientTransformationExtraArgs
+    with pytest.raises((TypeError, ValueError), match="opt"):
+        tx._replace(opt=SGD)
+    if hasattr(copy, "replace"):  # from Python 3.13
+        assert copy.replace(tx, **{field: min}) == replaced
+
+
+def test_its_functions_document_themselves():
+    """Catches help that shows functools.partial in the place of arguments, and a name that a profile can't show."""
+    tx = build()
+    for fun, words in (
+        (tx.init, ["params", "nothing pending"]),
+        (tx.update, ["weight: ", "boundary: ", "**extra_args"]),
+    ):
+        text = pydoc.plain(pydoc.render_doc(fun))
+        assert f"{fun.__name__}(" in text and all(word in text for word in words)
+    parameters = ["grads", "state", "params", "weight", "boundary", "extra_args"]
+    assert list(inspect.signature(tx.update).parameters) == parameters
+    assert (tx.init.__name__, tx.update.__name__) == ("init", "update")
 
 
 def host_step(case):

@@ -2,18 +2,21 @@
 
 import functools
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
-from jaxaccum import AccumulationSchedule, MultiSteps, Weighted, cast, set_every_k, value_and_grad
+from jaxaccum import AccumulationSchedule, HostDriven, MultiSteps, Weighted, cast, set_every_k, value_and_grad
 
 SGD = optax.sgd(1.0)
 PARAMS = {"w": jnp.zeros(2), "b": jnp.zeros(())}
 GRADS = {"w": jnp.ones(2), "b": jnp.ones(())}
 W, X = jnp.ones(3), jnp.ones((10, 3))
+MESH = jax.make_mesh((8,), ("data",))
 
 
 def must_not_run(*args, **kwargs):
@@ -29,11 +32,12 @@ def numbered(cases):
 
 
 def fails(error, *words):
-    """A context in which `error` must be raised, with every one of `words` in its message."""
+    """A context in which `error` must be raised, with every one of `words` in its message or its notes."""
 
     def check(caught):
-        missing = [word for word in words if word not in str(caught)]
-        assert not missing, f"{missing} not in: {caught}"
+        text = "\n".join([str(caught), *getattr(caught, "__notes__", ())])
+        missing = [word for word in words if word not in text]
+        assert not missing, f"{missing} not in: {text}"
         return True
 
     return pytest.raises(error, check=check)
@@ -124,6 +128,10 @@ BAD_OPTIONS = [
     (dict(averaged_extra_args="value"), TypeError, ["averaged_extra_args must be a tuple of names", "'value'"]),
     (dict(averaged_extra_args=None), TypeError, ["averaged_extra_args", "None"]),
     (dict(averaged_extra_args=(1,)), TypeError, ["averaged_extra_args", "(1,)"]),
+    (dict(averaged_extra_args={1: 0.0}), TypeError, ["averaged_extra_args", "{1: 0.0}"]),
+    (dict(averaged_extra_args={"a": "float"}), TypeError, ["'a' must be arrays or numbers", "'float'"]),
+    (dict(averaged_extra_args={"a": [jax.random.key(0)]}), TypeError, ["'a' must be arrays or numbers", "key"]),
+    (dict(averaged_extra_args={"a": None}), TypeError, ["'a' must be arrays or numbers", "None"]),
     (dict(accumulator_dtype=jnp.int32), TypeError, ["accumulator_dtype must be a floating dtype or None", "int32"]),
     (dict(accumulator_dtype="int8"), TypeError, ["accumulator_dtype", "'int8'"]),
     (dict(accumulator_dtype="fp32"), TypeError, ["accumulator_dtype", "'fp32'"]),
@@ -382,8 +390,26 @@ def test_a_factory_that_cannot_be_asked_is_believed():
 @pytest.mark.parametrize("value", [jnp.ones(3), np.ones(1), 1j, "x", [1.0]], ids=repr)
 def test_an_averaged_extra_arg_is_one_number(value):
     """Catches losses of examples that are averaged by broadcasting, and an error that hides the way out."""
-    with fails(ValueError, "'value'", "one real number", "averaged_extra_args"):
+    with fails(ValueError, "'value'", "one real number", "averaged_extra_args={'value': ...}", "leave 'value' out"):
         step(value=value)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "words"),
+    [
+        ({"a": jnp.ones(2)}, ValueError, ["{'a': (3,)}", "{'a': (2,)}"]),
+        ({"b": jnp.ones(3)}, ValueError, ["{'a': (3,)}", "{'b': (3,)}"]),
+        (jnp.ones(3), ValueError, ["{'a': (3,)}", "(3,)"]),
+        (1.0, ValueError, ["{'a': (3,)}", "()"]),
+        ({"a": "x"}, TypeError, ["arrays or numbers", "'x'"]),
+    ],
+    ids=["shape", "key", "array", "scalar", "string"],
+)
+def test_an_averaged_tree_is_like_what_was_given(value, error, words):
+    """Catches a tree that broadcasts into the sums of another."""
+    tx = MultiSteps(TX.inner_opt, 1, averaged_extra_args={"stats": {"a": jnp.ones(3)}})
+    with fails(error, "'stats'", *words):
+        tx.update(GRADS, tx.init(PARAMS), PARAMS, stats=value)
 
 
 @pytest.mark.parametrize(
@@ -533,11 +559,12 @@ def test_an_argument_with_a_role_must_be_passed_by_position(options, args, kwarg
         (lambda w: w, ["float32 of shape (3,)", "reduce"]),
         (lambda w: Weighted(w, 3.0), ["float32 of shape (3,)", "Weighted"]),
         (lambda w: (jnp.sum(w), {"accuracy": 1.0}), ["accuracy", "has_aux=True"]),
+        (lambda w: (Weighted(jnp.sum(w), 3.0), {"accuracy": 1.0}), ["accuracy", "has_aux=True"]),
         (lambda w: 3, ["got 3"]),
         (lambda w: jnp.sum(w) * 1j, ["complex64"]),
         (lambda w: None, ["got None"]),
     ],
-    ids=["vector", "weighted vector", "aux", "integer", "complex", "None"],
+    ids=["vector", "weighted vector", "aux", "weighted aux", "integer", "complex", "None"],
 )
 def test_a_loss_is_one_floating_scalar(loss, words):
     """Catches a vector of losses, and aux without has_aux, which jax reports as an array conversion."""
@@ -546,6 +573,212 @@ def test_a_loss_is_one_floating_scalar(loss, words):
     with fails(TypeError, "the loss must be one floating scalar", *words):
         tx = MultiSteps(SGD, 2)
         tx.micro_step(loss, W, tx.init(W))
+
+
+DRIVERS = {
+    "micro_step": lambda tx, loss: tx.micro_step,
+    "HostDriven": lambda tx, loss: lambda loss, *args: HostDriven(tx, loss)(*args),
+}
+drivers = pytest.mark.parametrize(("name", "driver"), DRIVERS.items(), ids=DRIVERS)
+
+
+@drivers
+@pytest.mark.parametrize("options", [{}, {"mesh": MESH}], ids=["one device", "mesh"])
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: Weighted(x, 2.0)], ids=["plain", "Weighted"])
+def test_a_loss_with_aux_in_a_micro_step(name, driver, options, wrap):
+    """Catches advice to pass has_aux=, which neither of them has."""
+    tx = MultiSteps(SGD, 2, **options)
+    loss = lambda w, x: (wrap(jnp.sum(x @ w)), {"accuracy": 1.0})
+    words = ["accuracy", f"{name} takes no aux yet", "return the loss alone", "value_and_grad with has_aux=True"]
+    with fails(TypeError, "the loss must be one floating scalar", *words):
+        driver(tx, loss)(loss, W, tx.init(W), jnp.ones((8, 3)))
+
+
+def traced_calls(step, tx):
+    params, state, x = jnp.ones(3), tx.init(jnp.ones(3)), jnp.ones((2, 3))
+    step(params, state, x)  # What the host knows of a state must not hide that the call is traced.
+    state = tx.init(jnp.ones(3))
+    return {
+        "all": lambda: jax.jit(step)(params, state, x),
+        "params": lambda: jax.jit(lambda p: step(p, state, x))(params),
+        "batch": lambda: jax.jit(lambda x: step(params, state, x))(x),
+        "scan": lambda: jax.lax.scan(lambda c, x: (step(*c, x)[1:], 0), (params, state), x[None]),
+        "vmap": lambda: jax.vmap(lambda x: step(params, state, x))(x[None]),
+        "flush": lambda: jax.jit(step.flush)(params, state),
+        "flush params": lambda: jax.jit(lambda p: step.flush(p, state))(params),
+    }
+
+
+@pytest.mark.parametrize("call", ["all", "params", "batch", "scan", "vmap", "flush", "flush params"])
+def test_a_host_can_not_count_inside_jit(call):
+    """Catches jax's error about int(), and a count of one call for all of a program's."""
+    tx = MultiSteps(SGD, 2)
+    step = HostDriven(tx, lambda w, x: jnp.mean(x @ w))
+    with fails(TypeError, "HostDriven", "called with tracers", "jax.jit", "tx.micro_step"):
+        traced_calls(step, tx)[call]()
+
+
+ON_OTHER_DEVICES = {
+    "update": lambda tx, state, x: tx.update(jnp.ones(x), state, jnp.ones(3)),
+    "apply": lambda tx, state, x: tx.apply(jnp.ones(3), state, jnp.ones(x)),
+    "micro_step": lambda tx, state, x: tx.micro_step(
+        lambda w, x: jnp.mean(x @ w), jnp.ones(3), state, jnp.ones((8, 3))
+    ),
+    "flush": lambda tx, state, x: tx.flush(state, jnp.ones(3)),
+    "HostDriven": lambda tx, state, x: HostDriven(tx, lambda w, x: jnp.mean(x @ w))(
+        jnp.ones(3), state, jnp.ones((8, 3))
+    ),
+    "HostDriven.flush": lambda tx, state, x: HostDriven(tx, must_not_run).flush(jnp.ones(3), state),
+}
+
+
+@pytest.mark.parametrize("method", ON_OTHER_DEVICES)
+def test_a_state_of_other_devices_is_named(method):
+    """Catches blame on the gradients, and a flush that returns updates of a wrong shape without a word."""
+    one, two = MultiSteps(SGD, 2), MultiSteps(SGD, 2, mesh=jax.make_mesh((2,), ("data",)))
+    many, call = MultiSteps(SGD, 2, mesh=MESH), ON_OTHER_DEVICES[method]
+    advice = [f"{method} got a state", "its own init", "redistribute"]
+    with fails(ValueError, "made without mesh=, but", "with mesh= for 8 devices", *advice):
+        call(many, one.init(jnp.ones(3)), (8, 3))
+    with fails(ValueError, "made with mesh= for 8 devices, but", "without mesh=", *advice):
+        call(one, many.init(jnp.ones(3)), 3)
+    with fails(ValueError, "made with mesh= for 2 devices, but", "with mesh= for 8 devices", *advice):
+        call(many, two.init(jnp.ones(3)), (8, 3))
+
+
+IN_A_MAP = {
+    "update": lambda: MAPPED.update(W, MAPPED.init(W), W),
+    "apply": lambda: MAPPED.apply(W, MAPPED.init(W), W),
+    "micro_step": lambda: MAPPED.micro_step(must_not_run, W, MAPPED.init(W), X),
+    "flush": lambda: MAPPED.flush(MAPPED.init(W), W),
+    "value_and_grad": lambda: value_and_grad(must_not_run, 2, axis_name=("data", "more"))(W, X),
+}
+MAPPED = MultiSteps(SGD, 2, axis_name=("data", "more"))
+
+
+@pytest.mark.parametrize("call", IN_A_MAP.values(), ids=IN_A_MAP)
+def test_an_axis_name_needs_its_map(call):
+    """Catches jax's advice to call axis_index elsewhere."""
+    words = ["axis_name=('data', 'more')", "inside the function", "jax.pmap", "jax.shard_map"]
+    with fails(NameError, *words):
+        call()
+    with fails(NameError, *words):
+        jax.vmap(lambda _: call(), axis_name="data")(W)
+
+
+@pytest.mark.parametrize("value", ["atuo", "Auto", "", "bfloat16"])
+def test_a_misspelt_prepare(value):
+    """Catches a string that is blamed for not being a function, without the one that it may be."""
+    with fails(ValueError, 'prepare must be "auto", None or a function', repr(value)):
+        value_and_grad(must_not_run, 2, prepare=value)
+    with fails(ValueError, "prepare must be None or a function", repr(value), '"auto"', "value_and_grad alone"):
+        MultiSteps(SGD, 2, prepare=value)
+
+
+MICRO_BATCHES = {
+    "a length that K doesn't divide": ([jnp.ones((6, 3))] * 4, "list"),
+    "arrays": ([jnp.ones((8, 3))] * 4, "list"),
+    "a tuple of trees": (({"x": jnp.ones((8, 3))},) * 4, "tuple"),
+}
+
+
+@pytest.mark.parametrize(("batch", "kind"), MICRO_BATCHES.values(), ids=MICRO_BATCHES)
+def test_a_list_of_micro_batches(batch, kind):
+    """Catches an error about the examples, or from inside the loss, that doesn't say how to pass micro-batches."""
+    loss = lambda w, x: jnp.mean((x["x"] if isinstance(x, dict) else x) @ w)
+    words = [f"args[1] is a {kind} of num_micro_batches=4 alike trees", "stack them", "stacked=True"]
+    with fails(Exception, *words):
+        value_and_grad(loss, 4)(W, batch)
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *batch)
+    assert float(value_and_grad(loss, 4, stacked=True)(W, stacked)[0]) == 3.0
+
+
+def notes(call):
+    """The notes of the error that `call` raises, but for jax's own."""
+    with pytest.raises(Exception) as caught:
+        call()
+    return [note for note in getattr(caught.value, "__notes__", ()) if "JAX" not in note]
+
+
+def test_a_second_batch_argument_that_is_not_split():
+    """Catches a shape error in the loss that doesn't say whose shape is the whole batch's."""
+    loss = lambda w, x, y, scale=1.0: jnp.mean((x @ w - y) ** 2) * scale
+    with fails(TypeError, "args[2]: as long as the batch, but not split", "batch_argnums=(1, 2)"):
+        value_and_grad(loss, 5)(W, X, jnp.ones(10))
+    with fails(TypeError, "kwargs['y']: as long as the batch", "by position", "batch_argnums"):
+        value_and_grad(loss, 5)(W, X, y=jnp.ones(10))
+    assert value_and_grad(loss, 5, batch_argnums=(1, 2))(W, X, jnp.ones(10))[0] == 4.0
+
+
+def test_no_hint_where_none_is_due():
+    """Catches hints at arguments of other lengths, at trees of one that differ, and an error of the hint's own."""
+
+    def loss(w, x, y, *_):
+        raise KeyError("own")
+
+    for args in [(X, jnp.ones(3)), (X, 2.0), ({"x": X, "n": X}, None), ([X, jnp.ones(10)], None)]:
+        assert notes(lambda args=args: value_and_grad(loss, 2)(W, *args)) == []
+    assert notes(lambda: value_and_grad(loss, 2)(W, X, "text", object())) == []
+    assert notes(lambda: value_and_grad(loss, 2)(W, {"x": X, "name": "text"}, None)) == []
+
+
+def test_an_nnx_rngs_is_no_key():
+    """Catches nnx's own error about trace levels, without the remedy, and one mask on all micro-steps of a mesh."""
+    noisy = lambda w, x, rngs: jnp.mean(x @ w) * jax.random.uniform(rngs.dropout(), ())
+    keyed = lambda w, x, key: noisy(w, x, nnx.Rngs(key))
+    for args, kwargs in [((nnx.Rngs(0),), {}), ((), {"rngs": nnx.Rngs(0)})]:
+        with fails(ValueError, "random key that all micro-batches would share", "key_argnums"):
+            value_and_grad(noisy, 2)(W, X, *args, **kwargs)
+    value_and_grad(noisy, 2, key_argnums=2)(W, X, nnx.Rngs(0))
+    words = ["an nnx.Rngs", "Pass a key in its place", "make nnx.Rngs(key) in the loss", "key_argnums"]
+    for tx in (MultiSteps(SGD, 2), MultiSteps(SGD, 2, mesh=MESH)):
+        for driver in DRIVERS.values():
+            with fails(TypeError, *words):
+                driver(tx, noisy)(noisy, W, tx.init(W), jnp.ones((8, 3)), nnx.Rngs(0))
+            driver(tx, keyed)(keyed, W, tx.init(W), jnp.ones((8, 3)), nnx.Rngs(0)())
+
+
+class Frozen:
+    """No array."""
+
+
+@pytest.mark.parametrize("leaf", [jax.nn.relu, "relu", Frozen()], ids=["function", "string", "object"])
+def test_parameters_are_arrays(leaf):
+    """Catches a module of equinox whole in the place of its arrays, and jax's error that names no leaf."""
+    params = {"w": W, "act": [leaf]}
+    words = ["['act'][0]", repr(leaf), "not an array", "eqx.partition(model, eqx.is_inexact_array)", "eqx.combine"]
+    tx = MultiSteps(SGD, 2)
+    with fails(TypeError, *words):
+        value_and_grad(must_not_run, 2)(params, X)
+    with fails(TypeError, *words):
+        tx.init(params)
+    for driver in DRIVERS.values():
+        with fails(TypeError, *words):
+            driver(tx, must_not_run)(must_not_run, params, tx.init({"w": W, "act": [None]}), X)
+
+
+def test_an_equinox_module_trains_by_the_remedy():
+    """Catches a remedy that does not work."""
+    model = eqx.nn.MLP(3, 1, 4, 1, key=jax.random.key(0))
+    loss = lambda model, x: jnp.mean(jax.vmap(model)(x) ** 2)
+    with fails(TypeError, ".activation", "eqx.partition"):
+        value_and_grad(loss, 2)(model, X)
+    arrays, rest = eqx.partition(model, eqx.is_inexact_array)
+    combined = lambda arrays, x: loss(eqx.combine(arrays, rest), x)
+    _, grads = value_and_grad(combined, 2)(arrays, X)
+    want = eqx.filter_grad(loss)(model, X)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), grads, want)
+
+
+def test_a_batch_by_name():
+    """Catches an error that leaves a loss of keyword arguments without a way."""
+    loss = lambda w, x, y: jnp.mean((x @ w - y) ** 2)
+    batch = dict(x=X, y=jnp.ones(10))
+    wrap = "value_and_grad(lambda params, batch: loss(params, **batch), k)(params, dict(x=..., y=...))"
+    with fails(TypeError, "by position", wrap):
+        value_and_grad(loss, 2)(W, **batch)
+    wrapped = value_and_grad(lambda params, batch: loss(params, **batch), 2)
+    assert float(wrapped(W, batch)[0]) == 4.0
 
 
 @pytest.mark.parametrize(

@@ -532,6 +532,50 @@ class NnxTower(nnx.Module):
         return self.outer(self.dropout(self.norm(self.inner(x))))
 
 
+class NnxStack(nnx.Module):
+    """The same layers three times, their parameters and random streams stacked, in a scan."""
+
+    def __init__(self, rngs):
+        @nnx.split_rngs(splits=3)
+        @nnx.vmap
+        def stacked(rngs):
+            return NnxLayer(rngs)
+
+        self.layers = stacked(rngs)
+
+    def __call__(self, x):
+        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        def walk(x, layer):
+            return layer(x)
+
+        return walk(x, self.layers)
+
+
+class NnxLayer(nnx.Module):
+    """Dropout of ones: what it returns says which mask it drew."""
+
+    def __init__(self, rngs):
+        self.linear, self.dropout = nnx.Linear(8, 8, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+        self.mask = nnx.Intermediate(jnp.zeros(8))
+
+    def __call__(self, x):
+        self.mask[...] = self.dropout(jnp.ones(8))
+        return self.linear(x) * self.mask
+
+
+def test_an_nnx_task_of_stacked_layers_draws_a_mask_for_each():
+    """Catches random streams of a stack made as one key: an IndexError, or one mask for all layers."""
+    task = jaxaccum.flax.nnx_task(NnxStack, lambda model, batch: jnp.mean(model(batch) ** 2), optax.sgd(0.1))
+    params, state = task.init(jax.random.key(0), jnp.ones((2, 8)))
+    masks = set()
+    for key in jax.random.split(jax.random.key(1), 2):
+        _, drawn = jax.jit(task.loss)(params, state, jnp.ones((2, 8)), key)
+        masks |= {tuple(mask) for mask in np.asarray(drawn["layers"]["mask"][...])}
+    assert len(masks) == 6
+    _, drawn = task.loss(params, state, jnp.ones((2, 8)), None)
+    np.testing.assert_array_equal(drawn["layers"]["mask"][...], np.ones((3, 8)))
+
+
 @pytest.mark.parametrize("make", [linen_tower, nnx_tower], ids=["linen", "nnx"])
 def test_a_task_of_a_flax_model_trains_as_by_hand(make):
     """Catches statistics that stand still, masks that are shared, and a mode that validation does not switch."""

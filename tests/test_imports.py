@@ -1,7 +1,9 @@
 """What `import jaxaccum` brings in, and what it leaves out."""
 
 import functools
+import importlib.metadata
 import json
+import pydoc
 import subprocess
 import sys
 
@@ -30,6 +32,8 @@ LAZY = {
     "callbacks": "callbacks",
     "checkpoint": "checkpoint",
     "loggers": "loggers",
+    "distributed": "distributed",
+    "flax": "flax",
 }
 
 
@@ -96,12 +100,51 @@ def test_the_host_side_is_loaded_when_it_is_asked_for():
         "    import jaxaccum\n"
         "    assert getattr(jaxaccum, name) and name in dir(jaxaccum)\n"
         "    assert f'jaxaccum.{module}' in sys.modules\n"
-        "    for own in [name for name in sys.modules if name.partition('.')[0] == 'jaxaccum']:\n"
+        "    assert (name == 'flax') == ('flax' in sys.modules), name\n"
+        "    for own in [name for name in sys.modules if name.partition('.')[0] in ('jaxaccum', 'flax')]:\n"
         "        del sys.modules[own]"
     )
-    assert modules.isdisjoint(EXTRAS)
+    assert modules.isdisjoint(set(EXTRAS) - {"flax", "orbax", "tqdm"})  # flax itself may load the latter two.
     with pytest.raises(AttributeError, match="'jaxaccum' has no attribute 'Trainr'"):
         _ = jaxaccum.Trainr
+
+
+def test_help_shows_the_public_names():
+    """Catches names that are reached only as attributes, and so are missing from help and from `import *`."""
+    text = pydoc.plain(pydoc.render_doc(jaxaccum))
+    contents = text.partition("PACKAGE CONTENTS")[2]
+    assert all(name in contents for name in ("callbacks", "checkpoint", "distributed", "flax", "loggers"))
+    assert all(f"class {name}" in text or f"{name}(" in text for name in {*PUBLIC, "Task", "Trainer"})
+    scope = {}
+    exec("from jaxaccum import *", scope)
+    assert scope.keys() - {"__builtins__"} == {*PUBLIC, "Task", "Trainer"}
+
+
+def test_without_flax_its_adapters_are_no_attribute_to_list():
+    """Catches `help(jaxaccum)` that fails because flax is not installed."""
+    loaded(
+        "sys.modules['flax'] = None\n"
+        "import jaxaccum, pydoc\n"
+        "assert 'MultiSteps' in pydoc.render_doc(jaxaccum)\n"
+        "try:\n"
+        "    jaxaccum.flax\n"
+        "except ImportError as error:\n"
+        "    assert 'flax' in str(error)\n"
+        "else:\n"
+        "    raise AssertionError('imported without flax')"
+    )
+
+
+def test_the_version_is_that_of_the_installed_distribution():
+    """Catches a number written twice, and a source tree that can't be imported because it isn't installed."""
+    assert jaxaccum.__version__ == importlib.metadata.version("jaxaccum")
+    loaded(
+        "import importlib.metadata\n"
+        "def missing(name): raise importlib.metadata.PackageNotFoundError(name)\n"
+        "importlib.metadata.version = missing\n"
+        "import jaxaccum\n"
+        "assert jaxaccum.__version__ == '0+unknown', jaxaccum.__version__"
+    )
 
 
 @pytest.mark.parametrize("name", sorted({*PUBLIC, *LAZY}))
@@ -116,5 +159,5 @@ def test_no_other_name_is_public():
     """Catches a helper or a third-party module that slips into the public namespace."""
     modules = {name for name, value in vars(jaxaccum).items() if type(value) is type(sys)}
     public = {name for name in vars(jaxaccum) if not name.startswith("_")}
-    assert public - modules == PUBLIC
+    assert public - modules - set(LAZY) == PUBLIC
     assert all(vars(jaxaccum)[name].__name__ == f"jaxaccum.{name}" for name in modules & public)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 from devices import (
     KINDS,
@@ -235,3 +236,25 @@ def test_a_mesh_that_is_none_is_refused():
     """Catches a shape given for a mesh."""
     with pytest.raises(TypeError, match=r"mesh must be a jax.sharding.Mesh.*got \(8,\)"):
         jaxaccum.value_and_grad(loss, K, mesh=(8,))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ["update", "apply"])
+def test_a_value_for_each_device_is_one_number_to_the_inner_optimizer(kind, method):
+    """Catches local values shown to an optimizer that branches on their mean, between boundaries too."""
+    mesh, data_axis, devices = make("data", kind)
+    opt = optax.chain(optax.sgd(1.0), optax.contrib.reduce_on_plateau(factor=0.5, patience=1))
+    tx = jaxaccum.MultiSteps(opt, 2, mesh=mesh, data_axis=data_axis)
+    one, one_inner = jnp.zeros(()), opt.init(jnp.zeros(()))
+    w, state = jnp.zeros(()), tx.init(jnp.zeros(()))
+    call = tx.apply if method == "apply" else lambda w, state, g, value: tx.update(g, state, w, value=value)
+    step = jax.jit(call)
+    for i in range(8):
+        value = on_data(mesh, data_axis, np.arange(devices, dtype=np.float32) + i % 2)
+        result, state = step(w, state, on_data(mesh, data_axis, np.ones(devices, np.float32)), value=value)
+        w = result if method == "apply" else optax.apply_updates(w, result)
+        if i % 2:
+            updates, one_inner = opt.update(jnp.ones(()), one_inner, one, value=jnp.float32(devices / 2))
+            one = optax.apply_updates(one, updates)
+    assert_close((w, state.inner_opt_state), (one, one_inner))
+    assert float(one) > -4

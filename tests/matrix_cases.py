@@ -1,0 +1,238 @@
+"""The cases of the matrix: all pairs of the tables' entries, but for what is impossible."""
+
+import collections
+import functools
+import itertools
+import os
+import zlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matrix_contexts import CONTEXTS, Inputs
+from matrix_drivers import DRIVERS
+from matrix_losses import LOSSES, K, batch, extras, params
+from matrix_reference import window
+
+import jaxaccum
+
+PREPARES = {"none": None, "auto": "auto", "cast": jaxaccum.cast(jnp.bfloat16)}
+IN_PLACE = {"default": None, "in_place": True, "after": False}
+
+
+class Case(NamedTuple):
+    """One entry of each table, by name."""
+
+    driver: str
+    context: str
+    loss: str
+    prepare: str
+    in_place: str
+
+    @property
+    def id(self):
+        return "-".join(self)
+
+
+TABLES = Case(DRIVERS, CONTEXTS, LOSSES, PREPARES, IN_PLACE)
+
+
+class Rule(NamedTuple):
+    """What can't be.
+
+    Attributes:
+      reason: why.
+      applies: whether it holds of a case.
+      error: what the case raises; None where there is nothing that one could call.
+      match: what the message says.
+    """
+
+    reason: str
+    applies: Callable[[Case], bool]
+    error: type[Exception] | tuple[type[Exception], ...] | None = None
+    match: str = ""
+
+
+def is_multi_steps(case):
+    return DRIVERS[case.driver].is_stream
+
+
+def takes_gradients(case):
+    return case.driver in ("update", "apply")
+
+
+# The first rule that applies says why.
+IMPOSSIBLE = [
+    Rule("only a traced K can be mapped over", lambda c: c.context == "vmap_k" and not DRIVERS[c.driver].has_traced_k),
+    Rule(
+        "jax has no reverse mode over a traced K: name a static K",
+        lambda c: DRIVERS[c.driver].has_traced_k and CONTEXTS[c.context].is_reverse,
+        ValueError,
+        "Reverse-mode differentiation does not work for lax.while_loop",
+    ),
+    Rule(
+        "the host can't count the windows of a mapped axis",
+        lambda c: c.driver == "host_driven" and CONTEXTS[c.context].place == "axis_name",
+        ValueError,
+        "the host can't count the windows of a MultiSteps with axis_name",
+    ),
+    Rule(
+        "the host can't count while jax traces",
+        lambda c: c.driver == "host_driven" and CONTEXTS[c.context].traces,
+        jax.errors.ConcretizationTypeError,
+    ),
+    Rule(
+        "update and apply take gradients: no weight's derivative, and on a mesh no carry",
+        lambda c: (
+            takes_gradients(c)
+            and (c.loss == "varying_weight" or (CONTEXTS[c.context].place == "mesh" and c.loss == "carry"))
+        ),
+    ),
+    Rule(
+        "the sums of a stream have no place for a weight's derivative",
+        lambda c: is_multi_steps(c) and c.loss == "varying_weight",
+        ValueError,
+        "weight of the Weighted loss depends on the parameters",
+    ),
+    Rule(
+        "a stream's loss returns a scalar",
+        lambda c: is_multi_steps(c) and not takes_gradients(c) and c.loss in ("carry", "aux"),
+        TypeError,
+    ),
+    Rule(
+        "update and apply take gradients of the parameters, not of what prepare returns",
+        lambda c: takes_gradients(c) and c.prepare == "cast",
+        TypeError,
+        "takes gradients of the parameters",
+    ),
+    Rule("a stream has no loss when it starts", lambda c: is_multi_steps(c) and c.prepare == "auto", TypeError),
+    Rule(
+        "a stream on a mesh adds outside of the backward pass",
+        lambda c: is_multi_steps(c) and CONTEXTS[c.context].place == "mesh" and c.in_place == "in_place",
+        ValueError,
+        "in_place=True can't be had with",
+    ),
+]
+
+
+def impossible(case):
+    """The rule that makes it impossible, or None."""
+    return next((rule for rule in IMPOSSIBLE if rule.applies(case)), None)
+
+
+# By the number of the failure in the issue, or a new one: which cases fail today.
+KNOWN = {}
+
+
+def known(case):
+    """The numbers of the failures that it is known to show."""
+    return [number for number, applies in KNOWN.items() if applies(case)]
+
+
+def pairs(case):
+    """The pairs of entries that a case covers."""
+    return set(itertools.combinations(enumerate(case), 2))
+
+
+def covering(cases):
+    """Cases that cover each pair of entries that any of `cases` covers: the rarest pair first, and as many with it."""
+    holding = collections.defaultdict(list)
+    for case in cases:
+        for pair in pairs(case):
+            holding[pair].append(case)
+    uncovered, chosen = set(holding), []
+    for pair in sorted(holding, key=lambda pair: (len(holding[pair]), pair)):
+        if pair in uncovered:
+            chosen.append(max(holding[pair], key=lambda case: len(pairs(case) & uncovered)))
+            uncovered -= pairs(chosen[-1])
+    return chosen
+
+
+def possible(tables=TABLES):
+    """All cases that are not impossible."""
+    return [case for case in itertools.starmap(Case, itertools.product(*tables)) if not impossible(case)]
+
+
+def chosen():
+    """The matrix, by loss; with JAXACCUM_MATRIX=fifth a fifth of it, the same in each run."""
+    cases = sorted(covering(possible()), key=lambda case: (list(LOSSES).index(case.loss), case))
+    if os.environ.get("JAXACCUM_MATRIX") == "fifth":
+        return [case for case in cases if zlib.crc32(case.id.encode()) % 5 == 0]
+    return cases
+
+
+def layout(raw, driver):
+    """Leaves (P, K, N, ...) as the driver takes them: (P·K·N, ...), or (K, P·N, ...) with room for one more."""
+
+    def leaf(x):
+        if not driver.is_stacked:
+            return x.swapaxes(1, 2).reshape(-1, *x.shape[3:])
+        x = x.swapaxes(0, 1).reshape(K, -1, *x.shape[3:])
+        absent = np.full_like(x[:1], np.nan if np.issubdtype(x.dtype, np.floating) else 0)
+        return np.concatenate([x, absent]) if driver.has_room else x
+
+    return jax.tree.map(leaf, raw)
+
+
+def floating(tree, dtype):
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype if np.issubdtype(x.dtype, np.floating) else x.dtype), tree)
+
+
+def run(case):
+    """What the driver gives in the context."""
+    driver, context, loss = DRIVERS[case.driver], CONTEXTS[case.context], LOSSES[case.loss]
+    options = {"prepare": PREPARES[case.prepare], "in_place": IN_PLACE[case.in_place]}
+    where = {"axis_name": {"axis_name": "data"}, "mesh": {"mesh": context.mesh}}.get(context.place, {})
+    with context.around():
+        dtype = jnp.result_type(float)
+        inputs = Inputs(
+            [floating(params(loss, variant), dtype) for variant in (0, 1)],
+            [floating(layout(batch(context.devices, variant), driver), dtype) for variant in (0, 1)],
+            extras(loss, dtype),
+            jnp.asarray(K),
+            dim=int(driver.is_stacked),
+            jit=jax.jit if driver.traces else lambda window: window,
+        )
+        return context.run(driver.make(loss, options, where), inputs)
+
+
+def expected(case):
+    """What jax alone gives."""
+    driver, context = DRIVERS[case.driver], CONTEXTS[case.context]
+    folds_device = driver.is_stream and context.place == "mesh"
+    return _expected(context.want, case.loss, context.devices, folds_device, K + 1 if driver.has_traced_k else None)
+
+
+@functools.cache
+def _expected(want, name, devices, folds_device, room):
+    loss = LOSSES[name]
+    with jax.enable_x64(True):
+        inputs = Inputs(
+            [floating(params(loss, variant), jnp.float64) for variant in (0, 1)],
+            [floating(batch(devices, variant), jnp.float64) for variant in (0, 1)],
+            extras(loss, jnp.float64),
+            K,
+        )
+        return jax.tree.map(np.asarray, want(window(name, devices, folds_device, room), inputs))
+
+
+def tolerance(case):
+    """The largest error that is due to rounding, beside the largest entry."""
+    loss = LOSSES[case.loss]
+    if case.prepare == "cast":
+        return max(loss.tolerance, 0.02)
+    return 1e-10 if case.context == "x64" and not loss.exact else loss.tolerance
+
+
+def error(got, want):
+    """The largest error beside the largest entry of a tree, in each tree of a dict."""
+    errors = {}
+    for name, tree in got.items():
+        wanted = jax.tree.leaves(want[name])
+        scale = max([np.abs(x).max() for x in wanted], default=0) or 1
+        pairs = list(zip(jax.tree.leaves(tree), wanted, strict=True))
+        assert [x.shape for x, _ in pairs] == [y.shape for _, y in pairs], name
+        errors[name] = max((np.abs(np.asarray(x, y.dtype) - y).max() / scale for x, y in pairs), default=0)
+    return errors

@@ -44,7 +44,7 @@ class Context(NamedTuple):
       run: `run(window, inputs)` calls a driver's window.
       want: the same of the reference, by plain calls of it or its derivative.
       place: None, "axis_name", "mesh" or "sharded".
-      traces: it calls the window while jax traces, even if the window is not jitted.
+      traces: it calls the window while jax traces a jit, even if the window itself is not jitted.
       is_reverse: it differentiates in reverse mode.
       kind: that of the mesh's axes.
       around: a context manager to be in.
@@ -249,10 +249,10 @@ jacrev = jacobian(jax.jacrev)
 CONTEXTS = {
     "eager": Context(eager, eager, traces=False),
     "jit": Context(lambda window, inputs: jax.jit(window)(*inputs.plain()), eager),
-    "vmap_params": Context(mapped(["params"]), one_by_one(["params"])),
-    "vmap_batches": Context(mapped(["batches"]), one_by_one(["batches"])),
+    "vmap_params": Context(mapped(["params"]), one_by_one(["params"]), traces=False),
+    "vmap_batches": Context(mapped(["batches"]), one_by_one(["batches"]), traces=False),
     "vmap_k": Context(mapped(["k"]), one_by_one(["k"])),
-    "vmap_both": Context(mapped(["params", "batches"]), one_by_one(["params", "batches"])),
+    "vmap_both": Context(mapped(["params", "batches"]), one_by_one(["params", "batches"]), traces=False),
     "vmap_jit": Context(mapped(["params"], before=jax.jit), one_by_one(["params"])),
     "jit_vmap": Context(mapped(["params", "batches"], after=jax.jit), one_by_one(["params", "batches"])),
     "grad": Context(grad, grad, is_reverse=True),

@@ -122,7 +122,7 @@ def update(loss, options, where, applies):
 
     def window(params, batch, extras, k):
         del k
-        tx = jaxaccum.MultiSteps(optax.sgd(1.0), K, **options, **where)
+        tx = steps(loss, options, where, params, row(0, loss, where, batch, extras))
         new, state = params, tx.init(params)
         losses = []
         for i in range(K):
@@ -155,6 +155,19 @@ def host_driven(loss, options, where):
     return window
 
 
+def alone(loss, options, where):
+    """jax's own gradient of the batch, to see where that fails. It has no options."""
+    del options, where
+
+    def window(params, batch, extras, k):
+        del k
+        value, grads = jax.value_and_grad(loss.fun, has_aux=loss.has_aux or loss.extra == "carry")(params, batch, *extras)
+        return {"value": value, "grads": grads}
+
+    return window
+
+
+ALONE = Driver(alone, is_stacked=False)
 DRIVERS = {
     "value_and_grad": Driver(value_and_grad, is_stacked=False, is_stream=False),
     "stacked": Driver(functools.partial(value_and_grad, stacked=True), has_room=True, is_stream=False),

@@ -36,7 +36,7 @@ def window(name, devices, folds_device, room):
       name: the loss.
       devices: P. The batch has leaves (P, K, N, ...).
       folds_device: the key of micro-batch i on device p is that of micro-step i with p folded in, and not number p·K + i.
-      room: the length of aux, which is zero from k on; None is k.
+      room: the length of losses and aux, which are zero from k on; None is k.
 
     Returns:
       A dict of value, losses (K, P), carry, aux (K, P, ...) and grads; for one device without the axis P.
@@ -68,7 +68,7 @@ def window(name, devices, folds_device, room):
         devices_own = stacked([on_device(p, params, batch, extras, k) for p in range(devices)])
         local = lambda tree: jax.tree.map(lambda x: x[0] if devices == 1 else x.swapaxes(0, 1), tree)
         padded = lambda x: jnp.concatenate([x, jnp.zeros((room - k, *x.shape[1:]), x.dtype)]) if room else x
-        result = {"losses": local(devices_own["losses"]), "aux": jax.tree.map(padded, local(devices_own["aux"]))}
+        result = {name: jax.tree.map(padded, local(devices_own[name])) for name in ("losses", "aux")}
         if loss.extra == "carry":
             result["carry"] = mean_over(0, devices_own["carry"][0])
         if loss.is_mean:

@@ -1,20 +1,44 @@
 """Every driver in every context with every loss, beside jax alone in float64: all pairs, with prepare and in_place."""
 
+import collections
+
 import matrix_cases
 import pytest
+from matrix_cases import IMPOSSIBLE, TABLES, Case, covering, entries, impossible, in_part, pairs, product
+from matrix_drivers import ALONE
 
 
-def parameters():
-    for case in matrix_cases.chosen():
+def cases():
+    """All pairs of the tables' entries that are possible, with marks for known failures."""
+    for case in in_part(covering([case for case in product() if not impossible(case)])):
         numbers = matrix_cases.known(case)
         marks = [pytest.mark.xfail(strict=True, reason=", ".join(numbers))] if numbers else []
         yield pytest.param(case, id=case.id, marks=marks)
 
 
-@pytest.mark.parametrize("case", list(parameters()))
+def impossible_cases():
+    """For each rule, cases that hold each of the entries that it applies to."""
+    applied = collections.defaultdict(list)
+    for case in product():
+        rule = impossible(case)
+        if rule and rule.error:
+            applied[rule].append(case)
+    for rule, of_rule in applied.items():
+        for case in in_part(covering(of_rule, entries)):
+            yield pytest.param(rule, case, id=case.id)
+
+
+@pytest.mark.parametrize("case", list(cases()))
 def test_a_window_is_what_jax_alone_gives(case):
     """Catches an error where jax has none, and a wrong number."""
     want = matrix_cases.expected(case)
     errors = matrix_cases.error(matrix_cases.run(case), want)
     worst = max(errors, key=errors.get)
     assert errors[worst] <= matrix_cases.tolerance(case), f"{case.id}: {worst} is off by {errors[worst]:.1e} of its size"
+
+
+@pytest.mark.parametrize(("rule", "case"), list(impossible_cases()))
+def test_what_is_impossible_raises(rule, case):
+    """Catches a number where there can be none, and a rule that excludes what jax can do."""
+    with pytest.raises(rule.error, match=rule.match):
+        matrix_cases.run(case, ALONE if rule.alone else None)

@@ -94,16 +94,17 @@ IMPOSSIBLE = [
     ),
     Rule(
         "the host can't count while jax traces",
-        lambda c: c.driver == "host_driven" and CONTEXTS[c.context].traces,
+        lambda c: c.driver == "host_driven" and CONTEXTS[c.context].jits == "always",
         jax.errors.ConcretizationTypeError,
         "Abstract tracer value encountered where concrete value is expected",
     ),
     Rule(
-        "update and apply take gradients: no weight's derivative, and on a mesh no carry",
-        lambda c: (
-            takes_gradients(c)
-            and (c.loss == "varying_weight" or (CONTEXTS[c.context].place == "mesh" and c.loss == "carry"))
-        ),
+        "who calls update or apply has no derivative of a weight to give",
+        lambda c: takes_gradients(c) and c.loss == "varying_weight",
+    ),
+    Rule(
+        "who calls update or apply carries state, and its keys, over devices in his own way",
+        lambda c: takes_gradients(c) and LOSSES[c.loss].extra == "carry" and CONTEXTS[c.context].devices > 1,
     ),
     Rule(
         "the sums of a stream have no place for a weight's derivative",
@@ -113,7 +114,7 @@ IMPOSSIBLE = [
     ),
     Rule(
         "a stream's loss returns a scalar",
-        lambda c: is_multi_steps(c) and not takes_gradients(c) and c.loss in ("carry", "aux"),
+        lambda c: is_multi_steps(c) and not takes_gradients(c) and (LOSSES[c.loss].extra == "carry" or LOSSES[c.loss].has_aux),
         TypeError,
         "the loss must be one floating scalar, or a Weighted",
     ),
@@ -144,6 +145,15 @@ IMPOSSIBLE = [
         "serialization of host_callbacks",
         alone=True,
     ),
+    Rule(
+        "sums that are not mapped can't be donated to mapped ones",
+        lambda c: (
+            c.driver == "host_driven"
+            and (c.context == "vmap_batches" or (c.context == "vmap_both" and c.loss in ("weighted", "quantised")))
+        ),
+        UserWarning,
+        "Some donated buffers were not usable",
+    ),
 ]
 
 
@@ -152,8 +162,41 @@ def impossible(case):
     return next((rule for rule in IMPOSSIBLE if rule.applies(case)), None)
 
 
+def adds_in_layers(case):
+    """Whether layers in a scan add their gradients to the sums as they go."""
+    is_layered = case.loss in ("scan", "checkpoint", "constant_start")
+    return is_layered and not takes_gradients(case) and case.prepare != "cast" and case.in_place != "after"
+
+
 # By the number of the failure in the issue, or a new one: which cases fail today.
-KNOWN = {}
+KNOWN = {
+    # References can't be mapped, nor be differentiated under checkpoint.
+    "10": lambda c: (
+        adds_in_layers(c)
+        and (
+            c.context in ("vmap_params", "vmap_batches", "vmap_both", "vmap_k", "vmap_jit", "jit_vmap")
+            or c.context in ("jacfwd", "jacrev")
+            or (CONTEXTS[c.context].is_reverse and DRIVERS[c.driver].has_traced_k)
+            or (c.context == "checkpoint" and not is_multi_steps(c))
+        )
+    ),
+    # The derivative of a window under checkpoint is zero, without an error.
+    "n1": lambda c: (
+        adds_in_layers(c) and c.context == "checkpoint" and c.driver in ("micro_step", "micro_step_traced")
+    ),
+    # Strict promotion, of parameters in bfloat16 and sums in float32.
+    "11": lambda c: c.context == "strict" and c.loss == "bf16_parameters",
+    # The zero rows of aux don't vary over the devices.
+    "20": lambda c: (
+        c.loss == "aux" and DRIVERS[c.driver].has_traced_k and c.context in ("shard_map", "mesh_auto", "mesh_explicit")
+    ),
+    # A traced K that lies on a mesh of explicit axes.
+    "n2": lambda c: DRIVERS[c.driver].has_traced_k and c.context == "mesh_explicit",
+    # A scan in the loss whose carry starts from a constant, which does not vary over the devices.
+    "n3": lambda c: c.loss == "constant_start" and CONTEXTS[c.context].place == "mesh",
+    # The zero rows of aux are not laid out on explicit axes as aux is.
+    "n4": lambda c: c.loss == "aux" and DRIVERS[c.driver].has_traced_k and c.context == "sharded_explicit",
+}
 
 
 def known(case):
@@ -219,6 +262,12 @@ def floating(tree, dtype):
     return jax.tree.map(lambda x: jnp.asarray(x, dtype if np.issubdtype(x.dtype, np.floating) else x.dtype), tree)
 
 
+def numbers(tree):
+    """The tree in numpy, the data of random keys in place of them."""
+    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return jax.tree.map(lambda x: np.asarray(jax.random.key_data(x) if is_key(x) else x), tree)
+
+
 def run(case, driver=None):
     """What the driver gives in the context."""
     driver, context, loss = driver or DRIVERS[case.driver], CONTEXTS[case.context], LOSSES[case.loss]
@@ -227,21 +276,22 @@ def run(case, driver=None):
     with context.around():
         dtype = jnp.result_type(float)
         inputs = Inputs(
-            [floating(params(loss, variant), dtype) for variant in (0, 1)],
+            [floating(params(loss, variant), loss.dtype or dtype) for variant in (0, 1)],
             [floating(layout(batch(context.devices, variant), driver), dtype) for variant in (0, 1)],
             extras(loss, dtype),
             jnp.asarray(K),
             dim=int(driver.is_stacked),
             jit=jax.jit if driver.traces else lambda window: window,
         )
-        return context.run(driver.make(loss, options, where), inputs)
+        return numbers(context.run(driver.make(loss, options, where), inputs))
 
 
 def expected(case):
     """What jax alone gives."""
     driver, context = DRIVERS[case.driver], CONTEXTS[case.context]
     folds_device = driver.is_stream and context.place == "mesh"
-    return _expected(context.want, case.loss, context.devices, folds_device, K + 1 if driver.has_traced_k else None)
+    room = K + 1 if driver.has_traced_k and context.jits != "never" else None
+    return _expected(context.want, case.loss, context.devices, folds_device, room)
 
 
 @functools.cache
@@ -254,15 +304,15 @@ def _expected(want, name, devices, folds_device, room):
             extras(loss, jnp.float64),
             K,
         )
-        return jax.tree.map(np.asarray, want(window(name, devices, folds_device, room), inputs))
+        return numbers(want(window(name, devices, folds_device, room), inputs))
 
 
 def tolerance(case):
     """The largest error that is due to rounding, beside the largest entry."""
     loss = LOSSES[case.loss]
     if case.prepare == "cast":
-        return max(loss.tolerance, 0.02)
-    return 1e-10 if case.context == "x64" and not loss.exact else loss.tolerance
+        return max(loss.tolerance, 0.05)
+    return 1e-10 if case.context == "x64" and not (loss.exact or loss.dtype) else loss.tolerance
 
 
 def error(got, want):
@@ -273,5 +323,5 @@ def error(got, want):
         scale = max([np.abs(x).max() for x in wanted], default=0) or 1
         pairs = list(zip(jax.tree.leaves(tree), wanted, strict=True))
         assert [x.shape for x, _ in pairs] == [y.shape for _, y in pairs], name
-        errors[name] = max((np.abs(np.asarray(x, y.dtype) - y).max() / scale for x, y in pairs), default=0)
+        errors[name] = max((np.abs(x.astype(float) - y).max() / scale for x, y in pairs), default=0)
     return errors

@@ -44,7 +44,7 @@ class Context(NamedTuple):
       run: `run(window, inputs)` calls a driver's window.
       want: the same of the reference, by plain calls of it or its derivative.
       place: None, "axis_name", "mesh" or "sharded".
-      traces: it calls the window while jax traces a jit, even if the window itself is not jitted.
+      jits: whether it calls the window under jit: always, never, or where the window can be traced.
       is_reverse: it differentiates in reverse mode.
       kind: that of the mesh's axes.
       around: a context manager to be in.
@@ -53,7 +53,7 @@ class Context(NamedTuple):
     run: Callable[..., Any]
     want: Callable[..., Any]
     place: str | None = None
-    traces: bool = True
+    jits: str = "always"
     is_reverse: bool = False
     kind: str = "auto"
     around: Callable[[], Any] = contextlib.nullcontext
@@ -183,12 +183,7 @@ def in_turn(window, inputs):
 
 
 def cond(window, inputs):
-    def run(is_wanted, *args):
-        shapes = jax.eval_shape(window, *args)
-        zeros = lambda *args: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return jax.lax.cond(is_wanted, window, zeros, *args)
-
-    return jax.jit(run)(True, *inputs.plain())
+    return jax.jit(lambda *args: jax.lax.cond(args[-1] > 0, window, window, *args))(*inputs.plain())
 
 
 def mesh_of(kind):
@@ -247,12 +242,12 @@ def export(window, inputs):
 
 jacrev = jacobian(jax.jacrev)
 CONTEXTS = {
-    "eager": Context(eager, eager, traces=False),
+    "eager": Context(eager, eager, jits="never"),
     "jit": Context(lambda window, inputs: jax.jit(window)(*inputs.plain()), eager),
-    "vmap_params": Context(mapped(["params"]), one_by_one(["params"]), traces=False),
-    "vmap_batches": Context(mapped(["batches"]), one_by_one(["batches"]), traces=False),
-    "vmap_k": Context(mapped(["k"]), one_by_one(["k"])),
-    "vmap_both": Context(mapped(["params", "batches"]), one_by_one(["params", "batches"]), traces=False),
+    "vmap_params": Context(mapped(["params"]), one_by_one(["params"]), jits="never"),
+    "vmap_batches": Context(mapped(["batches"]), one_by_one(["batches"]), jits="never"),
+    "vmap_k": Context(mapped(["k"], after=jax.jit), one_by_one(["k"])),
+    "vmap_both": Context(mapped(["params", "batches"]), one_by_one(["params", "batches"]), jits="never"),
     "vmap_jit": Context(mapped(["params"], before=jax.jit), one_by_one(["params"])),
     "jit_vmap": Context(mapped(["params", "batches"], after=jax.jit), one_by_one(["params", "batches"])),
     "grad": Context(grad, grad, is_reverse=True),
@@ -266,11 +261,11 @@ CONTEXTS = {
     "shard_map": Context(shard_map(True), eager, "axis_name"),
     "shard_map_without_vma": Context(shard_map(False), eager, "axis_name"),
     "pmap": Context(pmap, eager, "axis_name"),
-    "mesh_auto": Context(on_mesh("auto"), eager, "mesh", traces=False),
-    "mesh_explicit": Context(on_mesh("explicit"), eager, "mesh", traces=False, kind="explicit"),
-    "sharded_auto": Context(on_mesh("auto"), eager, "sharded", traces=False),
-    "sharded_explicit": Context(on_mesh("explicit"), eager, "sharded", traces=False),
+    "mesh_auto": Context(on_mesh("auto"), eager, "mesh", jits="where it can"),
+    "mesh_explicit": Context(on_mesh("explicit"), eager, "mesh", jits="where it can", kind="explicit"),
+    "sharded_auto": Context(on_mesh("auto"), eager, "sharded", jits="where it can"),
+    "sharded_explicit": Context(on_mesh("explicit"), eager, "sharded", jits="where it can"),
     "export": Context(export, eager),
-    "strict": Context(jit, eager, traces=False, around=lambda: jax.numpy_dtype_promotion("strict")),
-    "x64": Context(jit, eager, traces=False, around=lambda: jax.enable_x64(True)),
+    "strict": Context(jit, eager, jits="where it can", around=lambda: jax.numpy_dtype_promotion("strict")),
+    "x64": Context(jit, eager, jits="where it can", around=lambda: jax.enable_x64(True)),
 }

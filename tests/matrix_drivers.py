@@ -57,7 +57,8 @@ def value_and_grad(loss, options, where, stacked=False, traced=False):
 def steps(loss, options, where, params, micro_batch):
     """The `MultiSteps` whose updates subtract the gradient. A cast is shown the loss, as its docstring says."""
     if isinstance(options["prepare"], type(jaxaccum.cast(jnp.bfloat16))):
-        options = {**options, "prepare": options["prepare"].seeing(loss.fun, params, *micro_batch)}
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, *micro_batch))
+        options = {**options, "prepare": options["prepare"].seeing(loss.fun, *shapes)}
     return jaxaccum.MultiSteps(optax.sgd(1.0), K, **options, **where)
 
 

@@ -19,18 +19,22 @@ class Loss(NamedTuple):
       fun: the loss. It computes in the dtype of the batch, whatever dtype the parameters are cast to.
       shapes: the shapes of its parameters.
       extra: "key" or "carry" where it takes one as its third argument. With "carry" it returns (loss, new carry).
+      carries_key: the carry holds a typed key.
       has_aux: it returns (loss, aux).
       is_mean: the loss of the big batch is the mean of those of its micro-batches, and so is the gradient.
       exact: the same loss without low precision.
+      dtype: that of the parameters; None is the default dtype.
       tolerance: the largest error, beside the largest entry of what is expected.
     """
 
     fun: Callable[..., Any]
     shapes: dict[str, tuple[int, ...]]
     extra: str | None = None
+    carries_key: bool = False
     has_aux: bool = False
     is_mean: bool = True
     exact: Callable[..., Any] | None = None
+    dtype: Any = None
     tolerance: float = 1e-4
 
 
@@ -56,7 +60,8 @@ def extras(loss, dtype):
     if loss.extra == "key":
         return (jax.random.key(7),)
     if loss.extra == "carry":
-        return ({"mean": jnp.full(WIDTH, 0.5, dtype), "count": jnp.int32(2)},)
+        state = {"mean": jnp.full(WIDTH, 0.5, dtype), "count": jnp.int32(2)}
+        return ({**state, "key": jax.random.key(3)} if loss.carries_key else state,)
     return ()
 
 
@@ -65,7 +70,7 @@ def times(x, w):
 
 
 def dense(p, b):
-    return jnp.mean(times(jnp.tanh(times(b["x"], p["w"]) + p["b"]), p["v"]) ** 2)
+    return jnp.mean(times(jnp.tanh(times(b["x"], p["w"]) + p["b"].astype(b["x"].dtype)), p["v"]) ** 2)
 
 
 def layers(wrap):
@@ -126,9 +131,19 @@ def convolution(p, b):
     return jnp.mean(jnp.tanh(jax.lax.conv_general_dilated(b["x"][:, None], kernel, (1,), "SAME")) ** 2)
 
 
+def masked(x, key):
+    keep = jax.random.bits(key, x.shape, "uint32") % 2
+    return x * keep.astype(x.dtype)
+
+
 def keys(p, b, key):
-    keep = jax.random.bits(key, b["x"].shape, "uint32") % 2
-    return dense(p, {**b, "x": b["x"] * keep.astype(b["x"].dtype)})
+    return dense(p, {**b, "x": masked(b["x"], key)})
+
+
+def carried_key(p, b, state):
+    key, own = jax.random.split(state["key"])
+    value, new = carry({"w": p["w"]}, {"x": masked(b["x"], own)}, state)
+    return value, {**new, "key": key}
 
 
 def carry(p, b, state):
@@ -157,6 +172,14 @@ def low_precision(dtype):
         return jnp.mean(times(h, p["v"]).astype(b["x"].dtype) ** 2)
 
     return fun
+
+
+def quantised(p, b):
+    """The forward pass sees integers, the backward pass the parameters."""
+    w = p["w"].astype(b["x"].dtype)
+    levels = jnp.round(w * 8).astype(jnp.int8).astype(w.dtype) / 8
+    squares = jnp.tanh(b["x"] @ (w + jax.lax.stop_gradient(levels - w))) ** 2
+    return jaxaccum.Weighted(jnp.sum(squares * b["mask"][:, None]), jnp.sum(b["mask"]))
 
 
 def inner_vmap(p, b):
@@ -204,11 +227,14 @@ LOSSES = {
     "convolution": Loss(convolution, {"kernel": (2, 1, 3)}),
     "keys": Loss(keys, DENSE, extra="key", is_mean=False),
     "carry": Loss(carry, MATRIX, extra="carry", is_mean=False),
+    "carried_key": Loss(carried_key, MATRIX, extra="carry", carries_key=True, is_mean=False),
     "aux": Loss(aux, MATRIX, has_aux=True),
     "weighted": Loss(weighted, MATRIX),
     "varying_weight": Loss(varying_weight, MATRIX),
     "bf16": Loss(low_precision(jnp.bfloat16), DENSE, exact=low_precision(jnp.float64), tolerance=0.1),
     "fp16": Loss(low_precision(jnp.float16), DENSE, exact=low_precision(jnp.float64), tolerance=0.02),
+    "bf16_parameters": Loss(dense, DENSE, dtype=jnp.bfloat16, tolerance=0.05),
+    "quantised": Loss(quantised, MATRIX),
     "inner_vmap": Loss(inner_vmap, MATRIX),
     "while_loop": Loss(while_loop, MATRIX),
     "callback": Loss(callback, MATRIX),

@@ -19,9 +19,9 @@ def unpacked(loss, returned):
 
 
 def mean_over(axis, tree):
-    """The mean of floating leaves, the first entry of others."""
+    """The mean of floating leaves, what comes first of others."""
     floats = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
-    return jax.tree.map(lambda x: x.mean(axis) if floats(x) else x.take(0, axis), tree)
+    return jax.tree.map(lambda x: x.mean(axis) if floats(x) else x[0], tree)
 
 
 def stacked(trees):
@@ -55,6 +55,8 @@ def window(name, devices, folds_device, room):
 
     def on_device(p, params, batch, extras, k):
         """The k calls of jax.value_and_grad on one device, and the last carry."""
+        if loss.carries_key and p:
+            extras = ({**extras[0], "key": jax.random.fold_in(extras[0]["key"], p)},)
         calls = []
         for i in range(k):
             args = (key_of(*extras, p, i, k),) if loss.extra == "key" else extras
@@ -62,7 +64,7 @@ def window(name, devices, folds_device, room):
             (value, rest), grads = jax.value_and_grad(value_and_rest, has_aux=True)(params, micro_batch, *args)
             extras = (rest["carry"],) if loss.extra == "carry" else extras
             calls.append({"losses": value, "aux": rest["aux"], "grads": grads})
-        return {**stacked(calls), "carry": calls and extras}
+        return {**stacked(calls), "carry": extras}
 
     def run(params, batch, extras, k):
         devices_own = stacked([on_device(p, params, batch, extras, k) for p in range(devices)])

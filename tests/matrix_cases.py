@@ -114,7 +114,9 @@ IMPOSSIBLE = [
     ),
     Rule(
         "a stream's loss returns a scalar",
-        lambda c: is_multi_steps(c) and not takes_gradients(c) and (LOSSES[c.loss].extra == "carry" or LOSSES[c.loss].has_aux),
+        lambda c: (
+            is_multi_steps(c) and not takes_gradients(c) and (LOSSES[c.loss].extra == "carry" or LOSSES[c.loss].has_aux)
+        ),
         TypeError,
         "the loss must be one floating scalar, or a Weighted",
     ),
@@ -181,9 +183,7 @@ KNOWN = {
         )
     ),
     # The derivative of a window under checkpoint is zero, without an error.
-    "n1": lambda c: (
-        adds_in_layers(c) and c.context == "checkpoint" and c.driver in ("micro_step", "micro_step_traced")
-    ),
+    "n1": lambda c: adds_in_layers(c) and c.context == "checkpoint" and c.driver in ("micro_step", "micro_step_traced"),
     # Strict promotion, of parameters in bfloat16 and sums in float32.
     "11": lambda c: c.context == "strict" and c.loss == "bf16_parameters",
     # The zero rows of aux don't vary over the devices.

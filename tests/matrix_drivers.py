@@ -162,7 +162,9 @@ def alone(loss, options, where):
 
     def window(params, batch, extras, k):
         del k
-        value, grads = jax.value_and_grad(loss.fun, has_aux=loss.has_aux or loss.extra == "carry")(params, batch, *extras)
+        value, grads = jax.value_and_grad(loss.fun, has_aux=loss.has_aux or loss.extra == "carry")(
+            params, batch, *extras
+        )
         return {"value": value, "grads": grads}
 
     return window

@@ -4,7 +4,7 @@ import collections
 
 import matrix_cases
 import pytest
-from matrix_cases import covering, entries, impossible, in_part, known, product
+from matrix_cases import TABLES, Case, covering, entries, impossible, in_part, known, pairs, product
 from matrix_drivers import ALONE
 
 
@@ -34,7 +34,9 @@ def test_a_window_is_what_jax_alone_gives(case):
     want = matrix_cases.expected(case)
     errors = matrix_cases.error(matrix_cases.run(case), want)
     worst = max(errors, key=errors.get)
-    assert errors[worst] <= matrix_cases.tolerance(case), f"{case.id}: {worst} is off by {errors[worst]:.1e} of its size"
+    assert errors[worst] <= matrix_cases.tolerance(case), (
+        f"{case.id}: {worst} is off by {errors[worst]:.1e} of its size"
+    )
 
 
 @pytest.mark.parametrize(("case", "rule"), list(impossible_cases()))
@@ -42,3 +44,24 @@ def test_what_is_impossible_raises(case, rule):
     """Catches a number where there can be none, and a rule that excludes what jax can do."""
     with pytest.raises(rule.error, match=rule.match):
         matrix_cases.run(case, ALONE if rule.alone else None)
+
+
+def covered(cases):
+    return set().union(*map(pairs, cases))
+
+
+def test_all_possible_pairs_are_covered():
+    """Catches an entry that some other is never together with."""
+    possible = [case for case in product() if not impossible(case)]
+    assert covered(covering(possible)) == covered(possible)
+
+
+@pytest.mark.parametrize("table", Case._fields)
+def test_a_new_entry_is_crossed_with_all_others(table, monkeypatch):
+    """Catches a table that the cases are not made of."""
+    entries = getattr(TABLES, table)
+    like = next(iter(entries))
+    monkeypatch.setitem(entries, "new", entries[like])
+    possible = [case for case in product() if not impossible(case)]
+    renamed = [case._replace(**{table: "new"}) for case in possible if getattr(case, table) == like]
+    assert renamed and covered(renamed) <= covered(covering(possible))

@@ -114,9 +114,7 @@ IMPOSSIBLE = [
     ),
     Rule(
         "a stream's loss returns a scalar",
-        lambda c: (
-            is_multi_steps(c) and not takes_gradients(c) and (LOSSES[c.loss].extra == "carry" or LOSSES[c.loss].has_aux)
-        ),
+        lambda c: is_multi_steps(c) and not takes_gradients(c) and LOSSES[c.loss].returns_pair,
         TypeError,
         "the loss must be one floating scalar, or a Weighted",
     ),
@@ -182,14 +180,21 @@ KNOWN = {
             or (c.context == "checkpoint" and not is_multi_steps(c))
         )
     ),
-    # The derivative of a window under checkpoint is zero, without an error.
-    "n1": lambda c: adds_in_layers(c) and c.context == "checkpoint" and c.driver in ("micro_step", "micro_step_traced"),
+    # With jax 0.10 the derivative of a window under checkpoint is zero, without an error.
+    "n1": lambda c: (
+        jax.__version__.startswith("0.10.")
+        and adds_in_layers(c)
+        and c.context == "checkpoint"
+        and c.driver in ("micro_step", "micro_step_traced")
+    ),
     # Strict promotion, of parameters in bfloat16 and sums in float32.
     "11": lambda c: c.context == "strict" and c.loss == "bf16_parameters",
     # The zero rows of aux don't vary over the devices.
     "20": lambda c: (
         c.loss == "aux" and DRIVERS[c.driver].has_traced_k and c.context in ("shard_map", "mesh_auto", "mesh_explicit")
     ),
+    # What depends on the parameters alone is of integers.
+    "21": lambda c: c.loss == "quantised" and c.prepare == "auto",
     # A traced K that lies on a mesh of explicit axes.
     "n2": lambda c: DRIVERS[c.driver].has_traced_k and c.context == "mesh_explicit",
     # A scan in the loss whose carry starts from a constant, which does not vary over the devices.
@@ -197,6 +202,19 @@ KNOWN = {
     # The zero rows of aux are not laid out on explicit axes as aux is.
     "n4": lambda c: c.loss == "aux" and DRIVERS[c.driver].has_traced_k and c.context == "sharded_explicit",
 }
+
+
+# Cases that failed once, beside those that cover all pairs.
+FAILED = [
+    Case("value_and_grad", "vmap_params", "scan", "none", "default"),
+    Case("micro_step", "checkpoint", "scan", "none", "default"),
+    Case("value_and_grad", "strict", "bf16_parameters", "none", "default"),
+    Case("traced_k", "mesh_auto", "aux", "none", "default"),
+    Case("value_and_grad", "jit", "quantised", "auto", "in_place"),
+    Case("traced_k", "mesh_explicit", "dense", "none", "default"),
+    Case("value_and_grad", "mesh_auto", "constant_start", "none", "default"),
+    Case("traced_k", "sharded_explicit", "aux", "none", "default"),
+]
 
 
 def known(case):
@@ -233,9 +251,14 @@ def covering(cases, parts=pairs):
     return chosen
 
 
-def product(tables=TABLES):
+def product():
     """All cases."""
-    return list(itertools.starmap(Case, itertools.product(*tables)))
+    return list(itertools.starmap(Case, itertools.product(*TABLES)))
+
+
+def possible():
+    """All cases that are not impossible."""
+    return [case for case in product() if not impossible(case)]
 
 
 def in_part(cases):
@@ -315,13 +338,14 @@ def tolerance(case):
     return 1e-10 if case.context == "x64" and not (loss.exact or loss.dtype) else loss.tolerance
 
 
-def error(got, want):
-    """The largest error beside the largest entry of a tree, in each tree of a dict."""
-    errors = {}
+def errors(got, want):
+    """For each entry of a dict the largest error in its tree, beside the largest number in that; NaN for NaN."""
+    found = {}
     for name, tree in got.items():
-        wanted = jax.tree.leaves(want[name])
-        scale = max([np.abs(x).max() for x in wanted], default=0) or 1
-        pairs = list(zip(jax.tree.leaves(tree), wanted, strict=True))
-        assert [x.shape for x, _ in pairs] == [y.shape for _, y in pairs], name
-        errors[name] = max((np.abs(x.astype(float) - y).max() / scale for x, y in pairs), default=0)
-    return errors
+        leaves, wanted = jax.tree.leaves(tree), jax.tree.leaves(want[name])
+        assert [x.shape for x in leaves] == [y.shape for y in wanted], name
+        size = max([np.abs(y).max() for y in wanted], default=0) or 1
+        found[name] = np.max(
+            [np.abs(x.astype(float) - y).max() / size for x, y in zip(leaves, wanted, strict=True)] or [0.0]
+        )
+    return found

@@ -46,7 +46,7 @@ def value_and_grad(loss, options, where, stacked=False, traced=False):
 
     def window(params, batch, extras, k):
         value, grads = make(k if traced else K)(params, batch, *extras)
-        if loss.has_aux or loss.extra == "carry":
+        if loss.returns_pair:
             value, rest = value
             return {"value": value, "grads": grads, "aux" if loss.has_aux else "carry": rest}
         return {"value": value, "grads": grads}
@@ -162,9 +162,7 @@ def alone(loss, options, where):
 
     def window(params, batch, extras, k):
         del k
-        value, grads = jax.value_and_grad(loss.fun, has_aux=loss.has_aux or loss.extra == "carry")(
-            params, batch, *extras
-        )
+        value, grads = jax.value_and_grad(loss.fun, has_aux=loss.returns_pair)(params, batch, *extras)
         return {"value": value, "grads": grads}
 
     return window

@@ -11,7 +11,7 @@ import jaxaccum
 
 def unpacked(loss, returned):
     """(mean loss, weight, carry, aux) of what `loss.fun` returned."""
-    value, rest = returned if loss.has_aux or loss.extra == "carry" else (returned, None)
+    value, rest = returned if loss.returns_pair else (returned, None)
     weight = None
     if isinstance(value, jaxaccum.Weighted):
         value, weight = value.total / value.weight, value.weight
@@ -35,7 +35,7 @@ def window(name, devices, folds_device, room):
     Args:
       name: the loss.
       devices: P. The batch has leaves (P, K, N, ...).
-      folds_device: the key of micro-batch i on device p is that of micro-step i with p folded in, and not number p·K + i.
+      folds_device: the key of micro-batch i on device p is that of micro-step i with p folded in, not number p·K + i.
       room: the length of losses and aux, which are zero from k on; None is k.
 
     Returns:

@@ -99,11 +99,11 @@ IMPOSSIBLE = [
         "Abstract tracer value encountered where concrete value is expected",
     ),
     Rule(
-        "who calls update or apply has no derivative of a weight to give",
+        "update and apply take gradients, which leave out the derivative of a weight",
         lambda c: takes_gradients(c) and c.loss == "varying_weight",
     ),
     Rule(
-        "who calls update or apply carries state, and its keys, over devices in his own way",
+        "update and apply take gradients: carrying state over devices is up to the caller",
         lambda c: takes_gradients(c) and LOSSES[c.loss].extra == "carry" and CONTEXTS[c.context].devices > 1,
     ),
     Rule(

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 DEVICES = 2
 LOCAL = ("losses", "aux")  # what each device has of its own
+NAMES = "params", "batches", "extras", "k"  # the arguments of a window
 
 
 class Inputs(NamedTuple):
@@ -86,7 +87,7 @@ def mapped(over, before=lambda f: f, after=lambda f: f):
         params = stack(inputs.params) if "params" in over else inputs.params[0]
         batch = stack(inputs.batches) if "batches" in over else inputs.batches[0]
         k = jnp.stack([inputs.k, inputs.k - 1]) if "k" in over else inputs.k
-        axes = tuple(0 if name in over else None for name in ("params", "batches", "extras", "k"))
+        axes = tuple(0 if name in over else None for name in NAMES)
         return after(jax.vmap(before(window), axes))(params, batch, inputs.extras, k)
 
     return run
@@ -102,9 +103,6 @@ def one_by_one(over):
         return stack([window(*first), window(*second)])
 
     return want
-
-
-NAMES = "params", "batches", "extras", "k"
 
 
 def of_params(inputs, transform):

@@ -57,6 +57,12 @@ def sum_dtype(dtype: Any, accumulator_dtype: Any) -> Any:
     return jnp.dtype(dtype) if keeps else jnp.dtype(accumulator_dtype)
 
 
+def promoted(a: Any, b: Any) -> Any:
+    """The dtype that holds all numbers of both, even where jax is told to promote none by itself."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(a, b)
+
+
 def weight_dtype() -> Any:
     """The dtype of weights and of averaged scalars: the widest float in use, float64 under x64."""
     return jax.dtypes.canonicalize_dtype(jnp.float64)
@@ -137,7 +143,7 @@ def add(
         if total is None or isinstance(x, Added):
             return x.total if isinstance(x, Added) else None
         is_overwritten = _overwrites.holds(path)
-        wide = jnp.promote_types(total.dtype, jnp.float32)
+        wide = promoted(total.dtype, jnp.float32)
         x = jnp.asarray(x).astype(wide)
         if weight is not None and not is_overwritten:
             x = x * _beside(x, weight).astype(jnp.finfo(wide).dtype)
@@ -188,7 +194,7 @@ def mean(sums: Weighted, like: Tree) -> Tree:
             return x
         if _overwrites.holds(path):
             return total.astype(jnp.result_type(x))
-        wide = jnp.promote_types(total.dtype, jnp.float32)
+        wide = promoted(total.dtype, jnp.float32)
         mean = total.astype(wide) * (1 / weight.astype(jnp.finfo(wide).dtype))
         return mean.astype(_wider(total.dtype, jnp.result_type(x)))
 
@@ -228,7 +234,7 @@ def _mixed(x: jax.Array) -> jax.Array:
 
 def _wider(a: Any, b: Any) -> Any:
     """The wider of two inexact dtypes; jax promotes none of 8 bits, and `a` is none."""
-    return a if jnp.finfo(b).bits < 16 else jnp.promote_types(a, b)
+    return a if jnp.finfo(b).bits < 16 else promoted(a, b)
 
 
 def _beside(x: jax.Array, scalars: Any) -> jax.Array:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jaxaccum import _accumulator, _checks, _inner, _keys, _micro_step, _multi_steps
 from jaxaccum._integers import positive_int
@@ -128,7 +129,7 @@ class HostDriven:
           (the micro-batch's mean loss, params, state).
 
         Raises:
-          TypeError: if `state` is not that of a `MultiSteps`, and inside `jax.jit` or another transformation.
+          TypeError: if `state` is not that of a `MultiSteps`, and inside `jax.jit`.
         """
         state = _checks.state(state, "HostDriven", self._sync)
         _check_on_host("HostDriven", (params, state.mini_step, args))
@@ -245,11 +246,13 @@ class _Facts:
 
 
 def _check_on_host(method: str, tree: Tree) -> None:
-    """Refuses tracers: the host counts calls, and inside `jax.jit` a call is made once, while tracing."""
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
+    """Refuses to run inside of `jax.jit`: the host counts calls, and there a call is made once, while tracing."""
+    is_tracer = lambda leaf: isinstance(leaf, jax.core.Tracer)
+    # Under an eager vmap or grad there are tracers too, but what is made of no argument is an array.
+    if any(map(is_tracer, jax.tree.leaves(tree))) and is_tracer(jnp.zeros(())):
         raise TypeError(
-            f"{method} was called with tracers, inside jax.jit or another transformation, where the host can't count "
-            "the micro-steps. Call it outside, or use tx.micro_step and tx.flush there, which count on the device."
+            f"{method} was called with tracers, inside jax.jit or a loop of jax.lax, where the host can't count the "
+            "micro-steps. Call it outside, or use tx.micro_step and tx.flush there, which count on the device."
         )
 
 
@@ -263,7 +266,8 @@ def _signature(args: Any) -> tuple:
     leaves, treedef = jax.tree.flatten(args)
     kind = lambda x: (type(x), getattr(x, "shape", None), getattr(x, "dtype", None))
     placed = lambda x: (x.aval, x.sharding, x.committed)
-    kinds = tuple(placed(x) if isinstance(x, jax.Array) else kind(x) for x in leaves)
+    is_placed = lambda x: isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+    kinds = tuple(placed(x) if is_placed(x) else kind(x) for x in leaves)
     return jax.sharding.get_abstract_mesh(), treedef, kinds
 
 

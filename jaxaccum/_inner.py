@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxaccum import _overwrites
+from jaxaccum import _accumulator, _overwrites
 from jaxaccum._accumulator import is_inexact
 from jaxaccum._overwrites import New
 
@@ -170,7 +170,7 @@ def _with_grad(extra_args: dict[str, Any], grads: Tree) -> dict[str, Any]:
 def _lift(tree: Tree, wide: Any) -> Tree:
     def leaf(x):
         x = jnp.asarray(x)
-        return x.astype(jnp.promote_types(x.dtype, wide)) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        return x.astype(_accumulator.promoted(x.dtype, wide)) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
     return jax.tree.map(leaf, tree)
 

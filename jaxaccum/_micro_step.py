@@ -367,7 +367,7 @@ def _both(a: Any, b: Any) -> Any:
 
 def _no_averages(config: Config) -> dict[str, Weighted]:
     """The sums of the averaged extra args before the first micro-batch."""
-    sum_dtype = lambda x: jnp.promote_types(x.dtype, _accumulator.weight_dtype())
+    sum_dtype = lambda x: _accumulator.promoted(x.dtype, _accumulator.weight_dtype())
     zeros = lambda shapes: jax.tree.map(lambda x: jnp.zeros(x.shape, sum_dtype(x)), shapes.tree)
     totals = {name: _zero() for name in config.averaged_extra_args}
     totals |= {name: zeros(shapes) for name, shapes in config.averaged_shapes}
@@ -392,7 +392,7 @@ def _average(sums: Weighted, value: Tree) -> Tree:
 
 
 def _mean_dtype(value: Any) -> Any:
-    return jnp.promote_types(jnp.result_type(value), jnp.float32)
+    return _accumulator.promoted(jnp.result_type(value), jnp.float32)
 
 
 def _zero() -> jax.Array:

@@ -88,6 +88,16 @@ def reduce_scatter(local: jax.Array, mesh: Mesh, names: tuple[str, ...]) -> jax.
     return jax.jit(mapped)(local)
 
 
+def zeros(length: int, row: Any) -> jax.Array:
+    """`length` rows of zeros, of the shape, dtype and layout of `row`, a type."""
+    x = jnp.zeros((length, *row.shape), row.dtype)
+    known = _known(row)
+    if known is not None:
+        x = jax.reshard(x, NamedSharding(known.mesh, P(None, *layout(row))))
+    varying = tuple(row.mat.varying)
+    return jax.lax.pcast(x, varying, to="varying") if varying else x
+
+
 def count(leaf: Any, dimension: int) -> int:
     """The number of devices that the explicit axes of a mesh split a dimension of `leaf` over."""
     known = _known(leaf)

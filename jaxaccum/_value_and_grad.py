@@ -175,8 +175,8 @@ def _on_mesh(window, sync, args, kwargs):
     """(joined sums, zero of the loss's dtype, carry, aux) of the windows of all devices of the data axis."""
     _split.check_devices(args, window.roles.batch, window.k, window.stacked, sync.size())
 
-    def body(*args, **kwargs):
-        sums, reduced, like, carry, aux = window.run(MappedAxis(sync.names), args, kwargs)
+    def body(k, *args, **kwargs):
+        sums, reduced, like, carry, aux = window._replace(k=k).run(MappedAxis(sync.names), args, kwargs)
         if any(jax.tree.leaves(reduced)):
             raise ValueError(
                 f"prepare gathers over data_axis={sync.names!r}, but with mesh= it sees whole parameters: those that "
@@ -185,8 +185,7 @@ def _on_mesh(window, sync, args, kwargs):
         return jax.tree.map(lambda x: x[None], sums), like, carry, jax.tree.map(lambda x: x[:, None], aux)
 
     out_specs = P(sync.names), P(), P(), P(None, sync.names)
-    split_dim = 1 if window.stacked else 0
-    sums, *rest = _mesh.run(
-        body, sync, args, kwargs, split=window.roles.batch, split_dim=split_dim, out_specs=out_specs
-    )
+    split = [i + 1 for i in window.roles.batch]
+    options = {"split": split, "split_dim": 1 if window.stacked else 0, "out_specs": out_specs}
+    sums, *rest = _mesh.run(body, sync, (window.k, *args), kwargs, **options)
     return sync.joined(sums), *rest

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from jaxaccum import _accumulator, _hoist, _keys, _loss, _micro_batch, _packing, _prepare, _split
+from jaxaccum import _accumulator, _hoist, _keys, _loss, _micro_batch, _packing, _prepare, _shards, _split
 from jaxaccum._accumulator import Weighted
 from jaxaccum._cast import Cast
 from jaxaccum._roles import Roles
@@ -195,9 +195,10 @@ def _only(traced, seen, index, batch, carry):
 
 def _loop(micro_step, start, take, k, length):
     """`lax.scan` over the first k of `length` micro-batches, k traced; rows of absent ones are zero."""
-    # Traced once, to know the shapes of what it returns before the loop that needs them.
+    # Traced once, to know the types of what it returns before the loop that needs them.
     closed, (_, aux_shapes) = jax.make_jaxpr(micro_step, return_shape=True)(start, take(jnp.zeros((), jnp.int32)))
-    aux = jax.tree.map(lambda x: jnp.zeros((length, *x.shape), x.dtype), aux_shapes)
+    avals = closed.out_avals[len(closed.out_avals) - len(jax.tree.leaves(aux_shapes)) :]
+    aux = jax.tree.unflatten(jax.tree.structure(aux_shapes), [_shards.zeros(length, aval) for aval in avals])
     treedef = jax.tree.structure((start, aux))
 
     def body(i, state):

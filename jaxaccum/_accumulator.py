@@ -57,6 +57,11 @@ def sum_dtype(dtype: Any, accumulator_dtype: Any) -> Any:
     return jnp.dtype(dtype) if keeps else jnp.dtype(accumulator_dtype)
 
 
+def arrays(tree: Tree) -> Tree:
+    """`tree` with arrays for plain numbers."""
+    return jax.tree.map(lambda x: x if hasattr(x, "dtype") else jnp.asarray(x), tree)
+
+
 def promoted(a: Any, b: Any) -> Any:
     """The dtype that holds all numbers of both, even where jax is told to promote none by itself."""
     with jax.numpy_dtype_promotion("standard"):

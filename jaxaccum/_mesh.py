@@ -1,6 +1,7 @@
 """jit on a mesh: runs a window of local sums on each index of the data axis, every other axis left to jax."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -51,10 +52,25 @@ def run(
         args, kwargs = treedef.unflatten(
             next(iterator) if array else leaf for leaf, array in zip(leaves, is_array, strict=True)
         )
-        return fun(*args, **kwargs)
+        with _explained():
+            return fun(*args, **kwargs)
 
     in_specs = ([spec for spec, array in zip(spec_of, is_array, strict=True) if array],)
     # Not with check_vma: a loss that is written for plain jit may start a loop from a constant, for example.
     options = {"axis_names": set(axes), "check_vma": False}
     mapped = jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_specs, **options)
     return jax.jit(mapped)(arrays)
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Says what a loss may not do here, in place of jax's error about a mesh that its user didn't make."""
+    try:
+        yield
+    except ValueError as error:
+        if "should match the mesh passed to shard_map" not in str(error):
+            raise
+        raise ValueError(
+            "the loss calls jax.shard_map with a mesh, but with mesh= it runs inside one over the data axis already: "
+            "leave the mesh out of that call, and name the model's axes in its axis_names."
+        ) from error

@@ -99,6 +99,9 @@ def of(loss: _loss.Traced, in_place: bool | None, sums: Tree, *, replaces: bool 
       in_place: False: nothing is added inside; True: whatever can be; None: what gains by it.
       sums: Σ w·g so far, a tree like the parameters; None: there are none to add to.
       replaces: whether a gradient may take the place of its sum, by selection.
+
+    Raises:
+      ValueError: with `in_place=True`, if layers could be added but for the dtype of their gradients.
     """
     named = jax.tree_util.tree_leaves_with_path(loss.args[0])
     none = (False,) * len(named)
@@ -112,6 +115,16 @@ def of(loss: _loss.Traced, in_place: bool | None, sums: Tree, *, replaces: bool 
         if sum_ is not None and sum_.dtype == leaf.dtype and sum_.dtype.itemsize >= 4 and not _overwrites.holds(path)
     }
     walked = _in_place.walked(jaxpr, fits)
+    if in_place:
+        inputs = {var: path for var, (path, _) in zip(jaxpr.invars, named, strict=False)}
+        misfits = [jax.tree_util.keystr(inputs[var]) for var in _in_place.walked(jaxpr, set(inputs)) - walked]
+        if misfits:
+            raise ValueError(
+                f"in_place=True: the gradients of {', '.join(sorted(misfits)) or 'the parameters'}, which a scan walks "
+                "along, have another dtype than their sums, or are overwritten, and can't be added inside of the "
+                "backward pass. Leave in_place at None, or keep those layers in the dtype of the sums, without a "
+                "prepare that casts them."
+            )
     inside = tuple(var in walked for var, _ in zip(jaxpr.invars, named, strict=False))
     products = not loss.has_weight and not replaces and _products.occur(jaxpr)
     wide = tuple(products and sum_ is not None and sum_.dtype == jnp.float32 for sum_ in pending)
@@ -153,7 +166,7 @@ def on_each(
     weights = []
 
     def on_device(device, sums, starts, *args, **kwargs):
-        params = device.local(args[position])
+        params = device.local(_accumulator.arrays(args[position]))
         loss = _loss.trace(lambda p: fun(*args[:position], p, *args[position + 1 :], **kwargs), params)
         loss.refuse_varying_weight()
         gradient = of(loss, in_place, sums, replaces=starts is not False)

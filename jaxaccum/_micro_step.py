@@ -153,6 +153,7 @@ def run(
     extra_args: dict[str, Any],
     output: Output,
     *,
+    like: Tree = None,
     weighted: bool = False,
     clears: bool = False,
 ) -> tuple[Tree, MultiStepsState]:
@@ -167,6 +168,7 @@ def run(
       boundary: None, a Python bool or a traced one.
       extra_args: for the inner optimizer; the averaged ones are this micro-batch's.
       output: what to make of the updates.
+      like: of the dtypes that the gradients would have without accumulation; None: `grads`.
       weighted: whether `grads` has its weight already.
       clears: whether the sums are 0 where a window begins, and are to be where it ends; `boundary` is a Python bool.
 
@@ -202,7 +204,7 @@ def run(
     window = _Window(
         Weighted(acc_grads, total_weight), {n: averages[n] for n in averaged}, state.mini_step + 1, keep is not None
     )
-    like = config.sync.one(shown) if config.prepare is None else params
+    like = config.sync.one(shown) if like is None else like
     result, inner_opt_state, prepared, applied = _emit(config, state, params, like, window, extra_args, output, closed)
 
     mini_step = _accumulator.select(closed, jnp.zeros_like(state.mini_step), state.mini_step + 1)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxaccum import (
+    _accumulator,
     _checks,
     _keys,
     _loss,
@@ -497,6 +498,7 @@ def step(
         boundary,
         extra_args or {},
         _micro_step.apply_output(params),
+        like=_accumulator.arrays(params),
         weighted=loss.weight is not None and not judges,
         clears=clears,
     )

@@ -49,18 +49,20 @@ class Window(NamedTuple):
           (local sums of loss and gradient; for each gradient, the axes over which it is summed already; a zero of the
           loss's dtype; the carry, averaged over the devices; aux).
         """
-        params = self.differentiated(args)
+        params = _accumulator.arrays(self.differentiated(args))
         micro_batches = _split.split(args, self.roles.batch, self.k, self.stacked)
-        carry = device.local(jax.tree.map(_strong, tuple(args[i] for i in self.roles.carry)))
-        carry = _keys.fold_beyond_first(carry, device.index())
+        # As leaves, since a loop compares trees, and not every class of a tree can be compared.
+        leaves, carry_structure = jax.tree.flatten(tuple(args[i] for i in self.roles.carry))
+        carry = _keys.fold_beyond_first(device.local(list(map(_strong, leaves))), device.index())
 
         def loss(seen, index, batch, carry):
             differentiated = (seen,) if isinstance(self.argnums, int) else seen
             number = device.index() * self.k + index
             keys = tuple(_keys.fold(args[i], number) for i in self.roles.keys)
-            returned = self.fun(*self.roles.put(args, differentiated, batch, keys, carry), **kwargs)
+            old_carry = carry_structure.unflatten(carry)
+            returned = self.fun(*self.roles.put(args, differentiated, batch, keys, old_carry), **kwargs)
             value, new_carry, aux = self.unpack(returned)
-            return value, (_carried(new_carry, carry), aux)
+            return value, (_carried(new_carry, old_carry), aux)
 
         # Cast to varying before anything is computed from them, so that no gradient is reduced on its way back.
         seen = params = device.local(params)
@@ -90,7 +92,7 @@ class Window(NamedTuple):
         total, grads = sums.total
         total = total if mean is None else total + mean * sums.weight
         sums = Weighted((total, transpose(grads, self.k)), sums.weight)
-        return sums, reduced, like, device.averaged(carry), aux
+        return sums, reduced, like, carry_structure.unflatten(device.averaged(carry)), aux
 
     def _start(self, seen: Tree) -> Weighted:
         """Sums of no micro-batch."""
@@ -221,12 +223,14 @@ def _strong(x: Any) -> jax.Array:
     return jax.lax.convert_element_type(x, x.dtype) if jax.typeof(x).weak_type else x
 
 
-def _carried(new: tuple[Tree, ...], old: tuple[Tree, ...]) -> tuple[Tree, ...]:
-    """The new model state, which must have the old one's tree, shapes and dtypes."""
-    shapes = lambda tree: jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), tree)
-    if jax.tree.structure(new) != jax.tree.structure(old) or shapes(new) != shapes(old):
+def _carried(new: tuple[Tree, ...], old: tuple[Tree, ...]) -> list[jax.Array]:
+    """The leaves of the new model state, which must be those of the old one, of their shapes and dtypes."""
+    flat = jax.tree_util.tree_leaves_with_path
+    types = lambda tree: [(path, jnp.shape(x), jnp.result_type(x)) for path, x in flat(tree)]
+    if types(new) != types(old):
+        shapes = lambda tree: jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), tree)
         raise ValueError(
             f"fun must return a new carry of the same tree, shapes and dtypes: carry_argnums passed {shapes(old)}, "
             f"fun returned {shapes(new)}."
         )
-    return jax.tree.map(_strong, new)
+    return list(map(_strong, jax.tree.leaves(new)))

@@ -6,6 +6,7 @@ devices stay where they lie.
 """
 
 import collections
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -48,15 +49,16 @@ class Packing(NamedTuple):
         return self.structure.unflatten(leaves)
 
 
-def of(sums: Tree, stay: Sequence[bool]) -> Packing:
+def of(sums: Tree, stay: Sequence[bool] | None = None) -> Packing:
     """How to pack `sums`: small leaves, with others of their shape, dtype and layout.
 
     Args:
       sums: arrays; None where there is no leaf.
-      stay: for each array whether it must stay a leaf of its own.
+      stay: for each array whether it must stay a leaf of its own; None where none must.
     """
     is_none = lambda x: x is None
-    stays, alike = iter(stay), collections.defaultdict(list)
+    stays = itertools.repeat(False) if stay is None else iter(stay)
+    alike = collections.defaultdict(list)
     for i, (path, x) in enumerate(jax.tree_util.tree_leaves_with_path(sums, is_leaf=is_none)):
         if x is None or next(stays) or x.ndim > 1 or x.size > _SMALL or _overwrites.holds(path):
             continue

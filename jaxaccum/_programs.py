@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxaccum import _accumulator, _checks, _inner, _micro_step, _multi_steps, _pieces, _shares
+from jaxaccum import _accumulator, _checks, _inner, _micro_step, _multi_steps, _packing, _pieces, _shares
 from jaxaccum import task as _task
 from jaxaccum._feed import MicroStep
 from jaxaccum._multi_steps import MultiSteps
@@ -195,9 +195,18 @@ class Programs:
 
     def _scan(self, state, pieces, share):
         *others, (batch, place) = pieces
-        add = lambda pending, piece: self._add_piece(state.params, pending, *piece)
-        pending, logs = jax.lax.scan(add, state.pending, jax.tree.map(lambda *x: jnp.stack(x), *others))
-        state, last_logs, means = self._close_with(state._replace(pending=pending), batch, place, share)
+        packing = _packing.of(state.pending.sums.acc_grads)
+        with_sums = lambda pending, sums: pending._replace(sums=pending.sums._replace(acc_grads=sums))
+        pack = lambda pending: with_sums(pending, packing.pack(pending.sums.acc_grads))
+        unpack = lambda pending: with_sums(pending, packing.unpack(pending.sums.acc_grads))
+
+        def add(pending, piece):
+            pending, logs = self._add_piece(state.params, unpack(pending), *piece)
+            return pack(pending), logs
+
+        pieces = jax.tree.map(lambda *x: jnp.stack(x), *others)
+        pending, logs = jax.lax.scan(add, pack(state.pending), pieces)
+        state, last_logs, means = self._close_with(state._replace(pending=unpack(pending)), batch, place, share)
         # The micro-steps on the last axis: the devices' stays the first, and says where they lie.
         together = lambda x, end: jnp.concatenate([jnp.moveaxis(x, 0, -1), end[..., None]], axis=-1)
         return state, jax.tree.map(together, logs, last_logs), means

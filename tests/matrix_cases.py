@@ -65,8 +65,26 @@ def takes_gradients(case):
     return case.driver in ("update", "apply")
 
 
+def is_refused_by_the_host(case):
+    """Whether `HostDriven` can't be used in the context at all."""
+    context = CONTEXTS[case.context]
+    return case.driver == "host_driven" and (context.place == "axis_name" or context.jits == "always")
+
+
 # The first rule that applies says why.
 IMPOSSIBLE = [
+    Rule(
+        "layers that are cast before they are walked along have another dtype than their sums",
+        lambda c: (
+            c.loss in ("scan", "checkpoint", "constant_start")
+            and (c.prepare, c.in_place) == ("cast", "in_place")
+            and not (c.context == "vmap_k" and not DRIVERS[c.driver].has_traced_k)
+            and not (takes_gradients(c) or is_refused_by_the_host(c))
+            and not (c.context == "shard_map" and c.loss == "constant_start")
+        ),
+        ValueError,
+        "in_place=True: the gradients of",
+    ),
     Rule("only a traced K can be mapped over", lambda c: c.context == "vmap_k" and not DRIVERS[c.driver].has_traced_k),
     Rule(
         "jax has no reverse mode over a traced K: name a static K",

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxaccum import _accumulator, _checks, _inner, _keys, _micro_step, _multi_steps
+from jaxaccum import _accumulator, _checks, _inner, _keys, _loss_step, _micro_step
 from jaxaccum._integers import positive_int
 from jaxaccum._multi_steps import MultiSteps
 from jaxaccum._state import MultiStepsState, set_every_k
@@ -80,7 +80,7 @@ class HostDriven:
         self._compiled = set()  # (program, signature) where it is known to compile
 
         loss = _checks.without_aux(fun, "HostDriven")
-        micro_step = functools.partial(_multi_steps.micro_step, config, loss, clears=True)
+        micro_step = functools.partial(_loss_step.micro_step, config, loss, clears=True)
 
         def accumulate(params, prepared, pending, *args):
             loss, _, pending = micro_step(params, pending._replace(prepared=prepared), args, boundary=False)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxaccum import _accumulator, _checks, _inner, _micro_step, _multi_steps, _packing, _pieces, _shares
+from jaxaccum import _accumulator, _checks, _inner, _loss_step, _micro_step, _packing, _pieces, _shares
 from jaxaccum import task as _task
 from jaxaccum._feed import MicroStep
 from jaxaccum._multi_steps import MultiSteps
@@ -235,7 +235,7 @@ class Programs:
         """(loss, (model state, logs), params, sums) with one more piece; sums are 0 where a window begins."""
         config = self._tx._config
         options = {"own": _pieces.OWN, "boundary": boundary, "clears": True, "extra_args": extra_args}
-        return _multi_steps.step(config, self._objective, _pieces.ROLES, params, sums, args, **options)
+        return _loss_step.step(config, self._objective, _pieces.ROLES, params, sums, args, **options)
 
     def _add(self, params, opt_state, pending, batch, place, boundary, **extra_args):
         """(params, opt_state, pending, logs) with one more piece; the optimizer runs at a boundary."""

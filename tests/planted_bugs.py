@@ -330,8 +330,8 @@ BUGS = [
     Bug(
         "a fused window without its share of K",
         "_programs.py",
-        "self._close_with(state._replace(pending=pending), batch, place, share)",
-        "self._close_with(state._replace(pending=pending), batch, place, None)",
+        "unpack(pending)), batch, place, share)",
+        "unpack(pending)), batch, place, None)",
     ),
     Bug(
         "a fused window's first loss for all", "_programs.py", "Outputs([logs], (..., i))", "Outputs([logs], (..., 0))"

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxaccum
+from jaxaccum import _programs, _strategy
 
 LAYERS, WIDTH, K, N = 3, 16, 4, 2
 
@@ -267,3 +268,17 @@ def test_memory():
     for in_place in (False, None):
         window = temporary(jaxaccum.value_and_grad(scanned, K, in_place=in_place), batch())
         assert (window - gradient > 0.8 * size) == (in_place is False), (in_place, window, gradient, size)
+
+
+@pytest.mark.parametrize("strategy", ["single", "ddp"])
+@pytest.mark.parametrize(("loss", "leaves"), [(scanned, 2), (weighted, 0)])
+def test_the_trainer(strategy, loss, leaves):
+    """A Trainer that makes a second tree of gradients where a window makes none."""
+    task = jaxaccum.Task(lambda key, batch: params(), lambda p, x, key: loss(p, x), optax.sgd(0.1))
+    devices = _strategy.Strategy(strategy, "auto")
+    programs = _programs.Programs(task, devices, task.optimizer, "propagate", 0)
+    state = programs.initial(np.asarray(batch()))
+    (piece,) = devices.pieces([np.asarray(batch())])
+    # On several devices one may have no share of a piece, so a plain loss has a weight there.
+    expected = leaves if strategy == "single" else 0
+    assert adds(programs._add_piece, state.params, state.pending, *piece) == expected

@@ -36,7 +36,7 @@ class Traced(NamedTuple):
 
     def unflatten(self, flat: Sequence[Any]) -> tuple[Any, tuple[Weighted, Any]]:
         """Flat results as `total` gives them."""
-        return jax.tree.unflatten(jax.tree.structure(self.shapes), flat)
+        return jax.tree.unflatten(jax.tree.structure(self.shapes), map(jnp.asarray, flat))
 
     def less(self, mean: Any) -> "Traced":
         """The loss with `total - mean·weight` for its total.
@@ -94,6 +94,21 @@ class Traced(NamedTuple):
             return True
         return not _linear.is_zero(closed.jaxpr, [False] * count + [True])
 
+    def refuse_reduced(self, names: Sequence[str]) -> None:
+        """Refuses a loss that is the same on all devices of mapped axes, where jax's types tell.
+
+        Raises:
+          ValueError: if it doesn't vary over any of `names` though the parameters do: it has been reduced already, and
+            its gradient would be divided by the number of devices once more.
+        """
+        varying = lambda aval: set(names) & set(aval.mat.varying)
+        count = jax.tree.structure(self.args[0]).num_leaves
+        if any(map(varying, self.closed.in_avals[:count])) and not varying(self.closed.out_avals[0]):
+            raise ValueError(
+                f"the loss does not vary over axis_name={tuple(names)!r}: it is reduced over it already, as by "
+                "jax.lax.pmean. Return each device's own mean, or a Weighted; the window reduces it once."
+            )
+
     def refuse_varying_weight(self) -> None:
         """A stream of micro-batches has no place for the derivative of a weight.
 
@@ -129,7 +144,10 @@ def trace(fun: Callable[..., Any], *args: Any) -> Traced:
         return loss.total, (loss, rest)
 
     closed, shapes = jax.make_jaxpr(total, return_shape=True)(*args)
-    return Traced(args, closed, shapes)
+    traced = Traced(args, closed, shapes)
+    if traced.weight is not None:
+        _checks.weight(traced.weight)
+    return traced
 
 
 def keep(weight: Any) -> jax.Array | None:

@@ -168,6 +168,7 @@ def on_each(
     def on_device(device, sums, starts, *args, **kwargs):
         params = device.local(_accumulator.arrays(args[position]))
         loss = _loss.trace(lambda p: fun(*args[:position], p, *args[position + 1 :], **kwargs), params)
+        loss.refuse_reduced(device.names)
         loss.refuse_varying_weight()
         gradient = of(loss, in_place, sums, replaces=starts is not False)
         if any(gradient.inside):
@@ -179,8 +180,9 @@ def on_each(
         return value, rest, grads
 
     if not isinstance(sync, MeshAxis):
-        of_arrays = lambda sums, starts, args, kwargs: on_device(sync, sums, starts, *args, **kwargs)
-        value, rest, grads = _eager.run(of_arrays, sums, starts, args, kwargs or {})
+        others = lambda params: [params if i == position else arg for i, arg in enumerate(args)]
+        of_params = lambda params, sums: on_device(sync, sums, starts, *others(params), **(kwargs or {}))
+        value, rest, grads = _eager.run(of_params, args[position], sums)
         return (value if weights[-1] is None else Weighted(value.total, weights[-1])), rest, grads
 
     def body(sums, starts, *args, **kwargs):
@@ -195,6 +197,6 @@ def on_each(
     _split.check_devices(args, roles.batch, 1, False, sync.size())
     split = (0, *(i + 2 for i in (*own, *roles.batch)))
     options = {"split": split, "split_dim": 0, "out_specs": P(sync.names)}
-    on_mesh = lambda args, kwargs: _mesh.run(body, sync, args, kwargs, **options)
-    value, rest, grads = _eager.run(on_mesh, (sums, starts, *args), kwargs or {})
+    on_mesh = lambda *args: _mesh.run(body, sync, args, kwargs or {}, **options)
+    value, rest, grads = _eager.run(on_mesh, sums, starts, *args)
     return (value if weights[-1] is None else Weighted(value.total, weights[-1])), rest, grads

@@ -152,13 +152,15 @@ def value_and_grad(
         _checks.differentiable(params)
         _checks.placed(params, sync)
         with window.roles.hints(args, kwargs, window.k, stacked):
-            return _eager.run(functools.partial(_window_of, window, sync, grad_dtype), args, kwargs)
+            traced = {i: args[i] for i in window.roles.all()}
+            return _eager.run(functools.partial(_window_of, window, sync, grad_dtype, args, kwargs), traced)
 
     return value_and_grad
 
 
-def _window_of(window, sync, grad_dtype, args, kwargs):
-    """What `value_and_grad` returns."""
+def _window_of(window, sync, grad_dtype, args, kwargs, traced):
+    """What `value_and_grad` returns; `traced` takes the place of arguments by number."""
+    args = [traced.get(i, arg) for i, arg in enumerate(args)]
     params = window.differentiated(args)
     if isinstance(sync, MeshAxis):
         sums, like, carry, aux = _on_mesh(window, sync, args, kwargs)

@@ -80,6 +80,7 @@ class Window(NamedTuple):
             seen = device.local(seen)
 
         traced, mean = _loss.trace(loss, seen, *first), None
+        traced.refuse_reduced(device.names)
         if traced.weight_varies():
             mean = self._mean(device, traced, seen, carry, micro_batches)
             traced = traced.less(mean)

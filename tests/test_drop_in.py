@@ -234,3 +234,31 @@ def test_in_place_holds_or_raises(prepare):
     jaxaccum.value_and_grad(layers, K, prepare=prepare)(p, x)
     with pytest.raises(ValueError, match=r"in_place=True: the gradients of .*another dtype.*Leave in_place at None"):
         jaxaccum.value_and_grad(layers, K, prepare=prepare, in_place=True)(p, x)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_loss_that_is_a_number(k):
+    """Catches literals of a trace, which are no arrays."""
+    w, x = jnp.ones(2), jnp.ones((4, 2))
+    value, grads = jaxaccum.value_and_grad(lambda w, x: 1.0, k)(w, x)
+    assert value == 1.0 and not grads.any()
+    value, grads = jaxaccum.value_and_grad(lambda w, x: jaxaccum.Weighted(1.0, 2.0), k)(w, x)
+    assert value == 0.5 and not grads.any()
+
+
+@pytest.mark.parametrize("weight", [-1.0, np.nan])
+def test_a_weight_that_is_known_is_checked(weight):
+    """Catches a gradient that is negated, by a weight that jax makes an array of."""
+    fun = lambda w, x: jaxaccum.Weighted(jnp.sum(w * x), jnp.float32(weight))
+    with pytest.raises(ValueError, match="weight must be finite and at least 0"):
+        jaxaccum.value_and_grad(fun, 2)(jnp.ones(()), jnp.ones(4))
+
+
+def test_a_loss_that_is_reduced_already_is_refused():
+    """Catches a gradient that is divided by the number of devices twice."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(KINDS["auto"],))
+    fun = lambda w, x: jax.lax.pmean(jnp.mean((w * x) ** 2), "data")
+    f = jaxaccum.value_and_grad(fun, 2, axis_name="data")
+    mapped = jax.shard_map(f, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+    with pytest.raises(ValueError, match=r"the loss does not vary over axis_name=.*Return each device's own mean"):
+        mapped(jnp.ones(()), jnp.arange(16.0))

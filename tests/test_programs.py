@@ -10,6 +10,7 @@ import pytest
 from jax._src import compiler
 
 import jaxaccum
+from jaxaccum import _eager
 
 K, LAYERS = 4, 24
 
@@ -162,3 +163,52 @@ def test_one_micro_batch_needs_no_sums(options):
     np.testing.assert_allclose(got[1].astype(jnp.float32), want[1].astype(jnp.float32), rtol=1e-2)
     value, grads = f(w, x * jnp.nan)
     assert jax.tree.leaves(value)[0] == 0 and not grads.any()
+
+
+def test_an_eager_call_is_for_its_own_devices():
+    """Catches a program of another mesh of the same shape, whose text is the same."""
+    w, x = np.ones(2, np.float32), np.ones((8, 2), np.float32)
+    fun = lambda w, x: jnp.mean((x @ w) ** 2)
+    for devices in (jax.devices()[:2], jax.devices()[2:4]):
+        mesh = jax.sharding.Mesh(np.array(devices), ("data",))
+        _, grads = jaxaccum.value_and_grad(fun, 2, mesh=mesh)(w, x)
+        assert grads.devices() == set(devices)
+        tx = jaxaccum.MultiSteps(optax.sgd(1.0), 2, mesh=mesh)
+        placed = jax.device_put(w, jax.sharding.NamedSharding(mesh, jax.P()))
+        _, _, state = tx.micro_step(fun, placed, tx.init(placed), x)
+        assert state.acc_grads.devices() == set(devices)
+
+
+def test_an_eager_call_returns_keys_of_its_own_kind():
+    """Catches keys of another implementation, whose data look the same."""
+    for impl in ("rbg", "unsafe_rbg"):
+        key = jax.random.key(0, impl=impl)
+        f = jaxaccum.value_and_grad(lambda w, x, key=key: (jnp.mean(w * x), key), 2, has_aux=True)
+        assert f(jnp.ones(()), jnp.ones(4))[0][1].dtype == key.dtype
+
+
+@pytest.mark.parametrize("flag", [np.array(True), jnp.array(True)], ids=["numpy", "jax"])
+def test_an_eager_call_may_branch_on_what_is_neither_parameter_nor_batch(flag):
+    """Catches arguments that jax's own eager gradient leaves as they are, made tracers."""
+    fun = lambda w, x, flag: jnp.mean((x @ w) ** 2) if flag else jnp.mean(x @ w)
+    w, x = jnp.ones(2), jnp.ones((4, 2))
+    tx = jaxaccum.MultiSteps(optax.sgd(1.0), 2)
+    values = [jaxaccum.value_and_grad(fun, k)(w, x, flag)[0] for k in (1, 2)]
+    assert [*values, tx.micro_step(fun, w, tx.init(w), x, flag)[0]] == [4.0] * 3
+
+
+def test_large_constants_are_not_kept():
+    """Catches memory that grows by every call whose loss holds an array in a jitted function."""
+    before = len(_eager._PROGRAMS)
+    table = np.ones((600, 600), np.float32)
+    fun = lambda w, x: jnp.mean((x @ jax.jit(lambda w: table @ w)(w)) ** 2)
+    jaxaccum.value_and_grad(fun, 2)(jnp.ones(600), jnp.ones((4, 600)))
+    assert len(_eager._PROGRAMS) == before
+
+
+def test_a_parameter_that_is_a_number_compiles_once(monkeypatch):
+    """Catches each value taken for a program of its own."""
+    f = jaxaccum.value_and_grad(lambda w, x: jnp.mean((w * x) ** 2), 2)
+    f(1.0, jnp.ones(4))
+    seen = compiles(monkeypatch)
+    assert f(3.0, jnp.ones(4))[1] == 6.0 and not seen

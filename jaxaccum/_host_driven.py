@@ -18,11 +18,11 @@ Tree = Any
 
 
 class HostDriven:
-    """`MultiSteps.micro_step` as two compiled programs, of which the host picks one by counting: the fastest drive.
+    """`MultiSteps.micro_step` as two compiled programs, between which Python picks by counting: the fastest stream.
 
-    The one for between boundaries takes the parameters and what is pending, and gives the latter back: the optimizer's
-    state does not pass through it, and it adds to the sums without asking whether there are any. The other one closes
-    the window, without a conditional, and clears them. Changing K compiles nothing.
+    The first only accumulates: it takes the parameters and the pending sums and returns the sums, so the optimizer's
+    state does not pass through it. The second also runs the optimizer, without a conditional, and clears the sums.
+    Changing K compiles nothing.
 
     The state that is passed decides where its window stands. For a state that a call returned, the host knows this
     without waiting for the device; for any other (fresh, restored, copied, or from another step function) it reads

@@ -66,11 +66,12 @@ def value_and_grad(
         alone, casts of matrices above all, and takes it out of the micro-batches: each gradient is formed as it is
         without. A `jax.custom_vjp` must have a backward pass that is linear in its cotangents, as that of a
         straight-through estimator: any other is refused in a function, and left in `fun` by "auto".
-      in_place: whether gradients are added to their sums inside of the backward pass, where they can be. None does so
-        for a plain loss, in two ways. Layers that the loss stacks and walks along with `jax.lax.scan` add theirs as
-        they go, which saves a tree of gradients. And where the loss multiplies by a weight in half precision outside of
-        loops, the weight's gradient is formed in float32, not rounded, so that the product can add it. True adds those
-        of layers for a `Weighted` loss too. False does neither.
+      in_place: whether gradients are added to their sums inside of the backward pass. With None, the default, this
+        happens for a plain loss in two ways: the gradients of layers that the loss stacks and scans with `jax.lax.scan`
+        are added one by one, which saves a tree of gradients; and where the loss multiplies by a weight in half
+        precision outside of loops, the weight's gradient is formed in float32, not rounded, so that the product can add
+        it. True also adds those of layers for a `Weighted` loss, and raises where a cast of the layers prevents it.
+        False does neither.
       unroll: how many micro-batches are one iteration of the loop over them: with 2 the sums are read and written half
         as often and compilers join products, in up to twice the memory; what compiles is twice as large. Only for a K
         that is not traced.

@@ -110,7 +110,8 @@ def strict_drivers():
 def test_strict_promotion(driver):
     """Catches sums in float32 that are promoted with parameters in bfloat16."""
     with jax.numpy_dtype_promotion("strict"):
-        strict_drivers()[driver](jnp.ones((3, 3), jnp.bfloat16), jnp.ones((2 * K, 3), jnp.bfloat16))
+        result = strict_drivers()[driver](jnp.ones((3, 3), jnp.bfloat16), jnp.ones((2 * K, 3), jnp.bfloat16))
+    assert jax.tree.leaves(result)[-1].dtype == jnp.bfloat16
 
 
 def model_mesh(kind="auto"):

@@ -43,7 +43,8 @@ def value_and_grad(
       wrt: the filter of the variables to differentiate, as in nnx.
       batch_argnums: which arguments of `fun` to split; the model is number 0.
       key_argnums: random keys; micro-batch i sees `jax.random.fold_in(key, i)`. A typed key elsewhere is refused.
-      has_aux: `fun` returns (loss, aux).
+      has_aux: `fun` returns (loss, aux); aux comes back as from `jaxaccum.value_and_grad`, whose docstring says how to
+        put one entry for each example in the order of the batch.
       **options: the other options of `jaxaccum.value_and_grad`.
 
     Returns:
@@ -111,7 +112,8 @@ def linen_value_and_grad(
       num_micro_batches: K, as for `jaxaccum.value_and_grad`; micro-batch i is rows i, i + K, ... of the batch.
       mutable: the collections that a call changes, such as "batch_stats". They go from micro-batch to micro-batch.
       rngs: the random streams that a call draws from, such as "dropout". No two micro-batches draw the same.
-      has_aux: `fun` returns (loss, aux).
+      has_aux: `fun` returns (loss, aux); aux comes back as from `jaxaccum.value_and_grad`, whose docstring says how to
+        put one entry for each example in the order of the batch.
       **options: the other options of `jaxaccum.value_and_grad`.
 
     Returns:

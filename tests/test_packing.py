@@ -44,10 +44,11 @@ def test_what_is_packed():
     rows = lambda *shape, dtype=jnp.float32: jnp.arange(float(np.prod(shape, dtype=int)), dtype=dtype).reshape(shape)
     half = rows(4, dtype=jnp.bfloat16)
     tree = [rows(3), None, rows(2, 2), rows(), half, 2 * rows(3), rows(2**16 + 1), 3 * rows(3), half + 1, half, rows(5)]
-    packing = _packing.of(tree, stay=[False] * 6 + [True] + [False] * 3)
+    tree.append(rows(3, dtype=jnp.bfloat16))
+    packing = _packing.of(tree, stay=[False] * 6 + [True] + [False] * 4)
     stacks, others = packed = packing.pack(tree)
     assert [(x.shape, x.dtype) for x in stacks] == [((2, 3), jnp.float32), ((3, 4), jnp.bfloat16)]
-    assert [i for i, x in enumerate(others) if x is not None] == [2, 3, 6, 7, 10]
+    assert [i for i, x in enumerate(others) if x is not None] == [2, 3, 6, 7, 10, 11]
     for x, y in zip(packing.unpack(packed), tree, strict=True):
         assert x is y or (x.dtype == y.dtype and x.shape == y.shape and np.array_equal(x, y))
 

@@ -129,10 +129,8 @@ def _summed(jaxpr: core.Jaxpr, inputs: Sequence[set[str]]) -> tuple[set[str], li
 
 def _bodies(eqn: core.JaxprEqn) -> list[core.Jaxpr]:
     """The functions that an equation calls with its operands; a conditional keeps the first, its index, to itself."""
-    params = [p for param in eqn.params.values() for p in (param if isinstance(param, (tuple, list)) else [param])]
-    opened = [p.jaxpr if isinstance(p, core.ClosedJaxpr) else p for p in params]
     arity = len(eqn.invars) - (eqn.primitive.name == "cond"), len(eqn.outvars)
-    return [p for p in opened if isinstance(p, core.Jaxpr) and (len(p.invars), len(p.outvars)) == arity]
+    return [body for body in _jaxprs.bodies(eqn) if (len(body.invars), len(body.outvars)) == arity]
 
 
 def _name(path: Any) -> str:

@@ -3,7 +3,7 @@
 import collections
 import functools
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -44,7 +44,7 @@ def run(fun: Callable[..., Any], *args: Any) -> Any:
 
     closed, shapes = jax.make_jaxpr(of_arrays, return_shape=True)(arrays)
     program = functools.partial(_evaluate, closed.jaxpr)
-    if not closed.effects and all(map(_can_be_told, _equations(closed.jaxpr))):
+    if not closed.effects and all(map(_can_be_told, _jaxprs.equations(closed.jaxpr))):
         program = _compiled(program, closed, arrays)
     return jax.tree.unflatten(jax.tree.structure(shapes), program(closed.consts, arrays))
 
@@ -67,16 +67,9 @@ def _compiled(program: Callable[..., list[Any]], closed: core.ClosedJaxpr, array
     return known
 
 
-def _equations(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for body in _jaxprs.bodies(eqn):
-            yield from _equations(body)
-
-
 def _can_be_told(eqn: core.JaxprEqn) -> bool:
     """Whether the text of a program tells this equation from any other, and keeping it takes little memory."""
-    consts = [x for param in _parts(eqn) for x in (param.consts if isinstance(param, core.ClosedJaxpr) else ())]
+    consts = [x for param in _jaxprs.parts(eqn) for x in (param.consts if isinstance(param, core.ClosedJaxpr) else ())]
     is_large = sum(getattr(x, "nbytes", 0) for x in consts) > _LARGE
     # A callback is a Python function.
     return "callback" not in eqn.primitive.name and not is_large
@@ -84,10 +77,5 @@ def _can_be_told(eqn: core.JaxprEqn) -> bool:
 
 def _places(jaxpr: core.Jaxpr) -> list[Any]:
     """The meshes and shardings in a jaxpr."""
-    parts = (part for eqn in _equations(jaxpr) for part in _parts(eqn))
+    parts = (part for eqn in _jaxprs.equations(jaxpr) for part in _jaxprs.parts(eqn))
     return [part for part in parts if isinstance(part, (Mesh, Sharding))]
-
-
-def _parts(eqn: core.JaxprEqn) -> Iterator[Any]:
-    for param in eqn.params.values():
-        yield from param if isinstance(param, (tuple, list)) else (param,)

@@ -129,12 +129,25 @@ def purely(fun: Callable[..., Any], *args: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(shapes), core.jaxpr_as_fun(pure)(*jax.tree.leaves(args)))
 
 
+def parts(eqn: core.JaxprEqn) -> Iterator[Any]:
+    """The parameters of an equation; of a tuple or a list each entry."""
+    for param in eqn.params.values():
+        yield from param if isinstance(param, (tuple, list)) else (param,)
+
+
 def bodies(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
     """The functions that an equation calls."""
-    for param in eqn.params.values():
-        for value in param if isinstance(param, (tuple, list)) else (param,):
-            if isinstance(value, (core.Jaxpr, core.ClosedJaxpr)):
-                yield value.jaxpr if isinstance(value, core.ClosedJaxpr) else value
+    for part in parts(eqn):
+        if isinstance(part, (core.Jaxpr, core.ClosedJaxpr)):
+            yield part.jaxpr if isinstance(part, core.ClosedJaxpr) else part
+
+
+def equations(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
+    """The equations of a jaxpr and of all that it calls."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for body in bodies(eqn):
+            yield from equations(body)
 
 
 def reached(jaxpr: core.Jaxpr, inputs: Sequence[bool]) -> list[bool]:
@@ -155,9 +168,4 @@ def axes(eqn: core.JaxprEqn) -> set[str]:
     found = {
         axis for given in names for axis in (given if isinstance(given, tuple) else (given,)) if isinstance(axis, str)
     }
-    for value in eqn.params.values():
-        for closed in value if isinstance(value, (tuple, list)) else (value,):
-            jaxpr = closed.jaxpr if isinstance(closed, core.ClosedJaxpr) else closed
-            if isinstance(jaxpr, core.Jaxpr):
-                found = found.union(*map(axes, jaxpr.eqns))
-    return found
+    return found.union(*(axes(inner) for body in bodies(eqn) for inner in body.eqns))

@@ -204,8 +204,8 @@ def _gathered(eqn: core.JaxprEqn, x: Any) -> list[Any]:
 def _has_small_range(jaxpr: core.Jaxpr) -> bool:
     """Whether a floating dtype of a smaller range than float32's is in it."""
     largest = lambda var: jnp.finfo(var.aval.dtype).maxexp if _floating(var.aval) else np.inf
-    own = any(largest(var) < jnp.finfo(jnp.bfloat16).maxexp for eqn in jaxpr.eqns for var in eqn.outvars)
-    return own or any(_has_small_range(body) for eqn in jaxpr.eqns for body in _jaxprs.bodies(eqn))
+    results = (var for eqn in _jaxprs.equations(jaxpr) for var in eqn.outvars)
+    return any(largest(var) < jnp.finfo(jnp.bfloat16).maxexp for var in results)
 
 
 def _power_of_two(count: Any) -> jax.Array:

@@ -174,12 +174,6 @@ def impossible(case):
     return next((rule for rule in IMPOSSIBLE if rule.applies(case)), None)
 
 
-def adds_in_layers(case):
-    """Whether layers in a scan add their gradients to the sums as they go."""
-    is_layered = case.loss in ("scan", "checkpoint", "constant_start")
-    return is_layered and not takes_gradients(case) and case.prepare != "cast" and case.in_place != "after"
-
-
 # By the number of the failure in the issue, or a new one: which cases fail today.
 KNOWN = {}
 

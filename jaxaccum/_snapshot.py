@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxaccum import _accumulator, _micro_step, _plain, _redistribute, _sync
+from jaxaccum import _accumulator, _keys, _micro_step, _plain, _redistribute, _sync
 from jaxaccum._counters import Counters
 from jaxaccum._programs import FitState, Pending, Programs
 from jaxaccum._reader import TrainLoader
@@ -171,11 +171,11 @@ def _named(state: FitState) -> dict[str, Any]:
 
 
 def _data(x: Any) -> Any:
-    return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    return jax.random.key_data(x) if _keys.is_typed(x) else x
 
 
 def _keyed(data: np.ndarray, like: Any) -> Any:
     """`data` as typed keys where `like` is."""
-    if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
+    if _keys.is_typed(like):
         return jax.random.wrap_key_data(jnp.asarray(data), impl=jax.random.key_impl(like))
     return data

@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxaccum import _keys
 from jaxaccum._integers import positive_int
 from jaxaccum._processes import Processes
 from jaxaccum._sync import MeshAxis, OneDevice
@@ -176,10 +177,9 @@ class Strategy:
         """`tree` as process 0 has it."""
         if self.processes.count == 1:
             return tree
-        is_key = lambda x: isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-        data = jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree)
+        data = jax.tree.map(lambda x: jax.random.key_data(x) if _keys.is_typed(x) else x, tree)
         first = multihost_utils.broadcast_one_to_all(data)
-        as_was = lambda x, old: jax.random.wrap_key_data(x, impl=jax.random.key_impl(old)) if is_key(old) else x
+        as_was = lambda x, old: jax.random.wrap_key_data(x, impl=jax.random.key_impl(old)) if _keys.is_typed(old) else x
         return jax.tree.map(as_was, first, tree)
 
     def spread(self, tree: Tree) -> Tree:
@@ -251,7 +251,7 @@ def _equally_many(available: Sequence[Any], count: int, processes: int) -> list[
 def _placed(x: Any, sharding: Any) -> jax.Array:
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         return jax.jit(jnp.copy, out_shardings=sharding)(x)
-    if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if _keys.is_typed(x):
         data = _placed(jax.random.key_data(x), sharding)
         return jax.jit(lambda data: jax.random.wrap_key_data(data, impl=jax.random.key_impl(x)))(data)
     whole = np.asarray(x, jax.dtypes.canonicalize_dtype(np.asarray(x).dtype))

@@ -271,7 +271,7 @@ class MeshAxis:
         return jax.tree.map_with_path(leaf, tree)
 
     def averaged(self, tree: Tree) -> Tree:
-        """The mean over the leading axis of what floats; the rest must agree, and is the largest."""
+        """The mean over the leading axis of what floats; the first keys; the rest must agree."""
         return averaged(tree)
 
     def one(self, tree: Tree) -> Tree:

@@ -1,6 +1,7 @@
 """Where a run stands, as the host counts it."""
 
 import dataclasses
+from typing import Any
 
 
 @dataclasses.dataclass
@@ -21,6 +22,7 @@ class Counters:
       all_batches: the loader batches in all of them.
       ends_epoch: whether the last micro-step was its epoch's last; the epoch's end is still to come.
       validated: whether no validation is outstanding after it.
+      toward_validation: the micro-steps that `val_check_interval` has counted.
     """
 
     epoch: int = 0
@@ -36,6 +38,17 @@ class Counters:
     all_batches: int = 0
     ends_epoch: bool = False
     validated: bool = True
+    toward_validation: int = 0
+
+    @classmethod
+    def of_notes(cls, notes: dict[str, Any]) -> "Counters":
+        """The counters of a checkpoint; version 0.1 counted towards a validation within each epoch alone."""
+        return cls(**{"toward_validation": notes["batch_idx"], **notes})
+
+    @property
+    def arrays(self) -> tuple[int, int, int]:
+        """What tells the run's arrays apart: at two places that are equal in this, they are the same."""
+        return self.micro_step, self.global_step, self.window_step
 
     def regrouped(self, before: int, now: int) -> "Counters":
         """The same place for micro-steps of `now` loader batches, where so far they had `before`.
@@ -45,5 +58,9 @@ class Counters:
         """
         up = lambda micro_steps: -(-micro_steps * before // now)
         return dataclasses.replace(
-            self, batch_idx=-(-self.batches // now), window_step=up(self.window_step), every_k=up(self.every_k)
+            self,
+            batch_idx=-(-self.batches // now),
+            window_step=up(self.window_step),
+            every_k=up(self.every_k),
+            toward_validation=up(self.toward_validation),
         )

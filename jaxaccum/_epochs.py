@@ -1,8 +1,7 @@
 """The epochs of a run: one call on the devices after another, and what falls due between them."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import jax
 
@@ -14,8 +13,6 @@ from jaxaccum._savers import Savers
 from jaxaccum._signals import Signals
 from jaxaccum._validation import Validation
 from jaxaccum._windows import Windows
-
-Tree = Any
 
 
 class Epochs:
@@ -37,25 +34,35 @@ class Epochs:
         self._windows = Windows(run, hooks, self._validation)
         self._epochs, self._steps = run.options.epochs, run.options.steps
 
-    def are_over(self) -> bool:
+    def check_validation(self) -> None:
+        """Validates on a few batches, as `Validation.check`."""
+        self._validation.check()
+
+    def train(self) -> None:
+        """Trains to the run's end, and saves it."""
+        if self._run.at.batch_idx:  # In mid-epoch, or at its end.
+            self._train_epoch()
+        while not self._are_over():
+            self._train_epoch()
+        if not self._run.at.batch_idx:
+            self._savers.save_at_end(self._run)
+        self._validation.warn_if_none()
+
+    def _are_over(self) -> bool:
         """Whether the run has all of its epochs or its optimizer steps, or was asked to stop."""
         at = self._run.at
         return at.global_step >= self._steps or at.epoch >= self._epochs or self._run.strategy.processes.wishes.stop
 
-    def train(self, batches: Iterable[Tree]) -> None:
-        """Trains on an epoch's batches: to its end, or until the run is over.
-
-        Args:
-          batches: those to come; what the counters have of the epoch is behind it.
-        """
+    def _train_epoch(self) -> None:
+        """Trains on what is to come of an epoch: to its end, or until the run is over."""
         run, at, processes = self._run, self._run.at, self._run.strategy.processes
         if not at.batch_idx:
             self._begin()
         processes.agree(f"epoch {at.epoch}", {"accumulate_grad_batches": at.every_k, "micro_step": at.micro_step})
         self._validation.run_if_due()
-        is_over = at.batch_idx and (at.ends_epoch or self.are_over())
+        is_over = at.batch_idx and (at.ends_epoch or self._are_over())
         before = at.batches
-        for call in () if is_over else self._calls(batches):
+        for call in () if is_over else self._calls():
             self._signals.leave_if_told()
             if processes.wishes.stop and at.batches != before:
                 break  # A hook of the last micro-step asked for it, on whatever process.
@@ -63,7 +70,7 @@ class Epochs:
             self._savers.save_if_due(run, "micro_step", len(call))
             self._validation.run_if_due()
             self._signals.leave_if_told()
-            if self.are_over():
+            if self._are_over():
                 break
         if at.batches == before and not is_over:
             passed = f" after the {before} that the checkpoint was trained on" if before else ""
@@ -73,6 +80,7 @@ class Epochs:
         self._windows.flush_if_asked()
         self._hooks.call("on_train_epoch_end")
         if at.ends_epoch:
+            self._validation.end_epoch()
             at.epoch, at.batch_idx, at.batches, at.ends_epoch = at.epoch + 1, 0, 0, False
             self._savers.save_if_due(run, "epoch")
         processes.share_wishes()
@@ -85,11 +93,15 @@ class Epochs:
         self._hooks.call("on_train_epoch_start")
         run.takes_k = False
 
-    def _calls(self, batches: Iterable[Tree]) -> Iterator[Sequence[MicroStep]]:
+    def _calls(self) -> Iterator[Sequence[MicroStep]]:
         """The micro-steps to come in the epoch, in lists, each for one call on the devices."""
-        steps = micro_steps(batches, self._run.strategy)
-        at = self._run.at
-        return fused(steps, at.every_k, at.window_step) if self._run.options.fuse_windows else zip(steps)
+        run, at = self._run, self._run.at
+        batches = run.loader.epoch(at.epoch)
+        self._validation.begin_epoch()
+        if run.loader.is_stream:  # What it gives is gone: it is asked for no more than `max_steps` will train on.
+            batches.stop_after(((self._steps - at.global_step) * at.every_k - at.window_step) * run.strategy.group)
+        steps = micro_steps(batches, run.strategy)
+        return fused(steps, at.every_k, at.window_step) if run.options.fuse_windows else zip(steps)
 
     def end_by(self, error: BaseException) -> None:
         """Saves what the last whole micro-step left, before `error` goes on its way; a second signal waits for none."""
@@ -106,4 +118,7 @@ class Epochs:
             except Exception as failure:
                 warnings.warn(f"the run could not be saved when it met {error!r}: {failure!r}.", stacklevel=2)
         if isinstance(error, (KeyboardInterrupt, SystemExit)) and processes.are_together(error):
-            self._windows.flush_if_asked()
+            try:
+                self._windows.flush_if_asked()
+            except Exception as failure:
+                error.add_note(f"The open window could not be flushed: {failure!r}.")

@@ -1,14 +1,13 @@
 """Validation: the weighted means of a loss over a loader, on the devices of training."""
 
 import functools
-import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxaccum import _limits, _outputs, _pieces
+from jaxaccum import _outputs, _pieces
 from jaxaccum._accumulator import Weighted
 from jaxaccum._feed import micro_steps
 from jaxaccum._pieces import Logs
@@ -24,30 +23,28 @@ class Evaluation:
     Args:
       task: whose loss.
       strategy: the devices.
-      limit: as the Trainer's `limit_val_batches`.
     """
 
-    def __init__(self, task: Task, strategy: Strategy, limit: int | float):
-        self._strategy, self._limit = strategy, limit
+    def __init__(self, task: Task, strategy: Strategy):
+        self.task, self._strategy = task, strategy
         self._losses = functools.partial(_pieces.losses, task, strategy)
         self._add = jax.jit(self._added, donate_argnums=0, out_shardings=strategy.local)
 
     def run(
-        self, params: Tree, model_state: Tree, loader: Iterable[Tree], look: Callable[[], None] = lambda: None
+        self, params: Tree, model_state: Tree, batches: Iterable[Tree], look: Callable[[], None] = lambda: None
     ) -> dict[str, float]:
         """The means of loss and metrics, with "val_" before their names, over all processes.
 
         Args:
           params: the parameters.
           model_state: the model's state.
-          loader: an iterable of batches.
+          batches: what to validate on.
           look: is called before each micro-step, and may raise.
 
         Raises:
           ValueError: if there is no batch.
         """
         strategy = self._strategy
-        batches = itertools.islice(loader, _limits.batches(loader, self._limit, "limit_val_batches"))
         if strategy.processes.count == 1:
             params, model_state = jax.device_put((params, model_state), strategy.common)
         elif not _spans((params, model_state)):

@@ -22,7 +22,7 @@ class MicroStep(NamedTuple):
       batch: what hooks are given: a loader batch; where there are several in a micro-step, a list of this process' own.
       count: how many loader batches are in it.
       examples: how many examples they hold.
-      last: whether it is the epoch's last.
+      last: whether it is known to be the epoch's last.
       loader_state: what the batches' `get_state` gave before the next one was fetched; None where they have none.
     """
 
@@ -62,7 +62,7 @@ def micro_steps(batches: Iterable[Tree], strategy: Strategy, *, may_differ: bool
         ahead.append(MicroStep(pieces, batch, count, examples, False, loader_state))
     while ahead:
         step = ahead.popleft()
-        yield step._replace(last=not ahead and groups.error is None)
+        yield step._replace(last=not ahead and groups.error is None and not getattr(batches, "was_stopped", False))
         if ahead:
             strategy.processes.gather("a micro-step")
     if groups.error is not None:

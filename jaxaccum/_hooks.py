@@ -4,7 +4,7 @@ import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from jaxaccum.callbacks import Callback
+from jaxaccum.callbacks import Callback, GradientAccumulationScheduler, ProgressBar
 from jaxaccum.task import Task
 
 if TYPE_CHECKING:
@@ -18,20 +18,33 @@ class Hooks:
       trainer: is passed to each of them.
       task: likewise.
       callbacks: in the order in which they run.
+
+    Attributes:
+      may_set_k: whether one of them may set K at an epoch's start, other than by the Trainer's schedule.
     """
 
     def __init__(self, trainer: "Trainer", task: Task, callbacks: Sequence[Callback]):
-        self._filled = {
-            name: [
-                functools.partial(getattr(callback, name), trainer, task)
-                for callback in callbacks
-                if getattr(type(callback), name) is not getattr(Callback, name)
-            ]
+        filling = {
+            name: [callback for callback in callbacks if getattr(type(callback), name) is not getattr(Callback, name)]
             for name in vars(Callback)
             if name.startswith("on_")
         }
+        self._filled = {
+            name: [functools.partial(getattr(callback, name), trainer, task) for callback in those]
+            for name, those in filling.items()
+        }
+        keep_k = (GradientAccumulationScheduler, ProgressBar)
+        self.may_set_k = any(type(callback) not in keep_k for callback in filling["on_train_epoch_start"])
 
     def call(self, name: str, *args: Any) -> None:
         """Calls all that fill the hook of that name."""
         for hook in self._filled[name]:
             hook(*args)
+
+    def call_on_exception(self, error: BaseException) -> None:
+        """Calls `on_exception` of all: one that raises keeps neither the others nor `error` from going on its way."""
+        for hook in self._filled["on_exception"]:
+            try:
+                hook(error)
+            except Exception as failure:
+                error.add_note(f"{hook.func.__qualname__} raised {failure!r} when it was called with this error.")

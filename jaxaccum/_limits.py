@@ -6,6 +6,8 @@ from typing import Any
 
 from jaxaccum._integers import as_int
 
+_ENDLESS = 2**62  # batches: some loaders say sys.maxsize where they repeat for ever
+
 
 def count_or_fraction(value: Any, name: str, least: int) -> int | float:
     """`value` as an int of at least `least`, or a float from 0 (above 0, where `least` is 1) to 1.
@@ -25,44 +27,59 @@ def count_or_fraction(value: Any, name: str, least: int) -> int | float:
     return number
 
 
-def count_or_endless(value: Any, name: str) -> int:
-    """`value` as an int of at least 1, or -1, which is without end.
+def count_or_endless(value: Any, name: str, least: int = 1) -> int:
+    """`value` as an int of at least `least`, or -1, which is without end.
 
     Raises:
       TypeError, ValueError: if it is neither.
     """
-    number = as_int(value, name, "an int of at least 1, or -1 for no limit")
-    if number != -1 and number < 1:
-        raise ValueError(f"{name} must be an int of at least 1, or -1 for no limit, got {number}.")
+    wanted = f"an int of at least {least}, or -1 for no limit"
+    number = as_int(value, name, wanted)
+    if number != -1 and number < least:
+        raise ValueError(f"{name} must be {wanted}, got {number}.")
     return number
 
 
 def size(loader: Iterable[Any]) -> int | None:
-    """How many batches the loader has; None where it can't say."""
+    """How many batches the loader says it has; None where it doesn't say, or has no end.
+
+    It is an estimate: a loader may change its length from epoch to epoch, or not know it.
+    """
     try:
-        return len(loader)  # pyrefly: ignore[bad-argument-type]
+        known = len(loader)  # pyrefly: ignore[bad-argument-type]
     except (TypeError, NotImplementedError):
         return None
+    return known if 0 < known < _ENDLESS else None
 
 
-def batches(loader: Iterable[Any], limit: int | float, name: str) -> int | None:
-    """How many of the loader's batches an epoch takes; None where that is all, and the loader can't say how many.
+def limit(loader: Iterable[Any], value: int | float, name: str) -> int | None:
+    """The largest number of batches that `value` lets an epoch take from the loader; None for all of them.
 
     Raises:
-      ValueError: if `limit` is a fraction of a length that is not known.
+      ValueError: if `value` is a fraction of a length that is not known.
     """
+    if isinstance(value, int):
+        return value
+    if value in (0.0, 1.0):
+        return None if value else 0
     known = size(loader)
-    if isinstance(limit, int):
-        return limit if known is None else min(limit, known)
-    if limit == 1.0:
-        return known
     if known is None:
-        raise ValueError(f"{name}={limit} is a fraction of a loader without a length; pass an int.")
-    return max(1, int(known * limit)) if limit else 0
+        raise ValueError(f"{name}={value} is a fraction of a loader without a length; pass an int.")
+    return max(1, int(known * value))
+
+
+def expected(loader: Iterable[Any], value: int | float, name: str) -> int | None:
+    """How many of the loader's batches an epoch is expected to take; None where that is not known.
+
+    Raises:
+      ValueError: as `limit`.
+    """
+    known = [batches for batches in (limit(loader, value, name), size(loader)) if batches is not None]
+    return min(known, default=None)
 
 
 def validation_interval(value: int | float, epoch: int | float) -> int | float:
-    """Every how many micro-steps of an epoch of `epoch` validation is due; infinite: at the epoch's end alone.
+    """Every how many micro-steps validation is due, in an epoch of `epoch` micro-steps; infinite: at its end alone.
 
     Raises:
       ValueError: if `value` is a fraction of a length that is not known.

@@ -11,7 +11,10 @@ from jaxaccum._processes import Processes
 from jaxaccum._schedule import AccumulationSchedule
 
 # What each process may have of its own: no other one waits for what comes of it.
-_OWN = ("limit_train_batches", "limit_val_batches", "log_every_n_steps")
+_OWN = ("limit_train_batches", "limit_val_batches", "overfit_batches", "log_every_n_steps")
+
+# The smallest int that an argument may be which is an int or a fraction.
+_LEAST = {"limit_train_batches": 1, "limit_val_batches": 0, "overfit_batches": 0, "val_check_interval": 1}
 
 
 @dataclasses.dataclass
@@ -27,6 +30,9 @@ class Options:
     max_steps: int
     limit_train_batches: int | float
     limit_val_batches: int | float
+    overfit_batches: int | float
+    num_sanity_val_steps: int
+    check_val_every_n_epoch: int | None
     val_check_interval: int | float
     log_every_n_steps: int
     gradient_clip_val: float | None
@@ -41,8 +47,16 @@ class Options:
         if self.max_epochs is not None:
             self.max_epochs = _limits.count_or_endless(self.max_epochs, "max_epochs")
         self.max_steps = _limits.count_or_endless(self.max_steps, "max_steps")
-        for name, least in (("limit_train_batches", 1), ("limit_val_batches", 0), ("val_check_interval", 1)):
+        for name, least in _LEAST.items():
             setattr(self, name, _limits.count_or_fraction(getattr(self, name), name, least))
+        self.num_sanity_val_steps = _limits.count_or_endless(self.num_sanity_val_steps, "num_sanity_val_steps", least=0)
+        if self.check_val_every_n_epoch is not None:
+            self.check_val_every_n_epoch = positive_int(self.check_val_every_n_epoch, "check_val_every_n_epoch")
+        elif isinstance(self.val_check_interval, float):
+            raise ValueError(
+                f"check_val_every_n_epoch=None counts micro-steps across epochs, and val_check_interval="
+                f"{self.val_check_interval} is a fraction of one; pass an int val_check_interval."
+            )
         self.log_every_n_steps = positive_int(self.log_every_n_steps, "log_every_n_steps")
         clip = self.gradient_clip_val
         if clip is not None and (isinstance(clip, (bool, str)) or not clip > 0):
@@ -71,6 +85,16 @@ class Options:
     def steps(self) -> int | float:
         """`max_steps`; infinite for no end."""
         return math.inf if self.max_steps == -1 else self.max_steps
+
+    @property
+    def val_limit(self) -> int | float:
+        """The limit of a validation's batches."""
+        return self.overfit_batches or self.limit_val_batches
+
+    @property
+    def micro_steps(self) -> int | float:
+        """The most micro-steps that `max_steps` allows; infinite for no end."""
+        return self.steps * max(self.accumulate_grad_batches.values(), default=1)
 
     @property
     def divides_by_k(self) -> bool:

@@ -1,10 +1,10 @@
 """A loader's batches, epoch by epoch, from the start or from where a checkpoint left them."""
 
-import functools
+import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from jaxaccum import _limits, _plain
 from jaxaccum._counters import Counters
@@ -20,66 +20,123 @@ ONE_SHOT = (
 _NOTHING = object()
 
 
+class Position(NamedTuple):
+    """How to read and set the position of a loader or of its iterator.
+
+    Attributes:
+      get: returns the state.
+      put: takes it back.
+      owner: the name of the class that they are methods of.
+    """
+
+    get: Callable[[], Any]
+    put: Callable[[Any], None]
+    owner: str
+
+    @classmethod
+    def of(cls, owner: Any) -> "Position | None":
+        """That of `owner`: grain's `get_state` and `set_state`, or `state_dict` and `load_state_dict`; None without."""
+        for names in (("get_state", "set_state"), ("state_dict", "load_state_dict")):
+            get, put = (getattr(owner, name, None) for name in names)
+            if callable(get) and callable(put):
+                return cls(get, put, type(owner).__name__)
+        return None
+
+
 class Reader:
-    """An epoch's batches, to be iterated over once.
+    """The batches of an epoch, to be iterated over once.
 
     Args:
       batches: the loader's iterator.
-      ahead: batches that it has given already.
+      ahead: batches that were taken from it before.
       taken: how many of all these to pass over.
       limit: how many to give at most; None is all.
-      keeps_state: whether `get_state` will be asked for the iterator's own state.
+      position: of the loader, if `get_state` will be called.
+
+    Attributes:
+      given: how many batches it has given.
     """
 
     def __init__(
         self,
-        batches: Any,
+        batches: Iterator[Tree],
         ahead: Iterable[Tree] = (),
         *,
         taken: int = 0,
         limit: int | None = None,
-        keeps_state: bool = False,
+        position: Position | None = None,
     ):
-        self._batches = itertools.islice(
-            itertools.chain(ahead, batches), taken, None if limit is None else taken + limit
-        )
-        self._state = batches if keeps_state and _has_state(batches) else None
+        self._batches = itertools.islice(itertools.chain(ahead, _rest(batches)), taken, _plus(taken, limit))
+        self._limit, self._position = limit, position
+        self._stop: int | None = None
+        self.given = 0
 
     def __iter__(self) -> Iterator[Tree]:
-        return self._batches
+        for batch in itertools.islice(self._batches, self._stop):
+            self.given += 1
+            yield batch
+
+    def stop_after(self, batches: int | float) -> None:
+        """Takes no more than so many batches, though the epoch may have more."""
+        if batches < (math.inf if self._limit is None else self._limit):
+            self._stop = int(batches)
+
+    @property
+    def was_stopped(self) -> bool:
+        """Whether it ended as `stop_after` says: it is not known whether the epoch has further batches."""
+        return self.given == self._stop
 
     def get_state(self) -> str | None:
-        """Where the loader's iterator stands, before it fetches its next batch: its state as text, None without one."""
-        # As text at once: what it returns may be its very own, which the next fetch changes.
-        return None if self._state is None else _plain.dumps(self._state.get_state(), type(self._state).__name__)
+        """The loader's position before it fetches its next batch, as text; None without one."""
+        # As text at once: what the loader returns may be its own, which the next fetch changes.
+        return None if self._position is None else _plain.dumps(self._position.get(), self._position.owner)
 
 
 class TrainLoader:
-    """What a run trains on, one epoch after another.
+    """What a run trains on, one epoch after another. Nothing is fetched before `begin`.
 
     Args:
-      loader: an iterable of batches.
+      loader: an iterable of batches. A `set_epoch` of it, its sampler or its dataset is called before each epoch.
       options: of the run.
+      keeps_state: whether checkpoints will ask for the loader's position.
 
     Attributes:
-      first: its first batch.
-      epoch_batches: how many batches an epoch takes; None where that is all, and their number is not known.
+      first: the first batch that it gave, for the parameters' initialisation.
 
     Raises:
-      ValueError: if there is no batch, or there would be none in the next epoch.
+      ValueError: if a limit is a fraction of a length that is not known.
     """
 
-    def __init__(self, loader: Iterable[Tree], options: Options):
-        self._loader = loader
-        self.epoch_batches = _limits.batches(loader, options.limit_train_batches, "limit_train_batches")
-        self._batches: Any = iter(loader)
-        self._is_stream = self._batches is loader  # Then all epochs are one iterator's.
-        if self._is_stream and self.epoch_batches is None and options.epochs != 1 and math.isinf(options.steps):
-            raise ValueError(f"train_loader={loader!r} would be empty in epoch 1. {ONE_SHOT}")
-        self.first = next(self._batches, _NOTHING)
-        if self.first is _NOTHING:
-            raise ValueError(f"train_loader={loader!r} is empty: it gave no batch.")
-        self._rest = functools.partial(Reader, self._batches, [self.first], limit=self.epoch_batches)
+    first: Tree
+
+    def __init__(self, loader: Iterable[Tree], options: Options, keeps_state: bool):
+        if options.overfit_batches:
+            loader = FirstBatches(loader, options.overfit_batches)
+        self._loader, self._options, self._keeps_state = loader, options, keeps_state
+        self._position = Position.of(loader)
+        self._begun: Reader | None = None
+        self._is_in_old_pass = False
+        self.is_stream = False
+        _ = self.epoch_batches  # Raises, if it does, before training.
+
+    @property
+    def epoch_batches(self) -> int | None:
+        """How many batches an epoch is expected to have, as far as the loader says; None where it doesn't."""
+        return _limits.expected(self._loader, self._options.limit_train_batches, "limit_train_batches")
+
+    @property
+    def _limit(self) -> int | None:
+        return _limits.limit(self._loader, self._options.limit_train_batches, "limit_train_batches")
+
+    def epoch_bounds(self, group: int) -> tuple[int | float, int | float]:
+        """The fewest and the most micro-steps, of `group` batches each, that an epoch can have for certain."""
+        limit = self._limit
+        if self.is_stream and limit is None and self._options.epochs != 1:
+            return math.inf, math.inf  # Only `max_steps` ends it.
+        if isinstance(self._loader, Sequence):
+            batches = min(len(self._loader), math.inf if limit is None else limit)
+            return -(-batches // group), -(-batches // group)
+        return 1, math.inf if limit is None else -(-limit // group)
 
     def agree(self, processes: Processes) -> None:
         """Checks that an epoch is as long in all processes, as far as they know.
@@ -95,34 +152,172 @@ class TrainLoader:
                 f"processes equally many, for example with limit_train_batches={min(known.values())}."
             )
 
-    def go_on(self, at: Counters, state: str | None, own: Callable[[int], int]) -> None:
-        """The first epoch has the batches after those that a run was trained on.
+    def begin(self, at: Counters, state: str | None = None, own: Callable[[int], int] = int) -> None:
+        """Makes the iterator of the epoch that a run starts in, or goes on in, and fetches `first`.
 
         Args:
           at: the place in the run.
-          state: what `get_state` gave there.
+          state: what `Reader.get_state` gave there; None without one.
           own: of so many loader batches of all processes, how many this process' loader gave.
+
+        Raises:
+          ValueError: if there is no batch, or there would be none in the next epoch.
         """
-        in_epoch = at.batch_idx > 0 and not at.ends_epoch
-        if not (in_epoch or self._is_stream):
-            return
-        limit = self.epoch_batches
-        if in_epoch and limit is not None:
-            limit = max(limit - own(at.batches), 0)
-        if state is not None and _has_state(self._batches):
-            self._batches.set_state(_plain.loads(state))
-            self._rest = functools.partial(Reader, self._batches, limit=limit)
-        else:
-            taken = own(at.all_batches if self._is_stream else at.batches)
-            self._rest = functools.partial(Reader, self._batches, [self.first], taken=taken, limit=limit)
+        set_epoch(self._loader, at.epoch)
+        is_in_epoch = at.batch_idx > 0 and not at.ends_epoch
+        saved = None if state is None else _plain.loads(state)
+        # A loader takes its state before it is iterated over, an iterator afterwards.
+        loader = None if saved is None or isinstance(self._loader, Iterator) else self._position
+        if loader is not None and not at.ends_epoch:
+            loader.put(saved)
+            self._is_in_old_pass = not is_in_epoch
+        batches, self.first = self._iterated()
+        self._check_first(at)
+        if loader is not None and at.ends_epoch:
+            loader.put(saved)
+            self._is_in_old_pass = True
+        if at.ends_epoch and not self.is_stream:
+            return  # The next epoch has an iterator of its own.
+        limit, ahead, taken = self._limit, [self.first], 0
+        if is_in_epoch:
+            limit = _plus(limit, -own(at.batches))
+        if (is_in_epoch or self.is_stream) and loader is None:
+            position = Position.of(batches)
+            if saved is not None and position is not None:
+                position.put(saved)
+                ahead = []
+            else:
+                taken = own(at.all_batches if self.is_stream else at.batches)
+        self._begun = self._reader(batches, ahead, taken, limit)
 
-    def epochs(self, keeps_state: bool) -> Iterator[Reader]:
-        """The batches of each epoch, of the first those to come; `keeps_state` is as for `Reader`."""
-        yield self._rest(keeps_state=keeps_state)
-        while True:
-            yield Reader(iter(self._loader), limit=self.epoch_batches, keeps_state=keeps_state)
+    def epoch(self, number: int) -> Reader:
+        """The batches of an epoch, which is the next one; of the first, those that are still to come."""
+        begun, self._begun = self._begun, None
+        if begun is None:
+            set_epoch(self._loader, number)
+            batches, first = self._iterated()
+            begun = self._reader(batches, [] if first is _NOTHING else [first], 0, self._limit)
+        return begun
+
+    def _iterated(self) -> tuple[Iterator[Tree], Tree]:
+        """A new iterator, and its first batch; `_NOTHING` where there is none.
+
+        The state of a loader that was saved at an epoch's end puts it there: its next iterator goes on with that epoch,
+        and the one after it begins the next epoch. Some loaders begin the next epoch at once, if the former is over.
+        """
+        is_in_old_pass, self._is_in_old_pass = self._is_in_old_pass, False
+        batches = iter(self._loader)
+        if is_in_old_pass and self._limit is not None:
+            if inspect.isgenerator(batches):
+                next(batches, None)  # It does nothing before its first batch is asked for.
+            batches = iter(self._loader)
+        # Then all epochs are one iterator's; one with a length begins anew where it is iterated over again.
+        self.is_stream = batches is self._loader and _limits.size(self._loader) is None
+        first = next(batches, _NOTHING)
+        if first is _NOTHING and is_in_old_pass:
+            batches = iter(self._loader)
+            first = next(batches, _NOTHING)
+        return batches, first
+
+    def _check_first(self, at: Counters) -> None:
+        """Whether there is a batch, and will be one in the next epoch."""
+        options = self._options
+        if self.is_stream and self._limit is None and options.epochs != 1 and math.isinf(options.steps):
+            raise ValueError(f"train_loader={self._loader!r} would be empty in epoch 1. {ONE_SHOT}")
+        if self.first is _NOTHING:
+            after = f" after the {at.batches} that the checkpoint was trained on" if at.batches else ""
+            raise ValueError(f"train_loader={self._loader!r} is empty: it gave no batch in epoch {at.epoch}{after}.")
+
+    def _reader(self, batches: Iterator[Tree], ahead: list[Tree], taken: int, limit: int | None) -> Reader:
+        position = None
+        if self._keeps_state:
+            position = self._position or Position.of(batches)
+        return Reader(batches, ahead, taken=taken, limit=limit, position=position)
 
 
-def _has_state(batches: Iterator[Tree]) -> bool:
-    """Whether an iterator can tell its state and take it back, as those of grain can."""
-    return hasattr(batches, "get_state") and hasattr(batches, "set_state")
+class FirstBatches:
+    """The first batches of a loader, read once, then the same in every epoch.
+
+    Args:
+      loader: an iterable of batches.
+      limit: how many, or which fraction of them.
+    """
+
+    def __init__(self, loader: Iterable[Tree], limit: int | float):
+        self._loader, self._limit = loader, limit
+        self._batches: list[Tree] | None = None
+        self._expected = _limits.expected(loader, limit, "overfit_batches")
+
+    def __len__(self) -> int:
+        return self._expected or 0
+
+    def __iter__(self) -> Iterator[Tree]:
+        if self._batches is None:
+            set_epoch(self._loader, 0)
+            limit = _limits.limit(self._loader, self._limit, "overfit_batches")
+            self._batches = list(itertools.islice(self._loader, limit))
+        return iter(self._batches)
+
+
+class ValLoader:
+    """What a run validates on, from its start in each validation.
+
+    Args:
+      loader: an iterable of batches.
+      limit: as the Trainer's `limit_val_batches`.
+
+    Raises:
+      ValueError: if `limit` is a fraction of a length that is not known.
+    """
+
+    def __init__(self, loader: Iterable[Tree], limit: int | float):
+        self._loader, self._limit = loader, limit
+        self._looked_at: tuple[Any, list[Tree]] = None, []
+        _limits.limit(loader, limit, "limit_val_batches")
+
+    @property
+    def lasts_for_one(self) -> bool:
+        """Whether one validation takes all that there is: the loader is an iterator, and is read to its end."""
+        return isinstance(self._loader, Iterator) and self._batches_limit is None
+
+    @property
+    def _batches_limit(self) -> int | None:
+        return _limits.limit(self._loader, self._limit, "limit_val_batches")
+
+    def first(self, batches: int | None) -> Iterator[Tree]:
+        """The first batches of the next validation, which will have them too; None is all."""
+        iterator, kept = iter(self._loader), []
+        self._looked_at = iterator, kept
+        limits = [limit for limit in (batches, self._batches_limit) if limit is not None]
+        for batch in itertools.islice(iterator, min(limits, default=None)):
+            kept.append(batch)
+            yield batch
+
+    def __iter__(self) -> Iterator[Tree]:
+        (former, kept), self._looked_at = self._looked_at, (None, [])
+        iterator = former if former is self._loader else iter(self._loader)
+        # An iterator, or a loader that always gives the same one, doesn't give its first batches again.
+        batches = itertools.chain(kept, _rest(iterator)) if iterator is former else iterator
+        return itertools.islice(batches, self._batches_limit)
+
+
+def set_epoch(loader: Any, epoch: int) -> None:
+    """Tells a loader, its samplers and its dataset which epoch comes next, where they have `set_epoch`."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    parts = [loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
+    parts.append(getattr(loader, "dataset", None))
+    for part in {id(part): part for part in parts}.values():
+        tell = getattr(part, "set_epoch", None)
+        if callable(tell):
+            tell(epoch)
+
+
+def _rest(batches: Iterator[Tree]) -> Iterator[Tree]:
+    """What an iterator has yet to give; its `iter`, which may begin anew, is not called."""
+    while (batch := next(batches, _NOTHING)) is not _NOTHING:
+        yield batch
+
+
+def _plus(a: int | None, b: int | None) -> int | None:
+    """The sum, at least 0; None, which is no limit, if either is None."""
+    return None if a is None or b is None else max(a + b, 0)

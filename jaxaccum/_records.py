@@ -28,6 +28,9 @@ class Records:
         self._waiting: list[tuple[int, dict[str, Any]]] = []
         self.history: list[dict[str, float]] = []
 
+    def begin(self, place: Mapping[str, int] | None) -> None:
+        """Tells the loggers of a run's start: see `loggers`."""
+
     def add(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Keeps a record; its values may be arrays that no program donates."""
         self.write()

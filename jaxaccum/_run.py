@@ -2,7 +2,8 @@
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from jaxaccum._feed import MicroStep
 from jaxaccum._options import Options
 from jaxaccum._outputs import Outputs
 from jaxaccum._programs import FitState, Programs
-from jaxaccum._reader import TrainLoader
+from jaxaccum._reader import TrainLoader, ValLoader
 from jaxaccum._records import Records
 from jaxaccum._strategy import Strategy, length
 from jaxaccum.task import Task
@@ -33,9 +34,11 @@ class Run:
       state: its arrays.
       records: what it logs.
       seed: of its keys.
+      loader: what it trains on.
       val_loader: what it validates on; None for no validation.
       examples: in its first loader batch.
-      epoch_batches: the loader batches of an epoch; None where that is all, and their number is not known.
+      resumed_at: where a checkpoint left it, if it goes on from one: its optimizer steps as "step", and "micro_step".
+      started: when it did, in nanoseconds of the clock; its checkpoints have it in common, before and after a resume.
       at: where it stands.
       uncounted: the micro-steps that `state` is of and `at` not yet, with their outputs.
       takes_k: whether K may be set now.
@@ -53,9 +56,11 @@ class Run:
     state: FitState
     records: Records
     seed: int
-    val_loader: Iterable[Any] | None
+    loader: TrainLoader
+    val_loader: ValLoader | None
     examples: int
-    epoch_batches: int | None
+    resumed_at: dict[str, int] | None = None
+    started: int = dataclasses.field(default_factory=time.time_ns)
     at: Counters = dataclasses.field(default_factory=Counters)
     uncounted: collections.deque[tuple[MicroStep, Outputs]] = dataclasses.field(default_factory=collections.deque)
     takes_k: bool = False
@@ -66,8 +71,13 @@ class Run:
 
     @property
     def epoch_micro_steps(self) -> int | float:
-        """The micro-steps of an epoch; infinite where that is not known."""
-        return self.strategy.micro_steps(self.epoch_batches)
+        """The micro-steps that an epoch is expected to have; infinite where that is not known."""
+        return self.strategy.micro_steps(self.loader.epoch_batches)
+
+    @property
+    def is_resuming(self) -> bool:
+        """Whether it goes on from a checkpoint."""
+        return self.resumed_at is not None
 
     @property
     def record_is_due(self) -> bool:
@@ -87,8 +97,9 @@ def begin(
     task: Task,
     options: Options,
     strategy: Strategy,
+    evaluation: Evaluation,
     loader: TrainLoader,
-    val_loader: Iterable[Any] | None,
+    val_loader: ValLoader | None,
     loggers: Sequence[Any],
     seed: int,
     last: Run | None,
@@ -99,7 +110,8 @@ def begin(
       task: what to train.
       options: how.
       strategy: the devices.
-      loader: what to train on.
+      evaluation: validates.
+      loader: what to train on; it has begun.
       val_loader: what to validate on, or None.
       loggers: for process 0 to log to.
       seed: of the keys.
@@ -109,11 +121,10 @@ def begin(
     # Before the devices meet for the first time: there nobody hears of a process that has left.
     examples = sum(processes.gather("the number of examples", length(loader.first)))
     if last is not None and last.task is task and last.seed == seed:
-        programs, evaluation = last.programs, last.evaluation
+        programs = last.programs
     else:
         optimizer = _optimizer.of_window(task.optimizer, options.gradient_clip_val, options.divides_by_k)
         programs = Programs(task, strategy, optimizer, options.nonfinite, seed)
-        evaluation = Evaluation(task, strategy, options.limit_val_batches)
     return Run(
         task=task,
         options=options,
@@ -123,7 +134,7 @@ def begin(
         state=programs.initial(loader.first),
         records=Records(() if processes.index else loggers),
         seed=seed,
+        loader=loader,
         val_loader=val_loader,
         examples=examples,
-        epoch_batches=loader.epoch_batches,
     )

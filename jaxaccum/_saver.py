@@ -1,130 +1,164 @@
-"""Writes the checkpoints that a `ModelCheckpoint` asks for, behind the run's back."""
+"""Writes the checkpoints of a folder while the run goes on."""
 
+import contextlib
 import dataclasses
+import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxaccum import checkpoint
 from jaxaccum._counters import Counters
 from jaxaccum._processes import Processes
 from jaxaccum.callbacks import ModelCheckpoint
 
-if TYPE_CHECKING:
-    from jaxaccum.trainer import Trainer
-
-Take = Callable[[], tuple[Mapping[str, Any], dict[str, Any]]]
+TakeArrays = Callable[[], Mapping[str, Any]]
+TakeNotes = Callable[[], dict[str, Any]]
+Wanting = Sequence[tuple[ModelCheckpoint, float | None]]
 
 
 class Saver:
-    """One checkpoint at a time is on its way to disk. What it takes the place of is removed once it is complete.
+    """Writes one checkpoint at a time, for all policies of its folder; removes what none of them keeps.
 
-    A checkpoint that can't be written costs the run nothing but a warning.
+    A state of the run is written once. Where a policy asks for it after something else has happened, such as a
+    validation or the end of an epoch, only the notes are written anew. A checkpoint that can't be written costs the run
+    nothing but a warning.
 
     Args:
-      policy: when to save, and what to keep.
-      folder: where, if the policy doesn't say.
+      folder: where to write.
+      policies: what to keep.
       processes: those of the run; each has a saver, and all save alike.
     """
 
-    def __init__(self, policy: ModelCheckpoint, folder: Path, processes: Processes):
-        self.policy, self._processes = policy, processes
-        self._folder = policy.open(folder)
+    def __init__(self, folder: Path, policies: Sequence[ModelCheckpoint], processes: Processes):
+        self.folder, self.policies, self._processes = folder, policies, processes
         self._writer = checkpoint.Writer()
-        self._on_its_way: Path | None = None
-        self._last: Counters | None = None
+        self._written: Path | None = None  # The newest checkpoint, and where the run was then.
+        self._at = Counters()
+        self._scores: dict[str, float] = {}  # Its monitored values, by name.
+        self._is_on_its_way = False
+        self._warned: str | None = None
         self._is_abandoned = False
+        self._date = max(checkpoint.dates(folder), default=0)
 
-    @property
-    def folder(self) -> Path:
-        """Where it writes."""
-        return self._folder
+    def goes_on(self, path: Path, at: Counters, scores: dict[str, float]) -> None:
+        """The run goes on from `path`, at `at`: that state need not be written once more."""
+        if path.parent == self.folder:
+            self._written, self._at, self._scores = path, dataclasses.replace(at), dict(scores)
 
-    def goes_on(self, path: Path, at: Counters) -> None:
-        """The run goes on from `path`, at `at`: here it need not be saved once more."""
-        if path.parent == self._folder:
-            self._last = dataclasses.replace(at)
-
-    def save_if_due(self, trainer: "Trainer", moment: str, at: Counters, take: Take, micro_steps: int) -> None:
-        """Begins a checkpoint if the policy asks for one.
+    def save(self, wanting: Wanting, at: Counters, arrays: TakeArrays, notes: TakeNotes) -> None:
+        """Begins a checkpoint, or writes the notes of the newest one anew if the run's arrays are the same.
 
         Args:
-          trainer: for the policy to look at.
-          moment: of which this is the end: "micro_step", "validation" or "epoch".
+          wanting: the policies that ask for it, each with its score.
           at: the place in the run.
-          take: gives what the run consists of: arrays by name, and notes.
-          micro_steps: how many ended at once.
+          arrays: gives the run's arrays by name.
+          notes: gives all else.
         """
-        if self.policy.due(trainer, moment, micro_steps):
-            score = self.policy.score(trainer)
-            if self.policy.wants(score):
-                self._save(at, score, take)
-
-    def save_at_end(self, at: Counters, take: Take) -> None:
-        """Begins a checkpoint of the last place in the run, whether it is due or not."""
-        if self.policy.wants(None):
-            self._save(at, None, take)
-
-    def _save(self, at: Counters, score: float | None, take: Take) -> None:
-        if at == self._last:
+        newest = self._written
+        if newest and at == self._at and all(policy.has(newest.name, score) for policy, score in wanting):
             return
-        self._settle()
-        path = self._free(f"epoch={at.epoch}-micro_step={at.micro_step}")
-        self.policy.add(path.name, score)  # First: the checkpoint holds a list of checkpoints with itself in it.
-        try:
-            arrays, notes = take()
-        except BaseException:
-            self.policy.forget(path.name)
-            raise
-        if not self._fails(path, lambda: self._writer.start(path, arrays, notes)):
-            self._on_its_way, self._last = path, dataclasses.replace(at)
-
-    def _settle(self) -> None:
-        """Waits for the checkpoint on its way."""
-        path, self._on_its_way = self._on_its_way, None
-        if path is None:
-            return
-        if not self._fails(path, self._writer.wait):
-            for name in self.policy.outdated():
-                self._remove(self._folder / name)
+        self._settle()  # What is on its way may fail.
+        if self._written is not None and at.arrays == self._at.arrays:
+            self._annotate(self._written, wanting, at, notes)
+        else:
+            self._write(self._free(f"epoch={at.epoch}-micro_step={at.micro_step}"), wanting, at, arrays, notes)
 
     def close(self) -> None:
-        """Waits, and ends the writer."""
+        """Waits for the checkpoint on its way, and ends the writer."""
         if not self._is_abandoned:
-            self._settle()
-            self._writer.close()
+            with contextlib.closing(self._writer):
+                self._settle()
 
     def abandon(self) -> None:
         """Leaves the checkpoint on its way to itself: `close` won't wait for it."""
         self._is_abandoned = True
 
+    def _write(self, path: Path, wanting: Wanting, at: Counters, arrays: TakeArrays, notes: TakeNotes) -> None:
+        self._written, self._scores = None, {}
+        noted = self._noted(path.name, wanting, notes)
+        if not self._fails(path, lambda: self._writer.start(path, arrays(), noted)):
+            self._written, self._at, self._is_on_its_way = path, dataclasses.replace(at), True
+
+    def _annotate(self, path: Path, wanting: Wanting, at: Counters, notes: TakeNotes) -> None:
+        noted = self._noted(path.name, wanting, notes)
+        failures = self._failures(lambda: None if self._processes.index else checkpoint.annotate(path, noted))
+        if failures:
+            self._warn(failures[0], f"the notes of checkpoint {path} could not be written anew: {failures[0]}.")
+        else:
+            self._at = dataclasses.replace(at)
+            self._prune()
+
+    def _noted(self, name: str, wanting: Wanting, notes: TakeNotes) -> dict[str, Any]:
+        """The notes of a checkpoint, which all policies that want it have now: their lists are among the notes."""
+        added = [policy for policy, _ in wanting if name not in policy.names]
+        for policy, score in wanting:
+            policy.add(name, score)
+            if score is not None and policy.monitor is not None:
+                self._scores[policy.monitor] = score
+        try:
+            taken = notes()
+        except BaseException:
+            for policy in added:
+                policy.forget(name)
+            raise
+        # Each date is later than the one before, whatever the clock says: the newest checkpoint is found by it.
+        self._date = max(time.time_ns(), self._date + 1)
+        return {**taken, "scores": dict(self._scores), "saved_at": self._date}
+
+    def _settle(self) -> None:
+        """Waits for the checkpoint on its way."""
+        if self._is_on_its_way and self._written is not None:
+            self._is_on_its_way = False
+            if not self._fails(self._written, self._writer.wait):
+                self._warned = None
+                self._prune()
+
+    def _prune(self) -> None:
+        """Removes what no policy keeps, now that the newest is complete."""
+        outdated = {name for policy in self.policies for name in policy.outdated()}
+        for name in outdated.difference(*(policy.names for policy in self.policies)):
+            self._remove(self.folder / name)
+
     def _free(self, name: str) -> Path:
         """The first of name, name-v1, name-v2... that is not taken, as an earlier run may have done."""
-        version, path = 0, self._folder / name
+        version, path = 0, self.folder / name
         while path.exists():
             version += 1
-            path = self._folder / f"{name}-v{version}"
-        return self._folder / self._processes.gather("a checkpoint's name", path.name)[0]
+            path = self.folder / f"{name}-v{version}"
+        return self.folder / self._processes.gather("a checkpoint's name", path.name)[0]
 
     def _fails(self, path: Path, write: Callable[[], None]) -> bool:
         """Whether `write` raises, on any process; then `path` is given up."""
+        failures = self._failures(write)
+        if failures:
+            self._written = None
+            for policy in self.policies:
+                policy.forget(path.name)
+            self._remove(path)
+            self._warn(
+                failures[0],
+                f"checkpoint {path} could not be written: {failures[0]}. The run goes on, and the checkpoints before "
+                "it stay; make room, or give ModelCheckpoint another dirpath. Further failures of this kind are not "
+                "reported until a checkpoint has been written.",
+            )
+        return bool(failures)
+
+    def _failures(self, write: Callable[[], None]) -> list[str]:
         failure = None
         try:
             write()
         except Exception as error:
             failure = repr(error)
-        failures = [text for text in self._processes.gather("a checkpoint", failure) if text is not None]
-        if failures:
-            self._last = None
-            self.policy.forget(path.name)
-            self._remove(path)
-            warnings.warn(
-                f"checkpoint {path} could not be written: {failures[0]}. The run goes on, and the checkpoints before "
-                "it stay; make room, or give ModelCheckpoint another dirpath.",
-                stacklevel=3,
-            )
-        return bool(failures)
+        failures = self._processes.gather("a checkpoint", failure)
+        return [text for text in failures if text is not None]
+
+    def _warn(self, failure: str, text: str) -> None:
+        kind = failure.partition("(")[0]  # The exception's class.
+        if kind != self._warned:
+            self._warned = kind
+            warnings.warn(text, stacklevel=3)
 
     def _remove(self, path: Path) -> None:
         if not self._processes.index:

@@ -1,17 +1,14 @@
 """The checkpoints of a run: what each of its `ModelCheckpoint`s asks for."""
 
+import contextlib
 import functools
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
-
 from jaxaccum import _snapshot, checkpoint
 from jaxaccum._processes import Processes
-from jaxaccum._reader import TrainLoader
 from jaxaccum._run import Run
 from jaxaccum._saver import Saver
 from jaxaccum.callbacks import Callback, ModelCheckpoint
@@ -22,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Savers:
-    """A saver for each `ModelCheckpoint`.
+    """A saver for each folder that a `ModelCheckpoint` names.
 
     Args:
       trainer: for the policies to look at.
@@ -32,42 +29,22 @@ class Savers:
     """
 
     def __init__(self, trainer: "Trainer", callbacks: Sequence[Callback], folder: Path, processes: Processes):
-        self._trainer, self._callbacks, self._processes = trainer, callbacks, processes
-        policies = [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
-        self._savers = [Saver(policy, folder, processes) for policy in policies]
+        self._trainer, self._callbacks = trainer, callbacks
+        policies: dict[Path, list[ModelCheckpoint]] = {}
+        for policy in policies_of(callbacks):
+            policies.setdefault(Path(os.path.realpath(policy.open(folder))), []).append(policy)
+        self._savers = [Saver(folder, those, processes) for folder, those in policies.items()]
 
     @property
     def folders(self) -> list[Path]:
         """Where they write."""
         return [saver.folder for saver in self._savers]
 
-    def find(self, ckpt_path: str | os.PathLike[str] | None) -> Checkpoint | None:
-        """The checkpoint that `Trainer.fit` is to go on from; None for a start.
-
-        Raises:
-          ValueError: for "last" without a `ModelCheckpoint`.
-          OSError: for a path that is no checkpoint.
-        """
-        if ckpt_path is None:
-            return None
-        if ckpt_path != "last":
-            return checkpoint.load(ckpt_path)
-        if not self._savers:
-            raise ValueError(
-                "ckpt_path='last' is the newest checkpoint of a ModelCheckpoint, but callbacks hold none: add one, or "
-                "pass the path of a checkpoint."
-            )
-        found = checkpoint.newest(self.folders, self._processes)
-        if found is None:
-            folders = ", ".join(map(str, self.folders))
-            warnings.warn(f"ckpt_path='last' finds no checkpoint in {folders}: the run starts afresh.", stacklevel=4)
-        return found
-
-    def restore(self, found: Checkpoint, run: Run, loader: TrainLoader) -> None:
+    def restore(self, found: Checkpoint, run: Run) -> None:
         """As `_snapshot.restore`; where a checkpoint left it, a run need not be saved once more."""
-        _snapshot.restore(found, run, loader, self._callbacks)
+        _snapshot.restore(found, run, self._callbacks)
         for saver in self._savers:
-            saver.goes_on(found.path, run.at)
+            saver.goes_on(Path(os.path.realpath(found.path)), run.at, found.notes.get("scores", {}))
 
     def save_if_due(self, run: Run, moment: str, micro_steps: int = 1) -> None:
         """Begins the checkpoints that are due.
@@ -78,24 +55,79 @@ class Savers:
           micro_steps: how many ended at once.
         """
         for saver in self._savers:
-            saver.save_if_due(self._trainer, moment, run.at, functools.partial(self._take, run), micro_steps)
+            due = [policy for policy in saver.policies if policy.due(self._trainer, moment, micro_steps)]
+            self._save(saver, run, [(policy, policy.score(self._trainer)) for policy in due])
 
     def save_at_end(self, run: Run) -> None:
         """Begins checkpoints of the last place in the run."""
         for saver in self._savers:
-            saver.save_at_end(run.at, functools.partial(self._take, run))
+            self._save(saver, run, [(policy, None) for policy in saver.policies])
 
     def close(self) -> None:
         """Waits for what is on its way."""
-        for saver in self._savers:
-            saver.close()
+        with contextlib.ExitStack() as stack:  # All of them, even if one raises.
+            for saver in self._savers:
+                stack.callback(saver.close)
 
     def abandon(self) -> None:
         """Leaves what is on its way to itself: `close` won't wait for it."""
         for saver in self._savers:
             saver.abandon()
 
-    def _take(self, run: Run) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-        """What a checkpoint holds."""
+    def _save(self, saver: Saver, run: Run, asking: Sequence[tuple[ModelCheckpoint, float | None]]) -> None:
+        wanting = [(policy, score) for policy, score in asking if policy.wants(score)]
+        if wanting:
+            saver.save(wanting, run.at, lambda: _snapshot.arrays(run.state), functools.partial(self._notes, run))
+
+    def _notes(self, run: Run) -> dict[str, Any]:
         run.records.write()  # The resume won't make these records again.
-        return _snapshot.arrays(run.state), _snapshot.notes(run, self._callbacks)
+        return _snapshot.notes(run, self._callbacks)
+
+
+def policies_of(callbacks: Sequence[Callback]) -> list[ModelCheckpoint]:
+    """The callbacks that say when to save."""
+    return [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
+
+
+def folders_of(callbacks: Sequence[Callback], default: Path) -> list[Path]:
+    """Where the checkpoints of these callbacks are, if not in `default`."""
+    return list(dict.fromkeys(policy.folder(default) for policy in policies_of(callbacks)))
+
+
+def find(
+    ckpt_path: str | os.PathLike[str], callbacks: Sequence[Callback], folder: Path, processes: Processes
+) -> Checkpoint | None:
+    """The checkpoint that `ckpt_path` names: a path, or "last" or "best" of what lies on disk.
+
+    Args:
+      ckpt_path: what `Trainer.fit` or `Trainer.validate` was passed.
+      callbacks: their `ModelCheckpoint`s say in which folders to look, and what is best.
+      folder: where to look, if they don't say.
+      processes: all of which must be able to read it.
+
+    Returns:
+      None for "last" where there is none.
+
+    Raises:
+      ValueError: for "last" without a `ModelCheckpoint`, or "best" without one that has a monitor.
+      OSError: if it can't be read, or none of those that there are; for "best" also if there is none.
+    """
+    if ckpt_path not in ("last", "best"):
+        return checkpoint.load(ckpt_path)
+    policies = policies_of(callbacks)
+    if not policies:
+        raise ValueError(
+            f"ckpt_path={ckpt_path!r} is a checkpoint of a ModelCheckpoint, but callbacks hold none: add one, or pass "
+            "the path of a checkpoint."
+        )
+    folders = folders_of(callbacks, folder)
+    if ckpt_path == "last":
+        return checkpoint.newest(folders, processes)
+    monitors = [(policy.monitor, policy.mode) for policy in policies if policy.monitor is not None]
+    if not monitors:
+        raise ValueError("ckpt_path='best' needs a ModelCheckpoint with a monitor, but none of the callbacks has one.")
+    found = checkpoint.best(folders, processes, *monitors[0])
+    if found is None:
+        where = ", ".join(map(str, folders))
+        raise FileNotFoundError(f"ckpt_path='best' finds no checkpoint with a {monitors[0][0]!r} in {where}.")
+    return found

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxaccum import _accumulator, _keys, _micro_step, _plain, _redistribute, _sync
 from jaxaccum._counters import Counters
+from jaxaccum._processes import Processes
 from jaxaccum._programs import FitState, Pending, Programs
 from jaxaccum._reader import TrainLoader
 from jaxaccum._run import Run
@@ -35,6 +36,7 @@ def notes(run: Run, callbacks: Sequence[Callback]) -> dict[str, Any]:
     told = [(type(callback).__qualname__, callback.state_dict()) for callback in callbacks]
     return {
         "counters": dataclasses.asdict(run.at),
+        "run": run.started,
         "seed": run.seed,
         "devices": strategy.size,
         "group": strategy.batches,
@@ -46,18 +48,39 @@ def notes(run: Run, callbacks: Sequence[Callback]) -> dict[str, Any]:
     }
 
 
-def restore(checkpoint: Checkpoint, run: Run, loader: TrainLoader, callbacks: Sequence[Callback]) -> None:
-    """Puts a run where `checkpoint` left it, what it trains on and its callbacks too.
+def place(checkpoint: Checkpoint, strategy: Strategy) -> Counters:
+    """Where `checkpoint` left a run, in micro-steps of the strategy."""
+    at = Counters.of_notes(checkpoint.notes["counters"])
+    before = checkpoint.notes["group"]
+    return at if before == strategy.batches else at.regrouped(before, strategy.batches)
+
+
+def begin(checkpoint: Checkpoint, loader: TrainLoader, strategy: Strategy) -> None:
+    """Begins a loader where `checkpoint` left it.
+
+    Raises:
+      ValueError: on all processes, if their loaders would have to be in different places.
+    """
+    own_batches = functools.partial(_own_batches, checkpoint=checkpoint, strategy=strategy)
+    loader.begin(place(checkpoint, strategy), _loader_state(checkpoint, strategy.processes), own_batches)
+
+
+def _loader_state(checkpoint: Checkpoint, processes: Processes) -> str | None:
+    """What this process' loader said of its position; None if it said nothing, or there are more or fewer processes."""
+    states = checkpoint.notes["loaders"]
+    return states[processes.index] if len(states) == processes.count else None
+
+
+def restore(checkpoint: Checkpoint, run: Run, callbacks: Sequence[Callback]) -> None:
+    """Puts a run where `checkpoint` left it, and its callbacks too; its loader has begun there.
 
     Args:
       checkpoint: of a run of the same task.
       run: a new one; its state is that of a start. What an open window held is merged or split for its devices.
-      loader: what it trains on, from the start.
       callbacks: take back their states, in order among those of one class.
 
     Raises:
-      ValueError: if the checkpoint is another task's, naming the first array that differs; or if the processes' loaders
-        would have to be in different places.
+      ValueError: if the checkpoint is another task's, naming the first array that differs.
     """
     noted, strategy = checkpoint.notes, run.strategy
     run.state = _placed(checkpoint, run.state, noted["devices"], strategy, run.programs)
@@ -65,18 +88,16 @@ def restore(checkpoint: Checkpoint, run: Run, loader: TrainLoader, callbacks: Se
     on_device = lambda number: strategy.placed(np.asarray(number, _accumulator.weight_dtype()), strategy.common)
     run.means = {name: on_device(mean) for name, mean in noted["means"].items()}
     run.metrics, run.logged = noted["metrics"], noted["logged"]
-    processes = strategy.processes
-    run.loader_state = noted["loaders"][processes.index] if len(noted["loaders"]) == processes.count else None
+    run.loader_state = _loader_state(checkpoint, strategy.processes)
+    run.started = noted.get("run", run.started)
     waiting = [(name, _plain.loads(text)) for name, text in noted["callbacks"]]
     for callback in callbacks:
         own = next((entry for entry in waiting if entry[0] == type(callback).__qualname__), None)
         if own is not None:
             waiting.remove(own)
             callback.load_state_dict(own[1])
-    at = Counters(**noted["counters"])
-    run.at = at if noted["group"] == strategy.batches else at.regrouped(noted["group"], strategy.batches)
-    own_batches = functools.partial(_own_batches, checkpoint=checkpoint, strategy=strategy)
-    loader.go_on(run.at, run.loader_state, own_batches)
+    run.at = place(checkpoint, strategy)
+    run.resumed_at = {"step": run.at.global_step, "micro_step": run.at.micro_step}
 
 
 def _own_batches(batches: int, checkpoint: Checkpoint, strategy: Strategy) -> int:
@@ -98,11 +119,27 @@ def _own_batches(batches: int, checkpoint: Checkpoint, strategy: Strategy) -> in
     return -(-batches // processes.count)
 
 
+def weights(checkpoint: Checkpoint, params: Tree, model_state: Tree) -> FitState:
+    """The checkpoint's parameters and model state, on the host, as trees like `params` and `model_state`.
+
+    Raises:
+      ValueError: as `restore`.
+    """
+    like = FitState(params, None, model_state, None)  # pyrefly: ignore[bad-argument-type]
+    held = {name: x for name, x in checkpoint.arrays.items() if name.startswith((".params", ".model_state"))}
+    return _filled(checkpoint._replace(arrays=held), like, 1, 1)
+
+
+def _filled(checkpoint: Checkpoint, like: FitState, before: int, now: int) -> FitState:
+    """The checkpoint's arrays in the tree of `like`, on the host; it was saved on `before` devices."""
+    _check(checkpoint, like, before, now)
+    named = {name: _keyed(checkpoint.arrays[name], x) for name, x in _named(like).items()}
+    return jax.tree.unflatten(jax.tree.structure(like), list(named.values()))
+
+
 def _placed(checkpoint: Checkpoint, like: FitState, before: int, strategy: Strategy, programs: Programs) -> FitState:
     """The checkpoint's arrays as a state like `like`, which lies on the strategy's devices."""
-    _check(checkpoint, like, before, strategy.size)
-    named = {name: _keyed(checkpoint.arrays[name], x) for name, x in _named(like).items()}
-    state = jax.tree.unflatten(jax.tree.structure(like), list(named.values()))
+    state = _filled(checkpoint, like, before, strategy.size)
     if not checkpoint.notes["counters"]["window_step"]:
         # The programs add to sums of 0 where a window begins. Those of version 0.1 left the last window's there.
         state = state._replace(pending=state.pending._replace(sums=_cleared(state.pending.sums)))

@@ -20,7 +20,7 @@ class Windows:
     Args:
       run: whose state and counters it moves on.
       hooks: are called before and after each micro-step.
-      validation: says which micro-steps make one due.
+      validation: counts the micro-steps, which make one due.
     """
 
     def __init__(self, run: Run, hooks: Hooks, validation: Validation):
@@ -79,8 +79,7 @@ class Windows:
         at.batch_idx += 1
         at.micro_step += 1
         at.samples_seen += micro_step.examples
-        # Of a window's micro-steps an earlier one may have been the one that made a validation due.
-        at.validated &= not self._validation.is_due()
+        self._validation.count()
         if means is not None and not run.uncounted:
             self._close(means)
         return micro_step, outputs

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import optax
 
-from jaxaccum import _extras
+from jaxaccum import _extras, _paths
 from jaxaccum._integers import as_int, positive_int
 from jaxaccum._schedule import AccumulationSchedule
 
@@ -232,7 +232,7 @@ class ModelCheckpoint(Callback):
         save_top_k = as_int(save_top_k, "save_top_k", "an int of at least -1")
         if save_top_k < -1 or (monitor is None and save_top_k > 1):
             raise ValueError(f"save_top_k must be -1, 0 or 1, or with a monitor more, got {save_top_k}.")
-        self.dirpath = None if dirpath is None else Path(dirpath).absolute()
+        self.dirpath = None if dirpath is None else _paths.absolute(dirpath)
         self.every_n_micro_steps = given.get("every_n_micro_steps")
         self.every_n_train_steps = given.get("every_n_train_steps")
         self.every_n_epochs = given.get("every_n_epochs") if given else 1
@@ -250,9 +250,18 @@ class ModelCheckpoint(Callback):
         ranked = self._ranked()
         return self.dirpath / ranked[0] if self.dirpath and ranked else None
 
-    def open(self, folder: Path) -> Path:
-        """Where the checkpoints of a new run go: `dirpath`, or else `folder`."""
-        self.dirpath = self.dirpath or folder.absolute()
+    @property
+    def names(self) -> list[str]:
+        """The folder names of the checkpoints that are kept, the oldest first."""
+        return list(self._saved)
+
+    def folder(self, default: Path) -> Path:
+        """Where the checkpoints are: `dirpath`, or else `default`."""
+        return self.dirpath or default
+
+    def open(self, default: Path) -> Path:
+        """Begins a new run; returns its folder."""
+        self.dirpath = self.folder(default)
         self._saved = {}
         return self.dirpath
 
@@ -291,9 +300,13 @@ class ModelCheckpoint(Callback):
             return self.save_last or self.save_top_k != 0
         return self.save_top_k != 0 and "" in self._ranked({**self._saved, "": score})
 
+    def has(self, name: str, score: float | None) -> bool:
+        """Whether a checkpoint is among those kept, and has this score; None is any."""
+        return name in self._saved and score in (None, self._saved[name])
+
     def add(self, name: str, score: float | None) -> None:
-        """A checkpoint is on its way."""
-        self._saved[name] = score
+        """A checkpoint is on its way, or complete; one that had a score keeps it where `score` is None."""
+        self._saved[name] = self._saved.get(name) if score is None else score
 
     def forget(self, name: str) -> None:
         """It did not arrive."""

@@ -3,20 +3,20 @@
 import json
 import os
 import shutil
-import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxaccum import _extras
+from jaxaccum import _extras, _paths
 from jaxaccum._processes import Processes
 
 CUT_OFF = ".orbax-checkpoint-tmp"  # in the name of a folder that is being written, or removed
 _NOTES = "notes.json"
+_PARTS = ("arrays", "notes", "_CHECKPOINT_METADATA")  # of a checkpoint's folder
 
 
 class Checkpoint(NamedTuple):
@@ -57,7 +57,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
       array([-2., -2.], dtype=float32)
     """
     orbax = _orbax()
-    path = Path(path).absolute()
+    path = _paths.absolute(path)
     if not path.is_dir():
         raise FileNotFoundError(f"there is no checkpoint at {path}.")
     try:
@@ -80,27 +80,86 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
 def newest(folders: Sequence[Path], processes: Processes) -> Checkpoint | None:
     """The newest checkpoint in the folders that all processes can read; None where there is none.
 
-    Warns of each that is passed over, because its writing was cut off or because it can't be read. What was cut off is
-    removed.
+    Warns of each that is passed over because it can't be read.
+
+    Raises:
+      OSError: if there are checkpoints, but none can be read; it names each, and says why.
     """
-    names: list[str] = []
-    if not processes.index:
-        for path in sorted(path for folder in folders for path in folder.glob(f"*{CUT_OFF}*")):
-            warnings.warn(f"{path} was cut off while it was written: it is passed over and removed.", stacklevel=5)
+    return _first_readable(folders, processes, lambda found: [path for path, _ in found])
+
+
+def best(folders: Sequence[Path], processes: Processes, monitor: str, mode: str) -> Checkpoint | None:
+    """The checkpoint of the newest run in the folders with the best value of `monitor`; None where none has one.
+
+    Args:
+      folders: where to look.
+      processes: all of which must be able to read it.
+      monitor: the name of the value.
+      mode: "min" or "max".
+
+    Raises:
+      OSError: as `newest`.
+    """
+
+    def ranked(found: Sequence[tuple[Path, dict[str, Any]]]) -> list[Path]:
+        scores = {
+            path: notes["scores"][monitor]
+            for path, notes in found
+            if monitor in notes.get("scores", {}) and notes.get("run") == found[0][1].get("run")
+        }
+        return sorted(scores, key=scores.__getitem__, reverse=mode == "max")  # Of equals the newest stays first.
+
+    return _first_readable(folders, processes, ranked)
+
+
+def remove_cut_off(folders: Sequence[Path], processes: Processes) -> None:
+    """Removes the checkpoints in the folders whose writing was cut off, with a warning for each."""
+    for folder in () if processes.index else folders:
+        for path in sorted(folder.glob(f"*{CUT_OFF}*")):
+            warnings.warn(f"{path} was cut off while it was written: it is passed over and removed.", stacklevel=6)
             shutil.rmtree(path, ignore_errors=True)
-        dated = {path: date for folder in folders for path, date in _dated(folder).items()}
-        names = [str(path) for path in sorted(dated, key=dated.__getitem__, reverse=True)]
-    for name in processes.gather("the checkpoints", names)[0]:
-        found, failure = None, None
+
+
+def _first_readable(
+    folders: Sequence[Path],
+    processes: Processes,
+    order: Callable[[Sequence[tuple[Path, dict[str, Any]]]], Sequence[Path]],
+) -> Checkpoint | None:
+    """The first checkpoint in an order that all processes can read.
+
+    Args:
+      folders: where to look.
+      processes: all of them.
+      order: of those whose notes can be read, each with its notes, the newest first.
+
+    Raises:
+      OSError: if there are checkpoints, but none can be read.
+    """
+    names, broken = [], []
+    if not processes.index:
+        found, broken = _found(folders)
+        names = [str(path) for path in order(found)]
+    names, broken = processes.gather("the checkpoints", [names, broken])[0]
+    result = None
+    for name in names:
+        failure = None
         try:
-            found = load(name)
+            result = load(name)
         except OSError as error:
             failure = str(error)
         failures = [text for text in processes.gather("a checkpoint", failure) if text is not None]
         if not failures:
-            return found
-        warnings.warn(f"{failures[0]} It is passed over for the one before.", stacklevel=5)
-    return None
+            break
+        result = None
+        broken.append(failures[0])
+    if result is None and broken:
+        raise OSError(
+            f"none of the {len(broken)} checkpoints in {', '.join(map(str, folders))} can be used: {' '.join(broken)} "
+            "Mend or remove them; without any, ckpt_path='last' starts afresh."
+        )
+    for text in broken:
+        warnings.warn(f"{text} It is passed over.", stacklevel=6)
+    return result
 
 
 class Writer:
@@ -114,8 +173,7 @@ class Writer:
 
     def __init__(self):
         self._orbax = _orbax()
-        everyone = set(range(jax.process_count()))
-        self._checkpointer = _checkpointer(self._orbax.AsyncCheckpointer, everyone)
+        self._checkpointer: Any = None  # It has threads of its own, which must be ended.
 
     def start(self, path: Path, arrays: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
         """Begins a checkpoint; the arrays are the caller's again when this returns.
@@ -123,7 +181,7 @@ class Writer:
         Args:
           path: a folder that does not exist; it will, once everything is in it.
           arrays: by name.
-          notes: what JSON can hold.
+          notes: what JSON can hold; "saved_at" among it, an int that is larger for a later one.
 
         Raises:
           OSError, or what else orbax meets.
@@ -133,11 +191,13 @@ class Writer:
         full = {name: x for name, x in arrays.items() if x.size}
         args = self._orbax.args
         path.parent.mkdir(parents=True, exist_ok=True)
+        if self._checkpointer is None:
+            self._checkpointer = _checkpointer(self._orbax.AsyncCheckpointer, set(range(jax.process_count())))
         self._checkpointer.save(
             path,
             args=args.Composite(
                 arrays=args.PyTreeSave(full),
-                notes=args.JsonSave({**notes, "leaves": leaves, "saved_at": time.time_ns()}),
+                notes=args.JsonSave({**notes, "leaves": leaves}),
             ),
         )
 
@@ -147,7 +207,8 @@ class Writer:
 
     def close(self) -> None:
         """Ends the writer's threads."""
-        self._checkpointer.close()
+        if self._checkpointer is not None:
+            self._checkpointer.close()
 
 
 def remove(path: Path) -> None:
@@ -158,16 +219,36 @@ def remove(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _dated(folder: Path) -> dict[Path, int]:
-    """The complete checkpoints in a folder, and when each was saved."""
-    found = {}
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if CUT_OFF not in path.name and (path / "notes" / _NOTES).is_file():
-            try:
-                found[path] = _notes(path)["saved_at"]
-            except (OSError, ValueError, KeyError):
-                found[path] = 0  # `newest` says so if it comes to that.
-    return found
+def annotate(path: Path, notes: Mapping[str, Any]) -> None:
+    """Writes the notes of a complete checkpoint anew; it has the former ones until it has these.
+
+    Raises:
+      OSError: if they can't be written.
+    """
+    file = path / "notes" / _NOTES
+    new = file.with_name(file.name + ".new")
+    new.write_text(json.dumps({**notes, "leaves": _notes(path)["leaves"]}))
+    os.replace(new, file)
+
+
+def dates(folder: Path) -> list[int]:
+    """When the complete checkpoints in a folder were saved."""
+    return [notes["saved_at"] for _, notes in _found([folder])[0]]
+
+
+def _found(folders: Sequence[Path]) -> tuple[list[tuple[Path, dict[str, Any]]], list[str]]:
+    """The checkpoints in the folders with their notes, the newest first; and what is wrong with those without notes."""
+    found, broken = [], []
+    for path in (path for folder in folders if folder.is_dir() for path in folder.iterdir()):
+        if CUT_OFF in path.name or not any((path / part).exists() for part in _PARTS):
+            continue
+        try:
+            notes = _notes(path)
+            found.append((notes["saved_at"], path, notes))
+        except (OSError, ValueError, KeyError) as error:
+            broken.append(f"{path} can't be read as a checkpoint: {error!r}.")
+    found.sort(key=lambda entry: entry[0], reverse=True)
+    return [(path, notes) for _, path, notes in found], broken
 
 
 def _notes(path: Path) -> dict[str, Any]:

@@ -1,15 +1,16 @@
 """The `Trainer`: what its user passes, calls and reads, and the course of a run."""
 
+import contextlib
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxaccum import _arguments, _plot, _run
+from jaxaccum import _arguments, _paths, _plot, _run, _savers, _snapshot, checkpoint
+from jaxaccum import task as _task
 from jaxaccum._counters import Counters
 from jaxaccum._epochs import Epochs
 from jaxaccum._evaluation import Evaluation
@@ -17,12 +18,13 @@ from jaxaccum._hooks import Hooks
 from jaxaccum._integers import positive_int
 from jaxaccum._options import Options
 from jaxaccum._programs import FitState
-from jaxaccum._reader import TrainLoader
+from jaxaccum._reader import TrainLoader, ValLoader
 from jaxaccum._run import Run
 from jaxaccum._savers import Savers
 from jaxaccum._signals import Signals
 from jaxaccum._strategy import Strategy
 from jaxaccum.callbacks import Callback, ProgressBar
+from jaxaccum.checkpoint import Checkpoint
 from jaxaccum.task import Task
 
 Tree = Any
@@ -45,7 +47,13 @@ class Trainer:
       callbacks: a callback or a sequence of them, run in order.
       limit_train_batches: how many loader batches an epoch has at most, or which fraction of them.
       limit_val_batches: likewise in validation; 0 is none of them.
-      val_check_interval: validate every so many micro-steps of an epoch, or after every such fraction of it.
+      overfit_batches: train on the first so many batches of an epoch alone, or on the first such fraction of them, read
+        once and in the same order in every epoch; and validate on as many; 0 is off.
+      num_sanity_val_steps: micro-steps of validation before training, which are recorded nowhere, so that what is wrong
+        with it is met at once; -1 is all of them, 0 none.
+      check_val_every_n_epoch: validate in every so many epochs; None: `val_check_interval` counts across epochs.
+      val_check_interval: validate every so many micro-steps of an epoch, or after every such fraction of it. An int
+        that is larger than an epoch counts across epochs.
       log_every_n_steps: counts optimizer steps.
       gradient_clip_val: the largest global norm of a window's gradient.
       default_root_dir: where `logger=True` and a `ModelCheckpoint` without a folder write; None is the working
@@ -100,6 +108,9 @@ class Trainer:
         callbacks: Callback | Sequence[Callback] = (),
         limit_train_batches: int | float = 1.0,
         limit_val_batches: int | float = 1.0,
+        overfit_batches: int | float = 0,
+        num_sanity_val_steps: int = 2,
+        check_val_every_n_epoch: int | None = 1,
         val_check_interval: int | float = 1.0,
         log_every_n_steps: int = 50,
         gradient_clip_val: float | None = None,
@@ -121,6 +132,9 @@ class Trainer:
             max_steps=max_steps,
             limit_train_batches=limit_train_batches,
             limit_val_batches=limit_val_batches,
+            overfit_batches=overfit_batches,
+            num_sanity_val_steps=num_sanity_val_steps,
+            check_val_every_n_epoch=check_val_every_n_epoch,
             val_check_interval=val_check_interval,
             log_every_n_steps=log_every_n_steps,
             gradient_clip_val=gradient_clip_val,
@@ -132,9 +146,10 @@ class Trainer:
             detect_anomaly=detect_anomaly,
         )
         self._strategy = Strategy(strategy, devices)
-        root = Path(default_root_dir or ".")
+        root = _paths.absolute(default_root_dir or ".")
         self._loggers, self._folder = _arguments.loggers(logger, root), root / "checkpoints"
         self._run: Run | None = None
+        self._evaluation: Evaluation | None = None
 
     def fit(
         self,
@@ -146,10 +161,11 @@ class Trainer:
         """Trains, from the start or from a checkpoint.
 
         From a checkpoint a run goes on after the micro-step that it was saved at, as if it had never ended: parameters
-        and all other state come out bit for bit the same. For that the loaders must give the same batches again. One
-        whose iterators have `get_state` and `set_state` is put where it was; of any other the batches that were trained
-        on are passed over: those of the open epoch, or of the whole run where all epochs are one iterator. The task and
-        the Trainer's options are the caller's to pass unchanged; the seed is the checkpoint's, and so is K until the
+        and all other state come out bit for bit the same. For that the loaders must give the same batches again. A
+        loader with `get_state` and `set_state`, or with `state_dict` and `load_state_dict`, or whose iterators have
+        them, is put where it was; of any other the batches that were trained on are passed over: those of the open
+        epoch, or of the whole run where all epochs are one iterator. The task and the Trainer's options are the
+        caller's to pass unchanged; the seed is the checkpoint's, and so is K until the
         epoch ends. On another number of devices what is pending is merged or split, and the open epoch keeps its
         effective batch.
 
@@ -174,18 +190,22 @@ class Trainer:
 
         Args:
           task: what to train.
-          train_loader: an iterable of batches, pytrees whose leaves have one leading length; iterated anew in every
-            epoch. A batch that it gave must not be written to.
-          val_loader: likewise, or None for no validation.
-          ckpt_path: a checkpoint's folder; or "last", the newest complete one of the `ModelCheckpoint`, and a start
-            where there is none, with a warning; or None for a start.
+          train_loader: an iterable of batches, pytrees of arrays; iterated anew in every epoch, after
+            `set_epoch(epoch)` of the loader, its sampler and its dataset, where they have one. The first epoch of a
+            `fit` is begun before `on_train_epoch_start` is called, any other one after it. Its `len` is an estimate,
+            not a limit. A batch that it gave must not be written to.
+          val_loader: an iterable of batches, or None for no validation.
+          ckpt_path: a checkpoint's folder; or "last", the newest one in the folders of the `ModelCheckpoint`s, and a
+            start where there is none, with a warning; or "best", by the first of them that has a monitor, in the newest
+            run that is there; or None for a start.
 
         Returns:
           The arrays of the run: `params`, `opt_state`, `model_state`, and what is pending.
 
         Raises:
-          TypeError, ValueError: for a task or a loader that can't be trained, or a checkpoint of another task.
-          OSError: for a `ckpt_path` that is no checkpoint.
+          TypeError, ValueError: for a task or a loader that can't be trained, a validation that can't fall due, or a
+            checkpoint of another task.
+          OSError: for a `ckpt_path` that is no checkpoint, or if none of those that are there can be read.
           FloatingPointError: with `detect_anomaly`.
           RuntimeError: if another process has left the run.
         """
@@ -193,9 +213,11 @@ class Trainer:
         processes.begin()
         signals = Signals(processes)
         try:
-            run, loader, savers = self._start(task, train_loader, val_loader, ckpt_path)
+            run, savers = self._start(task, train_loader, val_loader, ckpt_path)
             hooks = Hooks(self, task, self._callbacks)
             epochs = Epochs(run, hooks, savers, signals)
+            epochs.check_validation()
+            run.records.begin(run.resumed_at)
         except BaseException as error:
             processes.leave(error)
             raise
@@ -204,43 +226,51 @@ class Trainer:
                 hooks.call("on_fit_start")
                 hooks.call("on_train_start")
                 processes.share_wishes()
-                batches = loader.epochs(keeps_state=bool(savers.folders))
-                if run.at.batch_idx:  # In mid-epoch, or at its end.
-                    epochs.train(() if run.at.ends_epoch else next(batches))
-                while not epochs.are_over():
-                    epochs.train(next(batches))
-                if not run.at.batch_idx:
-                    savers.save_at_end(run)
+                epochs.train()
                 hooks.call("on_train_end")
                 hooks.call("on_fit_end")
                 processes.share_wishes()
                 signals.leave_if_told()
             except BaseException as error:
                 epochs.end_by(error)
-                hooks.call("on_exception", error)
+                hooks.call_on_exception(error)
                 raise
             finally:
-                run.records.flush(waits=not processes.left)
-                savers.close()
+                with contextlib.closing(savers):  # Whatever happens to the records.
+                    run.records.flush(waits=not processes.left)
         return run.state
 
-    def validate(self, task: Task, val_loader: Iterable[Tree], state: FitState | None = None) -> dict[str, float]:
+    def validate(
+        self,
+        task: Task,
+        val_loader: Iterable[Tree],
+        state: FitState | None = None,
+        ckpt_path: str | os.PathLike[str] | None = None,
+    ) -> dict[str, float]:
         """The weighted means of loss and metrics over `val_loader`.
 
         Args:
-          task: what `state` was trained for.
+          task: what was trained.
           val_loader: an iterable of batches.
-          state: as `fit` returned it; None is that of the last `fit`.
+          state: as `fit` returned it; None is that of the last `fit`, unless `ckpt_path` is given.
+          ckpt_path: the checkpoint to validate, as for `fit`; no `fit` need have run in this process.
 
         Returns:
           "val_loss", and the metrics with "val_" before their names.
 
         Raises:
-          ValueError: if the loader is empty.
+          ValueError: if the loader is empty, for both `state` and `ckpt_path`, or for a checkpoint of another task.
+          OSError: for a `ckpt_path` that is no checkpoint.
+          RuntimeError: without either, before the first `fit`.
         """
-        params, _, model_state, _ = self.state if state is None else state
-        evaluation = Evaluation(task, self._strategy, self._options.limit_val_batches)
-        return evaluation.run(params, model_state, val_loader)
+        batches = ValLoader(val_loader, self._options.limit_val_batches)
+        if ckpt_path is None:
+            params, _, model_state, _ = self.state if state is None else state
+        elif state is not None:
+            raise ValueError(f"pass either state or ckpt_path={ckpt_path!r} to validate, not both.")
+        else:
+            params, _, model_state, _ = self._saved(task, batches, ckpt_path)
+        return self._evaluation_of(task).run(params, model_state, batches)
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         """Draws the run's losses, K and effective batch over the samples seen.
@@ -272,6 +302,11 @@ class Trainer:
     def copy_state(self) -> FitState:
         """A copy of `state` that no micro-step donates, on the same devices."""
         return jax.tree.map(jnp.copy, self.state)
+
+    @property
+    def is_resuming(self) -> bool:
+        """Whether the run goes on from a checkpoint; False in a fresh one."""
+        return self._run is not None and self._run.is_resuming
 
     @property
     def state_is_ahead(self) -> bool:
@@ -339,7 +374,7 @@ class Trainer:
 
     @property
     def num_training_batches(self) -> int | float:
-        """The micro-steps in an epoch; infinite where that is not known."""
+        """The micro-steps in an epoch, as far as the loader's length tells; infinite where it has none."""
         return self._running.epoch_micro_steps
 
     @property
@@ -359,8 +394,8 @@ class Trainer:
 
     def _start(
         self, task: Task, train_loader: Iterable[Tree], val_loader: Iterable[Tree] | None, ckpt_path: Any
-    ) -> tuple[Run, TrainLoader, Savers]:
-        """A run, at its start or where a checkpoint left it; what it trains on, and its checkpoints."""
+    ) -> tuple[Run, Savers]:
+        """A run, at its start or where a checkpoint left it, and its checkpoints."""
         options, processes = self._options, self._strategy.processes
         if not isinstance(task, Task):
             raise TypeError(f"task must be a jaxaccum.Task, got {task!r}.")
@@ -368,25 +403,72 @@ class Trainer:
             warnings.warn(
                 "max_epochs is not set: training for 1000 epochs. Pass max_epochs=-1 for no end.", stacklevel=3
             )
-        loader = TrainLoader(train_loader, options)
-        val_loader = val_loader if options.limit_val_batches else None
-        _arguments.check_monitors(self._callbacks, validates=val_loader is not None)
+        validates = val_loader is not None and options.limit_val_batches != 0
+        _arguments.check_monitors(self._callbacks, validates)
         savers = Savers(self, self._callbacks, self._folder, processes)
+        loader = TrainLoader(train_loader, options, keeps_state=bool(savers.folders))
         loader.agree(processes)
         options.agree(
             processes,
             strategy=self._strategy.name,
             devices=self._strategy.size,
-            val_loader=val_loader is not None,
+            val_loader=validates,
             ModelCheckpoint=[str(folder) for folder in savers.folders],
         )
-        found = savers.find(ckpt_path)
-        seed = options.seed if found is None else found.notes["seed"]
-        run = _run.begin(task, options, self._strategy, loader, val_loader, self._loggers, seed, last=self._run)
+        found = self._found(ckpt_path)
+        seed = options.seed
+        # Only now that the place in the run is known is anything asked of the loader.
+        if found is None:
+            loader.begin(Counters())
+        else:
+            seed = found.notes["seed"]
+            _snapshot.begin(found, loader, self._strategy)
+        run = _run.begin(
+            task,
+            options,
+            self._strategy,
+            self._evaluation_of(task),
+            loader,
+            ValLoader(val_loader, options.val_limit) if val_loader is not None and validates else None,
+            self._loggers,
+            seed,
+            last=self._run,
+        )
         self._run = run
         if found is not None:
-            savers.restore(found, run, loader)
-        return run, loader, savers
+            savers.restore(found, run)
+        return run, savers
+
+    def _found(self, ckpt_path: str | os.PathLike[str] | None) -> Checkpoint | None:
+        """The checkpoint to go on from; None for a start."""
+        if ckpt_path is None:
+            return None
+        processes = self._strategy.processes
+        folders = _savers.folders_of(self._callbacks, self._folder)
+        checkpoint.remove_cut_off(folders, processes)
+        found = _savers.find(ckpt_path, self._callbacks, self._folder, processes)
+        if found is None:
+            warnings.warn(
+                f"ckpt_path='last' finds no checkpoint in {', '.join(map(str, folders))}: the run starts afresh.",
+                stacklevel=4,
+            )
+        return found
+
+    def _saved(self, task: Task, val_loader: ValLoader, ckpt_path: str | os.PathLike[str]) -> FitState:
+        """The parameters and the model state of a checkpoint."""
+        found = _savers.find(ckpt_path, self._callbacks, self._folder, self._strategy.processes)
+        if found is None:
+            folders = _savers.folders_of(self._callbacks, self._folder)
+            raise FileNotFoundError(f"ckpt_path='last' finds no checkpoint in {', '.join(map(str, folders))}.")
+        for batch in val_loader.first(1):
+            return _snapshot.weights(found, *_task.initial(task, jax.random.key(found.notes["seed"]), batch))
+        raise ValueError("val_loader gave no batch.")
+
+    def _evaluation_of(self, task: Task) -> Evaluation:
+        """The programs that validate `task`; those of the last call, if it was for the same one."""
+        if self._evaluation is None or self._evaluation.task is not task:
+            self._evaluation = Evaluation(task, self._strategy)
+        return self._evaluation
 
     @property
     def _at(self) -> Counters:

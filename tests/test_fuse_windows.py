@@ -227,7 +227,7 @@ def test_a_fused_run_goes_on_from_each_of_its_checkpoints(strategy, tmp_path):
     whole = run(ModelCheckpoint(tmp_path, every_n_train_steps=1, monitor="train_loss", save_top_k=-1))
     rest, the_task, batches = run(), masked(), micro_batches(strategy, 8)
     want = whole.fit(the_task, batches, batches)
-    assert [step for step, _ in saved(tmp_path)] == [3, 6, 8, 11, 14, 16, 16]
+    assert [step for step, _ in saved(tmp_path)] == [3, 6, 8, 11, 14, 16]
     for _, path in saved(tmp_path):
         assert_same(rest.fit(the_task, batches, batches, ckpt_path=path), want)
         assert rest._at == whole._at and rest.callback_metrics == whole.callback_metrics
@@ -249,7 +249,7 @@ def test_a_run_goes_on_fused_where_it_was_not_and_the_other_way_round(fused_firs
         whole = run(fused_first, ModelCheckpoint(tmp_path, every_n_micro_steps=1, save_top_k=-1))
         want, rest = whole.fit(the_task, batches), run(not fused_first)
         made = [step for step, _ in saved(tmp_path)]
-        assert made == ([3, 5, 7, 9, 10, 10] if fused_first else [*range(1, 11), 10])
+        assert made == ([3, 5, 7, 9, 10] if fused_first else [*range(1, 11)])
         for _, path in saved(tmp_path):
             assert_close(rest.fit(the_task, batches, ckpt_path=path), want, 1e-12)
             assert rest._at == whole._at

@@ -96,4 +96,4 @@ def test_each_loader_batch_has_a_key_of_its_own_and_validation_has_none():
         Task(INIT, loss, OPTIMIZER), ones(2, 2, 2), ones(2)
     )
     assert len(set(seen)) == 6
-    assert drawn[-1] and not drawn[0]
+    assert set(drawn) == {True, False}

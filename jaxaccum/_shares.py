@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxaccum._strategy import Piece, Place, Strategy, length, rows, signature, stacked
+from jaxaccum._strategy import Piece, Place, Strategy, length_of_all, rows, signature, stacked
 
 Tree = Any
 
@@ -23,11 +23,14 @@ def offer(strategy: Strategy, batches: Sequence[Tree]) -> dict[str, Any]:
     Args:
       strategy: the devices.
       batches: this process' loader batches, up to `strategy.group`; none where its loader has ended.
+
+    Raises:
+      ValueError: for a leaf that can't be spread over the devices.
     """
     rounds = [[_described(share) for share in shares] for shares in _rounds(strategy, batches)]
     kinds = list(dict.fromkeys(kind for kinds in rounds for kind in kinds if kind))
     numbered = [[kinds.index(kind) if kind else None for kind in kinds_of_round] for kinds_of_round in rounds]
-    return {"kinds": kinds, "rounds": numbered, "batches": len(batches), "examples": sum(map(length, batches))}
+    return {"kinds": kinds, "rounds": numbered, "batches": len(batches)}
 
 
 def pieces(strategy: Strategy, batches: Sequence[Tree], offers: Sequence[dict[str, Any]], like: Tree) -> list[Piece]:
@@ -71,7 +74,7 @@ def _rounds(strategy: Strategy, batches: Sequence[Tree]) -> list[list[Tree | Non
     if strategy.name != "dp" or not batches:
         return [[*batches, *[None] * (own - len(batches))]]
     (batch,) = batches
-    each, rest = divmod(length(batch), own)
+    each, rest = divmod(length_of_all(batch), own)
     rounds: list[list[Tree | None]] = []
     if each:
         rounds.append([rows(batch, slice(i * each, (i + 1) * each)) for i in range(own)])

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxaccum import _keys
 from jaxaccum._strategy import Piece, Place, Strategy, length_of_all, rows, signature, stacked
 
 Tree = Any
@@ -87,7 +88,8 @@ def _described(share: Tree | None) -> str | None:
     if share is None:
         return None
     treedef, leaves = signature(share)
-    return json.dumps([str(treedef), [(shape, np.dtype(dtype).name) for shape, dtype in leaves]])
+    name = lambda dtype: dtype.name if jax.dtypes.issubdtype(dtype, jax.dtypes.extended) else np.dtype(dtype).name
+    return json.dumps([str(treedef), [(shape, name(dtype)) for shape, dtype in leaves]])
 
 
 def _kinds(offered: dict[str, Any], number: int, own: int) -> list[str | None]:
@@ -98,8 +100,19 @@ def _kinds(offered: dict[str, Any], number: int, own: int) -> list[str | None]:
 
 def _zeros(kind: str, like: Tree) -> Tree:
     """A batch of zeros as `_described` told of it."""
-    _, leaves = json.loads(kind)
-    return jax.tree.unflatten(jax.tree.structure(like), [np.zeros(shape, dtype) for shape, dtype in leaves])
+    _, described = json.loads(kind)
+    leaves, treedef = jax.tree.flatten(like)
+    zeros = [_zero(shape, dtype, leaf) for (shape, dtype), leaf in zip(described, leaves, strict=True)]
+    return jax.tree.unflatten(treedef, zeros)
+
+
+def _zero(shape: Sequence[int], dtype: str, like: Any) -> Any:
+    """A leaf of zeros; NumPy has no random keys, so that these are made by the implementation of `like`."""
+    if not _keys.is_typed(like):
+        return np.zeros(shape, dtype)
+    data = jax.random.key_data(like)
+    impl = jax.random.key_impl(like)
+    return jax.random.wrap_key_data(np.zeros((*shape, *data.shape[like.ndim :]), data.dtype), impl=impl)
 
 
 def _check_trees(offers: Sequence[dict[str, Any]]) -> None:

@@ -4,6 +4,7 @@ import array
 import dataclasses
 import datetime
 import enum
+import json
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +84,7 @@ def test_torch_tensors_train_as_arrays(name, devices):
     batches = loader(*[4] * 4)
     tensors = [{leaf: torch.from_numpy(x) for leaf, x in batch.items()} for batch in batches]
     assert_same(run(name, devices, tensors).state, run(name, devices, batches).state)
-    with pytest.raises(TypeError, match=r"batch\['x'\] is a Tensor .*BFloat16.*\.float\(\)"):
+    with pytest.raises(TypeError, match=r"batch\['x'\] is a Tensor, .*BFloat16.*\.float\(\)"):
         run(name, devices, [{"x": batch["x"].bfloat16(), "y": batch["y"]} for batch in tensors])
 
 
@@ -260,6 +261,21 @@ def test_dp_refuses_it_in_several_processes_too():
     strategy = Strategy("dp", 2)
     with pytest.raises(ValueError, match=r"batch\['a'\] has 3 entries"):
         _shares.offer(strategy, [{"a": np.ones(3), "x": np.ones((4, 3)), "y": np.ones(4)}])
+
+
+@pytest.mark.parametrize("name", ["ddp", "dp"])
+def test_processes_tell_each_other_of_random_keys(name):
+    """Catches a description that only dtypes of NumPy have, and zeros in the place of keys."""
+    strategy, keys = Strategy(name, 2), jax.random.split(jax.random.key(0, impl="rbg"), 4)
+    batch = {"key": keys, "x": np.ones((4, 3), np.float32)}
+    offered = json.loads(json.dumps(_shares.offer(strategy, [batch])))
+    piece = _shares.pieces(strategy, [batch], [offered], batch)[0]
+    data = jax.random.key_data(piece.batch["key"])
+    np.testing.assert_array_equal(data[:4], jax.random.key_data(keys))
+    zeros = _shares._zeros(offered["kinds"][0], batch)
+    assert jax.tree.map(lambda x: (x.dtype, x.shape[1:]), zeros) == jax.tree.map(
+        lambda x: (x.dtype, x.shape[1:]), batch
+    )
 
 
 def test_ddp_keeps_a_leaf_of_another_length_whole():

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxaccum import _keys
@@ -111,8 +112,8 @@ def _zero(shape: Sequence[int], dtype: str, like: Any) -> Any:
     if not _keys.is_typed(like):
         return np.zeros(shape, dtype)
     data = jax.random.key_data(like)
-    impl = jax.random.key_impl(like)
-    return jax.random.wrap_key_data(np.zeros((*shape, *data.shape[like.ndim :]), data.dtype), impl=impl)
+    zeros = jnp.zeros((*shape, *data.shape[like.ndim :]), data.dtype)
+    return jax.random.wrap_key_data(zeros, impl=jax.random.key_impl(like))
 
 
 def _check_trees(offers: Sequence[dict[str, Any]]) -> None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from jaxaccum import _shares
 from jaxaccum._processes import said
-from jaxaccum._strategy import Loaded, Piece, Strategy, loaded, signature
+from jaxaccum._strategy import Loaded, Piece, Strategy, signature
 
 Tree = Any
 
@@ -50,7 +50,7 @@ def micro_steps(batches: Iterable[Tree], strategy: Strategy, *, may_differ: bool
       strategy: groups them and puts them on the devices.
       may_differ: whether a process may have fewer micro-steps than another; else that is an error.
     """
-    groups = _Groups(batches, strategy.group)
+    groups = _Groups(batches, strategy)
     met = _Met(groups, strategy, may_differ) if strategy.processes.count > 1 else None
     ahead: collections.deque[MicroStep] = collections.deque()
     for group, loader_state in met or groups:
@@ -170,22 +170,22 @@ class _Met:
 
 
 class _Groups:
-    """Batches in lists of up to `size`, each with what their `get_state` gives after it, if they have one.
+    """Batches in lists of up to `strategy.group`, each with what their `get_state` gives after it, if they have one.
 
     What they raise is kept as `error`, and ends them; so is what a batch that can't be read raises.
 
     A group that the error cut short is given up: its batches are not a whole micro-step.
     """
 
-    def __init__(self, batches: Iterable[Tree], size: int):
-        self._batches, self._size = iter(batches), size
+    def __init__(self, batches: Iterable[Tree], strategy: Strategy):
+        self._batches, self._strategy = iter(batches), strategy
         self._state: Callable[[], Any] = getattr(batches, "get_state", lambda: None)
         self.error: Exception | None = None
 
     def __iter__(self) -> Iterator[tuple[list[Loaded], Any]]:
         while True:
             try:
-                group = list(map(loaded, itertools.islice(self._batches, self._size)))
+                group = list(map(self._strategy.read, itertools.islice(self._batches, self._strategy.group)))
             except Exception as error:
                 self.error = error
                 return

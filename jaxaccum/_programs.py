@@ -16,7 +16,7 @@ from jaxaccum._multi_steps import MultiSteps
 from jaxaccum._outputs import Outputs
 from jaxaccum._pieces import Logs
 from jaxaccum._state import MultiStepsState
-from jaxaccum._strategy import Piece, Strategy, arrays
+from jaxaccum._strategy import Piece, Strategy
 from jaxaccum.task import Task
 
 Tree = Any
@@ -83,7 +83,7 @@ class Programs:
         Args:
           batch: a loader batch, for `task.init`.
         """
-        batch = arrays(batch)
+        batch = self._strategy.read(batch).arrays
         # The last number that a key is folded with, which no loader batch has.
         key = jax.random.fold_in(jax.random.key(self._seed), np.uint32(2**32 - 1))
         made = self._strategy.of_first(_task.initial(self._task, key, batch))

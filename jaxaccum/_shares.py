@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxaccum import _keys
-from jaxaccum._strategy import Piece, Place, Strategy, length_of_all, rows, signature, stacked
+from jaxaccum._strategy import Piece, Place, Strategy, length, rows, signature, stacked
 
 Tree = Any
 
@@ -25,9 +25,6 @@ def offer(strategy: Strategy, batches: Sequence[Tree]) -> dict[str, Any]:
     Args:
       strategy: the devices.
       batches: this process' loader batches, up to `strategy.group`; none where its loader has ended.
-
-    Raises:
-      ValueError: for a leaf that can't be spread over the devices.
     """
     rounds = [[_described(share) for share in shares] for shares in _rounds(strategy, batches)]
     kinds = list(dict.fromkeys(kind for kinds in rounds for kind in kinds if kind))
@@ -76,7 +73,7 @@ def _rounds(strategy: Strategy, batches: Sequence[Tree]) -> list[list[Tree | Non
     if strategy.name != "dp" or not batches:
         return [[*batches, *[None] * (own - len(batches))]]
     (batch,) = batches
-    each, rest = divmod(length_of_all(batch), own)
+    each, rest = divmod(length(batch), own)
     rounds: list[list[Tree | None]] = []
     if each:
         rounds.append([rows(batch, slice(i * each, (i + 1) * each)) for i in range(own)])

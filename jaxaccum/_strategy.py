@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -139,13 +139,21 @@ class Strategy:
         """How many micro-steps so many batches of this process' loader make; infinite for None."""
         return math.inf if batches is None else -(-batches // self.group)
 
+    def read(self, batch: Tree) -> Loaded:
+        """Reads a loader batch that is to be put on the devices.
+
+        Raises:
+          TypeError, ValueError: as `loaded`; and ValueError for a leaf that can't be spread over several devices.
+        """
+        read = loaded(batch)
+        if self.size > 1:
+            _check_entries(read, is_split=self.name == "dp")
+        return read
+
     def pieces(self, batches: Sequence[Tree]) -> list[Piece]:
         """The pieces of a micro-step of up to `group` loader batches, sent on their way to the devices.
 
-        The batches' leaves are such as `arrays` gives. With several processes see `_shares`.
-
-        Raises:
-          ValueError: for a leaf that can't be spread over the devices.
+        The batches are the `arrays` of what `read` gives. With several processes see `_shares`.
         """
         if self.size == 1:
             return [self.sent(batches[0], _WHOLE)]
@@ -170,7 +178,7 @@ class Strategy:
 
     def _split(self, batch: Tree) -> list[Piece]:
         """One batch over all devices, and what does not divide on the first alone."""
-        examples = length_of_all(batch)
+        examples = length(batch)
         whole = examples // self.size * self.size
         rest = examples - whole
         pieces = []
@@ -250,23 +258,6 @@ def length(batch: Tree) -> int:
     return loaded(batch).examples
 
 
-def length_of_all(batch: Tree) -> int:
-    """The number of examples in a loader batch that is to be split.
-
-    Raises:
-      ValueError: if a leaf has another leading length: its rows don't belong to the examples of a part.
-    """
-    examples = length(batch)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
-        if np.shape(leaf)[:1] not in ((), (examples,)):
-            raise ValueError(
-                f"batch{jax.tree_util.keystr(path)} has {len(leaf)} entries, but the batch has {examples} examples, "
-                "the length of most of its leaves: strategy='dp' can't split it over the devices. Give it one entry "
-                "for each example, or use strategy='ddp', which splits no batch."
-            )
-    return examples
-
-
 def signature(batch: Tree) -> Any:
     """What batches that can be stacked have in common: the tree, and its leaves' shapes and dtypes."""
     leaves, treedef = jax.tree.flatten(batch)
@@ -275,12 +266,12 @@ def signature(batch: Tree) -> Any:
 
 def rows(batch: Tree, part: slice) -> Tree:
     """Some of a loader batch's examples."""
-    return _map(lambda x: x[part], batch)
+    return jax.tree.map(lambda x: x[part], batch)
 
 
 def stacked(batches: Sequence[Tree]) -> Tree:
     """Loader batches of one shape as one."""
-    return _map(lambda *leaves: _concatenate(leaves), *batches)
+    return jax.tree.map(lambda *leaves: _concatenate(leaves), *batches)
 
 
 @functools.cache
@@ -339,18 +330,21 @@ def _examples(leaves: Sequence[Any]) -> int:
     return collections.Counter(lengths).most_common(1)[0][0]
 
 
-def _map(fun: Callable[..., Any], *batches: Tree) -> Tree:
-    """`fun` of the batches' leaves, all of which must have examples to be spread over devices."""
-
-    def leaf(path, *leaves):
-        if not np.shape(leaves[0]):
+def _check_entries(read: Loaded, is_split: bool) -> None:
+    """Each leaf must have examples to be spread over devices: if a batch is split, one entry for each example."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(read.arrays):
+        shape = np.shape(leaf)
+        if not shape:
             raise ValueError(
                 f"batch{jax.tree_util.keystr(path)} is a scalar and can't be spread over several devices; give it one "
                 "entry for each example."
             )
-        return fun(*leaves)
-
-    return jax.tree_util.tree_map_with_path(leaf, *batches)
+        if is_split and shape[0] != read.examples:
+            raise ValueError(
+                f"batch{jax.tree_util.keystr(path)} has {shape[0]} entries, but the batch has {read.examples} "
+                "examples, the length of most of its leaves: strategy='dp' can't split it over the devices. Give it "
+                "one entry for each example, or use strategy='ddp', which splits no batch."
+            )
 
 
 def _concatenate(leaves: Sequence[Any]) -> Any:

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
-from training import Recorder, assert_same, loader, slope, task, trainer
+from training import Recorder, assert_same, loader, task, trainer
 
 import jaxaccum
 from jaxaccum import _shares, _strategy
@@ -246,21 +246,21 @@ def test_samples_seen_counts_the_examples_of_most_leaves():
     assert (t.samples_seen, t.effective_batch_size) == (24, 12)
 
 
-@pytest.mark.parametrize("lengths", [{"n": 3}, {"n": 5}, {"n": 2}, {"n": 0}])
-def test_dp_refuses_a_leaf_of_another_length(lengths):
+@pytest.mark.parametrize("entries", [0, 2, 3, 5])
+def test_dp_refuses_a_leaf_of_another_length(entries):
     """Catches a leaf that is cut where the others are, or is shorter than they are and runs out."""
-    batch = {"a": np.ones(lengths["n"]), "x": np.ones((4, 3)), "y": np.ones(4)}
-    with pytest.raises(ValueError, match=rf"batch\['a'\] has {lengths['n']} entries.*the batch has 4 examples"):
-        Strategy("dp", 2).pieces([batch])
-    with pytest.raises(ValueError, match=r"batch\['a'\] has"):
-        trainer(strategy="dp", devices=2).fit(slope(), [batch])
-
-
-def test_dp_refuses_it_in_several_processes_too():
-    """Catches a share that is cut from a leaf with other rows than the rest of the batch."""
-    strategy = Strategy("dp", 2)
-    with pytest.raises(ValueError, match=r"batch\['a'\] has 3 entries"):
-        _shares.offer(strategy, [{"a": np.ones(3), "x": np.ones((4, 3)), "y": np.ones(4)}])
+    good = {"x": np.ones((4, 3), np.float32), "y": np.ones((4, 2), np.float32), "a": np.ones(4, np.float32)}
+    bad = good | {"a": np.ones(entries, np.float32)}
+    match = rf"batch\['a'\] has {entries} entries.*the batch has 4 examples"
+    with pytest.raises(ValueError, match=match):
+        run("dp", 2, [bad])
+    t = run("dp", 2, [good])
+    with pytest.raises(ValueError, match=match):
+        t.validate(task(), [bad])
+    seen = Recorder(lambda t: t.micro_step)
+    with pytest.raises(ValueError, match=match):
+        run("dp", 2, [good] * 4 + [bad], callbacks=seen)
+    assert seen.seen == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("name", ["ddp", "dp"])

@@ -91,11 +91,13 @@ def test_what_came_before_an_error_comes_first_and_is_not_the_last(name, devices
 
 
 @pytest.mark.parametrize(("name", "devices", "whole"), [("single", 1, 5), ("ddp", 2, 2), ("dp", 2, 5)])
-@pytest.mark.parametrize(("bad", "error"), [("a word", TypeError), ({}, ValueError)])
+@pytest.mark.parametrize(("bad", "error"), [("a word", TypeError), ({}, ValueError), ([np.ones(2), 1], ValueError)])
 def test_what_came_before_a_batch_that_cannot_be_read_comes_first_too(name, devices, whole, bad, error):
     """Catches batches lost to one that was read ahead, and an epoch that seems to end before it."""
+    if isinstance(bad, list) and name == "single":
+        pytest.skip("one device takes a scalar")
     steps = []
-    with pytest.raises(error, match=r"batch is a str|without arrays"):
+    with pytest.raises(error, match=r"batch is a str|without arrays|batch\[1\] is a scalar"):
         for step in micro_steps([*rows(2, 2, 2, 2, 2), bad, *rows(2)], Strategy(name, devices)):
             steps.append(step.last)
     assert steps == [False] * whole

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from jaxaccum import _shares
 from jaxaccum._processes import said
-from jaxaccum._strategy import Piece, Strategy, length, signature
+from jaxaccum._strategy import Loaded, Piece, Strategy, signature
 
 Tree = Any
 
@@ -19,7 +19,8 @@ class MicroStep(NamedTuple):
 
     Attributes:
       pieces: what the programs take, one call for each.
-      batch: what hooks are given: a loader batch; where there are several in a micro-step, a list of this process' own.
+      batch: what hooks are given: what the loader gave; where there are several batches in a micro-step, a list of this
+        process' own.
       count: how many loader batches are in it.
       examples: how many examples they hold.
       last: whether it is known to be the epoch's last.
@@ -38,7 +39,8 @@ def micro_steps(batches: Iterable[Tree], strategy: Strategy, *, may_differ: bool
     """The micro-steps of an epoch.
 
     One is held back until it is known whether another follows, so that the last is known where a loader has no
-    length. If the loader raises, what it gave before comes first, and none of that is the last.
+    length. If the loader raises, or gives a batch that can't be read, what it gave before comes first, and none of that
+    is the last.
 
     Several processes tell each other what they have, once before each micro-step. So all of them end together, whether
     a loader ends or raises, and what is in `Processes.wishes` before a micro-step is the same on all.
@@ -48,17 +50,18 @@ def micro_steps(batches: Iterable[Tree], strategy: Strategy, *, may_differ: bool
       strategy: groups them and puts them on the devices.
       may_differ: whether a process may have fewer micro-steps than another; else that is an error.
     """
-    groups = _Groups(batches, strategy.group)
+    groups = _Groups(batches, strategy)
     met = _Met(groups, strategy, may_differ) if strategy.processes.count > 1 else None
     ahead: collections.deque[MicroStep] = collections.deque()
     for group, loader_state in met or groups:
         if len(ahead) > AHEAD:
             yield ahead.popleft()
         if met is None:
-            pieces, count, examples = strategy.pieces(group), len(group), sum(map(length, group))
+            pieces = strategy.pieces([batch.arrays for batch in group])
+            count, examples = len(group), sum(batch.examples for batch in group)
         else:
             pieces, count, examples = met.pieces(), met.count(), met.examples()
-        batch = group[0] if strategy.batches == 1 else group
+        batch = group[0].given if strategy.batches == 1 else [batch.given for batch in group]
         ahead.append(MicroStep(pieces, batch, count, examples, False, loader_state))
     while ahead:
         step = ahead.popleft()
@@ -111,17 +114,21 @@ class _Met:
 
     def __init__(self, groups: "_Groups", strategy: Strategy, may_differ: bool):
         self._groups, self._strategy, self._may_differ = groups, strategy, may_differ
-        self._group: list[Tree] = []
+        self._group: list[Loaded] = []
         self._offers: list[dict[str, Any]] = []
         self._like: Tree = None
 
-    def __iter__(self) -> Iterator[tuple[list[Tree], Any]]:
+    def __iter__(self) -> Iterator[tuple[list[Loaded], Any]]:
         groups = iter(self._groups)
         for number in itertools.count():
             self._group, loader_state = next(groups, ([], None))
-            self._like = self._group[0] if self._group else self._like
+            self._like = self._group[0].arrays if self._group else self._like
             error = self._groups.error
-            own = {**_shares.offer(self._strategy, self._group), "error": None if error is None else repr(error)}
+            own = {
+                **_shares.offer(self._strategy, self._arrays()),
+                "examples": sum(batch.examples for batch in self._group),
+                "error": None if error is None else repr(error),
+            }
             self._offers = self._strategy.processes.gather("a loader batch", own)
             if not self._goes_on(number):
                 return
@@ -147,8 +154,11 @@ class _Met:
 
     def pieces(self) -> list[Piece]:
         """The pieces of the present micro-step."""
-        make = lambda: _shares.pieces(self._strategy, self._group, self._offers, self._like)
+        make = lambda: _shares.pieces(self._strategy, self._arrays(), self._offers, self._like)
         return self._strategy.processes.together(make)
+
+    def _arrays(self) -> list[Tree]:
+        return [batch.arrays for batch in self._group]
 
     def count(self) -> int:
         """How many loader batches all processes have in it; with "dp" they have shares of one."""
@@ -160,22 +170,22 @@ class _Met:
 
 
 class _Groups:
-    """Batches in lists of up to `size`, each with what their `get_state` gives after it, if they have one.
+    """Batches in lists of up to `strategy.group`, each with what their `get_state` gives after it, if they have one.
 
-    What they raise is kept as `error`, and ends them.
+    What they raise is kept as `error`, and ends them; so is what a batch that can't be read raises.
 
     A group that the error cut short is given up: its batches are not a whole micro-step.
     """
 
-    def __init__(self, batches: Iterable[Tree], size: int):
-        self._batches, self._size = iter(batches), size
+    def __init__(self, batches: Iterable[Tree], strategy: Strategy):
+        self._batches, self._strategy = iter(batches), strategy
         self._state: Callable[[], Any] = getattr(batches, "get_state", lambda: None)
         self.error: Exception | None = None
 
-    def __iter__(self) -> Iterator[tuple[list[Tree], Any]]:
+    def __iter__(self) -> Iterator[tuple[list[Loaded], Any]]:
         while True:
             try:
-                group = list(itertools.islice(self._batches, self._size))
+                group = list(map(self._strategy.read, itertools.islice(self._batches, self._strategy.group)))
             except Exception as error:
                 self.error = error
                 return

@@ -83,6 +83,7 @@ class Programs:
         Args:
           batch: a loader batch, for `task.init`.
         """
+        batch = self._strategy.read(batch).arrays
         # The last number that a key is folded with, which no loader batch has.
         key = jax.random.fold_in(jax.random.key(self._seed), np.uint32(2**32 - 1))
         made = self._strategy.of_first(_task.initial(self._task, key, batch))

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from jaxaccum import _keys
 from jaxaccum._strategy import Piece, Place, Strategy, length, rows, signature, stacked
 
 Tree = Any
@@ -27,7 +29,7 @@ def offer(strategy: Strategy, batches: Sequence[Tree]) -> dict[str, Any]:
     rounds = [[_described(share) for share in shares] for shares in _rounds(strategy, batches)]
     kinds = list(dict.fromkeys(kind for kinds in rounds for kind in kinds if kind))
     numbered = [[kinds.index(kind) if kind else None for kind in kinds_of_round] for kinds_of_round in rounds]
-    return {"kinds": kinds, "rounds": numbered, "batches": len(batches), "examples": sum(map(length, batches))}
+    return {"kinds": kinds, "rounds": numbered, "batches": len(batches)}
 
 
 def pieces(strategy: Strategy, batches: Sequence[Tree], offers: Sequence[dict[str, Any]], like: Tree) -> list[Piece]:
@@ -84,7 +86,8 @@ def _described(share: Tree | None) -> str | None:
     if share is None:
         return None
     treedef, leaves = signature(share)
-    return json.dumps([str(treedef), [(shape, np.dtype(dtype).name) for shape, dtype in leaves]])
+    name = lambda dtype: dtype.name if jax.dtypes.issubdtype(dtype, jax.dtypes.extended) else np.dtype(dtype).name
+    return json.dumps([str(treedef), [(shape, name(dtype)) for shape, dtype in leaves]])
 
 
 def _kinds(offered: dict[str, Any], number: int, own: int) -> list[str | None]:
@@ -95,8 +98,19 @@ def _kinds(offered: dict[str, Any], number: int, own: int) -> list[str | None]:
 
 def _zeros(kind: str, like: Tree) -> Tree:
     """A batch of zeros as `_described` told of it."""
-    _, leaves = json.loads(kind)
-    return jax.tree.unflatten(jax.tree.structure(like), [np.zeros(shape, dtype) for shape, dtype in leaves])
+    _, described = json.loads(kind)
+    leaves, treedef = jax.tree.flatten(like)
+    zeros = [_zero(shape, dtype, leaf) for (shape, dtype), leaf in zip(described, leaves, strict=True)]
+    return jax.tree.unflatten(treedef, zeros)
+
+
+def _zero(shape: Sequence[int], dtype: str, like: Any) -> Any:
+    """A leaf of zeros; NumPy has no random keys, so that these are made by the implementation of `like`."""
+    if not _keys.is_typed(like):
+        return np.zeros(shape, dtype)
+    data = jax.random.key_data(like)
+    zeros = jnp.zeros((*shape, *data.shape[like.ndim :]), data.dtype)
+    return jax.random.wrap_key_data(zeros, impl=jax.random.key_impl(like))
 
 
 def _check_trees(offers: Sequence[dict[str, Any]]) -> None:

@@ -1,8 +1,11 @@
 """How a loader's batches become micro-steps on devices: one device, or the data axis of a mesh."""
 
+import collections
+import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -50,6 +53,20 @@ class Piece(NamedTuple):
 
     batch: Tree
     place: Any
+
+
+class Loaded(NamedTuple):
+    """A loader batch as it was read.
+
+    Attributes:
+      given: what the loader gave.
+      arrays: the same tree with leaves that jax takes; `given` itself where all of its leaves are such.
+      examples: the number of its examples.
+    """
+
+    given: Tree
+    arrays: Tree
+    examples: int
 
 
 class Strategy:
@@ -122,10 +139,21 @@ class Strategy:
         """How many micro-steps so many batches of this process' loader make; infinite for None."""
         return math.inf if batches is None else -(-batches // self.group)
 
+    def read(self, batch: Tree) -> Loaded:
+        """Reads a loader batch that is to be put on the devices.
+
+        Raises:
+          TypeError, ValueError: as `loaded`; and ValueError for a leaf that can't be spread over several devices.
+        """
+        read = loaded(batch)
+        if self.size > 1:
+            _check_entries(read, is_split=self.name == "dp")
+        return read
+
     def pieces(self, batches: Sequence[Tree]) -> list[Piece]:
         """The pieces of a micro-step of up to `group` loader batches, sent on their way to the devices.
 
-        With several processes see `_shares`.
+        The batches are the `arrays` of what `read` gives. With several processes see `_shares`.
         """
         if self.size == 1:
             return [self.sent(batches[0], _WHOLE)]
@@ -150,8 +178,9 @@ class Strategy:
 
     def _split(self, batch: Tree) -> list[Piece]:
         """One batch over all devices, and what does not divide on the first alone."""
-        whole = length(batch) // self.size * self.size
-        rest = length(batch) - whole
+        examples = length(batch)
+        whole = examples // self.size * self.size
+        rest = examples - whole
         pieces = []
         if whole:
             pieces.append(self.sent(rows(batch, slice(whole)), Place(0, self.size, 0 if rest else 1)))
@@ -189,17 +218,44 @@ class Strategy:
         return jax.tree.map(lambda _: self.common, tree)
 
 
-def length(batch: Tree) -> int:
-    """The number of examples in a loader batch: the leading length of its first leaf, or 1 where that is a scalar.
+def loaded(batch: Tree) -> Loaded:
+    """Reads a loader batch.
+
+    A leaf that jax takes stays as it is: an array of numbers or bools, a random key, a Python number. Any other leaf
+    goes through `np.asarray`, which reads the arrays of most libraries.
 
     Raises:
+      TypeError: if that makes no array of numbers or bools of a leaf; it names the leaf.
       ValueError: if there is no leaf.
     """
-    leaves = jax.tree.leaves(batch)
+    given, leaves = batch, jax.tree.leaves(batch)
     if not leaves:
         raise ValueError(f"the loader gave a batch without arrays: {batch!r}.")
-    shape = getattr(leaves[0], "shape", ())
-    return shape[0] if shape else 1
+    if not all(map(_is_taken, leaves)):
+        batch = jax.tree_util.tree_map_with_path(_converted, batch)
+        leaves = jax.tree.leaves(batch)
+    return Loaded(given, batch, _examples(leaves))
+
+
+def arrays(batch: Tree) -> Tree:
+    """A loader batch with leaves that jax takes, as `loaded` reads it; `batch` itself where all of its leaves are such.
+
+    Raises:
+      TypeError, ValueError: as `loaded`.
+    """
+    return loaded(batch).arrays
+
+
+def length(batch: Tree) -> int:
+    """The number of examples in a loader batch: the leading length that most of its leaves have.
+
+    Of several lengths that equally many leaves have it is the first one. Scalars don't count; where there is nothing
+    else, it is 1.
+
+    Raises:
+      TypeError, ValueError: as `loaded`.
+    """
+    return loaded(batch).examples
 
 
 def signature(batch: Tree) -> Any:
@@ -210,26 +266,85 @@ def signature(batch: Tree) -> Any:
 
 def rows(batch: Tree, part: slice) -> Tree:
     """Some of a loader batch's examples."""
-    return _map(lambda x: x[part], batch)
+    return jax.tree.map(lambda x: x[part], batch)
 
 
 def stacked(batches: Sequence[Tree]) -> Tree:
     """Loader batches of one shape as one."""
-    return _map(lambda *leaves: _concatenate(leaves), *batches)
+    return jax.tree.map(lambda *leaves: _concatenate(leaves), *batches)
 
 
-def _map(fun: Callable[..., Any], *batches: Tree) -> Tree:
-    """`fun` of the batches' leaves, all of which must have examples to be spread over devices."""
+@functools.cache
+def _is_dtype_of_jax(dtype: np.dtype) -> bool:
+    """Whether jax takes arrays of `dtype`: numbers or bools, in this machine's byte order, not wider than 64 bits."""
+    try:
+        jax.eval_shape(lambda x: x, np.empty(0, dtype))
+    except TypeError:
+        return False
+    return True
 
-    def leaf(path, *leaves):
-        if not np.shape(leaves[0]):
+
+def _is_taken(leaf: Any) -> bool:
+    """Whether jax takes a leaf as it is."""
+    if type(leaf) is np.ndarray:
+        return _is_dtype_of_jax(leaf.dtype)
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        return _is_dtype_of_jax(leaf.dtype) and not isinstance(leaf, np.ma.MaskedArray)
+    return isinstance(leaf, (jax.Array, bool, int, float, complex))
+
+
+def _converted(path: Any, leaf: Any) -> Any:
+    """A leaf that jax takes."""
+    if _is_taken(leaf):
+        return leaf
+    if isinstance(leaf, np.ma.MaskedArray):
+        raise _no_array(path, leaf, "which would lose its mask", "Pass leaf.filled(value), and the mask beside it.")
+    try:
+        array = np.asarray(leaf)
+    except Exception as error:
+        remedy = "Convert it in the loader; a torch tensor for example by x.detach().cpu().float()."
+        raise _no_array(path, leaf, f"and np.asarray raises {error!r}", remedy) from error
+    native = array.astype(array.dtype.newbyteorder("="), copy=False)
+    if _is_dtype_of_jax(native.dtype):
+        return native
+    remedy = "Make numbers of it in the loader, or leave it out of the batch."
+    if dataclasses.is_dataclass(leaf):
+        remedy = "Register its class with jax.tree_util.register_dataclass, so that its fields are leaves."
+    raise _no_array(path, leaf, f"of which np.asarray gives dtype {array.dtype}", remedy)
+
+
+def _no_array(path: Any, leaf: Any, why: str, remedy: str) -> TypeError:
+    return TypeError(
+        f"batch{jax.tree_util.keystr(path)} is a {type(leaf).__name__}, {why}: the leaves of a batch must be arrays of "
+        f"numbers or bools. {remedy}"
+    )
+
+
+def _examples(leaves: Sequence[Any]) -> int:
+    """As `length`, of a batch's leaves."""
+    lengths = [leaf.shape[0] for leaf in leaves if getattr(leaf, "shape", ())]
+    if not lengths:
+        return 1
+    if 2 * lengths.count(lengths[0]) > len(lengths):  # As it nearly always is; a Counter takes longer.
+        return lengths[0]
+    return collections.Counter(lengths).most_common(1)[0][0]
+
+
+def _check_entries(read: Loaded, is_split: bool) -> None:
+    """Each leaf must have examples to be spread over devices: if a batch is split, one entry for each example."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(read.arrays):
+        shape = np.shape(leaf)
+        if not shape:
             raise ValueError(
                 f"batch{jax.tree_util.keystr(path)} is a scalar and can't be spread over several devices; give it one "
                 "entry for each example."
             )
-        return fun(*leaves)
-
-    return jax.tree_util.tree_map_with_path(leaf, *batches)
+        if is_split and shape[0] != read.examples:
+            raise ValueError(
+                f"batch{jax.tree_util.keystr(path)} has {shape[0]} entries, but the batch has {read.examples} "
+                "examples, the length of most of its leaves: strategy='dp' can't split it over the devices. Give it "
+                "one entry for each example, or use strategy='ddp', which splits no batch."
+            )
 
 
 def _concatenate(leaves: Sequence[Any]) -> Any:

@@ -149,6 +149,10 @@ def cases(folder):
     yield "unknown lengths", fit(folder, batches=iter(fewer), max_epochs=1)
     broken = (batch if i != 4 or jax.process_index() == 0 else raises(OSError("disk")) for i, batch in enumerate(fewer))
     yield "a loader's error", fit(folder, ModelCheckpoint(folder / "broken"), broken, max_epochs=1)
+    unread = [batch | {"x": "words"} if i == 4 and jax.process_index() else batch for i, batch in enumerate(batches)]
+    yield "a batch that can't be read", fit(folder, ModelCheckpoint(folder / "unread"), unread, max_epochs=1)
+    keys = [batch | {"key": jax.random.split(jax.random.key(0), len(batch["x"]))} for batch in batches]
+    yield "keys", fit(folder, batches=keys)
     yield "trees", fit(folder, batches=[{**fewer[0], **({"z": fewer[0]["y"]} if jax.process_index() else {})}])
 
 

@@ -1,5 +1,7 @@
 """From loader batches to micro-steps: groups, pieces, what is held back, and what happens when a loader breaks."""
 
+import array
+
 import jax
 import numpy as np
 import pytest
@@ -86,6 +88,32 @@ def test_what_came_before_an_error_comes_first_and_is_not_the_last(name, devices
         for step in micro_steps(loader(), Strategy(name, devices)):
             steps.append(step.last)
     assert steps == [False] * whole
+
+
+@pytest.mark.parametrize(("name", "devices", "whole"), [("single", 1, 5), ("ddp", 2, 2), ("dp", 2, 5)])
+@pytest.mark.parametrize(("bad", "error"), [("a word", TypeError), ({}, ValueError), ([np.ones(2), 1], ValueError)])
+def test_what_came_before_a_batch_that_cannot_be_read_comes_first_too(name, devices, whole, bad, error):
+    """Catches batches lost to one that was read ahead, and an epoch that seems to end before it."""
+    if isinstance(bad, list) and name == "single":
+        pytest.skip("one device takes a scalar")
+    steps = []
+    with pytest.raises(error, match=r"batch is a str|without arrays|batch\[1\] is a scalar"):
+        for step in micro_steps([*rows(2, 2, 2, 2, 2), bad, *rows(2)], Strategy(name, devices)):
+            steps.append(step.last)
+    assert steps == [False] * whole
+
+
+@pytest.mark.parametrize(("name", "devices"), [("single", 1), ("ddp", 2), ("dp", 2)])
+def test_a_micro_step_has_the_loaders_own_batches_and_the_examples_of_most_leaves(name, devices):
+    """Catches hooks that are given what was made of a batch, and a count of the first leaf."""
+    batches = [{"a": array.array("f", [i] * 4), "x": np.ones((4, 3)), "y": np.ones(4)} for i in range(2)]
+    steps = list(micro_steps(batches, Strategy(name, devices)))
+    groups = [[*step.batch] if name == "ddp" else [step.batch] for step in steps]
+    assert [id(batch) for group in groups for batch in group] == [id(batch) for batch in batches]
+    assert all(type(batch["a"]) is array.array for batch in batches)
+    assert sum(step.examples for step in steps) == 8
+    first = np.asarray(steps[0].pieces[0].batch["a"])
+    assert first.dtype == np.float32 and first.tolist() == [0.0] * 4 + ([1.0] * 4 if name == "ddp" else [])
 
 
 @pytest.mark.parametrize(

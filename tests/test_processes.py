@@ -141,6 +141,19 @@ def test_a_loaders_error_in_one_process_saves_and_ends_all(folder, together):
     assert [path.name for path in (folder / "broken").iterdir()] == ["epoch=0-micro_step=2"]
 
 
+def test_a_batch_of_one_process_that_cannot_be_read_saves_and_ends_all(folder, together):
+    """Catches a process that leaves the others waiting in mid-run, and an error that names no leaf."""
+    of_others, own = errors(together, "a batch that can't be read")
+    assert own.startswith("TypeError: batch['x'] is a str")
+    assert "the loader raised" in of_others and "batch['x'] is a str" in of_others and "on process 1" in of_others
+    assert [path.name for path in (folder / "unread").iterdir()] == ["epoch=0-micro_step=2"]
+
+
+def test_random_keys_in_a_batch_train_as_in_one_process(together):
+    """Catches a kind of array that one process alone can put on its devices."""
+    assert together[0]["keys"]["digest"] == together[0]["ddp"]["digest"]
+
+
 @pytest.mark.parametrize(
     ("case", "words"),
     [

@@ -46,7 +46,8 @@ class Epochs:
             self._train_epoch()
         if not self._run.at.batch_idx:
             self._savers.save_at_end(self._run)
-        self._validation.warn_if_none()
+        if not self._hooks.watch_validation:
+            self._validation.warn_if_none()
 
     def _are_over(self) -> bool:
         """Whether the run has all of its epochs or its optimizer steps, or was asked to stop."""

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from jaxaccum.callbacks import Callback, GradientAccumulationScheduler, ProgressBar
+from jaxaccum.callbacks import Callback, EarlyStopping, GradientAccumulationScheduler, ProgressBar
 from jaxaccum.task import Task
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ class Hooks:
       callbacks: in the order in which they run.
 
     Attributes:
+      watch_validation: whether an `EarlyStopping` waits for a validation, and says so where there is none.
       may_set_k: whether one of them may set K at an epoch's start, other than by the Trainer's schedule.
     """
 
@@ -33,6 +34,8 @@ class Hooks:
             name: [functools.partial(getattr(callback, name), trainer, task) for callback in those]
             for name, those in filling.items()
         }
+        stops = (callback for callback in callbacks if isinstance(callback, EarlyStopping))
+        self.watch_validation = any(callback.monitor.startswith("val_") for callback in stops)
         keep_k = (GradientAccumulationScheduler, ProgressBar)
         self.may_set_k = any(type(callback) not in keep_k for callback in filling["on_train_epoch_start"])
 

@@ -22,7 +22,8 @@ def draw(history: Sequence[dict[str, float]], path: str | os.PathLike[str] | Non
         _curve(axes, history, name, drawstyle="steps-pre")
         axes.set_ylabel(label)
     panels[0].set_ylabel("loss")
-    panels[0].legend()
+    if panels[0].lines:
+        panels[0].legend()
     panels[2].set_xlabel("samples seen")
     if path is not None:
         figure.savefig(path)
@@ -31,4 +32,5 @@ def draw(history: Sequence[dict[str, float]], path: str | os.PathLike[str] | Non
 
 def _curve(axes: Any, history: Sequence[dict[str, float]], name: str, **style: Any) -> None:
     points = [(record["samples_seen"], record[name]) for record in history if name in record]
-    axes.plot(*zip(*points, strict=True), marker=".", **style)
+    if points:
+        axes.plot(*zip(*points, strict=True), marker=".", **style)

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from jaxaccum import _optimizer
+from jaxaccum import _optimizer, _records
 from jaxaccum._counters import Counters
 from jaxaccum._evaluation import Evaluation
 from jaxaccum._feed import MicroStep
@@ -19,6 +19,8 @@ from jaxaccum._reader import TrainLoader, ValLoader
 from jaxaccum._records import Records
 from jaxaccum._strategy import Strategy, length
 from jaxaccum.task import Task
+
+UNFINISHED = 256  # windows at the most whose means are kept until the devices have finished them
 
 
 @dataclasses.dataclass
@@ -37,12 +39,15 @@ class Run:
       loader: what it trains on.
       val_loader: what it validates on; None for no validation.
       examples: in its first loader batch.
-      resumed_at: where a checkpoint left it, if it goes on from one: its optimizer steps as "step", and "micro_step".
+      resumed_at: where a checkpoint left it, if it goes on from one: its "step", which counts optimizer steps, its
+        "micro_step", and whether it was "validated".
       started: when it did, in nanoseconds of the clock; its checkpoints have it in common, before and after a resume.
       at: where it stands.
       uncounted: the micro-steps that `state` is of and `at` not yet, with their outputs.
       takes_k: whether K may be set now.
       means: the last window's, by name: scalars on the device.
+      unfinished: the means of windows, the last one's among them, that the devices may not have finished.
+      finished: the means of the newest window that is known to be finished.
       metrics: the last validation's, and what callbacks log.
       logged: what callbacks have logged since the last record.
       loader_state: where the training loader stands after the last micro-step, by its own account; None without.
@@ -65,8 +70,10 @@ class Run:
     uncounted: collections.deque[tuple[MicroStep, Outputs]] = dataclasses.field(default_factory=collections.deque)
     takes_k: bool = False
     means: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
-    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
-    logged: dict[str, float] = dataclasses.field(default_factory=dict)
+    unfinished: list[dict[str, jax.Array]] = dataclasses.field(default_factory=list)
+    finished: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
+    logged: dict[str, Any] = dataclasses.field(default_factory=dict)
     loader_state: str | None = None
 
     @property
@@ -81,12 +88,31 @@ class Run:
 
     @property
     def record_is_due(self) -> bool:
-        """Whether a window was closed that is to be logged."""
-        return not self.at.window_step and self.at.global_step % self.options.log_every_n_steps == 0
+        """Whether a window was closed that is to be logged, as the run's first and each epoch's last always are."""
+        at = self.at
+        is_first_or_last = at.global_step == 1 or at.ends_epoch or at.global_step >= self.options.steps
+        return not at.window_step and (is_first_or_last or at.global_step % self.options.log_every_n_steps == 0)
 
     def train_metrics(self) -> dict[str, Any]:
         """The last window's means, with "train_" before their names."""
-        return {f"train_{name}": mean for name, mean in self.means.items()}
+        return _named(self.means)
+
+    def close_window(self, means: dict[str, jax.Array]) -> None:
+        """Takes the means of a window that was closed."""
+        self.means = means
+        if len(self.unfinished) == UNFINISHED:
+            # The oldest stays: it is finished first, however far behind the devices are.
+            del self.unfinished[1::2]
+        self.unfinished.append(means)
+
+    def finished_metrics(self) -> dict[str, float]:
+        """As `train_metrics`, of the newest window that the devices have finished; empty before the first."""
+        if _is_ready(self.means):
+            self.finished = self.means
+            self.unfinished.clear()
+        while self.unfinished and _is_ready(self.unfinished[0]):
+            self.finished = self.unfinished.pop(0)
+        return {name: float(_records.number(mean)) for name, mean in _named(self.finished).items()}
 
     def place(self) -> dict[str, int]:
         """Where in the run a record is made."""
@@ -138,3 +164,11 @@ def begin(
         val_loader=val_loader,
         examples=examples,
     )
+
+
+def _named(means: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {f"train_{name}": mean for name, mean in means.items()}
+
+
+def _is_ready(means: dict[str, Any]) -> bool:
+    return all(mean.is_ready() for mean in means.values())

@@ -97,7 +97,11 @@ def restore(checkpoint: Checkpoint, run: Run, callbacks: Sequence[Callback]) -> 
             waiting.remove(own)
             callback.load_state_dict(own[1])
     run.at = place(checkpoint, strategy)
-    run.resumed_at = {"step": run.at.global_step, "micro_step": run.at.micro_step}
+    run.resumed_at = {
+        "step": run.at.global_step,
+        "micro_step": run.at.micro_step,
+        "validated": run.at.validated,
+    }
 
 
 def _own_batches(batches: int, checkpoint: Checkpoint, strategy: Strategy) -> int:

@@ -87,7 +87,7 @@ class Windows:
     def _close(self, means: dict[str, jax.Array]) -> None:
         """Counts an optimizer step."""
         run, at = self._run, self._run.at
-        run.means = means
+        run.close_window(means)
         at.global_step += 1
         at.window_step = 0
         at.effective_batch, at.window_samples = at.window_samples, 0

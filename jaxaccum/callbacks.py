@@ -1,14 +1,16 @@
 """Callbacks: they observe a `Trainer`, ask it to stop, or ask for K. They never touch the sums of a window."""
 
+import contextlib
 import math
 import os
+import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
 import optax
 
 from jaxaccum import _extras, _paths
@@ -117,7 +119,9 @@ class GradientAccumulationScheduler(Callback):
 class EarlyStopping(Callback):
     """Stops a run whose monitored value no longer improves, or is no longer finite.
 
-    A name that starts with "val_" is looked at after every validation, any other at the end of every epoch.
+    A name that starts with "val_" is looked at after every validation, any other at the end of every epoch. Each fit
+    begins anew, but for one that goes on from a checkpoint with this callback's state. A run that ends without a value
+    to look at ends with a warning.
 
     Args:
       monitor: a name in `trainer.callback_metrics`, such as "val_loss".
@@ -138,9 +142,21 @@ class EarlyStopping(Callback):
             raise ValueError(f"mode must be 'min' or 'max', got {mode!r}.")
         self.monitor, self.min_delta, self.mode = monitor, abs(min_delta), mode
         self.patience = positive_int(patience, "patience")
-        self.best = math.inf if mode == "min" else -math.inf
+        self._is_restored = False
+        self._reset()
+
+    def _reset(self) -> None:
+        self.best = self._worst()
         self.wait = 0
         self.stopped_epoch: int | None = None
+
+    def _worst(self) -> float:
+        return math.inf if self.mode == "min" else -math.inf
+
+    def on_fit_start(self, trainer: "Trainer", task: "Task") -> None:
+        if not (trainer.is_resuming and self._is_restored):
+            self._reset()
+        self._is_restored = False
 
     def on_train_start(self, trainer: "Trainer", task: "Task") -> None:
         if self.wait >= self.patience:  # In the checkpoint that the run goes on from.
@@ -153,6 +169,15 @@ class EarlyStopping(Callback):
     def on_train_epoch_end(self, trainer: "Trainer", task: "Task") -> None:
         if not self.monitor.startswith("val_"):
             self._look(trainer)
+
+    def on_train_end(self, trainer: "Trainer", task: "Task") -> None:
+        if self.best == self._worst() and not trainer.should_stop:
+            warnings.warn(
+                f"EarlyStopping(monitor={self.monitor!r}) had nothing to look at in this run. What was logged: "
+                f"{sorted(trainer.callback_metrics)}. Pass one of these, or have a validation fall due before the "
+                "run's end.",
+                stacklevel=2,
+            )
 
     def _look(self, trainer: "Trainer") -> None:
         value = _monitored(trainer, self.monitor)
@@ -172,6 +197,7 @@ class EarlyStopping(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best, self.wait, self.stopped_epoch = (state_dict[name] for name in ("best", "wait", "stopped_epoch"))
+        self._is_restored = True
 
 
 class ModelCheckpoint(Callback):
@@ -368,6 +394,8 @@ def _divides(interval: int | None, count: int, last: int = 1) -> bool:
 class LearningRateMonitor(Callback):
     """Logs the learning rate as "lr" with every record.
 
+    Without a rate to log the run raises ValueError before it trains.
+
     Args:
       schedule: the optimizer's schedule, a function of the optimizer step. None: the rate is read from the optimizer's
         state, where `optax.inject_hyperparams` keeps it.
@@ -376,28 +404,30 @@ class LearningRateMonitor(Callback):
     def __init__(self, schedule: Callable[[int], Any] | None = None):
         self._schedule = schedule
 
-    def on_train_batch_end(
-        self, trainer: "Trainer", task: "Task", outputs: Mapping[str, float], batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.should_log:
-            trainer.log("lr", self._rate(trainer))
-
-    def _rate(self, trainer: "Trainer") -> Any:
-        if self._schedule is not None:
-            return float(self._schedule(trainer.global_step - 1))
-        found = [rate for _, rate in optax.tree_utils.tree_get_all_with_path(trainer.state.opt_state, "learning_rate")]
-        if not found:
+    def on_train_start(self, trainer: "Trainer", task: "Task") -> None:
+        if self._schedule is None and not self._found(trainer):
             raise ValueError(
                 "LearningRateMonitor finds no learning_rate in the optimizer's state; wrap the optimizer in "
                 "optax.inject_hyperparams, or pass LearningRateMonitor its schedule."
             )
-        return float(np.asarray(found[0]))
+
+    def on_train_batch_end(
+        self, trainer: "Trainer", task: "Task", outputs: Mapping[str, float], batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.should_log:
+            step = trainer.global_step - 1
+            trainer.log("lr", self._found(trainer)[0] if self._schedule is None else self._schedule(step))
+
+    def _found(self, trainer: "Trainer") -> list[Any]:
+        """The rates in the optimizer's state."""
+        return [rate for _, rate in optax.tree_utils.tree_get_all_with_path(trainer.state.opt_state, "learning_rate")]
 
 
 class ProgressBar(Callback):
     """A line by tqdm: epoch, micro-step in the window, optimizer step, effective batch, samples a second, loss.
 
-    The loss is that of the last window that the device has finished: the bar never waits for it. Process 0 alone draws.
+    The loss is that of the last window that the device has finished: the bar never waits for it, and shows none before
+    there is one. Process 0 alone draws. Where the bar can't be written, the run goes on without it.
 
     Args:
       interval: seconds between two draws, at the least.
@@ -410,21 +440,20 @@ class ProgressBar(Callback):
         self._tqdm = _extras.require("tqdm", "training", "the progress bar (else enable_progress_bar=False)").tqdm
         self._interval = interval
         self._bar: Any = None
-        self._loss = math.nan
+        self._draws = False
         self._next_draw = 0.0
         self._started = (0.0, 0)  # when the epoch did, and the samples seen by then
         self._done = 0
 
     def on_train_start(self, trainer: "Trainer", task: "Task") -> None:
-        self._bar = self._tqdm(unit="micro-step", disable=jax.process_index() > 0)
-        self.on_train_epoch_start(trainer, task)  # A run may go on in the middle of an epoch.
+        self._close()
+        self._draws = jax.process_index() == 0 and sys.stderr is not None
+        self._begin_epoch(trainer)  # A run may go on in the middle of an epoch.
 
     def on_train_epoch_start(self, trainer: "Trainer", task: "Task") -> None:
-        total = trainer.num_training_batches
-        self._bar.reset(None if math.isinf(total) else total)
-        self._started = time.monotonic(), trainer.samples_seen
-        self._done = 0
-        self._next_draw = 0.0
+        self._begin_epoch(trainer)
+        if self._bar is not None:
+            self._draw(trainer, begins_epoch=True)
 
     def on_train_batch_end(
         self, trainer: "Trainer", task: "Task", outputs: Mapping[str, float], batch: Any, batch_idx: int
@@ -433,10 +462,11 @@ class ProgressBar(Callback):
         now = time.monotonic()
         if now >= self._next_draw:
             self._next_draw = now + self._interval
-            self._draw(trainer, now)
+            self._draw(trainer)
 
     def on_train_epoch_end(self, trainer: "Trainer", task: "Task") -> None:
-        self._draw(trainer, time.monotonic())
+        if self._done:
+            self._draw(trainer)
 
     def on_train_end(self, trainer: "Trainer", task: "Task") -> None:
         self._close()
@@ -444,23 +474,52 @@ class ProgressBar(Callback):
     def on_exception(self, trainer: "Trainer", task: "Task", error: BaseException) -> None:
         self._close()
 
-    def _draw(self, trainer: "Trainer", now: float) -> None:
-        loss = trainer.callback_metrics.get("train_loss")
-        if loss is not None and loss.is_ready():
-            self._loss = float(loss)
+    def _begin_epoch(self, trainer: "Trainer") -> None:
+        self._started = time.monotonic(), trainer.samples_seen
+        self._done = 0
+        self._next_draw = 0.0
+
+    def _draw(self, trainer: "Trainer", begins_epoch: bool = False) -> None:
+        if not self._draws:
+            return
+        epoch, total, text = f"epoch {trainer.current_epoch}", self._total(trainer), self._text(trainer)
+        try:
+            if self._bar is None:
+                # With a delay tqdm draws nothing by itself before there is something to show.
+                self._bar = self._tqdm(unit=" micro-step", initial=self._done, delay=1e-9)
+                self._bar.delay = 0
+            self._bar.total, self._bar.n = total, self._done
+            self._bar.set_description(epoch, refresh=False)
+            self._bar.set_postfix_str(text, refresh=False)
+            if begins_epoch:
+                self._bar.initial = 0
+                self._bar.reset()
+            else:
+                self._bar.refresh()
+        except (OSError, ValueError):  # The terminal is gone.
+            self._draws = False
+            self._close()
+
+    def _total(self, trainer: "Trainer") -> int | float | None:
+        """The micro-steps of the epoch; None where they are not known."""
+        total = trainer.num_training_batches
+        if math.isinf(total):  # The steps that are left may still say where the run ends.
+            steps = trainer.estimated_stepping_batches - trainer.global_step
+            total = self._done + steps * trainer.accumulate_grad_batches - trainer.window_step
+        return None if math.isinf(total) else total
+
+    def _text(self, trainer: "Trainer") -> str:
         start, samples = self._started
-        rate = (trainer.samples_seen - samples) / max(now - start, 1e-9)
-        k = trainer.accumulate_grad_batches
-        self._bar.set_description(f"epoch {trainer.current_epoch}", refresh=False)
-        self._bar.set_postfix_str(
-            f"window {trainer.window_step}/{k}, optimizer step {trainer.global_step}, "
-            f"batch {trainer.effective_batch_size}, {rate:.3g} samples/s, loss {self._loss:.4g}",
-            refresh=False,
+        rate = (trainer.samples_seen - samples) / max(time.monotonic() - start, 1e-9)
+        text = (
+            f"window {trainer.window_step}/{trainer.accumulate_grad_batches}, optimizer step {trainer.global_step}, "
+            f"batch {trainer.effective_batch_size}, {rate:.3g} samples/s"
         )
-        self._bar.n = self._done
-        self._bar.refresh()
+        loss = trainer.progress_bar_metrics.get("train_loss")
+        return text if loss is None else f"{text}, loss {loss:.4g}"
 
     def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            with contextlib.suppress(OSError, ValueError):
+                bar.close()

@@ -1,12 +1,27 @@
-"""Where a `Trainer` writes its scalars. A logger is any object with `write_scalars(step, dict)`."""
+"""Where a `Trainer` writes its scalars.
+
+A logger is any object with `write_scalars(step, dict)`. It may have `flush()`, which is called where a run ends, and
+`begin(place)`, which is called before training. `place` is None where a run starts; where it goes on from a checkpoint
+it is a dict of the checkpoint's "step" (optimizer steps) and "micro_step", and perhaps "validated": False if the
+validation of that micro-step is still to come. A logger that raises an exception costs the run nothing but a warning.
+"""
 
 import csv
+import io
+import itertools
 import json
+import math
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, BinaryIO
 
-from jaxaccum import _extras
+from jaxaccum import _extras, _paths
+
+Place = Mapping[str, int]
+
+_event_files = itertools.count()
 
 
 class JSONLLogger:
@@ -26,10 +41,31 @@ class JSONLLogger:
     def __init__(self, path: str | os.PathLike[str]):
         self._path = _made(path)
 
+    def begin(self, place: Place | None) -> None:
+        """Makes the file ready for a run.
+
+        Args:
+          place: None: a file that is there is renamed, `metrics.jsonl` to `metrics-1.jsonl` or the next free number. A
+            dict: the lines up to that "step" and "micro_step" stay, and later ones are dropped.
+        """
+        if place is None:
+            _set_aside(self._path)
+        elif self._path.exists():
+            _replace(self._path, lambda file: file.writelines(self._lines_before(place)))
+
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Appends a line."""
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **scalars}) + "\n")
+        _append(self._path, json.dumps({"step": step, **scalars}) + "\n")
+
+    def _lines_before(self, place: Place) -> Iterator[bytes]:
+        with self._path.open("rb") as file:
+            for line in file:
+                try:
+                    record = json.loads(line)
+                except ValueError:  # It was cut off in mid-write.
+                    continue
+                if isinstance(record, dict) and _is_before(record, place):
+                    yield line.rstrip(b"\n") + b"\n"
 
 
 class CSVLogger:
@@ -52,33 +88,47 @@ class CSVLogger:
 
     def __init__(self, path: str | os.PathLike[str]):
         self._path = _made(path)
-        self._columns: list[str] = []
-        if self._path.exists():
-            with self._path.open(newline="") as file:
-                self._columns = next(csv.reader(file), [])
+        self._columns, _ = self._table()
+
+    def begin(self, place: Place | None) -> None:
+        """As `JSONLLogger.begin`, with rows in the place of lines."""
+        if place is None:
+            _set_aside(self._path)
+            self._columns = []
+        elif self._path.exists():
+            self._columns, rows = self._table()
+            if not _ends_line(self._path):
+                rows = rows[:-1]  # It was cut off in mid-write, perhaps in the middle of a number.
+            is_whole = lambda row: None not in row and None not in row.values()
+            self._write([row for row in rows if is_whole(row) and _is_before(_record(row), place)])
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Appends a row; writes the file anew where a name is new."""
         row = {"step": step, **scalars}
         new = [name for name in row if name not in self._columns]
         if new:
-            self._widen(new)
-        with self._path.open("a", newline="") as file:
-            csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)
+            _, rows = self._table()
+            self._columns += new
+            self._write(rows)
+        line = io.StringIO()
+        csv.DictWriter(line, self._columns, lineterminator="\n").writerow(row)
+        _append(self._path, line.getvalue())
 
-    def _widen(self, new: list[str]) -> None:
-        rows = []
-        if self._path.exists():
-            with self._path.open(newline="") as file:
-                rows = list(csv.DictReader(file))
-        self._columns += new
-        # Into another file first: one that is cut off in mid-write takes no rows with it.
-        temporary = self._path.with_name(self._path.name + ".new")
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self._columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        temporary.replace(self._path)
+    def _table(self) -> tuple[list[str], list[dict[str, Any]]]:
+        """The columns and the rows that the file has."""
+        if not self._path.exists():
+            return [], []
+        with self._path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            return list(reader.fieldnames or ()), list(reader)
+
+    def _write(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Writes the file anew."""
+        table = io.StringIO()
+        writer = csv.DictWriter(table, self._columns, lineterminator="\n", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+        _replace(self._path, lambda file: file.write(table.getvalue().encode()))
 
 
 class TensorBoardLogger:
@@ -92,20 +142,105 @@ class TensorBoardLogger:
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
-        tensorboard = _extras.require("tensorboardX", "logs", "TensorBoardLogger")
-        self._writer = tensorboard.SummaryWriter(os.fspath(directory))
+        _extras.require("tensorboardX", "logs", "TensorBoardLogger")
+        name = os.fspath(directory)
+        self._directory = name if "://" in name else str(_paths.absolute(name))
+        self._purge_step: int | None = None
+        self._file: Any = None
+
+    def begin(self, place: Place | None) -> None:
+        """Begins a further file; for a run that goes on, one that has TensorBoard hide what came after `place`."""
+        self.flush()
+        self._purge_step = None if place is None else place["step"] + 1
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Adds a point to each curve."""
+        """Adds a point to each curve, and writes it to disk."""
+        summary = _extras.require("tensorboardX.summary", "logs", "TensorBoardLogger")
+        if self._file is None:
+            self._file = self._opened()
+        file = self._file
         for name, value in scalars.items():
-            self._writer.add_scalar(name, value, step)
+            file.write_event(_event(step=step, summary=summary.scalar(name, value)))
+        file.flush()
 
     def flush(self) -> None:
-        """Writes everything to disk; what comes later goes to a further file."""
-        self._writer.close()  # Its own flush passes over what its thread has not taken up yet.
+        """Closes the file; what comes later goes to a further one."""
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
+
+    def _opened(self) -> Any:
+        # Not a SummaryWriter, which hands its events to a thread: once a write fails, that thread is gone, and the
+        # calls after it wait for ever. Nor does it keep two files of the same second apart.
+        files = _extras.require("tensorboardX.event_file_writer", "logs", "TensorBoardLogger")
+        files.directory_check(self._directory)
+        suffix = f".{os.getpid()}.{next(_event_files)}"
+        file = files.EventsWriter(os.path.join(self._directory, "events"), suffix)
+        if self._purge_step is not None:
+            start = files.event_pb2.SessionLog(status=files.event_pb2.SessionLog.START)
+            file.write_event(_event(step=self._purge_step, session_log=start))
+            self._purge_step = None
+        return file
+
+
+def _event(**content: Any) -> Any:
+    events = _extras.require("tensorboardX.proto.event_pb2", "logs", "TensorBoardLogger")
+    return events.Event(wall_time=time.time(), **content)
 
 
 def _made(path: str | os.PathLike[str]) -> Path:
-    path = Path(path)
+    path = _paths.absolute(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def _set_aside(path: Path) -> None:
+    """Renames a file that has something in it."""
+    if path.exists() and path.stat().st_size:
+        names = (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in itertools.count(1))
+        path.rename(next(name for name in names if not name.exists()))
+
+
+def _replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Writes a file anew: first into another one, so that a process which ends in mid-write loses nothing."""
+    temporary = path.with_name(path.name + ".new")
+    with temporary.open("wb") as file:
+        write(file)
+    temporary.replace(path)
+
+
+def _append(path: Path, line: str) -> None:
+    """Appends a line, below one that was cut off in mid-write."""
+    start = "" if _ends_line(path) else "\n"
+    with path.open("ab") as file:
+        file.write((start + line).encode())
+
+
+def _ends_line(path: Path) -> bool:
+    """Whether a file is empty, missing, or ends with a whole line."""
+    if not path.exists() or not path.stat().st_size:
+        return True
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
+
+
+def _record(row: Mapping[str, str]) -> dict[str, Any]:
+    """What the row has a value for; its counters as numbers, infinite where they can't be read."""
+    record: dict[str, Any] = {name: value for name, value in row.items() if value}
+    for name in ("step", "micro_step"):
+        if name in record:
+            try:
+                record[name] = float(record[name])
+            except ValueError:
+                record[name] = math.inf
+    return record
+
+
+def _is_before(record: Mapping[str, Any], place: Place) -> bool:
+    """Whether the run made the record before it came to that place, so that it will not make it again from there."""
+    if any(record.get(name, 0) > place[name] for name in ("step", "micro_step")):
+        return False
+    if place.get("validated", True) or record.get("micro_step") != place["micro_step"]:
+        return True
+    return not any(name.startswith("val_") for name in record)

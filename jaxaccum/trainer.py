@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxaccum import _arguments, _paths, _plot, _run, _savers, _snapshot, checkpoint
+from jaxaccum import _arguments, _paths, _plot, _records, _run, _savers, _snapshot, checkpoint
 from jaxaccum import task as _task
 from jaxaccum._counters import Counters
 from jaxaccum._epochs import Epochs
@@ -54,7 +54,8 @@ class Trainer:
       check_val_every_n_epoch: validate in every so many epochs; None: `val_check_interval` counts across epochs.
       val_check_interval: validate every so many micro-steps of an epoch, or after every such fraction of it. An int
         that is larger than an epoch counts across epochs.
-      log_every_n_steps: counts optimizer steps.
+      log_every_n_steps: counts optimizer steps. The run's first one, each epoch's last one and the one that reaches
+        `max_steps` are logged besides.
       gradient_clip_val: the largest global norm of a window's gradient.
       default_root_dir: where `logger=True` and a `ModelCheckpoint` without a folder write; None is the working
         directory.
@@ -287,8 +288,16 @@ class Trainer:
         return _plot.draw(self._running.records.history, None if self._strategy.processes.index else path)
 
     def log(self, name: str, value: float) -> None:
-        """Adds a value to `callback_metrics`, and to the next record."""
-        self._running.metrics[name] = self._running.logged[name] = value
+        """Adds a value to `callback_metrics`, and to the next record.
+
+        Args:
+          name: in both of them.
+          value: a number, or an array of one; of an array on a device a copy is kept, and not waited for.
+
+        Raises:
+          TypeError: if it is no real number.
+        """
+        self._running.metrics[name] = self._running.logged[name] = _records.loggable(name, value)
 
     @property
     def state(self) -> FitState:
@@ -383,13 +392,29 @@ class Trainer:
         return self._options.optimizer_steps(self.num_training_batches)
 
     @property
-    def callback_metrics(self) -> dict[str, Any]:
-        """By name, the last window's means ("train_loss"), arrays on the device, and the last validation's, floats."""
-        return self._running.train_metrics() | self._running.metrics
+    def callback_metrics(self) -> dict[str, float]:
+        """By name, the last window's means ("train_loss"), the last validation's, and what callbacks have logged.
+
+        Reading it waits until the devices have finished that window.
+        """
+        metrics = self._running.train_metrics() | self._running.metrics
+        return {name: float(_records.number(value)) for name, value in metrics.items()}
+
+    @property
+    def progress_bar_metrics(self) -> dict[str, float]:
+        """The means ("train_loss") of the newest window that the devices have finished; {} before there is one.
+
+        Reading it does not wait.
+        """
+        return self._running.finished_metrics()
 
     @property
     def should_log(self) -> bool:
-        """In `on_train_batch_end`: whether a record follows."""
+        """In `on_train_batch_end`: whether a record follows.
+
+        It does every `log_every_n_steps` optimizer steps, and at the run's first one, each epoch's last one and the one
+        that reaches `max_steps`.
+        """
         return self._running.record_is_due
 
     def _start(

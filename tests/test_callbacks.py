@@ -1,9 +1,11 @@
 """The callbacks that are built in."""
 
+import gc
 import io
 import math
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -15,6 +17,16 @@ import jaxaccum
 from jaxaccum.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint, ProgressBar
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
+
+
+class Unsized:
+    """Batches without a length."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
 
 
 def losing(values):
@@ -86,6 +98,71 @@ def test_early_stopping_waits_for_the_first_window():
     assert (t.micro_step, t.global_step) == (1, 0)
 
 
+def fields(stopping):
+    return stopping.best, stopping.wait, stopping.stopped_epoch
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_early_stopping_begins_anew_in_every_fit(mode):
+    """Catches a second fit that trains nothing, and best values that a fold hands on to the next one."""
+    stopping, the_task = EarlyStopping("val_loss", patience=1, mode=mode), losing([5, 5, 1, 1])
+    t = single(max_epochs=4, callbacks=stopping)
+    for _ in range(2):
+        t.fit(the_task, ones(2), ones(2))
+        assert t.current_epoch == 2 and fields(stopping) == (5, 1, 1)
+    other = single(max_epochs=1, callbacks=stopping)
+    other.fit(losing([9]), ones(2), ones(2))
+    assert fields(stopping) == (9, 0, None)
+
+
+def test_early_stopping_goes_on_from_its_checkpoint_and_from_no_other(tmp_path):
+    """Catches a resume that waits anew, one that keeps what this object had before, and a stop that is forgotten."""
+    the_task, batches = losing([5, 6, 7, 8, 9]), (ones(2), ones(2))
+    saves = lambda folder: ModelCheckpoint(tmp_path / folder, save_top_k=-1)
+    first = EarlyStopping("val_loss", patience=3)
+    single(max_epochs=9, callbacks=[first, saves("with")]).fit(the_task, *batches)
+    assert fields(first) == (5, 3, 3)
+    single(max_epochs=2, callbacks=saves("without")).fit(the_task, *batches)
+
+    used = EarlyStopping("val_loss", patience=3)
+    t = single(max_epochs=9, callbacks=used)
+    t.fit(the_task, *batches, ckpt_path=tmp_path / "with" / "epoch=2-micro_step=2")
+    assert t.is_resuming and t.current_epoch == 4 and fields(used) == (5, 3, 3)
+    t.fit(the_task, *batches, ckpt_path=tmp_path / "without" / "epoch=2-micro_step=2")
+    assert t.is_resuming and t.current_epoch == 6 and fields(used) == (7, 3, 5)
+    t.fit(the_task, *batches)
+    assert not t.is_resuming and t.current_epoch == 4 and fields(used) == (5, 3, 3)
+    t.fit(the_task, *batches, ckpt_path=tmp_path / "with" / "epoch=4-micro_step=4")
+    assert t.current_epoch == 4  # It was stopped there.
+
+
+def test_a_fresh_fit_takes_no_state_that_was_loaded_before_it():
+    """Catches the state of a checkpoint that was read for a fit which then failed."""
+    stopping = EarlyStopping("val_loss", patience=2)
+    stopping.load_state_dict({"best": 1.0, "wait": 1, "stopped_epoch": None})
+    t = single(max_epochs=4, callbacks=stopping)
+    t.fit(losing([5, 6, 7, 8]), ones(2), ones(2))
+    assert t.current_epoch == 3 and stopping.best == 5
+
+
+@pytest.mark.parametrize("monitor", ["val_loss", "val_f1"])
+def test_early_stopping_says_when_it_had_nothing_to_look_at(monitor):
+    """Catches a run that nothing could have stopped, and a name that one has to guess."""
+    t = single(callbacks=EarlyStopping(monitor), max_steps=1)
+    with pytest.warns(UserWarning, match=rf"EarlyStopping\(monitor='{monitor}'\).*\['train_loss'\]"):
+        t.fit(losing([5, 5, 5]), Unsized(ones(2, 2, 2)), ones(2))
+
+
+def test_early_stopping_does_not_speak_of_what_it_looked_at_before_a_resume(tmp_path):
+    """Catches a warning in the last part of a run, in which no validation was due any more."""
+    batches, the_task = (Unsized(ones(2, 2, 2)), ones(2)), losing([5, 5, 5, 5])
+    part = lambda steps, **options: single(
+        callbacks=[EarlyStopping("val_loss"), ModelCheckpoint(tmp_path)], max_steps=steps, **options
+    )
+    part(1, val_check_interval=1).fit(the_task, *batches)
+    part(2).fit(the_task, *batches, ckpt_path="last")
+
+
 def test_the_learning_rate_is_logged_with_every_record():
     """Catches the rate of the next step, and a record without one."""
     rates = [1.0, 0.5, 0.25]
@@ -97,15 +174,21 @@ def test_the_learning_rate_is_logged_with_every_record():
         t = single(log_every_n_steps=1, callbacks=monitor, accumulate_grad_batches=2, gradient_clip_val=9.0)
         t.fit(slope(optimizer), ones(*[2] * 6))
         assert [record["lr"] for record in t._running.records.history] == rates
+
+
+def test_a_learning_rate_that_is_nowhere_is_missed_before_training():
+    """Catches a run that logs no rate and doesn't say so, or says so when a record is due."""
+    t = single(callbacks=LearningRateMonitor(), accumulate_grad_batches=4)
     with pytest.raises(ValueError, match=r"inject_hyperparams.*schedule"):
-        single(log_every_n_steps=1, callbacks=LearningRateMonitor()).fit(slope(), ones(2))
+        t.fit(slope(), ones(2))
+    assert t.micro_step == 0
 
 
-def test_the_progress_bar_says_where_the_run_is(monkeypatch):
-    """Catches a bar that lags, counts other things than its unit, or draws too often."""
-    file, draws = io.StringIO(), []
+def drawing(monkeypatch, file):
+    """Has tqdm write to `file`; the micro-steps of each draw."""
+    draws = []
 
-    class Bar(tqdm.tqdm):
+    class Bar(tqdm.std.tqdm):
         def __init__(self, **options):
             super().__init__(file=file, ascii=True, ncols=200, **options)
 
@@ -114,34 +197,154 @@ def test_the_progress_bar_says_where_the_run_is(monkeypatch):
             return super().refresh(*args, **kwargs)
 
     monkeypatch.setattr(tqdm, "tqdm", Bar)
+    return draws
+
+
+def lines_in(file):
+    return re.split(r"[\r\n]+", file.getvalue().strip())
+
+
+def test_the_progress_bar_says_where_the_run_is(monkeypatch):
+    """Catches a bar that lags, counts other things than its unit, or draws too often."""
+    file = io.StringIO()
+    draws = drawing(monkeypatch, file)
     t = single(accumulate_grad_batches=4, max_epochs=2, callbacks=ProgressBar(interval=60.0))
     t.fit(slope(), ones(*[2] * 6))
     assert len([n for n in draws if n]) <= 6  # the first batch and the end of each epoch, with tqdm's own
-    last = re.split(r"[\r\n]+", file.getvalue().strip())[-1]
+    last = lines_in(file)[-1]
     for words in ("epoch 1", "6/6", "window 0/4", "optimizer step 4", "batch 8", "samples/s", "loss"):
         assert words in last, last
 
 
-def test_the_progress_bar_does_not_wait_for_the_device():
+class Waits(Callback):
+    """Waits for the device after every micro-step."""
+
+    def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
+        jax.block_until_ready(trainer.state)
+
+
+def shown(line):
+    """The micro-steps and the loss in a line of the bar."""
+    done, loss = re.search(r"^epoch \d: .* (\d+)/3 ", line)[1], re.search(r"loss (\S+)\]", line)
+    return done, loss and float(loss[1])
+
+
+def test_the_progress_bar_shows_no_value_before_there_is_one(monkeypatch):
+    """Catches "loss nan", a line of 0 micro-steps, one without words, and a value that is old."""
+    file = io.StringIO()
+    drawing(monkeypatch, file)
+    t = single(accumulate_grad_batches=2, max_epochs=2, callbacks=[Waits(), ProgressBar(interval=0.0)])
+    for _ in range(2):
+        t.fit(slope(), ones(2, 2, 2))
+        drawn = [shown(line) for line in lines_in(file)]
+        assert drawn[:3] == [("1", None), ("2", 0.0), ("3", -1.0)]
+        assert drawn[3:-1] == [("3", -1), ("0", -1), ("1", -1), ("2", -2), ("3", -3), ("3", -3)]
+        file.seek(0)
+        file.truncate()
+
+
+def test_the_progress_bar_knows_the_end_of_a_stream_with_max_steps(monkeypatch):
+    """Catches a bar without a total where the number of steps is known, one that moves, and one where it is not."""
+
+    class Stream:
+        def __iter__(self):
+            yield from ones(*[2] * 7)
+
+    totals = []
+    for options in ({"max_steps": 5, "max_epochs": 9}, {"max_epochs": 2}):
+        file = io.StringIO()
+        drawing(monkeypatch, file)
+        t = single(accumulate_grad_batches=3, callbacks=[ProgressBar(interval=0.0)], **options)
+        t.fit(slope(), Stream())
+        assert " micro-step/s" in file.getvalue()
+        totals.append([re.search(r"\b(\d+)/(\d+) \[|\b(\d+) micro-step \[", line) for line in lines_in(file)])
+    # The first epoch has 7 micro-steps, whose windows are of 3, 3 and 1; 2 windows are left for the second one.
+    assert {int(found[2]) for found in totals[0][:6]} == {15}
+    assert [found[1] for found in totals[0][-2:]] == [found[2] for found in totals[0][-2:]] == ["6", "6"]
+    assert all(found[3] for found in totals[1])
+
+
+def test_the_progress_bar_goes_on_in_mid_epoch(monkeypatch, tmp_path):
+    """Catches a resumed bar that counts from 0, or whose rate counts what was done before."""
+    saves = ModelCheckpoint(tmp_path, every_n_micro_steps=4, save_top_k=-1)
+    single(callbacks=saves, accumulate_grad_batches=3).fit(slope(), ones(*[2] * 6))
+    file = io.StringIO()
+    drawing(monkeypatch, file)
+    t = single(callbacks=ProgressBar(interval=0.0), accumulate_grad_batches=3)
+    t.fit(slope(), ones(*[2] * 6), ckpt_path=tmp_path / "epoch=0-micro_step=4")
+    assert "5/6" in lines_in(file)[0] and "?" in lines_in(file)[0].partition("micro-step/s")[0]
+    assert "6/6" in lines_in(file)[-1]
+
+
+def broken(*, after, error):
+    """A file that takes so many writes."""
+
+    class Broken(io.StringIO):
+        left = after
+
+        def write(self, text):
+            self.left -= 1
+            if self.left < 0:
+                raise error
+            return super().write(text)
+
+    return Broken()
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "pipe"), OSError(5, "terminal"), ValueError("closed file")])
+@pytest.mark.parametrize("after", [0, 1, 5, 9, 13])
+def test_a_bar_that_cannot_be_written_does_not_end_the_run(monkeypatch, after, error):
+    """Catches a run that a closed terminal ends, at the bar's first draw, a later one or its end."""
+    drawing(monkeypatch, broken(after=after, error=error))
+    t = single(max_epochs=2, callbacks=ProgressBar(interval=0.0))
+    for _ in range(2):
+        t.fit(slope(), ones(2, 2))
+        assert t.micro_step == 4
+    gc.collect()  # What tqdm leaves behind would raise here.
+
+
+@pytest.mark.parametrize("stderr", [None, "closed"])
+def test_a_process_without_stderr_trains(monkeypatch, stderr):
+    """Catches a bar that is written to nothing."""
+    file = io.StringIO()
+    file.close()
+    monkeypatch.setattr("sys.stderr", stderr and file)
+    t = single(enable_progress_bar=True)
+    t.fit(slope(), ones(2, 2))
+    assert t.micro_step == 2
+
+
+def test_an_error_of_the_trainer_is_not_taken_for_the_bars():
+    """Catches a ValueError of somewhere else that stops the bar in silence."""
+
+    class Breaks:
+        samples_seen = 0
+        current_epoch = property(lambda self: int("mine"))
+
+    bar = ProgressBar()
+    bar.on_train_start(Breaks(), None)
+    with pytest.raises(ValueError, match="mine"):
+        bar.on_train_batch_end(Breaks(), None, {}, None, 0)
+
+
+def test_the_progress_bar_reads_public_properties_and_does_not_wait_for_the_device():
     """Catches a bar that fetches a loss which is not ready."""
-
-    class Waits:
-        def is_ready(self):
-            return False
-
-        def __float__(self):
-            raise AssertionError("fetched")
 
     class Trainer:
         current_epoch = window_step = global_step = samples_seen = 0
         accumulate_grad_batches = effective_batch_size = num_training_batches = 1
-        callback_metrics = {"train_loss": Waits()}  # noqa: RUF012
+        progress_bar_metrics = {}  # noqa: RUF012
+
+        @property
+        def callback_metrics(self):
+            raise AssertionError("fetched")
 
     bar = ProgressBar()
     bar._tqdm = lambda **options: tqdm.tqdm(file=io.StringIO(), **options)
     bar.on_train_start(Trainer(), None)
     bar.on_train_epoch_start(Trainer(), None)
     bar.on_train_batch_end(Trainer(), None, {}, None, 0)
+    bar.on_train_epoch_end(Trainer(), None)
     bar.on_train_end(Trainer(), None)
 
 

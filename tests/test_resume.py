@@ -166,20 +166,23 @@ def killed_and_resumed(folder, devices, kills, seed):
     dice = random.Random(seed)
     # Every moment in turn, then a delay that takes the kill to any place in it or beyond.
     deaths = [(MOMENTS[i % 4], dice.randint(1, 4), dice.uniform(0, 0.04)) for i in range(kills)]
-    ended = [life(folder, devices, epochs=max(kills, 6), death=death) for death in deaths]
+    ended = [life(folder, devices, epochs=2 * kills + 4, death=death) for death in deaths]
     assert ended == [None] * kills, "the run was over before its kills were: it needs more epochs"
     cut_off = len(list((folder / "checkpoints").glob("*orbax*")))
-    return life(folder, devices, epochs=max(kills, 6)), cut_off
+    return life(folder, devices, epochs=2 * kills + 4), cut_off
 
 
-@pytest.mark.parametrize(("devices", "kills"), [(1, 3), (4, 1)])
+@pytest.mark.parametrize(("devices", "kills"), [(1, 4), (4, 1)])
 def test_a_run_killed_at_random_moments_ends_as_if_it_never_was(tmp_path, devices, kills):
     """Catches a micro-batch that is seen twice or never, and a checkpoint that can't be relied on."""
     (tmp_path / "unbroken").mkdir()
     (tmp_path / "killed").mkdir()
-    want = life(tmp_path / "unbroken", devices, epochs=max(kills, 6))
+    want = life(tmp_path / "unbroken", devices, epochs=2 * kills + 4)
     got, _ = killed_and_resumed(tmp_path / "killed", devices, kills, seed=devices)
     assert got == want
+    batches = list(range(7 * devices))
+    assert [sorted(epoch) for epoch in want["epochs"]] == [batches] * (2 * kills + 4) and want["paths"] == [True, True]
+    assert len({tuple(epoch) for epoch in want["epochs"]}) > 1
 
 
 if __name__ == "__main__":
@@ -193,9 +196,9 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as root:
         for name in ("unbroken", "killed"):
             (Path(root) / name).mkdir()
-        want = life(Path(root) / "unbroken", options.devices, options.kills)
+        want = life(Path(root) / "unbroken", options.devices, 2 * options.kills + 4)
         got, cut_off = killed_and_resumed(Path(root) / "killed", options.devices, options.kills, options.seed)
-    print(f"{options.kills} kills, the same in the end: {got == want}", got)
+    print(f"{options.kills} kills, {cut_off} checkpoints cut off, the same in the end: {got == want}", got)
     sys.exit(got != want)
 
 

@@ -105,11 +105,10 @@ class Epochs:
         return fused(steps, at.every_k, at.window_step) if run.options.fuse_windows else zip(steps)
 
     def end_by(self, error: BaseException) -> None:
-        """Saves what the last whole micro-step left, before `error` goes on its way; a second signal waits for none."""
+        """Saves what the last whole micro-step left, before `error` goes on its way; nothing for a second signal."""
         run, processes = self._run, self._run.strategy.processes
         processes.leave(error)  # If the others are elsewhere: they don't come to a save.
         if self._signals.came_again(error):
-            self._savers.abandon()
             return
         if any(x.is_deleted() for x in jax.tree.leaves(run.state)):
             return  # It was donated to a program that failed.

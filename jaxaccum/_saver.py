@@ -39,7 +39,6 @@ class Saver:
         self._scores: dict[str, float] = {}  # Its monitored values, by name.
         self._is_on_its_way = False
         self._warned: str | None = None
-        self._is_abandoned = False
         self._date = max(checkpoint.dates(folder), default=0)
 
     def goes_on(self, path: Path, at: Counters, scores: dict[str, float]) -> None:
@@ -67,13 +66,8 @@ class Saver:
 
     def close(self) -> None:
         """Waits for the checkpoint on its way, and ends the writer."""
-        if not self._is_abandoned:
-            with contextlib.closing(self._writer):
-                self._settle()
-
-    def abandon(self) -> None:
-        """Leaves the checkpoint on its way to itself: `close` won't wait for it."""
-        self._is_abandoned = True
+        with contextlib.closing(self._writer):
+            self._settle()
 
     def _write(self, path: Path, wanting: Wanting, at: Counters, arrays: TakeArrays, notes: TakeNotes) -> None:
         self._written, self._scores = None, {}

@@ -69,11 +69,6 @@ class Savers:
             for saver in self._savers:
                 stack.callback(saver.close)
 
-    def abandon(self) -> None:
-        """Leaves what is on its way to itself: `close` won't wait for it."""
-        for saver in self._savers:
-            saver.abandon()
-
     def _save(self, saver: Saver, run: Run, asking: Sequence[tuple[ModelCheckpoint, float | None]]) -> None:
         wanting = [(policy, score) for policy, score in asking if policy.wants(score)]
         if wanting:

@@ -172,7 +172,8 @@ class Trainer:
 
         SIGTERM and SIGINT (Ctrl-C), where fit runs in the main thread, end the run after the micro-step at hand, or
         with `fuse_windows` after the window: it is saved, if there is a `ModelCheckpoint`, and SystemExit with code
-        143, or KeyboardInterrupt, is raised. A second one is not waited for. An error of a loader or a callback is
+        143, or KeyboardInterrupt, is raised. A second one is raised at once, and nothing is saved: only the checkpoint
+        that is on its way is waited for, as the process can't end without it. An error of a loader or a callback is
         raised after such a save too.
 
         The next `fit` of the same `Task` object uses the compiled programs of this one.

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -99,3 +101,46 @@ def test_another_thread_sets_no_handlers(tmp_path):
     thread.start()
     thread.join()
     assert len(ended) == 1 and handlers() == before
+
+
+HANGS = """
+import os, signal, sys, jax.numpy as jnp, numpy as np, optax, jaxaccum
+from jaxaccum.callbacks import Callback, ModelCheckpoint
+mode, folder = sys.argv[1:]
+
+class Fails:
+    def write_scalars(self, step, scalars):
+        raise OSError("full")
+
+    def flush(self):
+        raise OSError("full")
+
+class Ends(Callback):
+    def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
+        if trainer.micro_step == 3 and mode == "signals":
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        if trainer.micro_step == 3 and mode == "raises":
+            raise ZeroDivisionError
+
+task = jaxaccum.Task(
+    lambda key, batch: jnp.zeros((4096, 2048)), lambda w, batch, key: jnp.mean(w[0, 0] * batch), optax.adam(1.0)
+)
+trainer = jaxaccum.Trainer(
+    max_epochs=1, strategy="single", enable_progress_bar=False, logger=Fails(), log_every_n_steps=1,
+    callbacks=[Ends(), ModelCheckpoint(folder, every_n_micro_steps=1)],
+)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+trainer.fit(task, [np.ones(2, np.float32)] * 4)
+"""
+
+
+@pytest.mark.parametrize(("mode", "code"), [("ends", 0), ("raises", 1), ("signals", -signal.SIGINT)])
+def test_the_process_ends_whatever_fails_at_a_runs_end(tmp_path, mode, code):
+    """Catches a thread that writes a large checkpoint for ever, and one that nobody has waited for."""
+    command = [sys.executable, "-W", "ignore", "-c", HANGS, mode, str(tmp_path)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stderr
+    if mode != "signals":
+        (path,) = tmp_path.iterdir()
+        assert path.name == f"epoch=0-micro_step={4 if mode == 'ends' else 3}"

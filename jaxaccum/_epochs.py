@@ -40,6 +40,7 @@ class Epochs:
 
     def train(self) -> None:
         """Trains to the run's end, and saves it."""
+        self._windows.record_if_due()
         if self._run.at.batch_idx:  # In mid-epoch, or at its end.
             self._train_epoch()
         while not self._are_over():

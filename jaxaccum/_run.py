@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,7 +40,6 @@ class Run:
       examples: in its first loader batch.
       resumed_at: where a checkpoint left it, if it goes on from one: its "step", which counts optimizer steps, its
         "micro_step", and whether it was "validated".
-      started: when it did, in nanoseconds of the clock; its checkpoints have it in common, before and after a resume.
       at: where it stands.
       uncounted: the micro-steps that `state` is of and `at` not yet, with their outputs.
       takes_k: whether K may be set now.
@@ -65,7 +63,6 @@ class Run:
     val_loader: ValLoader | None
     examples: int
     resumed_at: dict[str, int] | None = None
-    started: int = dataclasses.field(default_factory=time.time_ns)
     at: Counters = dataclasses.field(default_factory=Counters)
     uncounted: collections.deque[tuple[MicroStep, Outputs]] = dataclasses.field(default_factory=collections.deque)
     takes_k: bool = False

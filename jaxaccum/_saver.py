@@ -36,15 +36,21 @@ class Saver:
         self._writer = checkpoint.Writer()
         self._written: Path | None = None  # The newest checkpoint, and where the run was then.
         self._at = Counters()
-        self._scores: dict[str, float] = {}  # Its monitored values, by name.
         self._is_on_its_way = False
-        self._warned: str | None = None
+        self._warned: set[str] = set()
+        self._others: frozenset[str] = frozenset()
         self._date = max(checkpoint.dates(folder), default=0)
 
-    def goes_on(self, path: Path, at: Counters, scores: dict[str, float]) -> None:
-        """The run goes on from `path`, at `at`: that state need not be written once more."""
+    def goes_on(self, path: Path, at: Counters, others: frozenset[str]) -> None:
+        """The run goes on from a checkpoint.
+
+        Args:
+          path: the checkpoint; if it is in this folder, that state need not be written once more.
+          at: the place in the run.
+          others: the names of checkpoints that policies kept which the run has no longer: they stay.
+        """
         if path.parent == self.folder:
-            self._written, self._at, self._scores = path, dataclasses.replace(at), dict(scores)
+            self._written, self._at, self._others = path, dataclasses.replace(at), others
 
     def save(self, wanting: Wanting, at: Counters, arrays: TakeArrays, notes: TakeNotes) -> None:
         """Begins a checkpoint, or writes the notes of the newest one anew if the run's arrays are the same.
@@ -55,12 +61,11 @@ class Saver:
           arrays: gives the run's arrays by name.
           notes: gives all else.
         """
-        newest = self._written
-        if newest and at == self._at and all(policy.has(newest.name, score) for policy, score in wanting):
-            return
         self._settle()  # What is on its way may fail.
-        if self._written is not None and at.arrays == self._at.arrays:
-            self._annotate(self._written, wanting, at, notes)
+        newest = self._written
+        if newest is not None and at.arrays == self._at.arrays and self._is_there(newest):
+            if at != self._at or not all(policy.has(newest.name, score) for policy, score in wanting):
+                self._annotate(newest, wanting, at, notes)
         else:
             self._write(self._free(f"epoch={at.epoch}-micro_step={at.micro_step}"), wanting, at, arrays, notes)
 
@@ -70,7 +75,7 @@ class Saver:
             self._settle()
 
     def _write(self, path: Path, wanting: Wanting, at: Counters, arrays: TakeArrays, notes: TakeNotes) -> None:
-        self._written, self._scores = None, {}
+        self._written = None
         noted = self._noted(path.name, wanting, notes)
         if not self._fails(path, lambda: self._writer.start(path, arrays(), noted)):
             self._written, self._at, self._is_on_its_way = path, dataclasses.replace(at), True
@@ -89,8 +94,6 @@ class Saver:
         added = [policy for policy, _ in wanting if name not in policy.names]
         for policy, score in wanting:
             policy.add(name, score)
-            if score is not None and policy.monitor is not None:
-                self._scores[policy.monitor] = score
         try:
             taken = notes()
         except BaseException:
@@ -99,21 +102,25 @@ class Saver:
             raise
         # Each date is later than the one before, whatever the clock says: the newest checkpoint is found by it.
         self._date = max(time.time_ns(), self._date + 1)
-        return {**taken, "scores": dict(self._scores), "saved_at": self._date}
+        return {**taken, "saved_at": self._date}
 
     def _settle(self) -> None:
         """Waits for the checkpoint on its way."""
         if self._is_on_its_way and self._written is not None:
             self._is_on_its_way = False
             if not self._fails(self._written, self._writer.wait):
-                self._warned = None
+                self._warned.clear()
                 self._prune()
 
     def _prune(self) -> None:
         """Removes what no policy keeps, now that the newest is complete."""
         outdated = {name for policy in self.policies for name in policy.outdated()}
-        for name in outdated.difference(*(policy.names for policy in self.policies)):
+        for name in outdated.difference(self._others, *(policy.names for policy in self.policies)):
             self._remove(self.folder / name)
+
+    def _is_there(self, path: Path) -> bool:
+        """Whether the first process finds a checkpoint that is complete: someone may have removed it."""
+        return self._processes.gather("a complete checkpoint", path.is_dir())[0]
 
     def _free(self, name: str) -> Path:
         """The first of name, name-v1, name-v2... that is not taken, as an earlier run may have done."""
@@ -150,8 +157,8 @@ class Saver:
 
     def _warn(self, failure: str, text: str) -> None:
         kind = failure.partition("(")[0]  # The exception's class.
-        if kind != self._warned:
-            self._warned = kind
+        if kind not in self._warned:
+            self._warned.add(kind)
             warnings.warn(text, stacklevel=3)
 
     def _remove(self, path: Path) -> None:

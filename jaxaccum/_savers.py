@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from jaxaccum import _snapshot, checkpoint
 from jaxaccum._processes import Processes
 from jaxaccum._run import Run
-from jaxaccum._saver import Saver
+from jaxaccum._saver import Saver, Wanting
 from jaxaccum.callbacks import Callback, ModelCheckpoint
 from jaxaccum.checkpoint import Checkpoint
 
@@ -34,6 +34,7 @@ class Savers:
         for policy in policies_of(callbacks):
             policies.setdefault(Path(os.path.realpath(policy.open(folder))), []).append(policy)
         self._savers = [Saver(folder, those, processes) for folder, those in policies.items()]
+        self._postponed: set[ModelCheckpoint] = set()
 
     @property
     def folders(self) -> list[Path]:
@@ -42,9 +43,11 @@ class Savers:
 
     def restore(self, found: Checkpoint, run: Run) -> None:
         """As `_snapshot.restore`; where a checkpoint left it, a run need not be saved once more."""
-        _snapshot.restore(found, run, self._callbacks)
+        left = _snapshot.restore(found, run, self._callbacks)
+        # Also of the checkpoints that are not kept by any policy which there is now.
+        others = frozenset(name for key, state in left if key.startswith("ModelCheckpoint") for name in state["saved"])
         for saver in self._savers:
-            saver.goes_on(Path(os.path.realpath(found.path)), run.at, found.notes.get("scores", {}))
+            saver.goes_on(Path(os.path.realpath(found.path)), run.at, others)
 
     def save_if_due(self, run: Run, moment: str, micro_steps: int = 1) -> None:
         """Begins the checkpoints that are due.
@@ -54,14 +57,34 @@ class Savers:
           moment: of which this is the end: "micro_step", "validation" or "epoch".
           micro_steps: how many ended at once.
         """
+        is_due = lambda policy: policy.due(self._trainer, moment, micro_steps)
+        due = {policy for saver in self._savers for policy in saver.policies if is_due(policy)}
+        if moment == "micro_step" and not run.at.validated:
+            # The value that these rank by is about to be computed.
+            self._postponed = {policy for policy in due if (policy.monitor or "").startswith("val_")}
+            due -= self._postponed
+        elif moment == "validation":
+            due, self._postponed = due | self._postponed, set()
         for saver in self._savers:
-            due = [policy for policy in saver.policies if policy.due(self._trainer, moment, micro_steps)]
-            self._save(saver, run, [(policy, policy.score(self._trainer)) for policy in due])
+            scored = [(policy, policy.score(self._trainer)) for policy in saver.policies if policy in due]
+            self._save(saver, run, [(policy, score) for policy, score in scored if policy.wants(score)])
 
     def save_at_end(self, run: Run) -> None:
         """Begins checkpoints of the last place in the run."""
+        is_epochs_end = not run.at.batch_idx  # Else the monitored values are those of an earlier place.
         for saver in self._savers:
-            self._save(saver, run, [(policy, None) for policy in saver.policies])
+            wanting = [policy for policy in saver.policies if policy.wants(None)]
+            score = lambda policy: policy.known_score(self._trainer) if is_epochs_end else None
+            self._save(saver, run, [(policy, score(policy)) for policy in wanting])
+
+    def check(self) -> None:
+        """Whether checkpoints can hold what the callbacks tell of themselves.
+
+        Raises:
+          TypeError: if not.
+        """
+        if self._savers:
+            _snapshot.check_callbacks(self._callbacks)
 
     def close(self) -> None:
         """Waits for what is on its way."""
@@ -69,8 +92,7 @@ class Savers:
             for saver in self._savers:
                 stack.callback(saver.close)
 
-    def _save(self, saver: Saver, run: Run, asking: Sequence[tuple[ModelCheckpoint, float | None]]) -> None:
-        wanting = [(policy, score) for policy, score in asking if policy.wants(score)]
+    def _save(self, saver: Saver, run: Run, wanting: Wanting) -> None:
         if wanting:
             saver.save(wanting, run.at, lambda: _snapshot.arrays(run.state), functools.partial(self._notes, run))
 
@@ -118,11 +140,12 @@ def find(
     folders = folders_of(callbacks, folder)
     if ckpt_path == "last":
         return checkpoint.newest(folders, processes)
-    monitors = [(policy.monitor, policy.mode) for policy in policies if policy.monitor is not None]
-    if not monitors:
+    policy = next((policy for policy in policies if policy.monitor is not None), None)
+    if policy is None:
         raise ValueError("ckpt_path='best' needs a ModelCheckpoint with a monitor, but none of the callbacks has one.")
-    found = checkpoint.best(folders, processes, *monitors[0])
+    found = checkpoint.best(policy.folder(folder), processes, functools.partial(_snapshot.ranked, policy))
     if found is None:
-        where = ", ".join(map(str, folders))
-        raise FileNotFoundError(f"ckpt_path='best' finds no checkpoint with a {monitors[0][0]!r} in {where}.")
+        raise FileNotFoundError(
+            f"ckpt_path='best' finds no checkpoint of {policy.state_key} in {policy.folder(folder)}."
+        )
     return found

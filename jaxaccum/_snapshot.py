@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from jaxaccum._run import Run
 from jaxaccum._state import MultiStepsState
 from jaxaccum._strategy import Strategy
 from jaxaccum._sync import OneDevice
-from jaxaccum.callbacks import Callback
+from jaxaccum.callbacks import Callback, ModelCheckpoint
 from jaxaccum.checkpoint import Checkpoint
 
 Tree = Any
@@ -33,10 +33,9 @@ def notes(run: Run, callbacks: Sequence[Callback]) -> dict[str, Any]:
     """All of a run that is not an array, as JSON can hold it. Waits for the last window's means."""
     strategy = run.strategy
     number = lambda x: np.asarray(x).item()
-    told = [(type(callback).__qualname__, callback.state_dict()) for callback in callbacks]
+    told = [(callback.state_key, callback.state_dict()) for callback in callbacks]
     return {
         "counters": dataclasses.asdict(run.at),
-        "run": run.started,
         "seed": run.seed,
         "devices": strategy.size,
         "group": strategy.batches,
@@ -71,13 +70,16 @@ def _loader_state(checkpoint: Checkpoint, processes: Processes) -> str | None:
     return states[processes.index] if len(states) == processes.count else None
 
 
-def restore(checkpoint: Checkpoint, run: Run, callbacks: Sequence[Callback]) -> None:
+def restore(checkpoint: Checkpoint, run: Run, callbacks: Sequence[Callback]) -> list[tuple[str, Any]]:
     """Puts a run where `checkpoint` left it, and its callbacks too; its loader has begun there.
 
     Args:
       checkpoint: of a run of the same task.
       run: a new one; its state is that of a start. What an open window held is merged or split for its devices.
-      callbacks: take back their states, in order among those of one class.
+      callbacks: take back their states, in order among those of one `state_key`.
+
+    Returns:
+      The states that no callback took, by their keys.
 
     Raises:
       ValueError: if the checkpoint is another task's, naming the first array that differs.
@@ -89,10 +91,9 @@ def restore(checkpoint: Checkpoint, run: Run, callbacks: Sequence[Callback]) -> 
     run.means = {name: on_device(mean) for name, mean in noted["means"].items()}
     run.metrics, run.logged = noted["metrics"], noted["logged"]
     run.loader_state = _loader_state(checkpoint, strategy.processes)
-    run.started = noted.get("run", run.started)
     waiting = [(name, _plain.loads(text)) for name, text in noted["callbacks"]]
     for callback in callbacks:
-        own = next((entry for entry in waiting if entry[0] == type(callback).__qualname__), None)
+        own = next((entry for entry in waiting if entry[0] == callback.state_key), None)
         if own is not None:
             waiting.remove(own)
             callback.load_state_dict(own[1])
@@ -102,6 +103,28 @@ def restore(checkpoint: Checkpoint, run: Run, callbacks: Sequence[Callback]) -> 
         "micro_step": run.at.micro_step,
         "validated": run.at.validated,
     }
+    return waiting
+
+
+def ranked(policy: ModelCheckpoint, notes: Mapping[str, Any]) -> list[str] | None:
+    """The checkpoints that a policy like this one kept when `notes` were made, the best first; None where none did."""
+    states = (_plain.loads(text) for key, text in notes["callbacks"] if key == policy.state_key)
+    state = next(states, None)
+    return None if state is None else policy.ranked(state["saved"])
+
+
+def check_callbacks(callbacks: Sequence[Callback]) -> None:
+    """Whether checkpoints can hold the callbacks' states as they are now, before the run.
+
+    Raises:
+      TypeError: if not.
+    """
+    for callback in callbacks:
+        try:
+            state = callback.state_dict()
+        except Exception:
+            continue  # It may need what the run's first hooks make.
+        _plain.dumps(state, callback.state_key)
 
 
 def _own_batches(batches: int, checkpoint: Checkpoint, strategy: Strategy) -> int:

@@ -48,8 +48,7 @@ class Windows:
         finally:
             while run.uncounted:  # A hook raised, but the devices have made them all.
                 self._count(means)
-        if boundary and run.record_is_due:
-            self._record()
+        self.record_if_due()
 
     def flush_if_asked(self) -> None:
         """Closes the window that a stop left open."""
@@ -57,8 +56,7 @@ class Windows:
         if run.options.flush_on_stop and run.at.window_step:
             run.state, means = run.programs.flush(run.state, self._share(run.at.window_step))
             self._close(means)
-            if run.record_is_due:
-                self._record()
+            self.record_if_due()
 
     def _share(self, window_step: int) -> jax.Array | None:
         """What to multiply the gradient of a window of so many micro-steps with, if windows are divided by K."""
@@ -90,6 +88,7 @@ class Windows:
         run.close_window(means)
         at.global_step += 1
         at.window_step = 0
+        at.recorded = not run.record_is_due
         at.effective_batch, at.window_samples = at.window_samples, 0
 
     def _refuse_anomaly(self, outputs: Mapping[str, float]) -> None:
@@ -106,9 +105,12 @@ class Windows:
             )
             processes.fail(error)
 
-    def _record(self) -> None:
-        """Logs the last window, without waiting for it."""
+    def record_if_due(self) -> None:
+        """Logs the last window, without waiting for it, if it is to be logged and has not been yet."""
         run, at = self._run, self._run.at
+        if at.recorded:
+            return
         scalars = run.place() | {"accumulate_grad_batches": at.every_k, "effective_batch_size": at.effective_batch}
         run.records.add(at.global_step, scalars | run.train_metrics() | run.logged)
         run.logged = {}
+        at.recorded = True

@@ -87,6 +87,11 @@ class Callback:
     def on_exception(self, trainer: "Trainer", task: "Task", error: BaseException) -> None:
         """Something was raised, and will go on its way; `trainer.state` is that of the last whole micro-step."""
 
+    @property
+    def state_key(self) -> str:
+        """Which callback's state a checkpoint's is: by default the class' name."""
+        return type(self).__qualname__
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of the callback."""
         return {}
@@ -192,6 +197,10 @@ class EarlyStopping(Callback):
             self.stopped_epoch = trainer.current_epoch
             trainer.should_stop = True
 
+    @property
+    def state_key(self) -> str:
+        return f"{type(self).__qualname__}(monitor={self.monitor!r}, mode={self.mode!r})"
+
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "wait": self.wait, "stopped_epoch": self.stopped_epoch}
 
@@ -221,7 +230,8 @@ class ModelCheckpoint(Callback):
         A name that isn't there when a checkpoint is due, nor comes with the first window or validation, is an error.
       mode: "min" or "max", what is better.
       save_top_k: how many of the first in rank to keep; -1 is all, and without a `monitor` 1 is the most else.
-      save_last: whether the newest is kept besides, which a resume needs. False saves what is in rank, and the end.
+      save_last: whether the newest is kept besides, which a resume needs. False saves
+        what is in rank and, unless `save_top_k` is 0, the end.
 
     Raises:
       TypeError, ValueError: for an argument that is none of these.
@@ -273,7 +283,7 @@ class ModelCheckpoint(Callback):
     @property
     def best_model_path(self) -> Path | None:
         """The first in rank; None before there is one."""
-        ranked = self._ranked()
+        ranked = self.ranked(self._saved)
         return self.dirpath / ranked[0] if self.dirpath and ranked else None
 
     @property
@@ -320,11 +330,16 @@ class ModelCheckpoint(Callback):
         value = _monitored(trainer, self.monitor)
         return self._worst() if value is None or math.isnan(value) else value
 
+    def known_score(self, trainer: "Trainer") -> float | None:
+        """The monitored value, if there is one."""
+        value = None if self.monitor is None else trainer.callback_metrics.get(self.monitor)
+        return self._worst() if value is not None and math.isnan(value) else value
+
     def wants(self, score: float | None) -> bool:
         """Whether a checkpoint of this score would be kept."""
         if self.save_last or score is None:
             return self.save_last or self.save_top_k != 0
-        return self.save_top_k != 0 and "" in self._ranked({**self._saved, "": score})
+        return self.save_top_k != 0 and "" in self.ranked({**self._saved, "": score})
 
     def has(self, name: str, score: float | None) -> bool:
         """Whether a checkpoint is among those kept, and has this score; None is any."""
@@ -340,11 +355,17 @@ class ModelCheckpoint(Callback):
 
     def outdated(self) -> list[str]:
         """The checkpoints that are not to be kept, now that the newest is complete; they are none of its any more."""
-        kept = {*self._ranked(), *list(self._saved)[-1:]}
+        kept = {*self.ranked(self._saved), *list(self._saved)[-1:]}
         outdated = [name for name in self._saved if name not in kept]
         for name in outdated:
             del self._saved[name]
         return outdated
+
+    @property
+    def state_key(self) -> str:
+        """Tells policies apart: what one has kept is not for another to rank or to remove."""
+        names = ("monitor", "mode", "every_n_micro_steps", "every_n_train_steps", "every_n_epochs")
+        return f"ModelCheckpoint({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
     def state_dict(self) -> dict[str, Any]:
         return {"saved": dict(self._saved)}
@@ -356,9 +377,9 @@ class ModelCheckpoint(Callback):
             if self.dirpath and (self.dirpath / name).is_dir()
         }
 
-    def _ranked(self, saved: dict[str, float | None] | None = None) -> list[str]:
-        """The first `save_top_k`, the best first, and of equals the newest."""
-        newest_first = list(reversed((self._saved if saved is None else saved).items()))
+    def ranked(self, saved: dict[str, float | None]) -> list[str]:
+        """The first `save_top_k` of checkpoints with these scores, the best first, and of equals the newest."""
+        newest_first = list(reversed(saved.items()))
         if self.monitor is not None:
             sign = 1 if self.mode == "min" else -1
             worst = self._worst()

@@ -16,6 +16,7 @@ from jaxaccum._processes import Processes
 
 CUT_OFF = ".orbax-checkpoint-tmp"  # in the name of a folder that is being written, or removed
 _NOTES = "notes.json"
+_PENDING = 100  # errors of one checkpoint that are waited for
 _PARTS = ("arrays", "notes", "_CHECKPOINT_METADATA")  # of a checkpoint's folder
 
 
@@ -88,28 +89,26 @@ def newest(folders: Sequence[Path], processes: Processes) -> Checkpoint | None:
     return _first_readable(folders, processes, lambda found: [path for path, _ in found])
 
 
-def best(folders: Sequence[Path], processes: Processes, monitor: str, mode: str) -> Checkpoint | None:
-    """The checkpoint of the newest run in the folders with the best value of `monitor`; None where none has one.
+def best(
+    folder: Path, processes: Processes, ranked: Callable[[Mapping[str, Any]], Sequence[str] | None]
+) -> Checkpoint | None:
+    """The best checkpoint in a folder by what the newest one says; None where it says nothing.
 
     Args:
-      folders: where to look.
+      folder: where to look.
       processes: all of which must be able to read it.
-      monitor: the name of the value.
-      mode: "min" or "max".
+      ranked: of a checkpoint's notes, the names of those that it knows, the best first; None where it knows of none.
 
     Raises:
       OSError: as `newest`.
     """
 
-    def ranked(found: Sequence[tuple[Path, dict[str, Any]]]) -> list[Path]:
-        scores = {
-            path: notes["scores"][monitor]
-            for path, notes in found
-            if monitor in notes.get("scores", {}) and notes.get("run") == found[0][1].get("run")
-        }
-        return sorted(scores, key=scores.__getitem__, reverse=mode == "max")  # Of equals the newest stays first.
+    def order(found: Sequence[tuple[Path, dict[str, Any]]]) -> list[Path]:
+        paths = {path.name: path for path, _ in found}
+        known = (names for _, notes in found if (names := ranked(notes)) is not None)
+        return [paths[name] for name in next(known, []) if name in paths]
 
-    return _first_readable(folders, processes, ranked)
+    return _first_readable([folder], processes, order)
 
 
 def remove_cut_off(folders: Sequence[Path], processes: Processes) -> None:
@@ -193,22 +192,35 @@ class Writer:
         path.parent.mkdir(parents=True, exist_ok=True)
         if self._checkpointer is None:
             self._checkpointer = _checkpointer(self._orbax.AsyncCheckpointer, set(range(jax.process_count())))
-        self._checkpointer.save(
-            path,
-            args=args.Composite(
-                arrays=args.PyTreeSave(full),
-                notes=args.JsonSave({**notes, "leaves": leaves}),
-            ),
-        )
+        try:
+            self._checkpointer.save(
+                path,
+                args=args.Composite(
+                    arrays=args.PyTreeSave(full),
+                    notes=args.JsonSave({**notes, "leaves": leaves}),
+                ),
+            )
+        except Exception:
+            self.close()
+            raise
 
     def wait(self) -> None:
         """Returns when the checkpoint is complete; raises what its writing met."""
-        self._checkpointer.wait_until_finished()
+        try:
+            self._checkpointer.wait_until_finished()
+        except Exception:
+            self.close()
+            raise
 
     def close(self) -> None:
-        """Ends the writer's threads."""
-        if self._checkpointer is not None:
-            self._checkpointer.close()
+        """Ends the writer's threads. The errors that they still hold are of checkpoints that have failed already."""
+        checkpointer, self._checkpointer = self._checkpointer, None
+        for _ in range(_PENDING if checkpointer is not None else 0):
+            try:
+                checkpointer.close()
+                return
+            except Exception:
+                continue  # Orbax raises one error at a time.
 
 
 def remove(path: Path) -> None:

@@ -96,11 +96,11 @@ class CSVLogger:
             _set_aside(self._path)
             self._columns = []
         elif self._path.exists():
-            self._columns, rows = self._table()
+            columns, rows = self._table()
             if not _ends_line(self._path):
                 rows = rows[:-1]  # It was cut off in mid-write, perhaps in the middle of a number.
             is_whole = lambda row: None not in row and None not in row.values()
-            self._write([row for row in rows if is_whole(row) and _is_before(_record(row), place)])
+            self._write(columns, [row for row in rows if is_whole(row) and _is_before(_record(row), place)])
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Appends a row; writes the file anew where a name is new."""
@@ -108,8 +108,7 @@ class CSVLogger:
         new = [name for name in row if name not in self._columns]
         if new:
             _, rows = self._table()
-            self._columns += new
-            self._write(rows)
+            self._write([*self._columns, *new], rows)
         line = io.StringIO()
         csv.DictWriter(line, self._columns, lineterminator="\n").writerow(row)
         _append(self._path, line.getvalue())
@@ -122,13 +121,14 @@ class CSVLogger:
             reader = csv.DictReader(file)
             return list(reader.fieldnames or ()), list(reader)
 
-    def _write(self, rows: Iterable[Mapping[str, Any]]) -> None:
+    def _write(self, columns: list[str], rows: Iterable[Mapping[str, Any]]) -> None:
         """Writes the file anew."""
         table = io.StringIO()
-        writer = csv.DictWriter(table, self._columns, lineterminator="\n", extrasaction="ignore")
+        writer = csv.DictWriter(table, columns, lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
         _replace(self._path, lambda file: file.write(table.getvalue().encode()))
+        self._columns = columns  # Only now that the file has them.
 
 
 class TensorBoardLogger:

@@ -218,6 +218,7 @@ class Trainer:
             run, savers = self._start(task, train_loader, val_loader, ckpt_path)
             hooks = Hooks(self, task, self._callbacks)
             epochs = Epochs(run, hooks, savers, signals)
+            savers.check()
             epochs.check_validation()
             run.records.begin(run.resumed_at)
         except BaseException as error:

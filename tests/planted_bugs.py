@@ -419,12 +419,24 @@ BUGS = [
     Bug(
         "a checkpoint removed that another policy keeps",
         "_saver.py",
-        ".difference(*(policy.names for policy in self.policies))",
-        "",
+        ", *(policy.names for policy in self.policies))",
+        ")",
     ),
     Bug("the newest by a clock that is set back", "_saver.py", "max(time.time_ns(), self._date + 1)", "time.time_ns()"),
-    Bug("the best of an older run", "checkpoint.py", ' and notes.get("run") == found[0][1].get("run")', ""),
-    Bug("the worst for the best", "checkpoint.py", 'reverse=mode == "max"', 'reverse=mode != "max"'),
+    Bug(
+        "the best of another branch",
+        "checkpoint.py",
+        "for _, notes in found if (names",
+        "for _, notes in found[::-1] if (names",
+    ),
+    Bug(
+        "errors of one checkpoint raised for the next",
+        "checkpoint.py",
+        "        except Exception:\n            self.close()\n            raise\n\n    def close",
+        "        except ZeroDivisionError:\n            raise\n\n    def close",
+    ),
+    Bug("a policy's list taken by another", "callbacks.py", 'names = ("monitor", "mode", ', "names = ("),
+    Bug("a window that no record has", "_windows.py", "at.recorded = not run.record_is_due", "pass"),
     Bug("broken notes passed over in silence", "checkpoint.py", "broken.append(f\"{path} can't", "str(f\"{path} can't"),
     Bug("a fresh start beside ruins", "checkpoint.py", "if result is None and broken:", "if False:"),
     Bug(

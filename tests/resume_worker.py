@@ -135,7 +135,7 @@ def main(folder, devices, epochs, *death):
         "counters": vars(t._at),
         "epochs": seen.epochs,
         "metrics": Path(path).read_text(),
-        "best": [saves[1]._saved[name] for name in saves[1]._ranked()],
+        "best": [saves[1]._saved[name] for name in saves[1].ranked(saves[1]._saved)],
         "paths": [policy.last_model_path.is_dir() and policy.best_model_path.is_dir() for policy in saves],
     }
     print(json.dumps(ended))

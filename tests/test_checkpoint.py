@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import json
 import math
 import re
 import shutil
@@ -12,12 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+import orbax.checkpoint._src.metadata.checkpoint as metadata
 import pytest
 from training import Recorder, assert_same, loader, ones, single, slope, task, trainer
 
 import jaxaccum
 from jaxaccum import checkpoint
 from jaxaccum.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from jaxaccum.loggers import JSONLLogger
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -555,7 +558,7 @@ def test_best_is_found_on_disk(tmp_path, mode):
     assert t.is_resuming and at.seen[0] == 2 * (values.index(best) + 1) + 1
     with pytest.raises(ValueError, match="'best' needs a ModelCheckpoint with a monitor"):
         single(callbacks=ModelCheckpoint(tmp_path)).fit(slope(), ones(2), ckpt_path="best")
-    with pytest.raises(FileNotFoundError, match="'best' finds no checkpoint with a 'other'"):
+    with pytest.raises(FileNotFoundError, match=r"'best' finds no checkpoint of ModelCheckpoint\(monitor='other'"):
         single(callbacks=ModelCheckpoint(tmp_path, monitor="other")).fit(slope(), ones(2), ckpt_path="best")
 
 
@@ -611,3 +614,123 @@ def test_on_exception_does_not_take_the_errors_place(tmp_path):
         single(callbacks=[Fails(), Breaks(2, ZeroDivisionError("theirs")), notes, saves]).fit(slope(), ones(2, 2, 2))
     assert notes.error is caught.value and "RuntimeError('mine')" in caught.value.__notes__[0]
     assert micro_steps(tmp_path) == [2]
+
+
+def test_a_failed_write_takes_no_other_checkpoint_with_it(tmp_path, monkeypatch):
+    """Catches errors of one checkpoint that are raised for the next one, or for the whole run."""
+    full = OSError(errno.ENOSPC, "No space left on device")
+    for name in ("write", "update"):
+        whole = getattr(metadata._MetadataStoreImpl, name)
+
+        def breaks(self, path, *args, whole=whole, **kwargs):
+            if "micro_step=2" in str(path) or "micro_step=6" in str(path):
+                raise full
+            return whole(self, path, *args, **kwargs)
+
+        monkeypatch.setattr(metadata._MetadataStoreImpl, name, breaks)
+    saves = ModelCheckpoint(tmp_path, every_n_micro_steps=2, save_top_k=-1)
+    with pytest.warns(UserWarning, match="micro_step=.* could not be written") as caught:
+        single(callbacks=saves).fit(slope(), ones(*[2] * 6))
+    assert len(caught) == 2 and names(tmp_path) == ["epoch=0-micro_step=4"]
+    with pytest.warns(UserWarning, match="micro_step=2 could not be written"), pytest.raises(KeyError, match="theirs"):
+        single(callbacks=[saves, Breaks(3, KeyError("theirs"))]).fit(slope(), ones(*[2] * 6))
+    assert names(tmp_path) == ["epoch=0-micro_step=3", "epoch=0-micro_step=4"]
+
+
+@pytest.mark.parametrize("change", ["order", "one less", "monitor", "mode"])
+def test_what_one_policy_kept_is_not_for_another_to_remove(tmp_path, change):
+    """Catches the best checkpoints removed by a resume with another list of policies."""
+    best = lambda monitor="score", mode="max": ModelCheckpoint(
+        tmp_path, monitor=monitor, mode=mode, save_top_k=2, save_last=False
+    )
+    last = lambda: ModelCheckpoint(tmp_path, every_n_micro_steps=3)
+    values = [1, 9, 8, 2, 3, 4]
+    first, batches = best(), ones(2, 2)
+    single(max_epochs=3, callbacks=[first, last(), Ranks(values)]).fit(slope(), batches)
+    kept = set(first.names)
+    callbacks = {
+        "order": [last(), best()],
+        "one less": [last()],
+        "monitor": [best("train_loss"), last()],
+        "mode": [best(mode="min"), last()],
+    }[change]
+    single(max_epochs=6, callbacks=[*callbacks, Ranks(values)]).fit(slope(), batches, ckpt_path="last")
+    assert kept <= set(names(tmp_path))
+    if change == "order":
+        assert callbacks[1].best_model_path.name == first.best_model_path.name
+
+
+def test_best_is_of_the_branch_that_was_gone_on_with(tmp_path):
+    """Catches the best of a run that was left for one from an earlier checkpoint of it."""
+    policy = lambda: ModelCheckpoint(tmp_path, monitor="score", save_top_k=-1)
+    first = policy()
+    single(max_epochs=4, callbacks=[first, Ranks([4, 3, 2, 1])]).fit(slope(), ones(2))
+    second = policy()
+    t = single(max_epochs=3, callbacks=[second, Ranks([4, 3, 5])])
+    t.fit(slope(), ones(2), ckpt_path=tmp_path / "epoch=1-micro_step=1")
+    assert second.best_model_path.name == "epoch=2-micro_step=2-v1"
+    state = t.fit(slope(), ones(2), ckpt_path="best")
+    assert t.micro_step == 3 and float(state.params) == -3
+
+
+@pytest.mark.parametrize(
+    ("interval", "scores"),
+    [
+        ({"every_n_micro_steps": 2}, {2: 1.0, 4: 1.0, 6: 0.5}),
+        ({"every_n_train_steps": 3}, {3: 1.0, 6: 0.5}),
+        ({"every_n_epochs": 100}, {6: 0.5}),
+    ],
+)
+def test_a_checkpoint_has_the_value_of_its_own_state(tmp_path, interval, scores):
+    """Catches a score of the validation before, where one is due, and an end whose score is known without any."""
+    table = jnp.array([1.0, 0.5])
+    loss = lambda w, batch, key: jnp.mean(batch) + 0 * w if key is not None else table[jnp.int32(w)] + 0 * batch.mean()
+    count = optax.GradientTransformation(lambda p: (), lambda g, s, p=None: (jnp.ones(()) / 3, ()))
+    the_task = jaxaccum.Task(lambda key, batch: -jnp.ones(()) + 0.01, loss, count)
+    saves = ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=-1, **interval)
+    single(max_epochs=2, callbacks=saves).fit(the_task, ones(2, 2, 2), ones(2))
+    got = {int(name.rpartition("=")[2]): score for name, score in saves._saved.items()}
+    assert got.keys() == scores.keys() and got[6] == 0.5 and saves.best_model_path.name.endswith("6")
+
+
+def test_a_folder_removed_before_the_end_is_made_again(tmp_path):
+    """Catches a last checkpoint that is only believed to be there."""
+
+    class Removes(Callback):
+        def on_train_epoch_end(self, trainer, task):
+            while not saves.last_model_path.is_dir():
+                time.sleep(0.001)
+            shutil.rmtree(tmp_path)
+
+    saves = ModelCheckpoint(tmp_path, every_n_micro_steps=1)
+    state = single(callbacks=[saves, Removes()]).fit(slope(), ones(2, 2))
+    assert float(state.params) == checkpoint.load(saves.last_model_path).arrays[".params"]
+
+
+def test_a_record_is_made_even_if_a_hook_raises(tmp_path):
+    """Catches a window that is in the checkpoint, but in no record, before or after the resume."""
+    metrics = tmp_path / "metrics.jsonl"
+    run = lambda *callbacks: single(
+        accumulate_grad_batches=2,
+        log_every_n_steps=1,
+        logger=JSONLLogger(metrics),
+        callbacks=[*callbacks, ModelCheckpoint(tmp_path)],
+    )
+    with pytest.raises(KeyError):
+        run(Breaks(4, KeyError("theirs"))).fit(slope(), ones(*[2] * 8))
+    run().fit(slope(), ones(*[2] * 8), ckpt_path="last")
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_what_no_checkpoint_can_hold_is_met_before_training(tmp_path):
+    """Catches an epoch that is trained before its checkpoint can't be made."""
+
+    class Bad(Callback):
+        def state_dict(self):
+            return {"where": tmp_path}
+
+    seen = Recorder(lambda t: t.micro_step)
+    with pytest.raises(TypeError, match=r"state of .*Bad can't be kept"):
+        single(callbacks=[ModelCheckpoint(tmp_path), Bad(), seen]).fit(slope(), ones(2))
+    assert not seen.seen
+    single(callbacks=Bad()).fit(slope(), ones(2))

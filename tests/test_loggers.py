@@ -13,6 +13,7 @@ import pytest
 from training import Recorder, ones, single, slope
 
 import jaxaccum
+from jaxaccum import loggers
 from jaxaccum._records import Records
 from jaxaccum.callbacks import Callback
 from jaxaccum.loggers import CSVLogger, JSONLLogger, TensorBoardLogger
@@ -509,3 +510,15 @@ def test_progress_bar_metrics_are_none_before_the_first_window():
     t = single(accumulate_grad_batches=2, callbacks=[Logs(lambda t: 1.0), seen], val_check_interval=1)
     t.fit(slope(), ones(2, 2, 2), ones(2))
     assert seen.seen == [(1, {}), (0, {"train_loss": 0.0}), (0, {"train_loss": -1.0})]
+
+
+def test_a_table_that_could_not_get_a_column_is_as_it_was(tmp_path, monkeypatch):
+    """Catches rows with more values than the table has columns, after a write that failed once."""
+    path = tmp_path / "metrics.csv"
+    logger = CSVLogger(path)
+    logger.write_scalars(1, {"a": 1.0})
+    with monkeypatch.context() as full, pytest.raises(OSError, match="No space"):
+        full.setattr(loggers, "_replace", lambda *_: (_ for _ in ()).throw(OSError("No space")))
+        logger.write_scalars(2, {"b": 2.0})
+    logger.write_scalars(3, {"a": 3.0, "b": 3.0})
+    assert path.read_text() == "step,a,b\n1,1.0,\n3,3.0,3.0\n"

@@ -22,6 +22,7 @@ class Counters:
       all_batches: the loader batches in all of them.
       ends_epoch: whether the last micro-step was its epoch's last; the epoch's end is still to come.
       validated: whether no validation is outstanding after it.
+      records: how many records were made since its last micro-step.
       recorded: whether no record of a window is outstanding: a hook that raises leaves one to the resume.
       toward_validation: the micro-steps that `val_check_interval` has counted.
     """
@@ -39,6 +40,7 @@ class Counters:
     all_batches: int = 0
     ends_epoch: bool = False
     validated: bool = True
+    records: int = 0
     recorded: bool = True
     toward_validation: int = 0
 

@@ -7,7 +7,6 @@ import jax
 
 from jaxaccum._feed import MicroStep, fused, micro_steps
 from jaxaccum._hooks import Hooks
-from jaxaccum._reader import ONE_SHOT
 from jaxaccum._run import Run
 from jaxaccum._savers import Savers
 from jaxaccum._signals import Signals
@@ -76,11 +75,16 @@ class Epochs:
                 break
         if at.batches == before and not is_over:
             passed = f" after the {before} that the checkpoint was trained on" if before else ""
-            raise ValueError(f"train_loader gave no batch in epoch {at.epoch}{passed}. {ONE_SHOT}")
+            raise ValueError(
+                f"train_loader gave no batch in epoch {at.epoch}{passed}. Pass something that can be iterated again, "
+                "such as a list; or, for an iterator, options that ask for no more batches than it has."
+            )
         if not at.ends_epoch:
             self._savers.save_at_end(run)
         self._windows.flush_if_asked()
         self._hooks.call("on_train_epoch_end")
+        if run.logged:
+            run.record({})
         if at.ends_epoch:
             self._validation.end_epoch()
             at.epoch, at.batch_idx, at.batches, at.ends_epoch = at.epoch + 1, 0, 0, False

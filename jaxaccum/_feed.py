@@ -65,7 +65,9 @@ def micro_steps(batches: Iterable[Tree], strategy: Strategy, *, may_differ: bool
         ahead.append(MicroStep(pieces, batch, count, examples, False, loader_state))
     while ahead:
         step = ahead.popleft()
-        yield step._replace(last=not ahead and groups.error is None and not getattr(batches, "was_stopped", False))
+        if not ahead and groups.error is None and not getattr(batches, "was_stopped", False):
+            step = step._replace(last=True, loader_state=groups.state())  # Now that the loader has met the epoch's end.
+        yield step
         if ahead:
             strategy.processes.gather("a micro-step")
     if groups.error is not None:
@@ -179,7 +181,7 @@ class _Groups:
 
     def __init__(self, batches: Iterable[Tree], strategy: Strategy):
         self._batches, self._strategy = iter(batches), strategy
-        self._state: Callable[[], Any] = getattr(batches, "get_state", lambda: None)
+        self.state: Callable[[], Any] = getattr(batches, "get_state", lambda: None)
         self.error: Exception | None = None
 
     def __iter__(self) -> Iterator[tuple[list[Loaded], Any]]:
@@ -191,4 +193,4 @@ class _Groups:
                 return
             if not group:
                 return
-            yield group, self._state()
+            yield group, self.state()

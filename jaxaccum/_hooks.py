@@ -26,7 +26,7 @@ class Hooks:
 
     def __init__(self, trainer: "Trainer", task: Task, callbacks: Sequence[Callback]):
         filling = {
-            name: [callback for callback in callbacks if getattr(type(callback), name) is not getattr(Callback, name)]
+            name: [callback for callback in callbacks if _function(callback, name) is not getattr(Callback, name)]
             for name in vars(Callback)
             if name.startswith("on_")
         }
@@ -50,4 +50,10 @@ class Hooks:
             try:
                 hook(error)
             except Exception as failure:
-                error.add_note(f"{hook.func.__qualname__} raised {failure!r} when it was called with this error.")
+                error.add_note(f"{hook.func!r} raised {failure!r} when it was called with this error.")
+
+
+def _function(callback: Callback, name: str) -> Any:
+    """What a hook is, whether the callback's class or the object has it."""
+    hook = getattr(callback, name)
+    return getattr(hook, "__func__", hook)

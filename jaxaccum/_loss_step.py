@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from jaxaccum import _accumulator, _keys, _loss, _micro_batch, _micro_step, _prepare
+from jaxaccum import _accumulator, _keys, _loss, _micro_batch, _micro_step, _prepare, _split
 from jaxaccum._accumulator import Weighted
 from jaxaccum._micro_step import Config
 from jaxaccum._roles import Roles
@@ -94,5 +94,9 @@ def micro_step(
         return fun(params, *args), None
 
     roles = Roles(params=(0,), batch=(1,), keys=(), carry=())
+    if isinstance(config.sync, MeshAxis):
+        given = params, *args
+        roles.check(given)
+        _split.check_devices(given, roles.batch, 1, False, config.sync.size())
     loss, _, params, state = step(config, own, roles, params, state, args, boundary, clears=clears)
     return _loss.mean(loss), params, state

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxaccum import _accumulator, _checks, _eager, _in_place, _jaxprs, _loss, _mesh, _overwrites, _products, _split
+from jaxaccum import _accumulator, _checks, _eager, _in_place, _jaxprs, _loss, _mesh, _overwrites, _products
 from jaxaccum._accumulator import Added, Weighted
 from jaxaccum._roles import Roles
 from jaxaccum._sync import MappedAxis, MeshAxis, OneDevice
@@ -191,10 +191,8 @@ def on_each(
         result = on_device(MappedAxis(sync.names), one(sums), starts, *args, **kwargs)
         return jax.tree.map(lambda x: jnp.asarray(x)[None], result)
 
-    roles.check(args)
     _checks.differentiable(args[position])
     _checks.placed(args[position], sync)
-    _split.check_devices(args, roles.batch, 1, False, sync.size())
     split = (0, *(i + 2 for i in (*own, *roles.batch)))
     options = {"split": split, "split_dim": 0, "out_specs": P(sync.names)}
     on_mesh = lambda *args: _mesh.run(body, sync, args, kwargs or {}, **options)

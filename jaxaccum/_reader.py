@@ -1,9 +1,8 @@
 """A loader's batches, epoch by epoch, from the start or from where a checkpoint left them."""
 
-import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxaccum import _limits, _plain
@@ -55,6 +54,7 @@ class Reader:
 
     Attributes:
       given: how many batches it has given.
+      is_over: whether the loader's iterator has said that it has no more.
     """
 
     def __init__(
@@ -66,15 +66,19 @@ class Reader:
         limit: int | None = None,
         position: Position | None = None,
     ):
-        self._batches = itertools.islice(itertools.chain(ahead, _rest(batches)), taken, _plus(taken, limit))
         self._limit, self._position = limit, position
         self._stop: int | None = None
-        self.given = 0
+        self.given, self.is_over = 0, False
+        self._batches = itertools.islice(itertools.chain(ahead, self._rest(batches)), taken, _plus(taken, limit))
 
     def __iter__(self) -> Iterator[Tree]:
         for batch in itertools.islice(self._batches, self._stop):
             self.given += 1
             yield batch
+
+    def _rest(self, batches: Iterator[Tree]) -> Iterator[Tree]:
+        yield from _rest(batches)
+        self.is_over = True
 
     def stop_after(self, batches: int | float) -> None:
         """Takes no more than so many batches, though the epoch may have more."""
@@ -88,8 +92,10 @@ class Reader:
 
     def get_state(self) -> str | None:
         """The loader's position before it fetches its next batch, as text; None without one."""
+        if self._position is None:
+            return None
         # As text at once: what the loader returns may be its own, which the next fetch changes.
-        return None if self._position is None else _plain.dumps(self._position.get(), self._position.owner)
+        return _plain.dumps({"state": self._position.get(), "is_over": self.is_over}, self._position.owner)
 
 
 class TrainLoader:
@@ -110,14 +116,20 @@ class TrainLoader:
     first: Tree
 
     def __init__(self, loader: Iterable[Tree], options: Options, keeps_state: bool):
+        _check_iterable(loader, "train_loader")
         if options.overfit_batches:
             loader = FirstBatches(loader, options.overfit_batches)
         self._loader, self._options, self._keeps_state = loader, options, keeps_state
         self._position = Position.of(loader)
         self._begun: Reader | None = None
-        self._is_in_old_pass = False
-        self.is_stream = False
+        self._stream: Iterator[Tree] | None = None
+        self._old_pass: bool | None = None  # Of a state at an epoch's end: whether its pass was over.
         _ = self.epoch_batches  # Raises, if it does, before training.
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether all epochs are one iterator's."""
+        return self._stream is not None
 
     @property
     def epoch_batches(self) -> int | None:
@@ -130,13 +142,16 @@ class TrainLoader:
 
     def epoch_bounds(self, group: int) -> tuple[int | float, int | float]:
         """The fewest and the most micro-steps, of `group` batches each, that an epoch can have for certain."""
-        limit = self._limit
+        limit, loader = self._limit, self._loader
         if self.is_stream and limit is None and self._options.epochs != 1:
             return math.inf, math.inf  # Only `max_steps` ends it.
-        if isinstance(self._loader, Sequence):
-            batches = min(len(self._loader), math.inf if limit is None else limit)
-            return -(-batches // group), -(-batches // group)
-        return 1, math.inf if limit is None else -(-limit // group)
+        if isinstance(loader, FirstBatches):
+            loader = loader.batches
+        most = math.inf if limit is None else limit
+        least = 1
+        if isinstance(loader, Sequence):
+            least = most = min(len(loader), most)
+        return -(-least // group), most if math.isinf(most) else -(-most // group)
 
     def agree(self, processes: Processes) -> None:
         """Checks that an epoch is as long in all processes, as far as they know.
@@ -165,17 +180,15 @@ class TrainLoader:
         """
         set_epoch(self._loader, at.epoch)
         is_in_epoch = at.batch_idx > 0 and not at.ends_epoch
-        saved = None if state is None else _plain.loads(state)
+        saved = _position(state)
         # A loader takes its state before it is iterated over, an iterator afterwards.
         loader = None if saved is None or isinstance(self._loader, Iterator) else self._position
-        if loader is not None and not at.ends_epoch:
-            loader.put(saved)
-            self._is_in_old_pass = not is_in_epoch
+        if loader is not None and saved is not None and not at.ends_epoch:
+            self._put(loader, saved, is_in_epoch)
         batches, self.first = self._iterated()
         self._check_first(at)
-        if loader is not None and at.ends_epoch:
-            loader.put(saved)
-            self._is_in_old_pass = True
+        if loader is not None and saved is not None and at.ends_epoch:
+            self._put(loader, saved, is_in_epoch)
         if at.ends_epoch and not self.is_stream:
             return  # The next epoch has an iterator of its own.
         limit, ahead, taken = self._limit, [self.first], 0
@@ -184,37 +197,56 @@ class TrainLoader:
         if (is_in_epoch or self.is_stream) and loader is None:
             position = Position.of(batches)
             if saved is not None and position is not None:
-                position.put(saved)
+                position.put(saved["state"])
                 ahead = []
+            elif self.is_stream:
+                ahead = self._passed_over(own(at.all_batches))
             else:
-                taken = own(at.all_batches if self.is_stream else at.batches)
+                taken = own(at.batches)
+            if self.is_stream and not is_in_epoch and not ahead:
+                ahead = [batch for batch in [self._next_of_stream()] if batch is not _NOTHING]
         self._begun = self._reader(batches, ahead, taken, limit)
+
+    def _put(self, loader: Position, saved: dict[str, Any], is_in_epoch: bool) -> None:
+        loader.put(saved["state"])
+        self._old_pass = None if is_in_epoch else saved["is_over"]
+
+    def _passed_over(self, batches: int) -> list[Tree]:
+        """Takes so many batches from a stream, the first of which has been taken, and gives back what is too much."""
+        for _ in range(batches - 1):
+            self._next_of_stream()
+        return [] if batches else [self.first]
+
+    def _next_of_stream(self) -> Tree:
+        """The next batch of an iterator; one that begins anew where it is iterated over again does so at its end."""
+        batch = next(self._stream, _NOTHING) if self._stream is not None else _NOTHING
+        return next(iter(self._loader), _NOTHING) if batch is _NOTHING else batch
 
     def epoch(self, number: int) -> Reader:
         """The batches of an epoch, which is the next one; of the first, those that are still to come."""
         begun, self._begun = self._begun, None
         if begun is None:
             set_epoch(self._loader, number)
-            batches, first = self._iterated()
+            batches, first = (self._stream, self._next_of_stream()) if self._stream is not None else self._iterated()
             begun = self._reader(batches, [] if first is _NOTHING else [first], 0, self._limit)
         return begun
 
     def _iterated(self) -> tuple[Iterator[Tree], Tree]:
         """A new iterator, and its first batch; `_NOTHING` where there is none.
 
-        The state of a loader that was saved at an epoch's end puts it there: its next iterator goes on with that epoch,
-        and the one after it begins the next epoch. Some loaders begin the next epoch at once, if the former is over.
+        The state of a loader that was saved at an epoch's end puts it there. If the epoch ended because the loader had
+        no more, its next iterator begins the next epoch, or has nothing and the one after it does. If it ended by a
+        limit, the next iterator goes on with the former epoch, at the latest when its first batch is asked for.
         """
-        is_in_old_pass, self._is_in_old_pass = self._is_in_old_pass, False
+        was_over, self._old_pass = self._old_pass, None
         batches = iter(self._loader)
-        if is_in_old_pass and self._limit is not None:
-            if inspect.isgenerator(batches):
-                next(batches, None)  # It does nothing before its first batch is asked for.
+        if was_over is False:
+            next(batches, None)
             batches = iter(self._loader)
-        # Then all epochs are one iterator's; one with a length begins anew where it is iterated over again.
-        self.is_stream = batches is self._loader and _limits.size(self._loader) is None
+        if batches is self._loader and _limits.size(self._loader) is None:
+            self._stream = batches  # One with a length begins anew where it is iterated over again.
         first = next(batches, _NOTHING)
-        if first is _NOTHING and is_in_old_pass:
+        if first is _NOTHING and was_over is not None:
             batches = iter(self._loader)
             first = next(batches, _NOTHING)
         return batches, first
@@ -251,12 +283,17 @@ class FirstBatches:
     def __len__(self) -> int:
         return self._expected or 0
 
-    def __iter__(self) -> Iterator[Tree]:
+    @property
+    def batches(self) -> list[Tree]:
+        """They themselves."""
         if self._batches is None:
             set_epoch(self._loader, 0)
             limit = _limits.limit(self._loader, self._limit, "overfit_batches")
             self._batches = list(itertools.islice(self._loader, limit))
-        return iter(self._batches)
+        return self._batches
+
+    def __iter__(self) -> Iterator[Tree]:
+        return iter(self.batches)
 
 
 class ValLoader:
@@ -271,6 +308,7 @@ class ValLoader:
     """
 
     def __init__(self, loader: Iterable[Tree], limit: int | float):
+        _check_iterable(loader, "val_loader")
         self._loader, self._limit = loader, limit
         self._looked_at: tuple[Any, list[Tree]] = None, []
         _limits.limit(loader, limit, "limit_val_batches")
@@ -312,10 +350,27 @@ def set_epoch(loader: Any, epoch: int) -> None:
             tell(epoch)
 
 
+def _check_iterable(loader: Any, name: str) -> None:
+    if isinstance(loader, Mapping):
+        raise TypeError(
+            f"{name} must be an iterable of batches, got a {type(loader).__name__} with the keys {list(loader)}: pass "
+            "one of its values."
+        )
+    if not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")) or isinstance(loader, type):
+        raise TypeError(f"{name} must be an iterable of batches, got {loader!r}.")
+
+
 def _rest(batches: Iterator[Tree]) -> Iterator[Tree]:
     """What an iterator has yet to give; its `iter`, which may begin anew, is not called."""
     while (batch := next(batches, _NOTHING)) is not _NOTHING:
         yield batch
+
+
+def _position(text: str | None) -> dict[str, Any] | None:
+    """What `Reader.get_state` put into text. In checkpoints of version 0.1 that is the loader's state alone."""
+    saved = None if text is None else _plain.loads(text)
+    is_bare = not isinstance(saved, dict) or saved.keys() != {"state", "is_over"}
+    return saved if saved is None or not is_bare else {"state": saved, "is_over": True}
 
 
 def _plus(a: int | None, b: int | None) -> int | None:

@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -39,7 +39,7 @@ class Run:
       val_loader: what it validates on; None for no validation.
       examples: in its first loader batch.
       resumed_at: where a checkpoint left it, if it goes on from one: its "step", which counts optimizer steps, its
-        "micro_step", and whether it was "validated".
+        "micro_step", and how many "records" were made since that micro-step.
       at: where it stands.
       uncounted: the micro-steps that `state` is of and `at` not yet, with their outputs.
       takes_k: whether K may be set now.
@@ -111,9 +111,13 @@ class Run:
             self.finished = self.unfinished.pop(0)
         return {name: float(_records.number(mean)) for name, mean in _named(self.finished).items()}
 
-    def place(self) -> dict[str, int]:
-        """Where in the run a record is made."""
-        return {"epoch": self.at.epoch, "micro_step": self.at.micro_step, "samples_seen": self.at.samples_seen}
+    def record(self, scalars: Mapping[str, Any]) -> None:
+        """Makes a record of scalars, and of what callbacks have logged, without waiting for them."""
+        at, logged = self.at, self.logged
+        self.logged = {}
+        place = {"epoch": at.epoch, "micro_step": at.micro_step, "samples_seen": at.samples_seen}
+        self.records.add(at.global_step, {**place, **scalars, **logged})
+        at.records += 1
 
 
 def begin(

@@ -41,11 +41,17 @@ class Savers:
         """Where they write."""
         return [saver.folder for saver in self._savers]
 
+    @property
+    def _policies(self) -> list[ModelCheckpoint]:
+        return [policy for saver in self._savers for policy in saver.policies]
+
     def restore(self, found: Checkpoint, run: Run) -> None:
         """As `_snapshot.restore`; where a checkpoint left it, a run need not be saved once more."""
         left = _snapshot.restore(found, run, self._callbacks)
         # Also of the checkpoints that are not kept by any policy which there is now.
         others = frozenset(name for key, state in left if key.startswith("ModelCheckpoint") for name in state["saved"])
+        postponed = found.notes.get("postponed", [])
+        self._postponed = {policy for policy in self._policies if policy.state_key in postponed}
         for saver in self._savers:
             saver.goes_on(Path(os.path.realpath(found.path)), run.at, others)
 
@@ -58,7 +64,7 @@ class Savers:
           micro_steps: how many ended at once.
         """
         is_due = lambda policy: policy.due(self._trainer, moment, micro_steps)
-        due = {policy for saver in self._savers for policy in saver.policies if is_due(policy)}
+        due = set(filter(is_due, self._policies))
         if moment == "micro_step" and not run.at.validated:
             # The value that these rank by is about to be computed.
             self._postponed = {policy for policy in due if (policy.monitor or "").startswith("val_")}
@@ -98,7 +104,8 @@ class Savers:
 
     def _notes(self, run: Run) -> dict[str, Any]:
         run.records.write()  # The resume won't make these records again.
-        return _snapshot.notes(run, self._callbacks)
+        postponed = [policy.state_key for policy in self._policies if policy in self._postponed]
+        return _snapshot.notes(run, self._callbacks) | {"postponed": postponed}
 
 
 def policies_of(callbacks: Sequence[Callback]) -> list[ModelCheckpoint]:

@@ -101,7 +101,7 @@ def restore(checkpoint: Checkpoint, run: Run, callbacks: Sequence[Callback]) -> 
     run.resumed_at = {
         "step": run.at.global_step,
         "micro_step": run.at.micro_step,
-        "validated": run.at.validated,
+        "records": run.at.records,
     }
     return waiting
 

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -222,7 +222,7 @@ def loaded(batch: Tree) -> Loaded:
     """Reads a loader batch.
 
     A leaf that jax takes stays as it is: an array of numbers or bools, a random key, a Python number. Any other leaf
-    goes through `np.asarray`, which reads the arrays of most libraries.
+    goes through `np.asarray`, which reads the arrays of most libraries. A mapping that jax doesn't know becomes a dict.
 
     Raises:
       TypeError: if that makes no array of numbers or bools of a leaf; it names the leaf.
@@ -232,9 +232,14 @@ def loaded(batch: Tree) -> Loaded:
     if not leaves:
         raise ValueError(f"the loader gave a batch without arrays: {batch!r}.")
     if not all(map(_is_taken, leaves)):
-        batch = jax.tree_util.tree_map_with_path(_converted, batch)
+        batch = jax.tree_util.tree_map_with_path(_converted, _dicts(batch))
         leaves = jax.tree.leaves(batch)
     return Loaded(given, batch, _examples(leaves))
+
+
+def _dicts(batch: Tree) -> Tree:
+    """A loader batch with dicts for mappings of other classes, such as those that Hugging Face's collators return."""
+    return jax.tree.map(lambda leaf: _dicts(dict(leaf)) if isinstance(leaf, Mapping) else leaf, batch)
 
 
 def arrays(batch: Tree) -> Tree:

@@ -84,8 +84,8 @@ class Validation:
         self._hooks.call("on_validation_epoch_end")
         self._hooks.call("on_validation_end")
         run.strategy.processes.share_wishes()
-        # Now: a checkpoint that was saved before this validation makes it, and its record, once more.
-        run.records.add(run.at.global_step, run.place() | results)
+        # Now: a run that goes on from a checkpoint before this line validates, and records it, once more.
+        run.record(results)
         run.at.validated = True
         self._savers.save_if_due(run, "validation")
 
@@ -137,8 +137,8 @@ class Validation:
           ValueError: if it is.
         """
         options = self._run.options
-        epochs = options.epochs // (options.check_val_every_n_epoch or 1)
-        if val_loader.lasts_for_one and (epochs > 1 or not math.isinf(self._interval)):
+        one = options.epochs < 2 * (options.check_val_every_n_epoch or 1) and math.isinf(self._interval)
+        if val_loader.lasts_for_one and not one:
             raise ValueError(
                 "val_loader is an iterator, which gives its batches once, but there may be several validations: pass "
                 "something that can be iterated again, such as a list, or an int limit_val_batches if it has no end."

@@ -69,6 +69,7 @@ class Windows:
         run, at = self._run, self._run.at
         micro_step, outputs = run.uncounted.popleft()
         run.loader_state = micro_step.loader_state
+        at.records = 0
         at.window_step += 1
         at.window_samples += micro_step.examples
         at.batches += micro_step.count
@@ -108,9 +109,7 @@ class Windows:
     def record_if_due(self) -> None:
         """Logs the last window, without waiting for it, if it is to be logged and has not been yet."""
         run, at = self._run, self._run.at
-        if at.recorded:
-            return
-        scalars = run.place() | {"accumulate_grad_batches": at.every_k, "effective_batch_size": at.effective_batch}
-        run.records.add(at.global_step, scalars | run.train_metrics() | run.logged)
-        run.logged = {}
-        at.recorded = True
+        if not at.recorded:
+            sizes = {"accumulate_grad_batches": at.every_k, "effective_batch_size": at.effective_batch}
+            run.record(sizes | run.train_metrics())
+            at.recorded = True

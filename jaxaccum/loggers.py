@@ -2,8 +2,8 @@
 
 A logger is any object with `write_scalars(step, dict)`. It may have `flush()`, which is called where a run ends, and
 `begin(place)`, which is called before training. `place` is None where a run starts; where it goes on from a checkpoint
-it is a dict of the checkpoint's "step" (optimizer steps) and "micro_step", and perhaps "validated": False if the
-validation of that micro-step is still to come. A logger that raises an exception costs the run nothing but a warning.
+it is a dict of the checkpoint's "step" (optimizer steps), "micro_step", and "records": how many were made after that
+micro-step and before the checkpoint. A logger that raises an exception costs the run nothing but a warning.
 """
 
 import csv
@@ -51,21 +51,22 @@ class JSONLLogger:
         if place is None:
             _set_aside(self._path)
         elif self._path.exists():
-            _replace(self._path, lambda file: file.writelines(self._lines_before(place)))
+            _replace(self._path, lambda file: file.writelines(_before(self._records(), place)))
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Appends a line."""
         _append(self._path, json.dumps({"step": step, **scalars}) + "\n")
 
-    def _lines_before(self, place: Place) -> Iterator[bytes]:
+    def _records(self) -> Iterator[tuple[bytes, dict[str, Any]]]:
+        """The file's lines, and what they say."""
         with self._path.open("rb") as file:
             for line in file:
                 try:
                     record = json.loads(line)
                 except ValueError:  # It was cut off in mid-write.
                     continue
-                if isinstance(record, dict) and _is_before(record, place):
-                    yield line.rstrip(b"\n") + b"\n"
+                if isinstance(record, dict):
+                    yield line.rstrip(b"\n") + b"\n", record
 
 
 class CSVLogger:
@@ -100,7 +101,7 @@ class CSVLogger:
             if not _ends_line(self._path):
                 rows = rows[:-1]  # It was cut off in mid-write, perhaps in the middle of a number.
             is_whole = lambda row: None not in row and None not in row.values()
-            self._write(columns, [row for row in rows if is_whole(row) and _is_before(_record(row), place)])
+            self._write(columns, _before(((row, _record(row)) for row in rows if is_whole(row)), place))
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Appends a row; writes the file anew where a name is new."""
@@ -237,10 +238,14 @@ def _record(row: Mapping[str, str]) -> dict[str, Any]:
     return record
 
 
-def _is_before(record: Mapping[str, Any], place: Place) -> bool:
-    """Whether the run made the record before it came to that place, so that it will not make it again from there."""
-    if any(record.get(name, 0) > place[name] for name in ("step", "micro_step")):
-        return False
-    if place.get("validated", True) or record.get("micro_step") != place["micro_step"]:
-        return True
-    return not any(name.startswith("val_") for name in record)
+def _before(records: Iterable[tuple[Any, Mapping[str, Any]]], place: Place) -> Iterator[Any]:
+    """Of pairs of a thing and its record, the things that a run which goes on from `place` will not make again."""
+    left = place.get("records", math.inf)
+    for thing, record in records:
+        if any(record.get(name, 0) > place[name] for name in ("step", "micro_step")):
+            continue
+        if record.get("micro_step") == place["micro_step"]:
+            left -= 1
+            if left < 0:
+                continue
+        yield thing

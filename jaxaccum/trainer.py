@@ -165,10 +165,10 @@ class Trainer:
         and all other state come out bit for bit the same. For that the loaders must give the same batches again. A
         loader with `get_state` and `set_state`, or with `state_dict` and `load_state_dict`, or whose iterators have
         them, is put where it was; of any other the batches that were trained on are passed over: those of the open
-        epoch, or of the whole run where all epochs are one iterator. The task and the Trainer's options are the
-        caller's to pass unchanged; the seed is the checkpoint's, and so is K until the
-        epoch ends. On another number of devices what is pending is merged or split, and the open epoch keeps its
-        effective batch.
+        epoch, or of the whole run where all epochs are one iterator. A state that leaves something out, such as the
+        contents of a shuffle buffer, loses it. The task and the Trainer's options are the caller's to pass unchanged;
+        the seed is the checkpoint's, and so is K until the epoch ends. On another number of devices what is pending is
+        merged or split, and the open epoch keeps its effective batch.
 
         SIGTERM and SIGINT (Ctrl-C), where fit runs in the main thread, end the run after the micro-step at hand, or
         with `fuse_windows` after the window: it is saved, if there is a `ModelCheckpoint`, and SystemExit with code
@@ -196,7 +196,7 @@ class Trainer:
             `set_epoch(epoch)` of the loader, its sampler and its dataset, where they have one. The first epoch of a
             `fit` is begun before `on_train_epoch_start` is called, any other one after it. Its `len` is an estimate,
             not a limit. A batch that it gave must not be written to.
-          val_loader: an iterable of batches, or None for no validation.
+          val_loader: an iterable of batches, or None for no validation. An iterator is not put back on a resume.
           ckpt_path: a checkpoint's folder; or "last", the newest one in the folders of the `ModelCheckpoint`s, and a
             start where there is none, with a warning; or "best", by the first of them that has a monitor, in the newest
             run that is there; or None for a start.

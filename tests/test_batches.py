@@ -1,6 +1,7 @@
 """What a loader's batch may hold: what NumPy makes a numeric array of is trained on, anything else is named."""
 
 import array
+import collections
 import dataclasses
 import datetime
 import enum
@@ -292,3 +293,22 @@ def test_a_batch_of_scalars_counts_as_one_example():
     t = trainer(strategy="single")
     t.fit(mean, [{"x": 2.0, "n": 3}] * 3)
     assert t.samples_seen == 3
+
+
+@pytest.mark.parametrize("strategy", ["single", "ddp", "dp"])
+def test_a_mapping_of_another_class_is_read_as_a_dict(strategy):
+    """Catches the batches of Hugging Face's collators refused, or made text of their keys."""
+    batches = loader(*[8] * 8)
+    wrapped = [collections.UserDict(batch) for batch in batches]
+    run = lambda batches: trainer(strategy=strategy).fit(task(), batches, batches[:2])
+    assert_same(run(wrapped).params, run(batches).params)
+
+
+def test_ddp_takes_batches_whose_leaves_have_lengths_of_their_own():
+    """Catches a graph's nodes and edges refused on several devices, though no device gets a part of them."""
+    graphs = [{"nodes": np.full(4, i, np.float32), "edges": np.full(7, i, np.float32)} for i in range(8)]
+    loss = lambda w, batch, key: jaxaccum.Weighted(w * (batch["nodes"].sum() + batch["edges"].sum()), 4)
+    the_task = jaxaccum.Task(lambda key, batch: jnp.zeros(()), loss, optax.sgd(1.0))
+    single_state = trainer(strategy="single", accumulate_grad_batches=4).fit(the_task, graphs)
+    ddp_state = trainer(strategy="ddp", devices=4).fit(the_task, graphs)
+    np.testing.assert_allclose(ddp_state.params, single_state.params, rtol=1e-6)

@@ -734,3 +734,27 @@ def test_what_no_checkpoint_can_hold_is_met_before_training(tmp_path):
         single(callbacks=[ModelCheckpoint(tmp_path), Bad(), seen]).fit(slope(), ones(2))
     assert not seen.seen
     single(callbacks=Bad()).fit(slope(), ones(2))
+
+
+def test_a_validation_that_is_cut_off_ranks_its_checkpoint_after_the_resume(tmp_path):
+    """Catches the best checkpoint that lost its rank to a stop in the validation which would have given it one."""
+    table = jnp.array([3.0, 1.0, 2.0])
+    loss = lambda w, batch, key: jnp.mean(batch) + 0 * w if key is not None else table[jnp.int32(w)] + 0 * batch.mean()
+    count = optax.GradientTransformation(lambda p: (), lambda g, s, p=None: (jnp.full((), 0.5), ()))
+    the_task = jaxaccum.Task(lambda key, batch: jnp.full((), -0.99), loss, count)
+
+    class Stops(Callback):
+        def on_validation_start(self, trainer, task):
+            if trainer.micro_step == 4 and not trainer.is_resuming:
+                raise KeyError("theirs")
+
+    def run():
+        saves = ModelCheckpoint(tmp_path, monitor="val_loss", every_n_micro_steps=2)
+        return saves, single(val_check_interval=2, callbacks=[saves, Stops()])
+
+    _, t = run()
+    with pytest.raises(KeyError):
+        t.fit(the_task, ones(*[2] * 6), ones(2))
+    saves, t = run()
+    t.fit(the_task, ones(*[2] * 6), ones(2), ckpt_path="last")
+    assert saves.best_model_path.name == "epoch=0-micro_step=4"

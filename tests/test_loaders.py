@@ -349,3 +349,126 @@ def test_several_devices_are_told_the_epoch_too():
     events = []
     single(strategy="ddp", max_epochs=2).fit(task(), Shuffles(loader(*[4] * 10), events))
     assert events == [("set_epoch", 0), "iter", ("set_epoch", 1), "iter"]
+
+
+class Rewinds:
+    """An iterator without a length that begins anew whenever it is iterated over."""
+
+    def __iter__(self):
+        self.left = iter(BATCHES)
+        return self
+
+    def __next__(self):
+        return next(self.left)
+
+
+@pytest.mark.parametrize(
+    "options", [{"limit_train_batches": 4, "max_epochs": 4}, {"max_steps": 16, "max_epochs": None}]
+)
+def test_an_iterator_that_may_begin_anew_is_gone_on_with_as_it_was(tmp_path, options):
+    """Catches one that begins anew in the unbroken run, and goes on in a resume, or the other way round."""
+    saves, whole = ModelCheckpoint(tmp_path, every_n_micro_steps=1, save_top_k=-1), Order()
+    want = single(callbacks=[saves, whole], **options).fit(slope(), Rewinds())
+    assert whole.seen[:9] == [0, 1, 2, 3, 4, 5, 6, 0, 1]
+    for path in tmp_path.iterdir():
+        rest = Order()
+        got = single(callbacks=rest, **options).fit(slope(), Rewinds(), ckpt_path=path)
+        assert rest.seen == whole.seen[int(path.name.rpartition("=")[2]) :], path
+        assert_same(got.params, want.params)
+
+
+class Finishes:
+    """A loader whose state at the end of a pass has its next iterator begin the next one, as torchdata's has."""
+
+    def __init__(self, lazy=False):
+        self.state, self.epoch, self.at, self.over, self.lazy = None, -1, 0, True, lazy
+
+    def __iter__(self):
+        return self.batches() if self.lazy else iter(Eager(self))
+
+    def start(self):
+        state, self.state = self.state, None
+        if state is not None and not state["over"]:
+            self.epoch, self.at = state["epoch"], state["at"]
+        else:
+            self.epoch, self.at = (self.epoch if state is None else state["epoch"]) + 1, 0
+        self.over = False
+
+    def batches(self):
+        self.start()
+        while self.at < 6:
+            self.at += 1
+            yield np.full(2, 10 * self.epoch + self.at, np.float32)
+        self.over = True
+
+    def state_dict(self):
+        return {"epoch": self.epoch, "at": self.at, "over": self.over}
+
+    def load_state_dict(self, state):
+        self.state = state
+
+
+class Eager:
+    """An iterator that begins its pass when it is made."""
+
+    def __init__(self, loader):
+        loader.start()
+        self.loader = loader
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.loader.at == 6:
+            self.loader.over = True
+            raise StopIteration
+        self.loader.at += 1
+        return np.full(2, 10 * self.loader.epoch + self.loader.at, np.float32)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("limit", [None, 4, 6, 100])
+@pytest.mark.parametrize("devices", [1, 4])
+def test_a_position_at_an_epochs_end_begins_the_next_epoch(tmp_path, lazy, limit, devices):
+    """Catches an epoch left out or made twice, as the limit or the loader ended the one before it."""
+
+    class Order(Callback):
+        def __init__(self):
+            self.seen = []
+
+        def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
+            self.seen.append([float(one[0]) for one in (batch if isinstance(batch, list) else [batch])])
+
+    options = {"strategy": "ddp" if devices > 1 else "single", "devices": devices, "max_epochs": 3}
+    if limit is not None:
+        options["limit_train_batches"] = limit
+    whole, the_task = Order(), slope()
+    saves = [
+        ModelCheckpoint(tmp_path, every_n_micro_steps=1, save_top_k=-1),
+        ModelCheckpoint(tmp_path / "epochs", save_top_k=-1),
+    ]
+    want = single(callbacks=[*saves, whole], **options).fit(the_task, Finishes(lazy))
+    assert len({tuple(batches) for batches in whole.seen}) == len(whole.seen)
+    for path in [*tmp_path.glob("epoch=*"), *(tmp_path / "epochs").glob("*")]:
+        rest = Order()
+        got = single(callbacks=rest, **options).fit(the_task, Finishes(lazy), ckpt_path=path)
+        assert rest.seen == whole.seen[int(path.name.rpartition("=")[2]) :], path
+        assert_same(got.params, want.params)
+
+
+@pytest.mark.parametrize(
+    ("batches", "words"),
+    [
+        (None, "got None"),
+        (3, "got 3"),
+        (list, "got <class 'list'>"),
+        ({"train": BATCHES}, r"got a dict with the keys \['train'\]: pass one of its values"),
+    ],
+)
+def test_a_loader_is_an_iterable_of_batches(batches, words):
+    """Catches an error of Python's own, and a dict of loaders whose keys are taken for batches."""
+    with pytest.raises(TypeError, match=f"train_loader must be an iterable of batches, {words}"):
+        single().fit(slope(), batches)
+    if batches is not None:
+        with pytest.raises(TypeError, match=f"val_loader must be an iterable of batches, {words}"):
+            single().fit(slope(), BATCHES, batches)

@@ -15,7 +15,7 @@ from training import Recorder, ones, single, slope
 import jaxaccum
 from jaxaccum import loggers
 from jaxaccum._records import Records
-from jaxaccum.callbacks import Callback
+from jaxaccum.callbacks import Callback, ModelCheckpoint
 from jaxaccum.loggers import CSVLogger, JSONLLogger, TensorBoardLogger
 
 
@@ -172,8 +172,8 @@ def records_of(path):
     ("place", "kept"),
     [
         ({"step": 2, "micro_step": 4}, RECORDS[:4]),
-        ({"step": 2, "micro_step": 4, "validated": True}, RECORDS[:4]),
-        ({"step": 2, "micro_step": 4, "validated": False}, RECORDS[:3]),
+        ({"step": 2, "micro_step": 4, "records": 2}, RECORDS[:4]),
+        ({"step": 2, "micro_step": 4, "records": 1}, RECORDS[:3]),
         ({"step": 0, "micro_step": 1}, []),
         ({"step": 9, "micro_step": 9}, RECORDS[:7]),
     ],
@@ -522,3 +522,37 @@ def test_a_table_that_could_not_get_a_column_is_as_it_was(tmp_path, monkeypatch)
         logger.write_scalars(2, {"b": 2.0})
     logger.write_scalars(3, {"a": 3.0, "b": 3.0})
     assert path.read_text() == "step,a,b\n1,1.0,\n3,3.0,3.0\n"
+
+
+def test_what_is_logged_in_the_last_hooks_is_recorded(tmp_path):
+    """Catches values of an epoch's end that wait for a record which never comes, or under the next epoch's name."""
+
+    class Logs(Callback):
+        def on_validation_end(self, trainer, task):
+            trainer.log("of_validation", trainer.current_epoch)
+
+        def on_train_epoch_end(self, trainer, task):
+            trainer.log("of_epoch", trainer.current_epoch)
+
+    path = tmp_path / "m.jsonl"
+    saves = ModelCheckpoint(tmp_path / "saved", every_n_micro_steps=1, save_top_k=-1)
+    run = lambda *callbacks: single(max_epochs=2, logger=JSONLLogger(path), callbacks=[Logs(), *callbacks])
+    run(saves).fit(slope(), ones(2, 2), ones(2))
+    want = lines_of(path)
+    for name in ("of_validation", "of_epoch"):
+        assert [(line["epoch"], line["micro_step"], line[name]) for line in want if name in line] == [
+            (0, 2, 0),
+            (1, 4, 1),
+        ]
+    for checkpoint in (tmp_path / "saved").iterdir():
+        run().fit(slope(), ones(2, 2), ones(2), ckpt_path=checkpoint)
+        assert lines_of(path) == want
+
+
+def test_a_hook_may_be_set_on_a_callback():
+    """Catches a hook that is looked for in the class alone."""
+    seen = []
+    callback = Callback()
+    callback.on_train_batch_end = lambda trainer, *_: seen.append(trainer.micro_step)
+    single(callbacks=callback).fit(slope(), ones(2, 2))
+    assert seen == [1, 2]

@@ -97,6 +97,7 @@ def test_what_is_counted_towards_a_validation_survives_a_resume(tmp_path):
         (ones(*[2] * 6), {"check_val_every_n_epoch": 2, "max_epochs": 4, "max_steps": 11}),
         (itertools.repeat(np.ones(2, np.float32)), {"max_steps": 9, "max_epochs": None}),
         (itertools.repeat(np.ones(2, np.float32)), {"max_steps": 9, "max_epochs": -1, "val_check_interval": 10}),
+        (Unsized(ones(*[2] * 6)), {"overfit_batches": 1, "val_check_interval": 10, "max_epochs": 4}),
         (Unsized(ones(2)), {"limit_train_batches": 6, "val_check_interval": 13, "max_epochs": 2}),
     ],
 )
@@ -242,6 +243,14 @@ def test_the_first_look_takes_nothing_from_the_first_validation(form):
     t = single(max_epochs=1)
     t.fit(the_task, ones(2), val_loader)
     assert t.callback_metrics["val_loss"] == 3
+
+
+def test_a_val_loader_that_lasts_for_one_validation_is_refused_where_there_are_more():
+    """Catches a run that ends in its second validation."""
+    for options in ({"max_epochs": 2}, {"max_epochs": -1, "max_steps": 9}, {"max_epochs": 1, "val_check_interval": 1}):
+        with pytest.raises(ValueError, match="val_loader is an iterator"):
+            single(**options).fit(slope(), ones(2, 2, 2), iter(ones(2)))
+    assert validations(ones(2, 2), max_epochs=1) == [2]
 
 
 def test_an_endless_val_loader_needs_a_limit():

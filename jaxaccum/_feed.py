@@ -58,7 +58,7 @@ def micro_steps(batches: Iterable[Tree], strategy: Strategy, *, may_differ: bool
             yield ahead.popleft()
         if met is None:
             pieces = strategy.pieces([batch.arrays for batch in group])
-            count, examples = len(group), sum(batch.examples for batch in group)
+            count, examples = len(group), sum([batch.examples for batch in group])
         else:
             pieces, count, examples = met.pieces(), met.count(), met.examples()
         batch = group[0].given if strategy.batches == 1 else [batch.given for batch in group]
@@ -185,9 +185,10 @@ class _Groups:
         self.error: Exception | None = None
 
     def __iter__(self) -> Iterator[tuple[list[Loaded], Any]]:
+        batches, read, size = self._batches, self._strategy.read, self._strategy.group
         while True:
             try:
-                group = list(map(self._strategy.read, itertools.islice(self._batches, self._strategy.group)))
+                group = [read(batch) for batch in itertools.islice(batches, size)]
             except Exception as error:
                 self.error = error
                 return

@@ -34,16 +34,13 @@ class Savers:
         for policy in policies_of(callbacks):
             policies.setdefault(Path(os.path.realpath(policy.open(folder))), []).append(policy)
         self._savers = [Saver(folder, those, processes) for folder, those in policies.items()]
+        self._policies = [policy for saver in self._savers for policy in saver.policies]
         self._postponed: set[ModelCheckpoint] = set()
 
     @property
     def folders(self) -> list[Path]:
         """Where they write."""
         return [saver.folder for saver in self._savers]
-
-    @property
-    def _policies(self) -> list[ModelCheckpoint]:
-        return [policy for saver in self._savers for policy in saver.policies]
 
     def restore(self, found: Checkpoint, run: Run) -> None:
         """As `_snapshot.restore`; where a checkpoint left it, a run need not be saved once more."""
@@ -63,8 +60,9 @@ class Savers:
           moment: of which this is the end: "micro_step", "validation" or "epoch".
           micro_steps: how many ended at once.
         """
-        is_due = lambda policy: policy.due(self._trainer, moment, micro_steps)
-        due = set(filter(is_due, self._policies))
+        due = {policy for policy in self._policies if policy.due(self._trainer, moment, micro_steps)}
+        if not due and not self._postponed:
+            return
         if moment == "micro_step" and not run.at.validated:
             # The value that these rank by is about to be computed.
             self._postponed = {policy for policy in due if (policy.monitor or "").startswith("val_")}

@@ -69,6 +69,9 @@ class Loaded(NamedTuple):
     examples: int
 
 
+_DTYPES = frozenset(map(np.dtype, ("bool", *np.typecodes["AllInteger"], *"efdFD")))  # The common ones that jax takes.
+
+
 class Strategy:
     """A strategy on its devices.
 
@@ -228,9 +231,19 @@ def loaded(batch: Tree) -> Loaded:
       TypeError: if that makes no array of numbers or bools of a leaf; it names the leaf.
       ValueError: if there is no leaf.
     """
-    given, leaves = batch, jax.tree.leaves(batch)
+    given, leaves = batch, jax.tree_util.tree_leaves(batch)
     if not leaves:
         raise ValueError(f"the loader gave a batch without arrays: {batch!r}.")
+    entries = -1
+    for leaf in leaves:  # What nearly every batch is, in a microsecond.
+        if type(leaf) is not np.ndarray or leaf.dtype not in _DTYPES or not leaf.ndim:
+            break
+        if entries < 0:
+            entries = len(leaf)
+        elif len(leaf) != entries:
+            break
+    else:
+        return Loaded(batch, batch, entries)
     if not all(map(_is_taken, leaves)):
         batch = jax.tree_util.tree_map_with_path(_converted, _dicts(batch))
         leaves = jax.tree.leaves(batch)
@@ -330,8 +343,6 @@ def _examples(leaves: Sequence[Any]) -> int:
     lengths = [leaf.shape[0] for leaf in leaves if getattr(leaf, "shape", ())]
     if not lengths:
         return 1
-    if 2 * lengths.count(lengths[0]) > len(lengths):  # As it nearly always is; a Counter takes longer.
-        return lengths[0]
     return collections.Counter(lengths).most_common(1)[0][0]
 
 

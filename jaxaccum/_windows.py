@@ -48,7 +48,8 @@ class Windows:
         finally:
             while run.uncounted:  # A hook raised, but the devices have made them all.
                 self._count(means)
-        self.record_if_due()
+        if boundary:
+            self.record_if_due()
 
     def flush_if_asked(self) -> None:
         """Closes the window that a stop left open."""

@@ -394,15 +394,15 @@ BUGS = [
     Bug(
         "batches of earlier epochs given again",
         "_reader.py",
-        "at.all_batches if self.is_stream else at.batches",
-        "at.batches",
+        "ahead = self._passed_over(own(at.all_batches))",
+        "ahead = self._passed_over(own(at.batches))",
     ),
     Bug("a limit that starts anew in a resume", "_reader.py", "limit = _plus(limit, -own(at.batches))", "pass"),
     Bug("a loader that is never told the epoch", "_reader.py", "            tell(epoch)", "            pass"),
     Bug("a loader told the epoch too late", "_reader.py", "set_epoch(self._loader, at.epoch)\n", "pass\n"),
     Bug("a stream read beyond the run's end", "_reader.py", "self._stop = int(batches)", "pass"),
     Bug("an open epoch taken for a whole one", "_feed.py", 'not getattr(batches, "was_stopped", False)', "True"),
-    Bug("a loader's state of an epoch's end forgotten", "_reader.py", "self._is_in_old_pass = True", "pass"),
+    Bug("a loader's state of an epoch's end forgotten", "_reader.py", 'saved["is_over"]', "True"),
     Bug(
         "a length taken for a limit", "_limits.py", "return None if value else 0", "return size(loader) if value else 0"
     ),

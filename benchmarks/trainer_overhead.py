@@ -31,8 +31,8 @@ import optax
 from _measure import environment, parser, publish
 
 import jaxaccum
-from jaxaccum._programs import Programs
-from jaxaccum._strategy import Strategy
+from jaxaccum.trainer.input.strategies import Strategy
+from jaxaccum.trainer.programs.compiled import Programs
 
 WARMUP = 200  # micro-steps before the clock starts
 BARE, PLAIN, BAR = "bare loop", "Trainer", "Trainer, with bar"

@@ -8,16 +8,16 @@ import importlib.metadata as _metadata
 import importlib.util as _util
 import typing as _typing
 
-from jaxaccum._accumulator import Weighted
-from jaxaccum._cast import cast
-from jaxaccum._collectives import collectives
-from jaxaccum._host_driven import HostDriven
-from jaxaccum._local import local_value_and_grad
-from jaxaccum._multi_steps import MultiSteps
+from jaxaccum._collectives.report import collectives
+from jaxaccum._devices.zero import zero_sharding
+from jaxaccum._gradient.casting import cast
+from jaxaccum._gradient.local import local_value_and_grad
+from jaxaccum._multi_steps.api import MultiSteps
+from jaxaccum._multi_steps.host_driven import HostDriven
+from jaxaccum._multi_steps.state import MultiStepsState, set_every_k
 from jaxaccum._schedule import AccumulationSchedule
-from jaxaccum._state import MultiStepsState, set_every_k
-from jaxaccum._value_and_grad import value_and_grad
-from jaxaccum._zero import zero_sharding
+from jaxaccum._sums.weighted_sum import Weighted
+from jaxaccum._window.api import value_and_grad
 
 if _typing.TYPE_CHECKING:
     from jaxaccum import callbacks as callbacks
@@ -26,7 +26,7 @@ if _typing.TYPE_CHECKING:
     from jaxaccum import flax as flax
     from jaxaccum import loggers as loggers
     from jaxaccum.task import Task
-    from jaxaccum.trainer import Trainer
+    from jaxaccum.trainer.trainer import Trainer
 
 __all__ = [
     "AccumulationSchedule",

@@ -13,10 +13,12 @@ from flax import linen, nnx
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
 
-from jaxaccum import _keys, _misspelling, _value_and_grad
-from jaxaccum._accumulator import Weighted
-from jaxaccum._multi_steps import MultiSteps
-from jaxaccum._state import MultiStepsState
+from jaxaccum._jax import prng
+from jaxaccum._multi_steps import misspelling
+from jaxaccum._multi_steps.api import MultiSteps
+from jaxaccum._multi_steps.state import MultiStepsState
+from jaxaccum._sums.weighted_sum import Weighted
+from jaxaccum._window import api
 from jaxaccum.task import Task
 
 Tree = Any
@@ -66,7 +68,7 @@ def value_and_grad(
     moved = lambda argnums: argnums + 1 if isinstance(argnums, int) else tuple(i + 1 for i in argnums)
 
     def value_and_grad(model, *args, **kwargs):
-        _keys.refuse_shared((model, *args), kwargs, known)
+        prng.refuse_shared((model, *args), kwargs, known)
         graphdef, params, state = nnx.split(model, wrt, ...)
 
         def pure(params, state, *args, **kwargs):
@@ -76,7 +78,7 @@ def value_and_grad(
             _, _, state = nnx.split(model, wrt, ...)
             return (returned[0], (state, returned[1])) if has_aux else (returned, state)
 
-        window = _value_and_grad.value_and_grad(
+        window = api.value_and_grad(
             pure,
             num_micro_batches,
             has_aux=has_aux,
@@ -141,7 +143,7 @@ def linen_value_and_grad(
         returned, state = apply({**differentiated, **state, **constants}, batch, rngs=streams)
         return (returned[0], (state, returned[1])) if has_aux else (returned, state)
 
-    window = _value_and_grad.value_and_grad(
+    window = api.value_and_grad(
         pure, num_micro_batches, has_aux=has_aux, batch_argnums=3, key_argnums=4, carry_argnums=1, **options
     )
 
@@ -271,7 +273,7 @@ def nnx_task(
 
 def _stream(stream: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:
     """A leaf of a model's random streams: `key`, or as many keys as a stack of layers has, or a count of 0."""
-    if not _keys.is_typed(stream):
+    if not prng.is_typed(stream):
         return jnp.zeros(stream.shape, stream.dtype)
     return jax.random.split(key, stream.shape) if stream.shape else key
 
@@ -337,7 +339,7 @@ class TrainState(train_state.TrainState):
         """
         fields = {name: kwargs.pop(name) for name in list(kwargs) if name in self.__dataclass_fields__}
         own_fields = self.__dataclass_fields__.keys() - train_state.TrainState.__dataclass_fields__.keys()
-        _misspelling.check("apply_gradients", kwargs, ("weight", "boundary", *own_fields), self.tx.update)
+        misspelling.check("apply_gradients", kwargs, ("weight", "boundary", *own_fields), self.tx.update)
         extra_args = {name: value for name, value in (("weight", weight), ("boundary", boundary)) if value is not None}
         nodes = jax.tree.leaves(self.opt_state, is_leaf=lambda node: isinstance(node, MultiStepsState))
         has_multi_steps = any(isinstance(node, MultiStepsState) for node in nodes)

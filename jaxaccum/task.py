@@ -6,7 +6,7 @@ from typing import Any
 
 import optax
 
-from jaxaccum._accumulator import Weighted
+from jaxaccum._sums.weighted_sum import Weighted
 
 Tree = Any
 

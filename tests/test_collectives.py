@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxaccum
-from jaxaccum import _hlo, _replica_groups
+from jaxaccum._collectives import hlo, replica_groups
 
 EVEN_AND_ODD = ((0, 2, 4, 6), (1, 3, 5, 7))
 NEIGHBOURS = ((0, 1), (2, 3), (4, 5), (6, 7))
@@ -51,7 +51,7 @@ def on_shards(mesh, fun, *shape):
 
 
 def groups_of(text, opcode="all-reduce", replicas=1, partitions=8, rest=", channel_id=1, use_global_device_ids=true"):
-    return _replica_groups.devices(opcode, f"{rest}, replica_groups={text}, to_apply=%add", replicas, partitions)
+    return replica_groups.devices(opcode, f"{rest}, replica_groups={text}, to_apply=%add", replicas, partitions)
 
 
 shapes = st.lists(st.integers(1, 4), min_size=1, max_size=4)
@@ -74,7 +74,7 @@ def iotas(draw):
 def test_iota_groups_are_numpys(case):
     """Catches a transpose by the inverse permutation, and rows for columns."""
     text, want = case
-    assert _replica_groups.parse(f"replica_groups={text}", "replica_groups") == tuple(map(tuple, want.tolist()))
+    assert replica_groups.parse(f"replica_groups={text}", "replica_groups") == tuple(map(tuple, want.tolist()))
 
 
 @st.composite
@@ -113,7 +113,7 @@ def meshes(draw):
 def test_mesh_groups_are_the_devices_that_differ_along_the_axes(case):
     """Catches groups across the axes in place of along them, parts of an axis cut at the wrong end, and lost ids."""
     text, want = case
-    got = _replica_groups.parse(f", replica_groups={text}, dimensions={{0}}", "replica_groups")
+    got = replica_groups.parse(f", replica_groups={text}, dimensions={{0}}", "replica_groups")
     assert sorted(map(sorted, got)) == sorted(map(sorted, want))
 
 
@@ -182,7 +182,7 @@ def test_the_numbers_in_a_group_are_of_replicas_partitions_or_both(opcode, text,
 def test_a_permutation_keeps_who_sends_to_whom():
     """Catches pairs that are sorted like groups."""
     attributes = ", channel_id=1, source_target_pairs={{1,0},{0,1},{3,2}}"
-    assert _replica_groups.devices("collective-permute", attributes, 1, 4) == ((0, 1), (1, 0), (3, 2))
+    assert replica_groups.devices("collective-permute", attributes, 1, 4) == ((0, 1), (1, 0), (3, 2))
 
 
 def test_a_collective_of_a_new_kind_is_refused():
@@ -510,4 +510,4 @@ def test_a_question_that_has_no_answer_is_refused(call, error, message):
 )
 def test_sizes_are_those_of_the_types(shape, want):
     """Catches a layout's numbers taken for the shape's, and small floats counted by their exponent."""
-    assert _hlo.num_bytes(shape) == want
+    assert hlo.num_bytes(shape) == want

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxaccum._feed import AHEAD, fused, micro_steps
-from jaxaccum._strategy import Strategy
+from jaxaccum.trainer.input.prefetch import AHEAD, fused, micro_steps
+from jaxaccum.trainer.input.strategies import Strategy
 
 
 def rows(*sizes):

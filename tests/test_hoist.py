@@ -7,7 +7,7 @@ import pytest
 from jax.custom_derivatives import linear_call
 
 import jaxaccum
-from jaxaccum import _hoist
+from jaxaccum._gradient import hoisting
 
 LAYERS, WIDTH, K, N = 3, 8, 4, 2
 
@@ -61,7 +61,7 @@ WRAPS = {
 def test_split(wrap):
     """A cast left in, one taken out that belongs in, or another result."""
     loss = language_model(wrap)
-    prepare, rest = _hoist.split(loss, params(), batch()[:N])
+    prepare, rest = hoisting.split(loss, params(), batch()[:N])
     kept, made = prepare(params())
     # The embedding is gathered from, and a bias is a vector; all else is read in half precision alone.
     assert [x.shape for x in jax.tree.leaves(kept)] == [(16, WIDTH), (LAYERS, WIDTH)]
@@ -84,7 +84,7 @@ def test_gradients(wrap):
 
 def made(loss, *args):
     """Shapes and dtypes of what is taken out of `loss`."""
-    prepare, _ = _hoist.split(loss, *args)
+    prepare, _ = hoisting.split(loss, *args)
     return [(x.shape, str(x.dtype)) for x in jax.eval_shape(prepare, args[0])[1]]
 
 

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import jaxaccum
-from jaxaccum import _host_driven
+from jaxaccum._multi_steps import host_driven
 
 XS = jax.random.normal(jax.random.key(0), (11, 4, 3))
 PARAMS = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
@@ -172,8 +172,8 @@ def is_alive(tree):
 @pytest.fixture
 def reads(monkeypatch):
     """The list of all that is read from a state."""
-    values, on_host = [], _host_driven._on_host
-    monkeypatch.setattr(_host_driven, "_on_host", lambda scalar: values.append(on_host(scalar)) or values[-1])
+    values, on_host = [], host_driven._on_host
+    monkeypatch.setattr(host_driven, "_on_host", lambda scalar: values.append(on_host(scalar)) or values[-1])
     return values
 
 
@@ -561,8 +561,8 @@ class Interleaving(hypothesis.stateful.RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.tx, self.step, self.micro_step, self.flush_device = machinery()
-        self.on_host, self.reads = _host_driven._on_host, 0
-        _host_driven._on_host = self.count
+        self.on_host, self.reads = host_driven._on_host, 0
+        host_driven._on_host = self.count
         self.step.every_k = 3
         self.step(*self.start(), BATCHES[0])  # Takes what a former example assigned.
         self.last_assigned = 3
@@ -570,7 +570,7 @@ class Interleaving(hypothesis.stateful.RuleBasedStateMachine):
         self.slots = [Slot(self.start(), self.start()) for _ in range(3)]
 
     def teardown(self):
-        _host_driven._on_host = self.on_host
+        host_driven._on_host = self.on_host
 
     def count(self, scalar):
         self.reads += 1

@@ -11,7 +11,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxaccum
-from jaxaccum import _programs, _strategy
+from jaxaccum.trainer.input import strategies
+from jaxaccum.trainer.programs import compiled
 
 LAYERS, WIDTH, K, N = 3, 16, 4, 2
 
@@ -275,8 +276,8 @@ def test_memory():
 def test_the_trainer(strategy, loss, leaves):
     """A Trainer that makes a second tree of gradients where a window makes none."""
     task = jaxaccum.Task(lambda key, batch: params(), lambda p, x, key: loss(p, x), optax.sgd(0.1))
-    devices = _strategy.Strategy(strategy, "auto")
-    programs = _programs.Programs(task, devices, task.optimizer, "propagate", 0)
+    devices = strategies.Strategy(strategy, "auto")
+    programs = compiled.Programs(task, devices, task.optimizer, "propagate", 0)
     state = programs.initial(np.asarray(batch()))
     (piece,) = devices.pieces([np.asarray(batch())])
     # On several devices one may have no share of a piece, so a plain loss has a weight there.

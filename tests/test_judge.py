@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxaccum._judge import Entry, Judge, News
+from jaxaccum.distributed.failure_detector import Entry, Judge, News
 
 INTERVAL = 0.5
 PEER_ROUNDS = 20  # Of peer_timeout=10.

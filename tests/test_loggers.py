@@ -14,9 +14,9 @@ from training import Recorder, ones, single, slope
 
 import jaxaccum
 from jaxaccum import loggers
-from jaxaccum._records import Records
 from jaxaccum.callbacks import Callback, ModelCheckpoint
 from jaxaccum.loggers import CSVLogger, JSONLLogger, TensorBoardLogger
+from jaxaccum.loggers.records import Records
 
 
 def lines_of(path):

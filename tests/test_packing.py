@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxaccum
-from jaxaccum import _packing
+from jaxaccum._gradient import sum_packing
 
 K, N = 4, 2
 
@@ -45,7 +45,7 @@ def test_what_is_packed():
     half = rows(4, dtype=jnp.bfloat16)
     tree = [rows(3), None, rows(2, 2), rows(), half, 2 * rows(3), rows(2**16 + 1), 3 * rows(3), half + 1, half, rows(5)]
     tree.append(rows(3, dtype=jnp.bfloat16))
-    packing = _packing.of(tree, stay=[False] * 6 + [True] + [False] * 4)
+    packing = sum_packing.of(tree, stay=[False] * 6 + [True] + [False] * 4)
     stacks, others = packed = packing.pack(tree)
     assert [(x.shape, x.dtype) for x in stacks] == [((2, 3), jnp.float32), ((3, 4), jnp.bfloat16)]
     assert [i for i, x in enumerate(others) if x is not None] == [2, 3, 6, 7, 10, 11]
@@ -56,7 +56,7 @@ def test_what_is_packed():
 @pytest.mark.parametrize("tree", [[], [jnp.ones(3)], [jnp.ones((2, 2))] * 2], ids=["empty", "one", "matrices"])
 def test_nothing_to_pack(tree):
     """A stack of nothing, or a copy for nothing."""
-    packing = _packing.of(tree, stay=[False] * len(tree))
+    packing = sum_packing.of(tree, stay=[False] * len(tree))
     assert packing.pack(tree) == ([], tree)
     assert packing.unpack(([], tree)) == tree
 
@@ -67,7 +67,7 @@ def test_gradients_are_the_same(monkeypatch):
     window = lambda: jax.jit(jaxaccum.value_and_grad(loss, K))
     together = window()
     assert "concatenate" in together.lower(params(), x).as_text()
-    monkeypatch.setattr(_packing, "_SMALL", 0)
+    monkeypatch.setattr(sum_packing, "_SMALL", 0)
     apart = window()
     assert "concatenate" not in apart.lower(params(), x).as_text()
     jax.tree.map(np.testing.assert_array_equal, together(params(), x), apart(params(), x))
@@ -90,7 +90,7 @@ def test_nothing_is_gathered(where, kind, monkeypatch):
             return jax.jit(jaxaccum.value_and_grad(fun, K, mesh=mesh if where == "mesh" else None)).lower(p, x)
 
     together = lower()
-    monkeypatch.setattr(_packing, "_SMALL", 0)
+    monkeypatch.setattr(sum_packing, "_SMALL", 0)
     assert "concatenate" in together.as_text() and "concatenate" not in lower().as_text()
     moved = lambda lowered: [
         (one.kind, one.axes, one.where, one.num_bytes)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from jaxaccum import _plain
+from jaxaccum.checkpoint import json_state
 
 KEYS = st.none() | st.booleans() | st.integers() | st.text() | st.tuples(st.integers(), st.text())
 MARKERS = st.sampled_from(["__bytes__", "__tuple__", "__dict__", "__array__", "__tensor__", "x"])
@@ -51,7 +51,7 @@ def assert_same(got, want):
 
 
 def returned(value):
-    return _plain.loads(_plain.dumps(value, "it"))
+    return json_state.loads(json_state.dumps(value, "it"))
 
 
 @given(STATES)
@@ -95,7 +95,7 @@ def test_numpy_scalars_come_back_as_numbers():
 def test_texts_of_earlier_versions_are_read():
     """Catches a checkpoint that the version before has written, and this one can't go on from."""
     text = '{"a": [1, NaN, {"__bytes__": "YWI="}], "b": null}'
-    assert_same(_plain.loads(text), {"a": [1, math.nan, b"ab"], "b": None})
+    assert_same(json_state.loads(text), {"a": [1, math.nan, b"ab"], "b": None})
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_texts_of_earlier_versions_are_read():
 def test_what_cannot_be_kept_is_named(value, what):
     """Catches a pickle, a mask that is lost, and an error that does not say whose state it is."""
     with pytest.raises(TypeError, match=rf"the state of Mine can't be kept in a checkpoint: it holds a {what}"):
-        _plain.dumps({"a": [(value,)]}, "Mine")
+        json_state.dumps({"a": [(value,)]}, "Mine")
 
 
 def test_torch_is_imported_only_for_a_text_that_holds_a_tensor(monkeypatch):
@@ -124,7 +124,7 @@ def test_torch_is_imported_only_for_a_text_that_holds_a_tensor(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)  # An import of it raises.
     assert_same(returned([b"a", np.ones(2)]), [b"a", np.ones(2)])
     with pytest.raises(ImportError, match=r"holds a torch tensor.*install torch"):
-        _plain.loads('{"__tensor__": ["uint8", [1], "AA=="]}')
+        json_state.loads('{"__tensor__": ["uint8", [1], "AA=="]}')
 
 
 def test_torch_tensors_come_back_as_tensors():

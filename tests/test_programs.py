@@ -10,7 +10,7 @@ import pytest
 from jax._src import compiler
 
 import jaxaccum
-from jaxaccum import _eager
+from jaxaccum._jax import eager
 
 K, LAYERS = 4, 24
 
@@ -199,11 +199,11 @@ def test_an_eager_call_may_branch_on_what_is_neither_parameter_nor_batch(flag):
 
 def test_large_constants_are_not_kept():
     """Catches memory that grows by every call whose loss holds an array in a jitted function."""
-    before = len(_eager._PROGRAMS)
+    before = len(eager._PROGRAMS)
     table = np.ones((600, 600), np.float32)
     fun = lambda w, x: jnp.mean((x @ jax.jit(lambda w: table @ w)(w)) ** 2)
     jaxaccum.value_and_grad(fun, 2)(jnp.ones(600), jnp.ones((4, 600)))
-    assert len(_eager._PROGRAMS) == before
+    assert len(eager._PROGRAMS) == before
 
 
 def test_a_parameter_that_is_a_number_compiles_once(monkeypatch):

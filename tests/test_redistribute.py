@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxaccum
-from jaxaccum._sync import MappedAxis, MeshAxis
+from jaxaccum._devices.topology import MappedAxis, MeshAxis
 
 COUNTS = [1, 2, 4, 8]
 

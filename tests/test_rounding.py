@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import jaxaccum
-from jaxaccum import _accumulator
+from jaxaccum._sums import weighted_sum
 
 SIZE = 4096
 
@@ -17,7 +17,7 @@ def total(gradients, dtype, counters=True):
 
     def step(sums, row):
         i, x = row
-        return _accumulator.add(sums, x, counters=(i,) if counters else None), None
+        return weighted_sum.add(sums, x, counters=(i,) if counters else None), None
 
     start = jnp.zeros(gradients.shape[1:], dtype)
     return np.asarray(jax.lax.scan(step, start, (jnp.arange(len(gradients)), gradients))[0], np.float64)

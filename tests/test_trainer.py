@@ -10,8 +10,8 @@ import pytest
 from training import Recorder, assert_close, assert_same, loader, ones, single, slope, task, trainer
 
 import jaxaccum
-from jaxaccum import _records
 from jaxaccum.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
+from jaxaccum.loggers import records
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -629,7 +629,7 @@ def test_plot_draws_losses_k_and_the_effective_batch(tmp_path):
 
 def test_the_history_of_a_long_run_is_thinned(monkeypatch):
     """Catches a history that grows without end, and one that loses its validations first."""
-    monkeypatch.setattr(_records, "KEPT", 20)
+    monkeypatch.setattr(records, "KEPT", 20)
     t = single(max_epochs=2, log_every_n_steps=1, val_check_interval=1)
     t.fit(slope(), ones(*[2] * 50), ones(2))
     history = t._running.records.history

@@ -7,8 +7,9 @@ import time
 
 import pytest
 
-from jaxaccum import _store, _watch
-from jaxaccum._judge import Entry
+from jaxaccum._jax import coordination
+from jaxaccum.distributed import heartbeat
+from jaxaccum.distributed.failure_detector import Entry
 
 NOBODY = Entry(0, "elsewhere", False, {})
 
@@ -17,9 +18,9 @@ NOBODY = Entry(0, "elsewhere", False, {})
 def store(monkeypatch):
     """The store's contents: process -> its entry, as it was last written."""
     entries = {}
-    monkeypatch.setattr(_store, "write", lambda key, value: entries.update({int(key.rpartition("/")[2]): value}))
-    monkeypatch.setattr(_store, "read", lambda directory: {str(p): value for p, value in list(entries.items())})
-    monkeypatch.setattr(_store, "is_open", lambda: True)
+    monkeypatch.setattr(coordination, "write", lambda key, value: entries.update({int(key.rpartition("/")[2]): value}))
+    monkeypatch.setattr(coordination, "read", lambda directory: {str(p): value for p, value in list(entries.items())})
+    monkeypatch.setattr(coordination, "is_open", lambda: True)
     return entries
 
 
@@ -42,7 +43,7 @@ def wait_for(condition):
 @pytest.mark.parametrize("process", [0, 1])
 def test_the_store_stays_until_the_living_have_read_the_blame(store, ends, capfd, process):
     """Catches a process 0 that takes the store with it: the others would name it, not the one that failed."""
-    watch = _watch.Watch(process, 3, peer_timeout=5.0, exit_timeout=60.0)
+    watch = heartbeat.Watch(process, 3, peer_timeout=5.0, exit_timeout=60.0)
     blame, other = {"2": "process 2 is out of luck."}, 1 - process
     store[other], store[2] = json.dumps(NOBODY), json.dumps(NOBODY._replace(blame=blame))
     wait_for(lambda: process in store and Entry(*json.loads(store[process])).blame == blame)
@@ -60,7 +61,7 @@ def test_the_store_stays_until_the_living_have_read_the_blame(store, ends, capfd
 
 def test_all_go_on_until_the_last_has_finished(store, ends):
     """Catches a process that leaves, with its part of jax's service, when some have finished but not all."""
-    watch = _watch.Watch(0, 2, peer_timeout=1.0, exit_timeout=60.0)
+    watch = heartbeat.Watch(0, 2, peer_timeout=1.0, exit_timeout=60.0)
     finishing = threading.Thread(target=watch.finish)
     finishing.start()
     for beat in range(8):

@@ -1,0 +1,267 @@
+"""Finds by itself what of a loss depends on the parameters alone, so that it can run once a window."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxaccum._jax import core, jaxprs, linearity
+from jaxaccum._sums import overwrites
+
+Tree = Any
+
+# To have these done beforehand saves nothing and takes memory: XLA reads through them.
+_SELECTS = frozenset(["dynamic_slice", "gather", "slice", "split", "squeeze", "unstack"])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """How a jaxpr divides.
+
+    Attributes:
+      jaxpr: what is divided.
+      before: the equations to run once a window.
+      after: those to run in each micro-batch. What both need runs in both.
+      nested: of those after, the ones with a body that divides in turn, by number.
+      crossing: what goes from before to after.
+      reads: for each input, whether it is read before.
+      uses: for each input, whether it is read after.
+    """
+
+    jaxpr: core.Jaxpr
+    before: frozenset[int]
+    after: frozenset[int]
+    nested: dict[int, "_Plan"]
+    crossing: tuple[core.Var, ...]
+    reads: tuple[bool, ...]
+    uses: tuple[bool, ...]
+
+
+def split(loss: Callable[..., Tree], params: Tree, *args: Any) -> tuple[Callable[[Tree], Tree], Callable[..., Tree]]:
+    """`loss(params, *args)` as `rest(prepare(params), *args)`.
+
+    Taken out of the loss is what it computes from parameters alone: casts, norms of weights, merges of low rank; inside
+    of jit and `jax.checkpoint` too, and in a `jax.lax.scan` over stacked layers, for all of them at once. It is left
+    in where its result is larger than what it is made of, where it is but a part or another order of that, where it is
+    made of nothing but vectors, which cost nothing where they are used, and where a loop uses it in every iteration:
+    there its gradient would be summed over the iterations in the result's dtype. Left in is also what can't be shown to
+    have a backward pass that is linear in its cotangents, such as a `jax.custom_vjp` that clips them: run once on the
+    sum of the micro-batches' cotangents it would give another gradient.
+
+    Every gradient is formed in the dtype that it has in the loss, so the result is as exact as without, or more so:
+    what the transposes round, they round once a window.
+
+    Args:
+      loss: what to divide; it is traced and not run.
+      params: its parameters.
+      *args: its other arguments, arrays or shapes.
+
+    Returns:
+      (prepare, rest). `prepare` returns a pair: the parameters that `rest` reads as they are, and what was made.
+    """
+    # Statistics that are overwritten have no gradient that could be carried back: nothing is made of them beforehand.
+    linear, statistics = overwrites.without(params), overwrites.only(params)
+    divided = lambda linear, statistics, *args: loss(overwrites.either(linear, statistics), *args)
+    closed, shapes = jax.make_jaxpr(divided, return_shape=True)(linear, statistics, *args)
+    leaves, treedef = jax.tree.structure(linear).num_leaves, jax.tree.structure(shapes)
+    inputs = len(closed.jaxpr.invars)
+    plan = _plan(closed.jaxpr, [i < leaves for i in range(inputs)], {})
+
+    def prepare(params):
+        flat = jax.tree.leaves(overwrites.without(params))
+        kept = [x for x, uses in zip(flat, plan.uses[:leaves], strict=True) if uses]
+        made = _run_before(jaxprs.Jits(), plan, closed.consts, [*flat, *[None] * (inputs - leaves)])
+        return (kept, overwrites.only(params)), made
+
+    def rest(seen, *args):
+        (kept, statistics), made = seen
+        given = iter(kept)
+        flat = [next(given) if uses else None for uses in plan.uses[:leaves]]
+        flat += jax.tree.leaves((statistics, args))
+        return treedef.unflatten(_run_after(jaxprs.Jits(), plan, closed.consts, flat, made))
+
+    return prepare, rest
+
+
+def _plan(jaxpr: core.Jaxpr, known: Sequence[bool], plans: dict[Any, _Plan]) -> _Plan:
+    """How `jaxpr` divides where some of its inputs are known before; `plans` are those of what it calls, made once."""
+    key = id(jaxpr), tuple(known)
+    if key not in plans:
+        plans[key] = _made_plan(jaxpr, known, plans)
+    return plans[key]
+
+
+def _made_plan(jaxpr: core.Jaxpr, known: Sequence[bool], plans: dict[Any, _Plan]) -> _Plan:
+    # What each known variable is made of.
+    origins: dict[core.Var, frozenset[core.Var]] = {var: frozenset() for var in jaxpr.constvars}
+    origins |= {var: frozenset([var]) for var, is_known in zip(jaxpr.invars, known, strict=True) if is_known}
+    certain, nested = set(), {}
+    for i, eqn in enumerate(jaxpr.eqns):
+        operands = _variables(eqn.invars)
+        if all(var in origins for var in operands) and _may_run_once(eqn):
+            certain.add(i)
+            origins |= dict.fromkeys(eqn.outvars, frozenset().union(*(origins[var] for var in operands)))
+        elif body := _body(eqn):
+            made = [not isinstance(atom, core.Literal) and bool(origins.get(atom)) for atom in eqn.invars]
+            inner = _plan(body, _walked(eqn, body, made) if eqn.primitive.name == "scan" else made, plans)
+            if inner.crossing or inner.nested:
+                nested[i] = inner
+
+    after, crossing = set(), []
+    needed = set(_variables(jaxpr.outvars))
+    for i, eqn in reversed(list(enumerate(jaxpr.eqns))):
+        wanted = [var for var in eqn.outvars if var in needed]
+        if not wanted and not eqn.effects:
+            continue
+        if i in certain and all(_gains(eqn, var, origins[var]) for var in wanted):
+            crossing += wanted
+            continue
+        after.add(i)
+        uses = nested[i].uses if i in nested else [True] * len(eqn.invars)
+        needed.update(_variables(atom for atom, is_used in zip(eqn.invars, uses, strict=True) if is_used))
+
+    before, wanted = set(), set(crossing)
+    for i, eqn in reversed(list(enumerate(jaxpr.eqns))):
+        if i in after and i in nested:
+            reads = nested[i].reads
+            wanted.update(_variables(atom for atom, is_read in zip(eqn.invars, reads, strict=True) if is_read))
+        elif i in certain and wanted.intersection(eqn.outvars):
+            before.add(i)
+            wanted.update(_variables(eqn.invars))
+    return _Plan(
+        jaxpr=jaxpr,
+        before=frozenset(before),
+        after=frozenset(after),
+        nested={i: inner for i, inner in nested.items() if i in after},
+        crossing=tuple(crossing),
+        reads=tuple(var in wanted for var in jaxpr.invars),
+        uses=tuple(var in needed for var in jaxpr.invars),
+    )
+
+
+def _may_run_once(eqn: core.JaxprEqn) -> bool:
+    """Whether `eqn` gives once a window, forward and backward, what it gives in every micro-batch."""
+    is_pure = not eqn.effects and eqn.primitive.name != "rng_uniform"  # which draws anew without an effect
+    return is_pure and not jaxprs.axes(eqn) and linearity.unproved_in(eqn) is None
+
+
+def _gains(eqn: core.JaxprEqn, var: core.Var, origins: frozenset[core.Var]) -> bool:
+    """Whether it is worth while to have `var` made beforehand, by `eqn`."""
+    if not jnp.issubdtype(jaxprs.dtype(var), jnp.inexact):
+        return False  # The loss is differentiated by what is made, and integers have no gradient.
+    itemsize = lambda atom: atom.aval.dtype.itemsize
+    size = lambda var: var.aval.size * itemsize(var)
+    name = eqn.primitive.name
+    widens = name == "convert_element_type" and itemsize(var) > itemsize(eqn.invars[0])
+    moves = name in jaxprs.MOVES or name in _SELECTS
+    matrices = any(jaxprs.ndim(origin) > 1 for origin in origins)
+    return not widens and not moves and matrices and size(var) <= sum(map(size, origins))
+
+
+def _body(eqn: core.JaxprEqn) -> core.Jaxpr | None:
+    """The function that an equation calls, if it is one that `_run_after` can call in parts."""
+    if eqn.primitive.name == "scan" or jaxprs.is_plain_jit(eqn):
+        return eqn.params["jaxpr"].jaxpr
+    return eqn.params["jaxpr"] if jaxprs.is_checkpoint(eqn) else None
+
+
+def _walked(eqn: core.JaxprEqn, body: core.Jaxpr, known: Sequence[bool]) -> list[bool]:
+    """Which inputs of a scan's body are known and those that it walks along."""
+    whole = sum(jaxprs.scan_operands(eqn, body))
+    return [is_known and i >= whole for i, is_known in enumerate(known)]
+
+
+def _run_before(jits: jaxprs.Jits, plan: _Plan, consts: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
+    """What crosses, in `plan` and then in what is nested in it; an input that is not read may be None."""
+    values = _Values(plan.jaxpr, consts, inputs)
+    nested = []
+    for i, eqn in enumerate(plan.jaxpr.eqns):
+        if i in plan.before:
+            values.write(eqn.outvars, jaxprs.run(eqn, values.read(eqn.invars)))
+        if i in plan.nested:
+            nested += _call_before(jits, eqn, plan.nested[i], values.read(eqn.invars, plan.nested[i].reads))
+    return [*values.read(plan.crossing), *nested]
+
+
+def _call_before(jits: jaxprs.Jits, eqn: core.JaxprEqn, plan: _Plan, operands: list[Any]) -> Sequence[Any]:
+    """What crosses in the body of an equation."""
+    run = lambda operands: _run_before(jits, plan, _consts(eqn), operands)
+    if jaxprs.is_plain_jit(eqn):
+        return jits.call(eqn, "before", run, operands)
+    with jaxprs.located(eqn):
+        return (jax.vmap(run) if eqn.primitive.name == "scan" else run)(operands)
+
+
+def _run_after(
+    jits: jaxprs.Jits, plan: _Plan, consts: Sequence[Any], inputs: Sequence[Any], made: Sequence[Any]
+) -> list[Any]:
+    """The outputs, from the inputs and from what crosses; an input that is not used may be None."""
+    values = _Values(plan.jaxpr, consts, inputs)
+    values.write(plan.crossing, made[: len(plan.crossing)])
+    nested = list(made[len(plan.crossing) :])
+    for i, eqn in enumerate(plan.jaxpr.eqns):
+        if i in plan.nested:
+            inner = plan.nested[i]
+            own, nested = nested[: _count(inner)], nested[_count(inner) :]
+            values.write(eqn.outvars, _call_after(jits, eqn, inner, values.read(eqn.invars, inner.uses), own))
+        elif i in plan.after:
+            values.write(eqn.outvars, jaxprs.run(eqn, values.read(eqn.invars)))
+    return values.read(plan.jaxpr.outvars)
+
+
+def _call_after(
+    jits: jaxprs.Jits, eqn: core.JaxprEqn, plan: _Plan, operands: list[Any], made: list[Any]
+) -> Sequence[Any]:
+    """The results of an equation whose body has run in part."""
+    body = lambda operands, made: _run_after(jits, plan, _consts(eqn), operands, made)
+    if jaxprs.is_plain_jit(eqn):
+        return jits.call(eqn, "after", lambda both: body(*both), (operands, made))
+    with jaxprs.located(eqn):
+        if jaxprs.is_checkpoint(eqn):
+            return jaxprs.checkpointed(eqn, body)(operands, made)
+        return _scan_after(eqn, plan, body, operands, made)
+
+
+def _scan_after(eqn, plan, body, operands, made):
+    constants, carries = jaxprs.scan_operands(eqn, plan.jaxpr)
+    shared, start, along = operands[:constants], operands[constants:][:carries], operands[constants + carries :]
+
+    def step(carry, along):
+        along, made = along
+        results = body([*shared, *carry, *along], made)
+        return results[:carries], results[carries:]
+
+    options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
+    carry, rows = jax.lax.scan(step, start, (along, made), **options)
+    return [*carry, *rows]
+
+
+def _count(plan: _Plan) -> int:
+    return len(plan.crossing) + sum(map(_count, plan.nested.values()))
+
+
+def _consts(eqn: core.JaxprEqn) -> Sequence[Any]:
+    return [] if jaxprs.is_checkpoint(eqn) else eqn.params["jaxpr"].consts
+
+
+def _variables(atoms: Any) -> list[core.Var]:
+    return [atom for atom in atoms if not isinstance(atom, core.Literal)]
+
+
+class _Values(dict):
+    """The values of a jaxpr's variables."""
+
+    def __init__(self, jaxpr: core.Jaxpr, consts: Sequence[Any], inputs: Sequence[Any]):
+        super().__init__(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
+
+    def read(self, atoms: Sequence[Any], wanted: Sequence[bool] | None = None) -> list[Any]:
+        """The values of `atoms`, None in place of those not wanted."""
+        wanted = [True] * len(atoms) if wanted is None else wanted
+        value = lambda atom: atom.val if isinstance(atom, core.Literal) else self[atom]
+        return [value(atom) if is_wanted else None for atom, is_wanted in zip(atoms, wanted, strict=True)]
+
+    def write(self, variables: Sequence[Any], values: Sequence[Any]) -> None:
+        """Sets the values of `variables`."""
+        self.update(zip(variables, values, strict=True))

@@ -1,0 +1,233 @@
+"""What depends on the parameters alone, once a window: forward before the loop, its transpose after it, on the sum."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxaccum._devices import layout
+from jaxaccum._jax import core, jaxprs, linearity
+from jaxaccum._sums import numeric, overwrites
+
+Tree = Any
+
+_GATHERS = ("all_gather", "all_gather_invariant")
+
+
+def once(prepare: Callable[[Tree], Tree], params: Tree) -> tuple[Tree, Callable[[Tree, Any], Tree]]:
+    """`prepare(params)`, and the function that carries a gradient back from there to the parameters.
+
+    A gradient is linear in its cotangents, so the map back commutes with the sum over the window. A cast that ends a
+    leaf's way through `prepare`, or that only moves of its numbers follow (a transpose, a stack, an all-gather, another
+    sharding), is passed over on the way back: its transpose would round the sum. What `prepare` jits is looked into,
+    unless it is jitted with shardings of its own; what it wraps in `jax.checkpoint` or a scan is not.
+
+    Args:
+      prepare: a differentiable function of the parameters.
+      params: the parameters.
+
+    Returns:
+      (what the loss sees, transpose). `transpose(sums, count)` takes the sums of `count` gradients, a tree like the
+      former, of any floating dtypes, and returns one like the parameters, in float32 where those are narrower.
+
+    Example:
+      >>> seen, transpose = once(lambda p: (2 * p).astype(jnp.bfloat16), jnp.ones(()))
+      >>> print(seen.dtype, transpose(jnp.array(0.75 + 2**-10), 1))
+      bfloat16 1.5019531
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    closed, shapes = jax.make_jaxpr(prepare, return_shape=True)(params)
+
+    def forward(*wide):
+        inputs = [(x.astype(jnp.result_type(leaf)), x) for x, leaf in zip(wide, leaves, strict=True)]
+        values, wide = zip(*_evaluate(closed, inputs), strict=True) if closed.jaxpr.outvars else ((), ())
+        return wide, values
+
+    lifted = [jnp.asarray(leaf, _at_least_float32(jnp.result_type(leaf))) for leaf in leaves]
+    wide, vjp, values = jax.vjp(forward, *lifted, has_aux=True)
+    dtypes = [x.dtype for x in wide]
+
+    def transpose(sums: Tree, count: Any) -> Tree:
+        # A sum can be beyond the range of float16 where no term is: it passes scaled down to about their mean.
+        scale = _power_of_two(count) if _has_small_range(closed.jaxpr) else 1
+        scaled = lambda x, by: x if isinstance(by, int) else x * by.astype(jnp.finfo(x.dtype).dtype)
+        leaves = [scaled(x, scale if isinstance(scale, int) else 1 / scale) for x in jax.tree.leaves(sums)]
+        grads = vjp(tuple(x.astype(dtype) for x, dtype in zip(leaves, dtypes, strict=True)))
+        return jax.tree.unflatten(treedef, [scaled(x, scale) for x in grads])
+
+    return jax.tree.unflatten(jax.tree.structure(shapes), values), transpose
+
+
+def check(prepare: Callable[[Tree], Tree], params: Tree) -> None:
+    """Refuses a `prepare` whose transpose can't be shown to commute with the sum over the window.
+
+    Args:
+      prepare: a differentiable function of the parameters; it is traced and not run.
+      params: the parameters.
+
+    Raises:
+      ValueError: if `prepare` calls a `jax.custom_vjp` whose backward pass may not be linear in its cotangents, or
+        moves statistics that are overwritten away from their name.
+      TypeError: if it returns what has no gradient.
+    """
+    closed, shapes = jax.make_jaxpr(prepare, return_shape=True)(params)
+    numeric.differentiable(shapes, "what prepare returns")
+    statistics = lambda tree: len(jax.tree.leaves(overwrites.only(tree)))
+    if statistics(params) != statistics(shapes):
+        raise ValueError(
+            f"prepare returns {statistics(shapes)} of {statistics(params)} statistics under {overwrites.NAME!r}, by "
+            "which they are known to be overwritten and not summed. Return them under the name that they came with."
+        )
+    name = linearity.unproved(closed.jaxpr)
+    if name is not None:
+        raise ValueError(
+            f"prepare calls {name}, which has a backward pass of its own (jax.custom_vjp) that can't be shown to be "
+            "linear in its cotangents. prepare is differentiated once a window, on the sum of the micro-batches' "
+            "gradients, and to clip, square or normalise that is not to do so to each of them. Call it in the loss "
+            "instead of in prepare."
+        )
+
+
+def made(prepare: Callable[[Tree], Tree], params: Tree) -> tuple[Tree, tuple[jax.Array, ...]]:
+    """(`prepare(params)`, what of it is not a parameter as it is: all that need be kept)."""
+    closed, treedef, origins = _origins(prepare, params)
+    leaves = core.jaxpr_as_fun(closed)(*jax.tree.leaves(params))
+    return treedef.unflatten(leaves), tuple(x for x, i in zip(leaves, origins, strict=True) if i is None)
+
+
+def seen(prepare: Callable[[Tree], Tree], params: Tree, made: tuple[jax.Array, ...]) -> Tree:
+    """What `prepare(params)` was, from what was kept of it."""
+    _, treedef, origins = _origins(prepare, params)
+    leaves, others = jax.tree.leaves(params), iter(made)
+    return treedef.unflatten(next(others) if i is None else leaves[i] for i in origins)
+
+
+def _origins(prepare, params):
+    """(`prepare` traced, the tree it returns, for each leaf which parameter it is as it is; None for none)."""
+    closed, shapes = jax.make_jaxpr(prepare, return_shape=True)(params)
+    number = {var: i for i, var in enumerate(closed.jaxpr.invars)}
+    is_var = lambda atom: not isinstance(atom, core.Literal)
+    origins = [number.get(var) if is_var(var) else None for var in closed.jaxpr.outvars]
+    return closed, jax.tree.structure(shapes), origins
+
+
+def gathered(prepare: Callable[[Tree], Tree], params: Tree, names: tuple[str, ...]) -> Tree:
+    """The mapped axes over which `prepare` gathers each parameter: there its transpose sums over the devices.
+
+    Args:
+      prepare: a function of the parameters, which may call `jax.lax.all_gather`, at its top level or jitted.
+      params: the parameters, of which each device has its shard.
+      names: the mapped axes.
+
+    Returns:
+      A tree like `params` of tuples of names, () for what is not gathered.
+
+    Raises:
+      ValueError: if a parameter is gathered on one way and not on another.
+      NotImplementedError: if `prepare` communicates over one of the axes in another way.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    jaxpr = jax.make_jaxpr(prepare)(params).jaxpr
+    ways = _ways(jaxpr, [{(i, ())} for i in range(len(leaves))], frozenset(names))
+    axes = [{axes for way in ways for number, axes in way if number == i} for i in range(len(leaves))]
+    for found, (path, _) in zip(axes, jax.tree_util.tree_leaves_with_path(params), strict=True):
+        if len(found) > 1:
+            raise ValueError(
+                f"prepare hands params{jax.tree_util.keystr(path)} on gathered over {max(found)} and also not: its "
+                "gradient would be summed over the devices in part. Gather it once, and use nothing but the result."
+            )
+    return treedef.unflatten([next(iter(found), ()) for found in axes])
+
+
+def _ways(jaxpr: core.Jaxpr, inputs: Sequence[set], names: frozenset[str]) -> list[set]:
+    """For each output, on what ways parameters reach it: pairs of a parameter's number and the axes gathered over."""
+    ways = dict(zip(jaxpr.invars, inputs, strict=True))
+    read = lambda atom: set() if isinstance(atom, core.Literal) else ways.get(atom, set())
+    for eqn in jaxpr.eqns:
+        operands = [read(atom) for atom in eqn.invars]
+        if jaxprs.is_plain_jit(eqn):
+            ways.update(zip(eqn.outvars, _ways(eqn.params["jaxpr"].jaxpr, operands, names), strict=True))
+            continue
+        through = set().union(*operands)
+        axes = jaxprs.axes(eqn) & names
+        if axes and (eqn.primitive.name != "all_gather" or eqn.params["axis_index_groups"] is not None):
+            raise NotImplementedError(
+                f"prepare calls {eqn.primitive.name} over {sorted(axes)}, which can't be carried back through the "
+                "window's one reduction. Of the collectives prepare may use jax.lax.all_gather, outside of loops."
+            )
+        if axes:
+            through = {(number, tuple(sorted({*done, *axes}))) for number, done in through}
+        ways.update((var, through) for var in eqn.outvars)
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _evaluate(closed: core.ClosedJaxpr, inputs: Sequence[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+    """The outputs of `closed`, each as (its value, what it was before the casts that end in it).
+
+    The second of each pair is there to be differentiated: it leads past the casts.
+    """
+
+    def pairs(eqn, operands):
+        if jaxprs.is_plain_jit(eqn):
+            return _evaluate(eqn.params["jaxpr"], operands)
+        values, wide = zip(*operands, strict=True) if operands else ((), ())
+        results = _gathered(eqn, *values) if eqn.primitive.name in _GATHERS else jaxprs.run(eqn, values)
+        if eqn.primitive.name == "convert_element_type" and _floating(wide[0], results[0]):
+            before = wide
+        elif eqn.primitive.name in jaxprs.MOVES and len({x.dtype for x in wide}) == 1:
+            before = jaxprs.run(eqn, wide)
+        else:
+            before = results
+        return list(zip(results, before, strict=True))
+
+    return jaxprs.evaluate(closed.jaxpr, closed.consts, inputs, pairs, lambda x: (x, x))
+
+
+def _gathered(eqn: core.JaxprEqn, x: Any) -> list[Any]:
+    """The results of a gather of `x`, whose transpose adds what the devices hold in float32 or wider."""
+    run = lambda x: jaxprs.run(eqn, [x])[0]
+
+    @jax.custom_vjp
+    def gather(x):
+        return run(x)
+
+    def backward(x, cotangent):
+        _, pull_back = jax.vjp(run, layout.wide(x))
+        (gradient,) = pull_back(layout.wide(cotangent))
+        return (gradient.astype(x.dtype),)
+
+    gather.defvjp(lambda x: (run(x), x), backward)
+    return [gather(x)]
+
+
+def _has_small_range(jaxpr: core.Jaxpr) -> bool:
+    """Whether a floating dtype of a smaller range than float32's is in it."""
+    largest = lambda var: jnp.finfo(var.aval.dtype).maxexp if _floating(var.aval) else np.inf
+    results = (var for eqn in jaxprs.equations(jaxpr) for var in eqn.outvars)
+    return any(largest(var) < jnp.finfo(jnp.bfloat16).maxexp for var in results)
+
+
+def _power_of_two(count: Any) -> jax.Array:
+    """The smallest power of two that is not below `count`, an integer of at least 1: a float32 scalar."""
+    bits = 32 - jax.lax.clz(jnp.asarray(count, jnp.int32) - 1)
+    return jnp.ldexp(jnp.float32(1), bits)
+
+
+def _floating(*arrays: Any) -> bool:
+    return all(jnp.issubdtype(x.dtype, jnp.floating) for x in arrays)
+
+
+def _at_least_float32(dtype: Any) -> Any:
+    return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
+
+
+def checked(value: Any, *, auto: bool = False) -> None:
+    """None, or a function of the parameters, or, where `auto`, the string "auto"."""
+    if isinstance(value, str) and not (auto and value == "auto"):
+        takes = '"auto", None or a function' if auto else "None or a function"
+        hint = "" if auto else '; "auto" is an option of jaxaccum.value_and_grad alone'
+        raise ValueError(f"prepare must be {takes} of the parameters, got {value!r}{hint}.")
+    if not (auto and value == "auto") and not (value is None or callable(value)):
+        raise TypeError(f"prepare must be None or a function of the parameters, got {value!r}.")

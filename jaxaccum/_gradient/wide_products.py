@@ -1,0 +1,202 @@
+"""Weight gradients of matrix products in half precision, formed in float32, so that a product can add to a sum itself.
+
+Where a loss casts a parameter to bfloat16 and multiplies by it, jax rounds the parameter's gradient to bfloat16 and
+casts that back. The product had it in float32. Kept so, it is more exact, and `sum + gradient` is one operation of a
+matrix unit, which reads the sum and writes it: what adds afterwards reads and writes half as much again.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxaccum._jax import core, jaxprs
+
+Tree = Any
+
+
+class _Value(NamedTuple):
+    """A value of the loss.
+
+    Attributes:
+      array: the value.
+      wide: where it is a parameter cast to half precision, or such a one moved about, the same without the cast: what
+        a gradient in float32 may be carried back to. Else None.
+    """
+
+    array: Any
+    wide: Any = None
+
+
+def occur(jaxpr: core.Jaxpr) -> bool:
+    """Whether `jaxpr` has a matrix product in half precision where `widened` would find it."""
+
+    def has(eqn):
+        if jaxprs.is_plain_jit(eqn):
+            return occur(eqn.params["jaxpr"].jaxpr)
+        return occur(eqn.params["jaxpr"]) if jaxprs.is_checkpoint(eqn) else _is_half_product(eqn)
+
+    return any(map(has, jaxpr.eqns))
+
+
+def lifted(params: Sequence[Any], chosen: Sequence[bool]) -> list[Any]:
+    """The parameters that `widened` differentiates by: of those chosen, the ones in half precision as float32."""
+    lift = lambda x: x.astype(jnp.float32) if _is_half(x.dtype) else x
+    return [lift(x) if is_chosen else x for x, is_chosen in zip(params, chosen, strict=True)]
+
+
+def widened(closed: core.ClosedJaxpr, params: Sequence[Any], chosen: Sequence[bool]) -> Callable[..., list[Any]]:
+    """`closed`, a function of parameters and others, as one of `lifted` parameters and others, flat.
+
+    The results are those of `closed` of `params`, bit for bit, and so are the gradients, but for one difference: where
+    a chosen parameter in half precision, given so or cast in `closed`, reaches a matrix product by moves alone, its
+    gradient there is formed in float32 and not rounded. It looks into jit and `jax.checkpoint`, not into loops.
+
+    Args:
+      closed: the loss, traced.
+      params: the parameters, the first inputs of `closed`. Of those that were lifted the values are taken from here:
+        in the arguments they only stand for what is differentiated by.
+      chosen: which of them.
+
+    Example:
+      >>> loss = lambda w, x: (x.astype(w.dtype) @ w).astype(jnp.float32)
+      >>> w, x = jnp.ones(1, jnp.bfloat16), jnp.full(1, 1 + 2**-7)
+      >>> fun = widened(jax.make_jaxpr(loss)(w, x), [w], [True])
+      >>> print(jax.grad(lambda w: fun(w, x)[0])(*lifted([w], [True])).dtype)
+      float32
+    """
+
+    def fun(*inputs):
+        lifts, others = inputs[: len(params)], inputs[len(params) :]
+        entries = [_entry(*entry) for entry in zip(params, lifts, chosen, strict=True)]
+        outputs = _evaluate(jaxprs.Jits(), closed.jaxpr, closed.consts, [*entries, *map(_Value, others)])
+        return [x.array for x in outputs]
+
+    return fun
+
+
+def _entry(param: Any, lift: Any, is_chosen: bool) -> _Value:
+    """A parameter whose gradient goes to `lift`."""
+    if is_chosen and _is_half(param.dtype):
+        return _Value(_standing_for(lift, param), lift)
+    return _Value(lift, lift if is_chosen else None)
+
+
+def _evaluate(jits: jaxprs.Jits, jaxpr: core.Jaxpr, consts: Sequence[Any], inputs: Sequence[_Value]) -> list[_Value]:
+    """The outputs of `jaxpr`."""
+    return jaxprs.evaluate(jaxpr, consts, inputs, functools.partial(_results, jits), _Value)
+
+
+def _results(jits: jaxprs.Jits, eqn: core.JaxprEqn, operands: Sequence[_Value]) -> list[_Value]:
+    if all(x.wide is None for x in operands):
+        return [_Value(x) for x in jaxprs.run(eqn, [x.array for x in operands])]
+    if jaxprs.is_checkpoint(eqn):
+        body = lambda operands: _evaluate(jits, eqn.params["jaxpr"], [], operands)
+        with jaxprs.located(eqn):
+            return jaxprs.checkpointed(eqn, body)(operands)
+    if jaxprs.is_plain_jit(eqn):
+        body = eqn.params["jaxpr"]
+        return jits.call(eqn, None, lambda operands: _evaluate(jits, body.jaxpr, body.consts, operands), operands)
+    if _is_weighing(eqn, operands):
+        return [_Value(_product(eqn, operands))]
+    arrays, wide = [x.array for x in operands], [x.wide for x in operands]
+    results = jaxprs.run(eqn, arrays)
+    if any(x is None for x in wide) or not wide:
+        return [_Value(x) for x in results]
+    if eqn.primitive.name == "convert_element_type" and _is_half(results[0].dtype):
+        return [_Value(results[0], wide[0])]
+    if eqn.primitive.name not in jaxprs.MOVES:
+        return [_Value(x) for x in results]
+    uncast = all(x is y for x, y in zip(arrays, wide, strict=True))
+    return [_Value(*pair) for pair in zip(results, results if uncast else jaxprs.run(eqn, wide), strict=True)]
+
+
+def _is_weighing(eqn: core.JaxprEqn, operands: Sequence[_Value]) -> bool:
+    """Whether `eqn` is a product in half precision of a parameter and of what is none."""
+    return _is_half_product(eqn) and sum(x.wide is None for x in operands) == 1
+
+
+def _is_half_product(eqn: core.JaxprEqn) -> bool:
+    """Whether `eqn` is a matrix product in half precision, with nothing said of how or where it is to be made."""
+    atoms: list[Any] = [*eqn.invars, *eqn.outvars]
+    if eqn.primitive.name != "dot_general" or len({atom.aval.dtype for atom in atoms}) > 1:
+        return False
+    placed = eqn.params["out_sharding"] is not None or any(_is_explicit(atom.aval) for atom in atoms)
+    algorithm = isinstance(eqn.params["precision"], (jax.lax.DotAlgorithm, jax.lax.DotAlgorithmPreset))
+    return _is_half(atoms[0].aval.dtype) and not placed and not algorithm
+
+
+def _product(eqn: core.JaxprEqn, operands: Sequence[_Value]) -> jax.Array:
+    """The product of an activation and a weight, whose gradient goes to what the weight was cast from."""
+    side = 0 if operands[0].wide is not None else 1  # where the weight stands
+    run = lambda activation, weight: jaxprs.run(eqn, (weight, activation) if side == 0 else (activation, weight))[0]
+
+    @jax.custom_vjp
+    def product(activation, weight, wide):
+        del wide
+        return run(activation, weight)
+
+    def forward(activation, weight, wide):
+        del wide
+        return run(activation, weight), (activation, weight)
+
+    def backward(residuals, cotangent):
+        activation, weight = residuals
+        _, pull_back = jax.vjp(lambda activation: run(activation, weight), activation)
+        # None is for the weight as it is multiplied by: its gradient goes past the cast.
+        return *pull_back(cotangent), None, _weight_gradient(eqn, side, activation, cotangent)
+
+    product.defvjp(forward, backward)
+    return product(operands[1 - side].array, *operands[side])
+
+
+def _weight_gradient(eqn: core.JaxprEqn, side: int, activation: jax.Array, cotangent: jax.Array) -> jax.Array:
+    """The gradient of operand `side` of a product, the other one being `activation`, in float32."""
+    contracted, batched = eqn.params["dimension_numbers"]
+    ndim = jaxprs.ndim(eqn.invars[side])
+    free = lambda ndim, taken: [i for i in range(ndim) if i not in taken]
+    own = free(ndim, (*contracted[side], *batched[side]))
+    other = free(activation.ndim, (*contracted[1 - side], *batched[1 - side]))
+    # The product has the batched dimensions first, then those of its left operand, then those of its right one.
+    at = len(batched[side]) + (len(own) if side == 0 else 0)
+    dimensions = (other, range(at, at + len(other))), (batched[1 - side], range(len(batched[side])))
+    product = lambda x, y: jax.lax.dot_general(
+        x, y, dimensions, precision=eqn.params["precision"], preferred_element_type=jnp.float32
+    )
+    # A CPU has no such product in all shapes, and computes in float32 in any case.
+    on_cpu = lambda x, y: product(x.astype(jnp.float32), y.astype(jnp.float32))
+    gradient = jax.lax.platform_dependent(activation, cotangent, cpu=on_cpu, default=product)
+    pairs = sorted(zip(contracted[1 - side], contracted[side], strict=True))
+    order = [*batched[side], *(dimension for _, dimension in pairs), *own]
+    return jax.lax.transpose(gradient, tuple(np.argsort(order)))
+
+
+@jax.custom_vjp
+def _standing_for(lift: jax.Array, x: jax.Array) -> jax.Array:
+    """`x`, whose gradient goes to `lift`."""
+    del lift
+    return x
+
+
+def _standing_for_forward(lift, x):
+    del lift
+    return x, None
+
+
+def _standing_for_backward(_, cotangent):
+    return cotangent.astype(jnp.float32), None
+
+
+_standing_for.defvjp(_standing_for_forward, _standing_for_backward)
+
+
+def _is_half(dtype: Any) -> bool:
+    return dtype in (jnp.bfloat16, jnp.float16)
+
+
+def _is_explicit(aval: Any) -> bool:
+    """Whether `aval` lies split along an explicit axis of a mesh."""
+    return any(x is not None for x in aval.sharding.spec)

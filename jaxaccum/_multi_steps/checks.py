@@ -1,0 +1,183 @@
+"""Checks of what `MultiSteps` receives: each error names the argument, the value and the remedy."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxaccum._devices import placement
+from jaxaccum._devices.topology import Sync
+from jaxaccum._integers import positive_int
+from jaxaccum._multi_steps.state import MultiStepsState
+from jaxaccum._schedule import AccumulationSchedule
+from jaxaccum._sums.numeric import is_bool, is_real, kind, known, numbers, path_name
+from jaxaccum._sums.traced_loss import or_one_each
+from jaxaccum._sums.weighted_sum import is_inexact
+
+Tree = Any
+
+
+def state(value: Any, method: str, sync: Sync | None = None) -> MultiStepsState:
+    """A state of `MultiSteps`; where `sync` is given, one whose local sums are of its devices.
+
+    Raises:
+      TypeError: if it is none.
+      ValueError: if its local sums are those of other devices.
+      NameError: if `sync` is a mapped axis, and this is not inside of its map.
+    """
+    if not isinstance(value, MultiStepsState):
+        raise TypeError(
+            f"{method} takes the MultiStepsState that init returned, got a {type(value)}; in a chain's state "
+            "it is the entry of this transformation."
+        )
+    if sync is not None:
+        placement.in_map(sync)
+        if jnp.shape(value.weight) != sync.shape:
+            shape = jnp.shape(value.weight)
+            made = lambda shape: f"made with mesh= for {shape[0]} devices" if shape else "made without mesh="
+            raise ValueError(
+                f"{method} got a state whose weight has shape {shape}, as if {made(shape)}, but this MultiSteps was "
+                f"{made(sync.shape)}. Use a state from its own init, or convert this one with its redistribute."
+            )
+    return value
+
+
+def gradients(grads: Tree, acc_grads: Tree, sync: Sync) -> None:
+    """Gradients must form the parameters' tree, shape by shape, and be inexact.
+
+    Raises:
+      ValueError: if the tree or a shape differs.
+      TypeError: if a gradient is not floating or complex.
+    """
+    hint = (
+        f" With mesh=, gradients have a leading axis for the {sync.shape[0]} devices of the data axis, as "
+        "jaxaccum.local_value_and_grad gives them."
+        if sync.shape
+        else ""
+    )
+    is_none = lambda leaf: leaf is None
+    want = dict(jax.tree_util.tree_leaves_with_path(acc_grads, is_leaf=is_none))
+    got = dict(jax.tree_util.tree_leaves_with_path(grads, is_leaf=is_none))
+    if want.keys() != got.keys():
+        missing, extra = (
+            ", ".join(map(path_name, keys)) for keys in (want.keys() - got.keys(), got.keys() - want.keys())
+        )
+        raise ValueError(
+            "grads must have the tree of the parameters that init was given"
+            + (f"; missing: {missing}" if missing else "")
+            + (f"; not among the parameters: {extra}" if extra else "")
+            + ". Differentiate with respect to those parameters, or call init on these."
+        )
+    for path, acc in want.items():
+        grad = got[path]
+        no_gradient = grad is None or jnp.result_type(grad) == jax.dtypes.float0
+        if acc is None and no_gradient:
+            continue
+        if no_gradient or not is_inexact(grad):
+            dtype = "None" if grad is None else jnp.result_type(grad)
+            raise TypeError(
+                f"grads{path_name(path)} must be floating or complex, got {dtype}. Integer parameters have no "
+                "gradient: differentiate with respect to the others alone, or with allow_int=True."
+            )
+        if acc is None or jnp.shape(grad) != acc.shape:
+            shape = "an integer parameter" if acc is None else f"a parameter of shape {acc.shape}"
+            raise ValueError(f"grads{path_name(path)} has shape {jnp.shape(grad)}, for {shape}.{hint}")
+
+
+def inner_state(state: Tree) -> None:
+    """The state of an inner optimizer, which must not accumulate by itself."""
+    is_accumulating = lambda node: isinstance(node, (MultiStepsState, optax.MultiStepsState))
+    if any(map(is_accumulating, jax.tree.leaves(state, is_leaf=is_accumulating))):
+        raise accumulates()
+
+
+def accumulates() -> ValueError:
+    """The error for an optimizer that accumulates by itself, where it is to do so in one that does."""
+    return ValueError(
+        "opt accumulates by itself: it holds a MultiSteps. Pass the optimizer without it, and K once: for a window of "
+        "K1·K2 micro-steps make one MultiSteps(opt, K1·K2) with all else inside; for the Trainer pass K as "
+        "accumulate_grad_batches."
+    )
+
+
+def boundary(value: Any, sync: Sync) -> Any:
+    """A bool, Python's or numpy's or an array's; traced only if the array is, and then the same on every device."""
+    if not is_bool(value):
+        raise TypeError(
+            f"boundary must be None (the state's counter decides) or one bool, got {value!r}; "
+            "for example boundary=(batch_index + 1) % k == 0."
+        )
+    value = known(value)
+    if not isinstance(value, bool) and sync.varies(value):
+        raise ValueError(
+            f"boundary must be the same on every device, but it varies over axis_name={sync.names!r}: the devices "
+            "would wait for each other for ever. Decide it on the host, or from values that jax.lax.psum made equal."
+        )
+    return value
+
+
+def skip(value: Any) -> Any:
+    """The verdict of `should_skip_update_fn`: one bool."""
+    if not is_bool(value):
+        raise ValueError(f"should_skip_update_fn must return (skip, skip_state) with skip one bool, got {kind(value)}.")
+    return value
+
+
+def every_k_schedule(value: Any) -> int | Callable[[Any], Any]:
+    """An integer K, or a function of `gradient_step` that gives integers; anything else is refused.
+
+    Raises:
+      TypeError, ValueError: if `value` is neither, or is a function whose result is not one integer of at least 1.
+    """
+    if isinstance(value, AccumulationSchedule):
+        raise TypeError(
+            f"every_k_schedule={value!r} gives K by epoch, but MultiSteps counts optimizer steps. Start with "
+            "every_k_schedule=schedule(0), and at each epoch's start use set_every_k(state, schedule(epoch))."
+        )
+    if not callable(value):
+        return positive_int(value, "every_k_schedule")
+    returned = []
+
+    def record(step):
+        returned.append(value(step))
+        return returned[-1]
+
+    try:
+        jax.eval_shape(record, jax.ShapeDtypeStruct((), jnp.int32))
+    except jax.errors.ConcretizationTypeError:
+        return value  # A function of the step's value, for use outside jit: its results are checked one by one.
+    scheduled_k(returned[-1])
+    return value
+
+
+def scheduled_k(k: Any) -> Any:
+    """What a schedule function returned: one integer, of at least 1 where the value can be read."""
+    what = "the result of every_k_schedule"
+    if not isinstance(k, jax.core.Tracer):
+        return positive_int(k, what)
+    if k.shape or not jnp.issubdtype(k.dtype, jnp.integer):
+        raise TypeError(f"{what} must be one integer of at least 1, got {k.dtype} of shape {k.shape}.")
+    return k
+
+
+def averaged(name: str, value: Any, shape: tuple[int, ...] = ()) -> None:
+    """An averaged extra arg: one real number, or one for each device."""
+    if not is_real(value, shape):
+        raise ValueError(
+            f"the extra arg {name!r} is averaged over the window and must be one real number{or_one_each(shape)}, got "
+            f"{kind(value)}. To average an array or a tree, say its shapes with averaged_extra_args={{{name!r}: "
+            f"...}}; to hand it over as it is at the boundary, leave {name!r} out of averaged_extra_args."
+        )
+
+
+def averaged_tree(name: str, value: Tree, like: Tree, shape: tuple[int, ...]) -> None:
+    """An averaged extra arg that is no scalar: a tree like the one that `averaged_extra_args` has, of each device."""
+    numbers(name, value)
+    got = jax.tree.map(jnp.shape, value)
+    want = jax.tree.map(lambda x: (*shape, *x.shape), like)
+    if jax.tree.structure(value) != jax.tree.structure(like) or got != want:
+        raise ValueError(
+            f"the extra arg {name!r} must have the tree and shapes that averaged_extra_args gives: {want}, not {got}."
+        )

@@ -1,0 +1,110 @@
+"""Local sums for another number of devices: what a checkpoint holds is merged, or split."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxaccum._devices import layout
+from jaxaccum._devices.topology import MeshAxis, OneDevice
+from jaxaccum._multi_steps.state import MultiStepsState
+from jaxaccum._multi_steps.stepping import Config
+from jaxaccum._sums import overwrites
+
+Tree = Any
+
+
+BATCHES = ("per_device", "global", "weighted")
+
+
+def redistribute(config: Config, state: MultiStepsState, devices: int, batch: str | None) -> MultiStepsState:
+    """`state` with its local sums merged or split for `devices` devices, laid out as `config` has them.
+
+    Each sum goes to one of the new devices whole, and those without an heir start from zero: nothing is divided. Two
+    things are scaled by the ratio of the numbers of devices: where a micro-step's whole batch stays and its loss is a
+    plain mean, all sums, so that the micro-steps of before weigh as much as those of after; in the sum mode, whose
+    result is a mean over devices, those of gradients, so that each micro-step enters with the mean over its own.
+
+    Args:
+      config: the transformation.
+      state: its state, for any number of devices.
+      devices: the new number.
+      batch: one of `BATCHES`, or None.
+
+    Raises:
+      ValueError: if `batch` is None where it makes a difference.
+    """
+    is_stacked = jnp.ndim(state.mini_step) == 1
+    if is_stacked:  # By pmap: every device holds all of it.
+        shared = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[0]), state)
+        local = lambda name: getattr(state, name)
+    else:
+        shared = state
+        is_one = jnp.ndim(state.weight) == 0
+        local = lambda name: jax.tree.map(lambda x: x[None], getattr(state, name)) if is_one else getattr(state, name)
+
+    before = np.size(local("weight"))
+    if batch is None and before != devices and np.any(shared.mini_step) and np.any(local("weight")):
+        raise ValueError(
+            f"batch must be given: {before} devices hold the sums of an open window, which go on with {devices}, and "
+            "the state can't tell what their weights count. batch='per_device' if each device's batch stays as large "
+            "as it was; 'global' if the batch of all devices does, and the loss is a plain mean: what is pending is "
+            f"scaled by {devices}/{before}; 'weighted' if weights are numbers of examples or tokens, as those of a "
+            "Weighted loss."
+        )
+    ratio = devices / before
+    scales = {
+        "acc_grads": ratio if batch == "global" or not config.use_grad_mean else 1,
+        "weight": ratio if batch == "global" else 1,
+        "averages": ratio if batch == "global" else 1,
+        "dropped": 1,
+    }
+    moved = {name: folded(jax.tree.map(_on_host, local(name)), devices, scale) for name, scale in scales.items()}
+    if isinstance(config.sync, MeshAxis):
+        place = functools.partial(_placed, config.sync)
+        moved = {name: jax.tree.map(place, sums, local(name)) for name, sums in moved.items()}
+    if isinstance(config.sync, OneDevice):
+        moved = jax.tree.map(lambda x: x[0], moved)
+    if isinstance(config.sync, OneDevice | MeshAxis):
+        return shared._replace(**moved)
+    stacked = jax.tree.map(lambda x: jnp.broadcast_to(x, (devices, *jnp.shape(x))), shared)
+    return stacked._replace(**moved)
+
+
+def folded(sums: Tree, devices: int, scale: float = 1) -> Tree:
+    """Leaves (P, ...) as (devices, ...): old device p's sum goes to new device p·devices // P, times `scale`.
+
+    Sums are added and scaled in float32 or wider, and rounded once to the dtype that they are stored in. Of statistics
+    that are overwritten the largest goes on, unscaled.
+    """
+
+    def leaf(path, x):
+        heirs = np.arange(len(x)) * devices // len(x)
+        wide = layout.wide(jnp.asarray(x))
+        if overwrites.holds(path):
+            return jnp.stack([jnp.max(wide[heirs == i], axis=0, initial=0) for i in range(devices)]).astype(x.dtype)
+        merged = [jnp.sum(wide[heirs == i], axis=0) for i in range(devices)]
+        total = jnp.stack(merged)
+        return (total if scale == 1 else total * scale).astype(x.dtype)
+
+    return jax.tree.map_with_path(leaf, sums)
+
+
+def _on_host(x: Any) -> jax.Array:
+    """`x` away from the devices that it lay on, which the new ones need not have among them."""
+    return jnp.asarray(np.asarray(x))
+
+
+def _placed(sync: MeshAxis, sums: jax.Array, old: Any) -> jax.Array:
+    """`sums` on the mesh, over the data axis and, where the mesh has the axes, as they lay before over others."""
+    known = getattr(old, "sharding", None)
+    spec = known.spec[1:] if isinstance(known, NamedSharding) else ()
+    kept = [
+        entry if set(entry if isinstance(entry, tuple) else (entry,)) <= set(sync.mesh.axis_names) else None
+        for entry in spec
+    ]
+    return jax.device_put(sums, NamedSharding(sync.mesh, P(sync.names, *kept)))

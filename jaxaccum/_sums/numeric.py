@@ -1,0 +1,93 @@
+"""What sums are made of: checks of dtypes, numbers and the leaves of trees."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxaccum._sums.weighted_sum import is_inexact
+
+Tree = Any
+
+
+def known(flag: Any) -> Any:
+    """`flag` as a Python bool where its value can be read now; the traced array where it can't."""
+    return flag if isinstance(flag, jax.core.Tracer) else bool(flag)
+
+
+def floating(name: str, dtype: Any) -> None:
+    """A dtype argument: floating, or None."""
+    if not (dtype is None or is_floating(dtype)):
+        raise TypeError(f"{name} must be a floating dtype or None, got {dtype!r}.")
+
+
+def available(name: str, dtype: Any) -> None:
+    """A dtype argument must be one that jax has switched on."""
+    if dtype is not None and jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(f"{name}={jnp.dtype(dtype)} needs x64: set jax_enable_x64 first.")
+
+
+def arrays(params: Tree) -> None:
+    """Parameters: arrays or numbers, every one. A module of equinox holds functions too."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not (hasattr(leaf, "dtype") or isinstance(leaf, (bool, int, float, complex))):
+            raise TypeError(
+                f"the parameters hold {leaf!r} at {path_name(path) or 'their root'}, which is not an array. Separate "
+                "the arrays from the rest, for an equinox module with arrays, rest = eqx.partition(model, "
+                "eqx.is_inexact_array); pass the arrays as the parameters, and call eqx.combine(arrays, rest) in the "
+                "loss."
+            )
+
+
+def differentiable(params: Tree, what: str = "the argument that argnums names") -> None:
+    """Parameters to differentiate: floating or complex, every one."""
+    arrays(params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not is_inexact(leaf):
+            raise TypeError(
+                f"{what} holds {jnp.result_type(leaf)} at {path_name(path) or 'its root'}, which has no gradient; pass "
+                "it as another argument."
+            )
+
+
+def numbers(name: str, tree: Tree) -> Tree:
+    """`tree`, an averaged extra arg or one like it, which must consist of numbers, and of one at least."""
+    leaves = jax.tree.leaves(tree)
+    for leaf in leaves:
+        has_dtype = hasattr(leaf, "dtype") and not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
+        if not (has_dtype or isinstance(leaf, (int, float, complex))):
+            raise TypeError(f"averaged_extra_args: {name!r} must be arrays or numbers, got {kind(leaf)}.")
+    if not leaves:
+        raise TypeError(f"averaged_extra_args: {name!r} must be arrays or numbers, got {tree!r}.")
+    return tree
+
+
+def path_name(path: Any) -> str:
+    return jax.tree_util.keystr(path)
+
+
+def is_floating(dtype: Any) -> bool:
+    try:
+        return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        return False
+
+
+def scalar_dtype(value: Any) -> Any:
+    """The dtype of one number or one bool; None for anything else, such as a string, which jax takes for a dtype."""
+    is_scalar = isinstance(value, (bool, int, float, complex)) or getattr(value, "shape", None) == ()
+    return jnp.result_type(value) if is_scalar else None
+
+
+def is_real(value: Any, shape: tuple[int, ...]) -> bool:
+    dtype = value.dtype if shape and getattr(value, "shape", None) == shape else scalar_dtype(value)
+    return any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)) if dtype else False
+
+
+def is_bool(value: Any) -> bool:
+    return scalar_dtype(value) == jnp.bool_
+
+
+def kind(value: Any) -> str:
+    """What `value` is, for an error: an array without its contents."""
+    return f"{value.dtype} of shape {value.shape}" if hasattr(value, "shape") else repr(value)

@@ -1,0 +1,239 @@
+"""The window of one device: the sums of loss and gradient over its micro-batches, before any synchronisation."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxaccum._devices import layout
+from jaxaccum._devices.topology import MappedAxis, OneDevice
+from jaxaccum._gradient import hoisting, micro_gradient, once_per_window, splitting, sum_packing
+from jaxaccum._gradient.casting import Cast
+from jaxaccum._gradient.roles import Roles
+from jaxaccum._jax import core, prng
+from jaxaccum._sums import traced_loss, weighted_sum
+from jaxaccum._sums.weighted_sum import Weighted
+
+Tree = Any
+
+
+class Window(NamedTuple):
+    """What a window is made of; `value_and_grad` documents its arguments."""
+
+    fun: Callable[..., Any]
+    k: Any
+    stacked: bool
+    argnums: int | Sequence[int]
+    roles: Roles
+    has_aux: bool
+    carry_argnums: int | Sequence[int] | None
+    prepare: Callable[[Tree], Tree] | str | None
+    accumulator_dtype: Any
+    in_place: bool | None
+    unroll: int
+
+    def differentiated(self, args: Sequence[Tree]) -> Tree:
+        """The arguments to differentiate: one, or a tuple."""
+        return args[self.argnums] if isinstance(self.argnums, int) else tuple(args[i] for i in self.argnums)
+
+    def run(
+        self, device: OneDevice | MappedAxis, args: Sequence[Tree], kwargs: dict[str, Tree]
+    ) -> tuple[Weighted, Tree, jax.Array, tuple[Tree, ...], Tree]:
+        """The window on this device.
+
+        Args:
+          device: where it runs.
+          args: the positional arguments of `fun`, its batch that of the whole window.
+          kwargs: the keyword arguments.
+
+        Returns:
+          (local sums of loss and gradient; for each gradient, the axes over which it is summed already; a zero of the
+          loss's dtype; the carry, averaged over the devices; aux).
+        """
+        params = weighted_sum.arrays(self.differentiated(args))
+        micro_batches = splitting.split(args, self.roles.batch, self.k, self.stacked)
+        # As leaves, since a loop compares trees, and not every class of a tree can be compared.
+        leaves, carry_structure = jax.tree.flatten(tuple(args[i] for i in self.roles.carry))
+        carry = prng.fold_beyond_first(device.local(list(map(_strong, leaves))), device.index())
+
+        def loss(seen, index, batch, carry):
+            differentiated = (seen,) if isinstance(self.argnums, int) else seen
+            number = device.index() * self.k + index
+            keys = tuple(prng.fold(args[i], number) for i in self.roles.keys)
+            old_carry = carry_structure.unflatten(carry)
+            returned = self.fun(*self.roles.put(args, differentiated, batch, keys, old_carry), **kwargs)
+            value, new_carry, aux = self.unpack(returned)
+            return value, (_carried(new_carry, old_carry), aux)
+
+        # Cast to varying before anything is computed from them, so that no gradient is reduced on its way back.
+        seen = params = device.local(params)
+        transpose, reduced = (lambda sums, count: sums), jax.tree.map(lambda _: (), params)
+        first = (jnp.zeros((), jnp.int32), micro_batches.take(0), carry)
+        if isinstance(self.prepare, str):
+            visible, loss = hoisting.split(loss, params, *first)
+        else:
+            visible = self.prepare.seeing(loss, params, *first) if isinstance(self.prepare, Cast) else self.prepare
+            if visible is not None:
+                once_per_window.check(visible, params)
+        if visible is not None:
+            reduced = once_per_window.gathered(visible, params, device.names)
+            seen, transpose = once_per_window.once(visible, params)
+            seen = device.local(seen)
+
+        traced, mean = traced_loss.trace(loss, seen, *first), None
+        traced.refuse_reduced(device.names)
+        if traced.weight_varies():
+            mean = self._mean(device, traced, seen, carry, micro_batches)
+            traced = traced.less(mean)
+        if isinstance(self.k, int) and self.k == 1:
+            sums, like, carry, aux = _only(traced, seen, *first)
+        else:
+            start = device.local(self._start(seen))
+            gradient = micro_gradient.of(traced, self.in_place, start.total[1])
+            sums, like, carry, aux = self._sum(device, gradient, seen, start, carry, micro_batches)
+        total, grads = sums.total
+        total = total if mean is None else total + mean * sums.weight
+        sums = Weighted((total, transpose(grads, self.k)), sums.weight)
+        return sums, reduced, like, carry_structure.unflatten(device.averaged(carry)), aux
+
+    def _start(self, seen: Tree) -> Weighted:
+        """Sums of no micro-batch."""
+        return Weighted((_zero(), weighted_sum.zeros(seen, self.accumulator_dtype)), _zero())
+
+    def _mean(self, device, loss, seen, carry, micro_batches) -> jax.Array:
+        """The window's loss over all devices, by forward passes alone."""
+
+        def micro_step(state, micro_batch):
+            sums, carry = state
+            _, (value, (new_carry, _)) = loss.total(seen, *micro_batch, carry)
+            keep = value.weight != 0
+            sums = weighted_sum.merge(sums, value, keep=keep)
+            return (sums, weighted_sum.select(keep, new_carry, carry)), ()
+
+        start = device.local(Weighted(_zero(), _zero())), carry
+        (sums, _), _ = self._loop(micro_step, start, micro_batches)
+        return device.local(traced_loss.mean(device.joined(sums)))
+
+    def _sum(self, device, gradient, seen, sums, carry, micro_batches):
+        """(sums of loss and gradient, a zero of the loss's dtype, the last carry, aux) over the micro-batches."""
+        packing = sum_packing.of(sums.total[1], gradient.inside)
+        changed = lambda sums, change: Weighted((sums.total[0], change(sums.total[1])), sums.weight)
+        dtypes = []
+
+        def micro_step(state, micro_batch):
+            sums, carry = state
+            value, (new_carry, aux), grads = gradient(seen, packing.unpack(sums.total[1]), *micro_batch, carry)
+            dtypes.append(value.total.dtype)
+            keep = traced_loss.keep(value.weight)
+            weight = jnp.ones_like(sums.weight) if value.weight is None else value.weight
+            # The loss tells one window from the next.
+            bits = jax.lax.bitcast_convert_type(value.total.astype(jnp.float32), jnp.uint32)
+            counters = (device.index(), micro_batch[0], bits)
+            new = Weighted((value.total, packing.pack(grads)), weight)
+            sums = weighted_sum.merge(sums, new, keep=keep, counters=counters)
+            return (sums, new_carry if keep is None else weighted_sum.select(keep, new_carry, carry)), aux
+
+        (sums, carry), aux = self._loop(micro_step, (changed(sums, packing.pack), carry), micro_batches)
+        return changed(sums, packing.unpack), jnp.zeros((), dtypes[0]), carry, aux
+
+    def _loop(self, micro_step, start, micro_batches):
+        """(the last state, rows) of `micro_step(state, (i, micro-batch i)) -> (state, row)` over the window."""
+        k, length = self.k, micro_batches.length
+        take = lambda i: (i, micro_batches.take(i))
+        if self.unroll > 1 and k != length:
+            raise ValueError(
+                f"unroll={self.unroll} needs all of the stacked batch: num_micro_batches={k}, but it holds {length}."
+            )
+        if isinstance(k, int):
+            numbers = jnp.arange(k, dtype=jnp.int32)
+            return jax.lax.scan(lambda state, i: micro_step(state, take(i)), start, numbers, unroll=self.unroll)
+        return _loop(micro_step, start, take, k, length)
+
+    def unpack(self, returned: Any) -> tuple[Any, tuple[Tree, ...], Tree]:
+        """What `fun` returned as (loss, new carry, aux), with () and None for what it does not return."""
+        has_aux, carry_argnums = self.has_aux, self.carry_argnums
+        has_carry = carry_argnums is not None
+        if not has_aux and not has_carry:
+            return returned, (), None
+
+        def pair(value):
+            if not isinstance(value, (tuple, list)) or isinstance(value, Weighted) or len(value) != 2:
+                form = (
+                    "(loss, (new_carry, aux))"
+                    if has_aux and has_carry
+                    else "(loss, new_carry)"
+                    if has_carry
+                    else "(loss, aux)"
+                )
+                raise TypeError(
+                    f"with {has_aux=} and {carry_argnums=} fun must return {form}, got {type(value)} for a pair."
+                )
+            return value
+
+        value, rest = pair(returned)
+        if not has_carry:
+            return value, (), rest
+        carry, aux = pair(rest) if has_aux else (rest, None)
+        return value, (carry,) if isinstance(carry_argnums, int) else tuple(carry), aux
+
+    def pack(self, value: Any, carry: tuple[Tree, ...], aux: Tree) -> Any:
+        """The inverse of `unpack`."""
+        if self.carry_argnums is None:
+            return (value, aux) if self.has_aux else value
+        rest = carry[0] if isinstance(self.carry_argnums, int) else carry
+        return value, ((rest, aux) if self.has_aux else rest)
+
+
+def _only(traced, seen, index, batch, carry):
+    """The same as `Window._sum` for a window of one micro-batch, which needs no sums."""
+    value, (new_carry, aux), grads = micro_gradient.of(traced, False, None)(seen, None, index, batch, carry)
+    one = jnp.ones((), weighted_sum.weight_dtype())
+    weight = one if value.weight is None else jnp.asarray(value.weight).astype(one.dtype)
+    sums = Weighted((value.total.astype(one.dtype), grads), weight)
+    keep = traced_loss.keep(value.weight)
+    if keep is not None:
+        sums = weighted_sum.select(keep, sums, jax.tree.map(jnp.zeros_like, sums))
+        new_carry = weighted_sum.select(keep, new_carry, carry)
+    return sums, jnp.zeros((), value.total.dtype), new_carry, jax.tree.map(lambda x: x[None], aux)
+
+
+def _loop(micro_step, start, take, k, length):
+    """`lax.scan` over the first k of `length` micro-batches, k traced; rows of absent ones are zero."""
+    # Traced once, to know the types of what it returns before the loop that needs them.
+    closed, (_, aux_shapes) = jax.make_jaxpr(micro_step, return_shape=True)(start, take(jnp.zeros((), jnp.int32)))
+    avals = closed.out_avals[len(closed.out_avals) - len(jax.tree.leaves(aux_shapes)) :]
+    aux = jax.tree.unflatten(jax.tree.structure(aux_shapes), [layout.zeros(length, aval) for aval in avals])
+    treedef = jax.tree.structure((start, aux))
+
+    def body(i, state):
+        state, aux = state
+        flat = core.jaxpr_as_fun(closed)(*jax.tree.leaves((state, take(i))))
+        state, row = jax.tree.unflatten(treedef, flat)
+        return state, jax.tree.map(lambda a, x: jax.lax.dynamic_update_index_in_dim(a, x, i, 0), aux, row)
+
+    # Micro-batches are numbered in int32, under x64 too.
+    return jax.lax.fori_loop(jnp.int32(0), jnp.minimum(k, length).astype(jnp.int32), body, (start, aux))
+
+
+def _zero() -> jax.Array:
+    return jnp.zeros((), weighted_sum.weight_dtype())
+
+
+def _strong(x: Any) -> jax.Array:
+    """`x` as an array without a weak type, which a loop would widen by tracing its body again."""
+    x = jnp.asarray(x)
+    return jax.lax.convert_element_type(x, x.dtype) if jax.typeof(x).weak_type else x
+
+
+def _carried(new: tuple[Tree, ...], old: tuple[Tree, ...]) -> list[jax.Array]:
+    """The leaves of the new model state, which must be those of the old one, of their shapes and dtypes."""
+    flat = jax.tree_util.tree_leaves_with_path
+    types = lambda tree: [(path, jnp.shape(x), jnp.result_type(x)) for path, x in flat(tree)]
+    if types(new) != types(old):
+        shapes = lambda tree: jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), tree)
+        raise ValueError(
+            f"fun must return a new carry of the same tree, shapes and dtypes: carry_argnums passed {shapes(old)}, "
+            f"fun returned {shapes(new)}."
+        )
+    return list(map(_strong, jax.tree.leaves(new)))

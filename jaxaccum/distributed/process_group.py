@@ -1,0 +1,177 @@
+"""What the processes of a run tell each other on their hosts, so that all of them do the same."""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+from jaxaccum._jax import coordination
+from jaxaccum.distributed import check_same
+
+_PATIENCE = 1800.0  # Seconds that a process may be behind another; one that is dead ends all of them long before.
+_SHELF = 100
+_gatherings = itertools.count()
+
+
+@dataclasses.dataclass
+class Wishes:
+    """What may come to one process alone, and concerns all.
+
+    Attributes:
+      signal: the number of one that it was sent, or None.
+      stop: whether it wants training to stop.
+    """
+
+    signal: int | None = None
+    stop: bool = False
+
+
+class Processes:
+    """The processes of `jax.distributed`; without it, this one alone, which has nothing to wait for.
+
+    They tell each other things by `gather`, which all of them call in the same order, with the wishes of each. It takes
+    the host a millisecond or two, and no device. One that can't go on says so in the place of its next `gather`.
+
+    Attributes:
+      index: this process' number.
+      count: how many there are.
+      left: whether this one, or another one, has left the run: then `gather` tells and hears nothing any more.
+      own: this process' wishes.
+      wishes: those of all: a signal that any of them was sent, and whether any wants to stop. With several processes
+        they are as of the last `gather`.
+    """
+
+    def __init__(self):
+        self.index, self.count = coordination.place()
+        self.begin()
+
+    def begin(self) -> None:
+        """Begins a run, in which nobody wishes for anything yet."""
+        self._common: BaseException | None = None
+        self.left = False
+        self.own = Wishes()
+        self.wishes = self.own if self.count == 1 else Wishes()
+
+    def gather(self, about: str, value: Any = None) -> list[Any]:
+        """The values of all processes, in order.
+
+        Args:
+          about: the place in the program, to see that all of them are in the same.
+          value: what JSON can hold.
+
+        Raises:
+          RuntimeError: if another process has left the run, or is in another place.
+          TimeoutError: if one has not come in half an hour.
+        """
+        if self.count == 1 or self.left:
+            return [value]
+        entries = self._exchanged(json.dumps([about, value, dataclasses.astuple(self.own)]))
+        left = {i: entry["left"] for i, entry in enumerate(entries) if isinstance(entry, dict)}
+        if left or len({place for place, *_ in entries}) > 1:
+            self.left = True
+            if left:
+                who = "; ".join(f"process {process} left the run with {error}" for process, error in left.items())
+                raise RuntimeError(f"{who}. See its log; the others can't go on without it.")
+            where = "; ".join(f"process {i} is at {place!r}" for i, (place, *_) in enumerate(entries))
+            raise RuntimeError(
+                f"the processes have parted: {where}. Every process must call the Trainer's methods in the same order, "
+                "with the same options."
+            )
+        wishes = [Wishes(*entry[2]) for entry in entries]
+        signals = [wish.signal for wish in wishes if wish.signal is not None]
+        self.wishes = Wishes(signals[0] if signals else None, any(wish.stop for wish in wishes))
+        return [value for _, value, _ in entries]
+
+    def share_wishes(self) -> None:
+        """Tells the others what hooks and signals may have asked this one for, and hears theirs."""
+        self.gather("the end of a hook")
+
+    def agree(self, name: str, values: dict[str, Any]) -> None:
+        """Checks that every process has the same `values`, by name.
+
+        Raises:
+          ValueError: on all processes, if not: it says which differ, and whose are which.
+        """
+        if self.count == 1:
+            return
+        found = self.gather(name, values)
+        differ = [key for key in values if any(other[key] != found[0][key] for other in found)]
+        answers = [f"{name}: " + ", ".join(f"{key}={json.dumps(other[key])}" for key in differ) for other in found]
+        self.together(lambda: check_same(answers))
+
+    def together(self, check: Callable[[], Any]) -> Any:
+        """`check()`, which raises on all processes or on none: an error after which they are still together."""
+        try:
+            return check()
+        except Exception as error:
+            self.fail(error)
+
+    def fail(self, error: BaseException) -> NoReturn:
+        """Raises `error`, which all processes meet in the same place."""
+        self._common = error
+        raise error
+
+    def are_together(self, error: BaseException) -> bool:
+        """Whether all processes met `error`, or one of their own, in the same place."""
+        return self.count == 1 or error is self._common
+
+    def leave(self, error: BaseException) -> None:
+        """Tells the others, where they wait for this process, that it ends with `error`, unless all have met it."""
+        if not self.left and not self.are_together(error):
+            self.left = True
+            number, text = next(_gatherings), json.dumps({"left": repr(error)})
+            if self.index:
+                coordination.write(f"{_directory(number)}{self.index}", text)
+            else:
+                self._tell(number, [text])
+
+    def _exchanged(self, text: str) -> list[Any]:
+        """What all processes have written in this place. Process 0 reads it, and tells the others."""
+        number = next(_gatherings)
+        directory = _directory(number)
+        if not self.index:
+            return self._tell(number, [text, *self._entries(directory)])
+        coordination.write(f"{directory}{self.index}", text)
+        told = json.loads(_waited_for(f"{directory}all", 0, _PATIENCE + 10))
+        return [told["texts"][i] for i in told["whose"]]
+
+    def _entries(self, directory: str) -> list[str]:
+        """Those of all processes but 0, in order."""
+        found = coordination.read(directory)
+        others = range(1, self.count)
+        return [found.get(str(i)) or _waited_for(f"{directory}{i}", i, _PATIENCE) for i in others]
+
+    def _tell(self, number: int, entries: Sequence[str]) -> list[Any]:
+        """Writes `entries` for all to read, each text but once, and returns what they hold."""
+        texts = list(dict.fromkeys(entries))
+        told = {"texts": [json.loads(text) for text in texts], "whose": [texts.index(text) for text in entries]}
+        coordination.write(f"{_directory(number)}all", json.dumps(told))
+        if number % _SHELF == 1 and number > _SHELF:
+            coordination.forget(_shelf(number - _SHELF))  # All have read what is there: they have written since.
+        return [told["texts"][i] for i in told["whose"]]
+
+
+def _waited_for(key: str, process: int, patience: float) -> str:
+    try:
+        return coordination.wait(key, patience)
+    except RuntimeError as error:
+        raise TimeoutError(
+            f"process {process} had nothing to tell for {patience:g} s. Does it hang, or take another way through the "
+            "program?"
+        ) from error
+
+
+def said(values: Sequence[Any] | Mapping[int, Any]) -> str:
+    """Values by process, in words."""
+    pairs = values.items() if isinstance(values, Mapping) else enumerate(values)
+    return ", ".join(f"{value} on process {process}" for process, value in pairs)
+
+
+def _directory(number: int) -> str:
+    return f"{_shelf(number)}{number}/"
+
+
+def _shelf(number: int) -> str:
+    """The directory of some neighbouring directories, which are forgotten together."""
+    return f"jaxaccum/gatherings/{number // _SHELF}/"

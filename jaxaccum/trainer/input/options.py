@@ -1,0 +1,126 @@
+"""How a `Trainer` trains, as values: its options, checked, and the same in all processes."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from jaxaccum._integers import as_int, positive_int
+from jaxaccum._schedule import AccumulationSchedule
+from jaxaccum.distributed.process_group import Processes
+from jaxaccum.trainer.input import batch_limits
+
+# What each process may have of its own: no other one waits for what comes of it.
+_OWN = ("limit_train_batches", "limit_val_batches", "overfit_batches", "log_every_n_steps")
+
+# The smallest int that an argument may be which is an int or a fraction.
+_LEAST = {"limit_train_batches": 1, "limit_val_batches": 0, "overfit_batches": 0, "val_check_interval": 1}
+
+
+@dataclasses.dataclass
+class Options:
+    """A `Trainer`'s arguments of these names; `accumulate_grad_batches` is the schedule that they make.
+
+    Raises:
+      TypeError, ValueError: for one that is none of what it may be, and for two that exclude each other.
+    """
+
+    accumulate_grad_batches: AccumulationSchedule
+    max_epochs: int | None
+    max_steps: int
+    limit_train_batches: int | float
+    limit_val_batches: int | float
+    overfit_batches: int | float
+    num_sanity_val_steps: int
+    check_val_every_n_epoch: int | None
+    val_check_interval: int | float
+    log_every_n_steps: int
+    gradient_clip_val: float | None
+    seed: int
+    partial_window: str
+    flush_on_stop: bool
+    fuse_windows: bool
+    nonfinite: str
+    detect_anomaly: bool
+
+    def __post_init__(self):
+        if self.max_epochs is not None:
+            self.max_epochs = batch_limits.count_or_endless(self.max_epochs, "max_epochs")
+        self.max_steps = batch_limits.count_or_endless(self.max_steps, "max_steps")
+        for name, least in _LEAST.items():
+            setattr(self, name, batch_limits.count_or_fraction(getattr(self, name), name, least))
+        self.num_sanity_val_steps = batch_limits.count_or_endless(
+            self.num_sanity_val_steps, "num_sanity_val_steps", least=0
+        )
+        if self.check_val_every_n_epoch is not None:
+            self.check_val_every_n_epoch = positive_int(self.check_val_every_n_epoch, "check_val_every_n_epoch")
+        elif isinstance(self.val_check_interval, float):
+            raise ValueError(
+                f"check_val_every_n_epoch=None counts micro-steps across epochs, and val_check_interval="
+                f"{self.val_check_interval} is a fraction of one; pass an int val_check_interval."
+            )
+        self.log_every_n_steps = positive_int(self.log_every_n_steps, "log_every_n_steps")
+        clip = self.gradient_clip_val
+        if clip is not None and (isinstance(clip, (bool, str)) or not clip > 0):
+            raise ValueError(f"gradient_clip_val must be None or a number above 0, got {clip!r}.")
+        self.seed = as_int(self.seed, "seed", "an integer")
+        _check_choice(self.partial_window, "partial_window", ("exact", "divide_by_k"))
+        _check_choice(self.nonfinite, "nonfinite", ("propagate", "drop"))
+        if self.detect_anomaly:
+            if self.nonfinite == "drop":
+                raise ValueError("detect_anomaly=True raises where nonfinite='drop' goes on: choose one of them.")
+            if self.fuse_windows:
+                raise ValueError(
+                    "detect_anomaly=True looks at every micro-step before the next, and fuse_windows=True runs a "
+                    "window of them in one call: choose one of them."
+                )
+            self.nonfinite = "drop"  # What raises is left out too, so that the state which remains is sound.
+
+    @property
+    def epochs(self) -> int | float:
+        """`max_epochs` with its default; infinite for no end."""
+        if self.max_epochs is None:
+            return 1000 if self.max_steps == -1 else math.inf
+        return math.inf if self.max_epochs == -1 else self.max_epochs
+
+    @property
+    def steps(self) -> int | float:
+        """`max_steps`; infinite for no end."""
+        return math.inf if self.max_steps == -1 else self.max_steps
+
+    @property
+    def val_limit(self) -> int | float:
+        """The limit of a validation's batches."""
+        return self.overfit_batches or self.limit_val_batches
+
+    @property
+    def micro_steps(self) -> int | float:
+        """The most micro-steps that `max_steps` allows; infinite for no end."""
+        return self.steps * max(self.accumulate_grad_batches.values(), default=1)
+
+    @property
+    def divides_by_k(self) -> bool:
+        """Whether a partial window is divided by K."""
+        return self.partial_window == "divide_by_k"
+
+    def optimizer_steps(self, micro_steps: int | float) -> int | float:
+        """The optimizer steps of a run, with so many micro-steps an epoch, if nothing stops it; may be infinite."""
+        if isinstance(self.epochs, int) and isinstance(micro_steps, int):
+            return min(self.accumulate_grad_batches.optimizer_steps(self.epochs, micro_steps), self.steps)
+        return self.steps
+
+    def agree(self, processes: Processes, **others: Any) -> None:
+        """Checks that these options and `others` take all processes the same way through a run.
+
+        Raises:
+          ValueError: on all of them, if not: it says which differ, and whose are which.
+        """
+        common = {name: value for name, value in vars(self).items() if name not in _OWN}
+        common["accumulate_grad_batches"] = list(self.accumulate_grad_batches.items())
+        common["gradient_clip_val"] = str(self.gradient_clip_val)  # It may be a number that JSON doesn't know.
+        processes.agree("options", common | others)
+
+
+def _check_choice(value: Any, name: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {tuple(choices)}, got {value!r}.")

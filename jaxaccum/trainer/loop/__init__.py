@@ -1,0 +1,1 @@
+"""The course of a run: epochs, windows, validations, checkpoints, signals."""

@@ -1,0 +1,59 @@
+"""The hooks of a run, and which of its callbacks fill them."""
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from jaxaccum.callbacks import Callback, EarlyStopping, GradientAccumulationScheduler, ProgressBar
+from jaxaccum.task import Task
+
+if TYPE_CHECKING:
+    from jaxaccum.trainer.trainer import Trainer
+
+
+class Hooks:
+    """The callbacks' own methods, by name and in order: a hook that nobody fills costs nothing.
+
+    Args:
+      trainer: is passed to each of them.
+      task: likewise.
+      callbacks: in the order in which they run.
+
+    Attributes:
+      watch_validation: whether an `EarlyStopping` waits for a validation, and says so where there is none.
+      may_set_k: whether one of them may set K at an epoch's start, other than by the Trainer's schedule.
+    """
+
+    def __init__(self, trainer: "Trainer", task: Task, callbacks: Sequence[Callback]):
+        filling = {
+            name: [callback for callback in callbacks if _function(callback, name) is not getattr(Callback, name)]
+            for name in vars(Callback)
+            if name.startswith("on_")
+        }
+        self._filled = {
+            name: [functools.partial(getattr(callback, name), trainer, task) for callback in those]
+            for name, those in filling.items()
+        }
+        stops = (callback for callback in callbacks if isinstance(callback, EarlyStopping))
+        self.watch_validation = any(callback.monitor.startswith("val_") for callback in stops)
+        keep_k = (GradientAccumulationScheduler, ProgressBar)
+        self.may_set_k = any(type(callback) not in keep_k for callback in filling["on_train_epoch_start"])
+
+    def call(self, name: str, *args: Any) -> None:
+        """Calls all that fill the hook of that name."""
+        for hook in self._filled[name]:
+            hook(*args)
+
+    def call_on_exception(self, error: BaseException) -> None:
+        """Calls `on_exception` of all: one that raises keeps neither the others nor `error` from going on its way."""
+        for hook in self._filled["on_exception"]:
+            try:
+                hook(error)
+            except Exception as failure:
+                error.add_note(f"{hook.func!r} raised {failure!r} when it was called with this error.")
+
+
+def _function(callback: Callback, name: str) -> Any:
+    """What a hook is, whether the callback's class or the object has it."""
+    hook = getattr(callback, name)
+    return getattr(hook, "__func__", hook)

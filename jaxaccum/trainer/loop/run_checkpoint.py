@@ -1,0 +1,248 @@
+"""A run as arrays by name and notes, and back: on as many devices as there are then."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxaccum._devices import topology
+from jaxaccum._devices.topology import OneDevice
+from jaxaccum._jax import prng
+from jaxaccum._multi_steps import redistribution, stepping
+from jaxaccum._multi_steps.state import MultiStepsState
+from jaxaccum._sums import weighted_sum
+from jaxaccum.callbacks import Callback, ModelCheckpoint
+from jaxaccum.checkpoint import Checkpoint, json_state
+from jaxaccum.distributed.process_group import Processes
+from jaxaccum.trainer.input.loader import TrainLoader
+from jaxaccum.trainer.input.progress import Counters
+from jaxaccum.trainer.input.strategies import Strategy
+from jaxaccum.trainer.loop.run_state import Run
+from jaxaccum.trainer.programs.compiled import FitState, Pending, Programs
+
+Tree = Any
+
+
+def arrays(state: FitState) -> dict[str, jax.Array]:
+    """The arrays of a run, by their path in its state; typed keys as their data."""
+    return {name: _data(x) for name, x in _named(state).items()}
+
+
+def notes(run: Run, callbacks: Sequence[Callback]) -> dict[str, Any]:
+    """All of a run that is not an array, as JSON can hold it. Waits for the last window's means."""
+    strategy = run.strategy
+    number = lambda x: np.asarray(x).item()
+    told = [(callback.state_key, callback.state_dict()) for callback in callbacks]
+    return {
+        "counters": dataclasses.asdict(run.at),
+        "seed": run.seed,
+        "devices": strategy.size,
+        "group": strategy.batches,
+        "loaders": strategy.processes.gather("a checkpoint's notes", run.loader_state),
+        "means": {name: number(mean) for name, mean in run.means.items()},
+        "metrics": {name: number(metric) for name, metric in run.metrics.items()},
+        "logged": {name: number(value) for name, value in run.logged.items()},
+        "callbacks": [(name, json_state.dumps(state, name)) for name, state in told if state],
+    }
+
+
+def place(checkpoint: Checkpoint, strategy: Strategy) -> Counters:
+    """Where `checkpoint` left a run, in micro-steps of the strategy."""
+    at = Counters.of_notes(checkpoint.notes["counters"])
+    before = checkpoint.notes["group"]
+    return at if before == strategy.batches else at.regrouped(before, strategy.batches)
+
+
+def begin(checkpoint: Checkpoint, loader: TrainLoader, strategy: Strategy) -> None:
+    """Begins a loader where `checkpoint` left it.
+
+    Raises:
+      ValueError: on all processes, if their loaders would have to be in different places.
+    """
+    own_batches = functools.partial(_own_batches, checkpoint=checkpoint, strategy=strategy)
+    loader.begin(place(checkpoint, strategy), _loader_state(checkpoint, strategy.processes), own_batches)
+
+
+def _loader_state(checkpoint: Checkpoint, processes: Processes) -> str | None:
+    """What this process' loader said of its position; None if it said nothing, or there are more or fewer processes."""
+    states = checkpoint.notes["loaders"]
+    return states[processes.index] if len(states) == processes.count else None
+
+
+def restore(checkpoint: Checkpoint, run: Run, callbacks: Sequence[Callback]) -> list[tuple[str, Any]]:
+    """Puts a run where `checkpoint` left it, and its callbacks too; its loader has begun there.
+
+    Args:
+      checkpoint: of a run of the same task.
+      run: a new one; its state is that of a start. What an open window held is merged or split for its devices.
+      callbacks: take back their states, in order among those of one `state_key`.
+
+    Returns:
+      The states that no callback took, by their keys.
+
+    Raises:
+      ValueError: if the checkpoint is another task's, naming the first array that differs.
+    """
+    noted, strategy = checkpoint.notes, run.strategy
+    run.state = _placed(checkpoint, run.state, noted["devices"], strategy, run.programs)
+    # Everything is put on the devices as the programs leave it there, so that nothing compiles twice.
+    on_device = lambda number: strategy.placed(np.asarray(number, weighted_sum.weight_dtype()), strategy.common)
+    run.means = {name: on_device(mean) for name, mean in noted["means"].items()}
+    run.metrics, run.logged = noted["metrics"], noted["logged"]
+    run.loader_state = _loader_state(checkpoint, strategy.processes)
+    waiting = [(name, json_state.loads(text)) for name, text in noted["callbacks"]]
+    for callback in callbacks:
+        own = next((entry for entry in waiting if entry[0] == callback.state_key), None)
+        if own is not None:
+            waiting.remove(own)
+            callback.load_state_dict(own[1])
+    run.at = place(checkpoint, strategy)
+    run.resumed_at = {
+        "step": run.at.global_step,
+        "micro_step": run.at.micro_step,
+        "records": run.at.records,
+    }
+    return waiting
+
+
+def ranked(policy: ModelCheckpoint, notes: Mapping[str, Any]) -> list[str] | None:
+    """The checkpoints that a policy like this one kept when `notes` were made, the best first; None where none did."""
+    states = (json_state.loads(text) for key, text in notes["callbacks"] if key == policy.state_key)
+    state = next(states, None)
+    return None if state is None else policy.ranked(state["saved"])
+
+
+def check_callbacks(callbacks: Sequence[Callback]) -> None:
+    """Whether checkpoints can hold the callbacks' states as they are now, before the run.
+
+    Raises:
+      TypeError: if not.
+    """
+    for callback in callbacks:
+        try:
+            state = callback.state_dict()
+        except Exception:
+            continue  # It may need what the run's first hooks make.
+        json_state.dumps(state, callback.state_key)
+
+
+def _own_batches(batches: int, checkpoint: Checkpoint, strategy: Strategy) -> int:
+    """Of so many loader batches of all processes before `checkpoint`, how many this process' loader gave, or would.
+
+    Raises:
+      ValueError: on all processes, where they are not equally many of each device's.
+    """
+    processes = strategy.processes
+    if processes.count == 1 or strategy.name == "dp":
+        return batches
+    is_as_it_was = (len(checkpoint.notes["loaders"]), checkpoint.notes["group"]) == (processes.count, strategy.batches)
+    if batches % strategy.batches and not is_as_it_was:
+        raise ValueError(
+            f"{checkpoint.path} was saved after {batches} loader batches, which are not equally many of each of the "
+            f"{strategy.batches} devices of {processes.count} processes. Go on with one process, with as many "
+            f"processes and devices as before, or from a checkpoint after a multiple of {strategy.batches}."
+        )
+    return -(-batches // processes.count)
+
+
+def weights(checkpoint: Checkpoint, params: Tree, model_state: Tree) -> FitState:
+    """The checkpoint's parameters and model state, on the host, as trees like `params` and `model_state`.
+
+    Raises:
+      ValueError: as `restore`.
+    """
+    like = FitState(params, None, model_state, None)  # pyrefly: ignore[bad-argument-type]
+    held = {name: x for name, x in checkpoint.arrays.items() if name.startswith((".params", ".model_state"))}
+    return _filled(checkpoint._replace(arrays=held), like, 1, 1)
+
+
+def _filled(checkpoint: Checkpoint, like: FitState, before: int, now: int) -> FitState:
+    """The checkpoint's arrays in the tree of `like`, on the host; it was saved on `before` devices."""
+    _check(checkpoint, like, before, now)
+    named = {name: _keyed(checkpoint.arrays[name], x) for name, x in _named(like).items()}
+    return jax.tree.unflatten(jax.tree.structure(like), list(named.values()))
+
+
+def _placed(checkpoint: Checkpoint, like: FitState, before: int, strategy: Strategy, programs: Programs) -> FitState:
+    """The checkpoint's arrays as a state like `like`, which lies on the strategy's devices."""
+    state = _filled(checkpoint, like, before, strategy.size)
+    if not checkpoint.notes["counters"]["window_step"]:
+        # The programs add to sums of 0 where a window begins. Those of version 0.1 left the last window's there.
+        state = state._replace(pending=state.pending._replace(sums=_cleared(state.pending.sums)))
+    if before != strategy.size:
+        state = state._replace(pending=_redistributed(state.pending, before, strategy, programs))
+    if strategy.processes.count == 1:
+        return jax.device_put(state, jax.tree.map(lambda x: x.sharding, like), may_alias=False)
+    return jax.tree.map(lambda x, lies: strategy.placed(x, lies.sharding), state, like)
+
+
+def _cleared(sums: MultiStepsState) -> MultiStepsState:
+    return stepping.cleared(sums, functools.partial(jax.tree.map, np.zeros_like))
+
+
+def _redistributed(pending: Pending, before: int, strategy: Strategy, programs: Programs) -> Pending:
+    """What an open window held on `before` devices, for those of the strategy.
+
+    Sums are merged or split. Where the model's states on the devices have parted, each goes on from what all of them
+    would have become at the boundary.
+    """
+    now = strategy.size
+    alone = isinstance(strategy.sync, OneDevice)
+
+    def logs(x):
+        moved = redistribution.folded(jnp.atleast_1d(x), now)
+        return moved[0] if alone else moved
+
+    def local(x):
+        return x if alone else jnp.broadcast_to(x, (now, *x.shape))
+
+    model_state = pending.model_state if before == 1 else topology.averaged(pending.model_state)
+    if strategy.processes.count == 1:
+        sums = programs.redistribute(pending.sums)
+    else:  # On the host: they are put on the devices of all processes with the rest.
+        names = ("acc_grads", "weight", "averages", "dropped")
+        stacked = lambda x: x if before > 1 else x[None]
+        held = {name: jax.tree.map(stacked, getattr(pending.sums, name)) for name in names}
+        sums = pending.sums._replace(**redistribution.folded(held, now))
+    return pending._replace(
+        sums=sums,
+        logs=jax.tree.map(logs, pending.logs),
+        model_state=jax.tree.map(local, model_state),
+    )
+
+
+def _check(checkpoint: Checkpoint, like: FitState, before: int, now: int) -> None:
+    """Whether the arrays are of the names, shapes and dtypes of `like`, but for the number of devices."""
+    remedy = "Pass the task, the optimizer and the clipping that it was made with, or another ckpt_path."
+    saved, wanted = checkpoint.arrays, arrays(like)
+
+    def kind(name, x, devices):
+        is_local = name.startswith(".pending") and devices > 1 and x.ndim
+        return f"{x.dtype.name}{list(x.shape[1:] if is_local else x.shape)}"
+
+    for name in [*wanted, *saved]:
+        there = kind(name, saved[name], before) if name in saved else "missing"
+        here = kind(name, wanted[name], now) if name in wanted else "missing"
+        if there != here:
+            raise ValueError(
+                f"{checkpoint.path} is not of this task: {name} is {there} there and {here} here. {remedy}"
+            )
+
+
+def _named(state: FitState) -> dict[str, Any]:
+    return {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def _data(x: Any) -> Any:
+    return jax.random.key_data(x) if prng.is_typed(x) else x
+
+
+def _keyed(data: np.ndarray, like: Any) -> Any:
+    """`data` as typed keys where `like` is."""
+    if prng.is_typed(like):
+        return jax.random.wrap_key_data(jnp.asarray(data), impl=jax.random.key_impl(like))
+    return data

@@ -1,0 +1,83 @@
+"""Validation: the weighted means of a loss over a loader, on the devices of training."""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxaccum._sums.weighted_sum import Weighted
+from jaxaccum.task import Task
+from jaxaccum.trainer.input.prefetch import micro_steps
+from jaxaccum.trainer.input.strategies import Strategy
+from jaxaccum.trainer.programs import objective, step_outputs
+from jaxaccum.trainer.programs.objective import Logs
+
+Tree = Any
+
+
+class Evaluation:
+    """The program that adds a piece's loss and metrics to sums, which the devices keep until the end.
+
+    Args:
+      task: whose loss.
+      strategy: the devices.
+    """
+
+    def __init__(self, task: Task, strategy: Strategy):
+        self.task, self._strategy = task, strategy
+        self._losses = functools.partial(objective.losses, task, strategy)
+        self._add = jax.jit(self._added, donate_argnums=0, out_shardings=strategy.local)
+
+    def run(
+        self, params: Tree, model_state: Tree, batches: Iterable[Tree], look: Callable[[], None] = lambda: None
+    ) -> dict[str, float]:
+        """The means of loss and metrics, with "val_" before their names, over all processes.
+
+        Args:
+          params: the parameters.
+          model_state: the model's state.
+          batches: what to validate on.
+          look: is called before each micro-step, and may raise.
+
+        Raises:
+          ValueError: if there is no batch.
+        """
+        strategy = self._strategy
+        if strategy.processes.count == 1:
+            params, model_state = jax.device_put((params, model_state), strategy.common)
+        elif not _spans((params, model_state)):
+            params, model_state = strategy.placed((params, model_state), strategy.common)
+        sums: Logs | None = None
+        for micro_step in micro_steps(batches, strategy, may_differ=True):
+            look()
+            for piece in micro_step.pieces:
+                sums = self._zeros(params, model_state, *piece) if sums is None else sums
+                sums = self._add(sums, params, model_state, *piece)
+        if sums is None:
+            raise ValueError(
+                "val_loader gave no batch: pass something that can be iterated again and again, such as a list, "
+                "or limit_val_batches=0 for no validation."
+            )
+        own = {name: step_outputs.summed([part]) for name, part in sums.items()}
+        of_all = strategy.processes.gather("a validation's end", own)
+        parts = {name: [Weighted(*sums_of_one[name]) for sums_of_one in of_all] for name in own}
+        return {f"val_{name}": _mean(part) for name, part in parts.items()}
+
+    def _zeros(self, *args: Any) -> Logs:
+        zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(self._losses, *args))
+        return self._strategy.placed(zeros, self._strategy.local)
+
+    def _added(self, sums, *args):
+        return jax.tree.map(jax.numpy.add, sums, self._losses(*args))
+
+
+def _spans(tree: Tree) -> bool:
+    """Whether a tree lies on the devices of several processes."""
+    return any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in jax.tree.leaves(tree))
+
+
+def _mean(parts: list[Weighted]) -> float:
+    total, weight = (sum(column) for column in zip(*parts, strict=True))
+    return total / weight if weight else float("nan")

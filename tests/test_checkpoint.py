@@ -20,6 +20,7 @@ from training import Recorder, assert_same, loader, ones, single, slope, task, t
 import jaxaccum
 from jaxaccum import checkpoint
 from jaxaccum.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from jaxaccum.checkpoint import orbax_io
 from jaxaccum.loggers import JSONLLogger
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -487,7 +488,7 @@ def test_notes_that_cannot_be_written_anew_cost_a_warning(tmp_path, monkeypatch)
     def full(path, notes):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "annotate", full)
+    monkeypatch.setattr(orbax_io, "annotate", full)
     saves = ModelCheckpoint(tmp_path, every_n_micro_steps=1)
     with pytest.warns(UserWarning, match="notes of checkpoint .*micro_step=2.*No space left") as caught:
         want = single(callbacks=saves).fit(slope(), ones(2, 2))

@@ -2,13 +2,10 @@
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from jaxaccum.callbacks import Callback, EarlyStopping, GradientAccumulationScheduler, ProgressBar
+from jaxaccum.callbacks import Callback, EarlyStopping, GradientAccumulationScheduler, ProgressBar, TrainerView
 from jaxaccum.task import Task
-
-if TYPE_CHECKING:
-    from jaxaccum.trainer.trainer import Trainer
 
 
 class Hooks:
@@ -24,7 +21,7 @@ class Hooks:
       may_set_k: whether one of them may set K at an epoch's start, other than by the Trainer's schedule.
     """
 
-    def __init__(self, trainer: "Trainer", task: Task, callbacks: Sequence[Callback]):
+    def __init__(self, trainer: TrainerView, task: Task, callbacks: Sequence[Callback]):
         filling = {
             name: [callback for callback in callbacks if _function(callback, name) is not getattr(Callback, name)]
             for name in vars(Callback)

@@ -5,18 +5,15 @@ import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxaccum import checkpoint
-from jaxaccum.callbacks import Callback, ModelCheckpoint
+from jaxaccum.callbacks import Callback, ModelCheckpoint, TrainerView
 from jaxaccum.checkpoint import Checkpoint, orbax_io
 from jaxaccum.distributed.process_group import Processes
 from jaxaccum.trainer.loop import run_checkpoint
 from jaxaccum.trainer.loop.run_state import Run
 from jaxaccum.trainer.loop.saver import Saver, Wanting
-
-if TYPE_CHECKING:
-    from jaxaccum.trainer.trainer import Trainer
 
 
 class Savers:
@@ -29,7 +26,7 @@ class Savers:
       processes: those of the run.
     """
 
-    def __init__(self, trainer: "Trainer", callbacks: Sequence[Callback], folder: Path, processes: Processes):
+    def __init__(self, trainer: TrainerView, callbacks: Sequence[Callback], folder: Path, processes: Processes):
         self._trainer, self._callbacks = trainer, callbacks
         policies: dict[Path, list[ModelCheckpoint]] = {}
         for policy in policies_of(callbacks):

@@ -1,0 +1,98 @@
+"""Stops a run that no longer improves."""
+
+import math
+import warnings
+from typing import Any
+
+from jaxaccum._integers import positive_int
+from jaxaccum.callbacks.base import Callback, TrainerView
+from jaxaccum.callbacks.monitor import monitored
+from jaxaccum.task import Task
+
+
+class EarlyStopping(Callback):
+    """Stops a run whose monitored value no longer improves, or is no longer finite.
+
+    A name that starts with "val_" is looked at after every validation, any other at the end of every epoch. Each fit
+    begins anew, but for one that goes on from a checkpoint with this callback's state. A run that ends without a value
+    to look at ends with a warning.
+
+    Args:
+      monitor: a name in `trainer.callback_metrics`, such as "val_loss".
+      min_delta: a change of no more than this is no improvement.
+      patience: after how many looks without improvement to stop.
+      mode: "min" or "max", what an improvement is.
+
+    Raises:
+      TypeError, ValueError: for an argument that is none of these.
+
+    Example:
+      >>> EarlyStopping("val_loss", patience=2).state_dict()
+      {'best': inf, 'wait': 0, 'stopped_epoch': None}
+    """
+
+    def __init__(self, monitor: str, min_delta: float = 0.0, patience: int = 3, mode: str = "min"):
+        if mode not in ("min", "max"):
+            raise ValueError(f"mode must be 'min' or 'max', got {mode!r}.")
+        self.monitor, self.min_delta, self.mode = monitor, abs(min_delta), mode
+        self.patience = positive_int(patience, "patience")
+        self._is_restored = False
+        self._reset()
+
+    def _reset(self) -> None:
+        self.best = self._worst()
+        self.wait = 0
+        self.stopped_epoch: int | None = None
+
+    def _worst(self) -> float:
+        return math.inf if self.mode == "min" else -math.inf
+
+    def on_fit_start(self, trainer: TrainerView, task: Task) -> None:
+        if not (trainer.is_resuming and self._is_restored):
+            self._reset()
+        self._is_restored = False
+
+    def on_train_start(self, trainer: TrainerView, task: Task) -> None:
+        if self.wait >= self.patience:  # In the checkpoint that the run goes on from.
+            trainer.should_stop = True
+
+    def on_validation_end(self, trainer: TrainerView, task: Task) -> None:
+        if self.monitor.startswith("val_"):
+            self._look(trainer)
+
+    def on_train_epoch_end(self, trainer: TrainerView, task: Task) -> None:
+        if not self.monitor.startswith("val_"):
+            self._look(trainer)
+
+    def on_train_end(self, trainer: TrainerView, task: Task) -> None:
+        if self.best == self._worst() and not trainer.should_stop:
+            warnings.warn(
+                f"EarlyStopping(monitor={self.monitor!r}) had nothing to look at in this run. What was logged: "
+                f"{sorted(trainer.callback_metrics)}. Pass one of these, or have a validation fall due before the "
+                "run's end.",
+                stacklevel=2,
+            )
+
+    def _look(self, trainer: TrainerView) -> None:
+        value = monitored(trainer, self.monitor)
+        if value is None:  # The run stopped in its first window.
+            return
+        gain = self.best - value if self.mode == "min" else value - self.best
+        if gain > self.min_delta:
+            self.best, self.wait = value, 0
+        else:
+            self.wait += 1
+        if self.wait >= self.patience or not math.isfinite(value):
+            self.stopped_epoch = trainer.current_epoch
+            trainer.should_stop = True
+
+    @property
+    def state_key(self) -> str:
+        return f"{type(self).__qualname__}(monitor={self.monitor!r}, mode={self.mode!r})"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "wait": self.wait, "stopped_epoch": self.stopped_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best, self.wait, self.stopped_epoch = (state_dict[name] for name in ("best", "wait", "stopped_epoch"))
+        self._is_restored = True

@@ -1,0 +1,197 @@
+"""When to save checkpoints, and which to keep."""
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from jaxaccum import _extras, _paths
+from jaxaccum._integers import as_int, positive_int
+from jaxaccum.callbacks.base import Callback, TrainerView
+from jaxaccum.callbacks.monitor import monitored
+
+
+class ModelCheckpoint(Callback):
+    """Has the `Trainer` save checkpoints, from which `fit(..., ckpt_path="last")` goes on bit for bit.
+
+    One is saved whenever it is due, after everything else that belongs to that moment, whatever this callback's place
+    in the list; and one more where the run ends, be it by its last epoch, a stop, a signal or an error. It is written
+    while training goes on, and what it takes the place of is removed only when it is complete.
+
+    At most one of the three intervals may be given; without one it is every epoch.
+
+    Args:
+      dirpath: the folder, for one run at a time, and the same for all of its processes; None is "checkpoints" in the
+        Trainer's `default_root_dir`.
+      every_n_micro_steps: save after every so many micro-steps, in the middle of windows too; with
+        `fuse_windows` at the end of the window that they fall in.
+      every_n_train_steps: save after every so many optimizer steps.
+      every_n_epochs: save at the end of every so many epochs; with a `monitor` that starts with "val_", after each
+        validation in them.
+      monitor: a name in `trainer.callback_metrics`, by which checkpoints are ranked; None: by age, the newest first.
+        A name that isn't there when a checkpoint is due, nor comes with the first window or validation, is an error.
+      mode: "min" or "max", what is better.
+      save_top_k: how many of the first in rank to keep; -1 is all, and without a `monitor` 1 is the most else.
+      save_last: whether the newest is kept besides, which a resume needs. False saves
+        what is in rank and, unless `save_top_k` is 0, the end.
+
+    Raises:
+      TypeError, ValueError: for an argument that is none of these.
+      ImportError: if orbax is missing.
+
+    Example:
+      >>> ModelCheckpoint("run", monitor="val_loss", save_top_k=3).every_n_epochs
+      1
+    """
+
+    def __init__(
+        self,
+        dirpath: str | os.PathLike[str] | None = None,
+        *,
+        every_n_micro_steps: int | None = None,
+        every_n_train_steps: int | None = None,
+        every_n_epochs: int | None = None,
+        monitor: str | None = None,
+        mode: str = "min",
+        save_top_k: int = 1,
+        save_last: bool = True,
+    ):
+        _extras.require("orbax.checkpoint", "training", "ModelCheckpoint")
+        intervals = {
+            "every_n_micro_steps": every_n_micro_steps,
+            "every_n_train_steps": every_n_train_steps,
+            "every_n_epochs": every_n_epochs,
+        }
+        given = {name: positive_int(value, name) for name, value in intervals.items() if value is not None}
+        if len(given) > 1:
+            raise ValueError(f"ModelCheckpoint saves at one interval, got {given}; add another ModelCheckpoint.")
+        if mode not in ("min", "max"):
+            raise ValueError(f"mode must be 'min' or 'max', got {mode!r}.")
+        save_top_k = as_int(save_top_k, "save_top_k", "an int of at least -1")
+        if save_top_k < -1 or (monitor is None and save_top_k > 1):
+            raise ValueError(f"save_top_k must be -1, 0 or 1, or with a monitor more, got {save_top_k}.")
+        self.dirpath = None if dirpath is None else _paths.absolute(dirpath)
+        self.every_n_micro_steps = given.get("every_n_micro_steps")
+        self.every_n_train_steps = given.get("every_n_train_steps")
+        self.every_n_epochs = given.get("every_n_epochs") if given else 1
+        self.monitor, self.mode, self.save_top_k, self.save_last = monitor, mode, save_top_k, save_last
+        self._saved: dict[str, float | None] = {}  # Folder names, the oldest first, and their monitored values.
+
+    @property
+    def last_model_path(self) -> Path | None:
+        """The newest checkpoint, which may still be on its way; None before the first."""
+        return self.dirpath / next(reversed(self._saved)) if self.dirpath and self._saved else None
+
+    @property
+    def best_model_path(self) -> Path | None:
+        """The first in rank; None before there is one."""
+        ranked = self.ranked(self._saved)
+        return self.dirpath / ranked[0] if self.dirpath and ranked else None
+
+    @property
+    def names(self) -> list[str]:
+        """The folder names of the checkpoints that are kept, the oldest first."""
+        return list(self._saved)
+
+    def folder(self, default: Path) -> Path:
+        """Where the checkpoints are: `dirpath`, or else `default`."""
+        return self.dirpath or default
+
+    def open(self, default: Path) -> Path:
+        """Begins a new run; returns its folder."""
+        self.dirpath = self.folder(default)
+        self._saved = {}
+        return self.dirpath
+
+    def due(self, trainer: TrainerView, moment: str, micro_steps: int = 1) -> bool:
+        """Whether to save now.
+
+        Args:
+          trainer: the trainer.
+          moment: "micro_step", "validation" or "epoch", of which this is the end.
+          micro_steps: how many ended at once: with `fuse_windows` those of a window.
+        """
+        if moment == "micro_step":
+            in_window = trainer.window_step > 0
+            return _divides(self.every_n_micro_steps, trainer.micro_step, micro_steps) or (
+                not in_window and _divides(self.every_n_train_steps, trainer.global_step)
+            )
+        by_validation = (self.monitor or "").startswith("val_")
+        if moment == "validation":
+            return by_validation and _divides(self.every_n_epochs, trainer.current_epoch + 1)
+        return not by_validation and _divides(self.every_n_epochs, trainer.current_epoch)
+
+    def score(self, trainer: TrainerView) -> float | None:
+        """The monitored value now, the worst where there is none so far; None without a monitor.
+
+        Raises:
+          ValueError: if there will be none.
+        """
+        if self.monitor is None:
+            return None
+        value = monitored(trainer, self.monitor)
+        return self._worst() if value is None or math.isnan(value) else value
+
+    def known_score(self, trainer: TrainerView) -> float | None:
+        """The monitored value, if there is one."""
+        value = None if self.monitor is None else trainer.callback_metrics.get(self.monitor)
+        return self._worst() if value is not None and math.isnan(value) else value
+
+    def wants(self, score: float | None) -> bool:
+        """Whether a checkpoint of this score would be kept."""
+        if self.save_last or score is None:
+            return self.save_last or self.save_top_k != 0
+        return self.save_top_k != 0 and "" in self.ranked({**self._saved, "": score})
+
+    def has(self, name: str, score: float | None) -> bool:
+        """Whether a checkpoint is among those kept, and has this score; None is any."""
+        return name in self._saved and score in (None, self._saved[name])
+
+    def add(self, name: str, score: float | None) -> None:
+        """A checkpoint is on its way, or complete; one that had a score keeps it where `score` is None."""
+        self._saved[name] = self._saved.get(name) if score is None else score
+
+    def forget(self, name: str) -> None:
+        """It did not arrive."""
+        self._saved.pop(name, None)
+
+    def outdated(self) -> list[str]:
+        """The checkpoints that are not to be kept, now that the newest is complete; they are none of its any more."""
+        kept = {*self.ranked(self._saved), *list(self._saved)[-1:]}
+        outdated = [name for name in self._saved if name not in kept]
+        for name in outdated:
+            del self._saved[name]
+        return outdated
+
+    @property
+    def state_key(self) -> str:
+        """Tells policies apart: what one has kept is not for another to rank or to remove."""
+        names = ("monitor", "mode", "every_n_micro_steps", "every_n_train_steps", "every_n_epochs")
+        return f"ModelCheckpoint({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"saved": dict(self._saved)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._saved = {
+            name: score
+            for name, score in state_dict["saved"].items()
+            if self.dirpath and (self.dirpath / name).is_dir()
+        }
+
+    def ranked(self, saved: dict[str, float | None]) -> list[str]:
+        """The first `save_top_k` of checkpoints with these scores, the best first, and of equals the newest."""
+        newest_first = list(reversed(saved.items()))
+        if self.monitor is not None:
+            sign = 1 if self.mode == "min" else -1
+            worst = self._worst()
+            newest_first.sort(key=lambda entry: sign * (worst if entry[1] is None else entry[1]))
+        return [name for name, _ in newest_first][: None if self.save_top_k == -1 else self.save_top_k]
+
+    def _worst(self) -> float:
+        return math.inf if self.mode == "min" else -math.inf
+
+
+def _divides(interval: int | None, count: int, last: int = 1) -> bool:
+    """Whether one of the `last` counts up to `count` is a multiple of `interval`."""
+    return interval is not None and count % interval < last

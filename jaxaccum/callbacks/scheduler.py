@@ -1,0 +1,28 @@
+"""K by epoch."""
+
+from collections.abc import Mapping
+
+from jaxaccum._schedule import AccumulationSchedule
+from jaxaccum.callbacks.base import Callback, TrainerView
+from jaxaccum.task import Task
+
+
+class GradientAccumulationScheduler(Callback):
+    """K by epoch, as a callback.
+
+    Args:
+      scheduling: epoch -> K, as for `AccumulationSchedule`; it is not changed.
+
+    Raises:
+      TypeError, ValueError: as `AccumulationSchedule`.
+
+    Example:
+      >>> GradientAccumulationScheduler(scheduling={0: 8, 4: 4}).schedule(5)
+      4
+    """
+
+    def __init__(self, scheduling: Mapping[int, int]):
+        self.schedule = AccumulationSchedule(scheduling)
+
+    def on_train_epoch_start(self, trainer: TrainerView, task: Task) -> None:
+        trainer.accumulate_grad_batches = self.schedule(trainer.current_epoch)

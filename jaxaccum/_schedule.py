@@ -9,7 +9,7 @@ from jaxaccum._integers import as_int, positive_int
 class AccumulationSchedule(Mapping[int, int]):
     """The window length K of every epoch, as PyTorch Lightning's `{epoch: K}` dictionaries give it.
 
-    Epochs count from 0. The largest key that is not above the epoch wins; before the first key, K is 1. The
+    Loop count from 0. The largest key that is not above the epoch wins; before the first key, K is 1. The
     schedule is an immutable, hashable mapping of its own: the dictionary that it was made from is neither kept nor
     changed.
 

@@ -296,7 +296,7 @@ BUGS = [
         "if batch is None and before != devices",
         "if False",
     ),
-    Bug("K of the next epoch", "trainer/loop/epochs.py", "batches(run.at.epoch)", "batches(run.at.epoch + 1)"),
+    Bug("K of the next epoch", "trainer/loop/loop.py", "batches(run.at.epoch)", "batches(run.at.epoch + 1)"),
     Bug(
         "an epoch's last window left open",
         "trainer/loop/windows.py",
@@ -305,7 +305,7 @@ BUGS = [
     ),
     Bug(
         "max_steps in micro-steps",
-        "trainer/loop/epochs.py",
+        "trainer/loop/loop.py",
         "at.global_step >= self._steps",
         "at.micro_step >= self._steps",
     ),
@@ -468,16 +468,18 @@ BUGS = [
         "micro_steps * run.strategy.group",
         "None",
     ),
-    Bug("one state written for each policy", "trainer/loop/saver.py", "at.arrays == self._at.arrays", "at == self._at"),
+    Bug(
+        "one state written for each policy", "trainer/loop/saving.py", "at.arrays == self._at.arrays", "at == self._at"
+    ),
     Bug(
         "a checkpoint removed that another policy keeps",
-        "trainer/loop/saver.py",
+        "trainer/loop/saving.py",
         ", *(policy.names for policy in self.policies))",
         ")",
     ),
     Bug(
         "the newest by a clock that is set back",
-        "trainer/loop/saver.py",
+        "trainer/loop/saving.py",
         "max(time.time_ns(), self._date + 1)",
         "time.time_ns()",
     ),

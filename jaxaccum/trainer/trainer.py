@@ -16,15 +16,16 @@ from jaxaccum.callbacks import Callback, ProgressBar
 from jaxaccum.checkpoint import Checkpoint, orbax_io
 from jaxaccum.loggers import figure, records
 from jaxaccum.task import Task
+from jaxaccum.trainer.input import arguments
 from jaxaccum.trainer.input.loader import TrainLoader, ValLoader
 from jaxaccum.trainer.input.options import Options
 from jaxaccum.trainer.input.progress import Counters
 from jaxaccum.trainer.input.strategies import Strategy
-from jaxaccum.trainer.loop import arguments, run_checkpoint, run_state, saving
-from jaxaccum.trainer.loop.epochs import Epochs
+from jaxaccum.trainer.loop import run_checkpoint, run_state, saving
 from jaxaccum.trainer.loop.hooks import Hooks
+from jaxaccum.trainer.loop.loop import Loop
 from jaxaccum.trainer.loop.run_state import Run
-from jaxaccum.trainer.loop.saving import Savers
+from jaxaccum.trainer.loop.saving import RunCheckpoints
 from jaxaccum.trainer.loop.signals import Signals
 from jaxaccum.trainer.programs.compiled import FitState
 from jaxaccum.trainer.programs.evaluation import Evaluation
@@ -217,11 +218,11 @@ class Trainer:
         processes.begin()
         signals = Signals(processes)
         try:
-            run, savers = self._start(task, train_loader, val_loader, ckpt_path)
+            run, checkpoints = self._start(task, train_loader, val_loader, ckpt_path)
             hooks = Hooks(self, task, self._callbacks)
-            epochs = Epochs(run, hooks, savers, signals)
-            savers.check()
-            epochs.check_validation()
+            loop = Loop(run, hooks, checkpoints, signals)
+            checkpoints.check()
+            loop.check_validation()
             run.records.begin(run.resumed_at)
         except BaseException as error:
             processes.leave(error)
@@ -231,17 +232,17 @@ class Trainer:
                 hooks.call("on_fit_start")
                 hooks.call("on_train_start")
                 processes.share_wishes()
-                epochs.train()
+                loop.train()
                 hooks.call("on_train_end")
                 hooks.call("on_fit_end")
                 processes.share_wishes()
                 signals.leave_if_told()
             except BaseException as error:
-                epochs.end_by(error)
+                loop.end_by(error)
                 hooks.call_on_exception(error)
                 raise
             finally:
-                with contextlib.closing(savers):  # Whatever happens to the records.
+                with contextlib.closing(checkpoints):  # Whatever happens to the records.
                     run.records.flush(waits=not processes.left)
         return run.state
 
@@ -423,7 +424,7 @@ class Trainer:
 
     def _start(
         self, task: Task, train_loader: Iterable[Tree], val_loader: Iterable[Tree] | None, ckpt_path: Any
-    ) -> tuple[Run, Savers]:
+    ) -> tuple[Run, RunCheckpoints]:
         """A run, at its start or where a checkpoint left it, and its checkpoints."""
         options, processes = self._options, self._strategy.processes
         if not isinstance(task, Task):
@@ -434,15 +435,15 @@ class Trainer:
             )
         validates = val_loader is not None and options.limit_val_batches != 0
         arguments.check_monitors(self._callbacks, validates)
-        savers = Savers(self, self._callbacks, self._folder, processes)
-        loader = TrainLoader(train_loader, options, keeps_state=bool(savers.folders))
+        checkpoints = RunCheckpoints(self, self._callbacks, self._folder, processes)
+        loader = TrainLoader(train_loader, options, keeps_state=bool(checkpoints.folders))
         loader.agree(processes)
         options.agree(
             processes,
             strategy=self._strategy.name,
             devices=self._strategy.size,
             val_loader=validates,
-            ModelCheckpoint=[str(folder) for folder in savers.folders],
+            ModelCheckpoint=[str(folder) for folder in checkpoints.folders],
         )
         found = self._found(ckpt_path)
         seed = options.seed
@@ -465,8 +466,8 @@ class Trainer:
         )
         self._run = run
         if found is not None:
-            savers.restore(found, run)
-        return run, savers
+            checkpoints.restore(found, run)
+        return run, checkpoints
 
     def _found(self, ckpt_path: str | os.PathLike[str] | None) -> Checkpoint | None:
         """The checkpoint to go on from; None for a start."""

@@ -7,7 +7,7 @@ from jaxaccum.trainer.input import batch_limits
 from jaxaccum.trainer.input.loader import ValLoader
 from jaxaccum.trainer.loop.hooks import Hooks
 from jaxaccum.trainer.loop.run_state import Run
-from jaxaccum.trainer.loop.saving import Savers
+from jaxaccum.trainer.loop.saving import RunCheckpoints
 from jaxaccum.trainer.loop.signals import Signals
 
 _REMEDY = (
@@ -24,15 +24,15 @@ class Validation:
     Args:
       run: says how often, and on what.
       hooks: are called.
-      savers: save after it.
+      checkpoints: save after it.
       signals: are looked at during it.
 
     Raises:
       ValueError: if it would be due after a fraction of an epoch whose length is not known, or never.
     """
 
-    def __init__(self, run: Run, hooks: Hooks, savers: Savers, signals: Signals):
-        self._run, self._hooks, self._savers, self._signals = run, hooks, savers, signals
+    def __init__(self, run: Run, hooks: Hooks, checkpoints: RunCheckpoints, signals: Signals):
+        self._run, self._hooks, self._checkpoints, self._signals = run, hooks, checkpoints, signals
         self._interval: int | float = math.inf
         self.begin_epoch()
         if run.val_loader is not None:
@@ -87,7 +87,7 @@ class Validation:
         # Now: a run that goes on from a checkpoint before this line validates, and records it, once more.
         run.record(results)
         run.at.validated = True
-        self._savers.save_if_due(run, "validation")
+        self._checkpoints.save_if_due(run, "validation")
 
     def warn_if_none(self) -> None:
         """Says that a run which is over, and was not told to stop, has never validated."""

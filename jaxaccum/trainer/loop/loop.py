@@ -1,4 +1,4 @@
-"""The epochs of a run: one call on the devices after another, and what falls due between them."""
+"""The loop of a run: epochs of calls on the devices, and what falls due between two of them."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -8,28 +8,28 @@ import jax
 from jaxaccum.trainer.input.prefetch import MicroStep, fused, micro_steps
 from jaxaccum.trainer.loop.hooks import Hooks
 from jaxaccum.trainer.loop.run_state import Run
-from jaxaccum.trainer.loop.saving import Savers
+from jaxaccum.trainer.loop.saving import RunCheckpoints
 from jaxaccum.trainer.loop.signals import Signals
 from jaxaccum.trainer.loop.validation import Validation
 from jaxaccum.trainer.loop.windows import Windows
 
 
-class Epochs:
+class Loop:
     """Trains a run epoch by epoch.
 
     Args:
       run: the run.
       hooks: are called.
-      savers: save when it is due, and where the run ends.
+      checkpoints: save when it is due, and where the run ends.
       signals: end it after the micro-step at hand.
 
     Raises:
       ValueError: as `Validation`.
     """
 
-    def __init__(self, run: Run, hooks: Hooks, savers: Savers, signals: Signals):
-        self._run, self._hooks, self._savers, self._signals = run, hooks, savers, signals
-        self._validation = Validation(run, hooks, savers, signals)
+    def __init__(self, run: Run, hooks: Hooks, checkpoints: RunCheckpoints, signals: Signals):
+        self._run, self._hooks, self._checkpoints, self._signals = run, hooks, checkpoints, signals
+        self._validation = Validation(run, hooks, checkpoints, signals)
         self._windows = Windows(run, hooks, self._validation)
         self._epochs, self._steps = run.options.epochs, run.options.steps
 
@@ -45,7 +45,7 @@ class Epochs:
         while not self._are_over():
             self._train_epoch()
         if not self._run.at.batch_idx:
-            self._savers.save_at_end(self._run)
+            self._checkpoints.save_at_end(self._run)
         if not self._hooks.watch_validation:
             self._validation.warn_if_none()
 
@@ -68,7 +68,7 @@ class Epochs:
             if processes.wishes.stop and at.batches != before:
                 break  # A hook of the last micro-step asked for it, on whatever process.
             self._windows.train(call)
-            self._savers.save_if_due(run, "micro_step", len(call))
+            self._checkpoints.save_if_due(run, "micro_step", len(call))
             self._validation.run_if_due()
             self._signals.leave_if_told()
             if self._are_over():
@@ -80,7 +80,7 @@ class Epochs:
                 "such as a list; or, for an iterator, options that ask for no more batches than it has."
             )
         if not at.ends_epoch:
-            self._savers.save_at_end(run)
+            self._checkpoints.save_at_end(run)
         self._windows.flush_if_asked()
         self._hooks.call("on_train_epoch_end")
         if run.logged:
@@ -88,7 +88,7 @@ class Epochs:
         if at.ends_epoch:
             self._validation.end_epoch()
             at.epoch, at.batch_idx, at.batches, at.ends_epoch = at.epoch + 1, 0, 0, False
-            self._savers.save_if_due(run, "epoch")
+            self._checkpoints.save_if_due(run, "epoch")
         processes.share_wishes()
 
     def _begin(self) -> None:
@@ -119,7 +119,7 @@ class Epochs:
             return  # It was donated to a program that failed.
         if processes.are_together(error):
             try:
-                self._savers.save_at_end(run)
+                self._checkpoints.save_at_end(run)
             except Exception as failure:
                 warnings.warn(f"the run could not be saved when it met {error!r}: {failure!r}.", stacklevel=2)
         if isinstance(error, (KeyboardInterrupt, SystemExit)) and processes.are_together(error):

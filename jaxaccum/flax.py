@@ -18,10 +18,9 @@ from jaxaccum._multi_steps import misspelling
 from jaxaccum._multi_steps.api import MultiSteps
 from jaxaccum._multi_steps.state import MultiStepsState
 from jaxaccum._sums.weighted_sum import Weighted
+from jaxaccum._types import Tree
 from jaxaccum._window import api
 from jaxaccum.task import Task
-
-Tree = Any
 
 
 def value_and_grad(

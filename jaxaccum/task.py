@@ -7,8 +7,7 @@ from typing import Any
 import optax
 
 from jaxaccum._sums.weighted_sum import Weighted
-
-Tree = Any
+from jaxaccum._types import Tree
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,6 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-Tree = Any
-
 
 def dimension(leaf: Any, mesh: Mesh, names: tuple[str, ...]) -> int | None:
     """The first dimension of `leaf` that the data axes divide, and that no other axis is known to split.

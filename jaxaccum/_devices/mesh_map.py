@@ -9,8 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxaccum._devices import layout
 from jaxaccum._devices.topology import MeshAxis
-
-Tree = Any
+from jaxaccum._types import Tree
 
 
 def run(

@@ -8,8 +8,7 @@ import jax
 from jaxaccum._devices.topology import MappedAxis, MeshAxis, OneDevice, Sync
 from jaxaccum._sums.numeric import path_name
 from jaxaccum._sums.weighted_sum import is_inexact
-
-Tree = Any
+from jaxaccum._types import Tree
 
 
 def sync(axis_name: Any, mesh: Any, data_axis: Any, should_skip_update_fn: Any = None, *, reduce: str = "mean") -> Sync:

@@ -17,8 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxaccum._devices import layout
 from jaxaccum._jax import prng
 from jaxaccum._sums import overwrites
-
-Tree = Any
+from jaxaccum._types import Tree
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,8 +5,7 @@ from typing import Any
 import jax
 
 from jaxaccum._devices import layout, placement
-
-Tree = Any
+from jaxaccum._types import Tree
 
 
 def zero_sharding(tree: Tree, mesh: Any, data_axis: Any = "data") -> Tree:

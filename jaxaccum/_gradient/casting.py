@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxaccum._jax import core, jaxprs
-
-Tree = Any
+from jaxaccum._types import Tree
 
 # What mixes the entries of a parameter with so much else that its result is an activation.
 _PRODUCTS = frozenset(["conv_general_dilated", "dot_general", "ragged_dot_general"])

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 
 from jaxaccum._jax import core, jaxprs, linearity
 from jaxaccum._sums import overwrites
-
-Tree = Any
+from jaxaccum._types import Tree
 
 # To have these done beforehand saves nothing and takes memory: XLA reads through them.
 _SELECTS = frozenset(["dynamic_slice", "gather", "slice", "split", "squeeze", "unstack"])

@@ -11,8 +11,7 @@ from jaxaccum._gradient import micro_gradient
 from jaxaccum._gradient.roles import Roles
 from jaxaccum._jax import prng
 from jaxaccum._sums.weighted_sum import Weighted
-
-Tree = Any
+from jaxaccum._types import Tree
 
 
 def local_value_and_grad(

@@ -19,8 +19,7 @@ from jaxaccum._gradient.roles import Roles
 from jaxaccum._jax import eager, jaxprs
 from jaxaccum._sums import numeric, overwrites, traced_loss, weighted_sum
 from jaxaccum._sums.weighted_sum import Added, Weighted
-
-Tree = Any
+from jaxaccum._types import Tree
 
 
 class Gradient(NamedTuple):

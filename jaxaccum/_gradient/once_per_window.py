@@ -10,8 +10,7 @@ import numpy as np
 from jaxaccum._devices import layout
 from jaxaccum._jax import core, jaxprs, linearity
 from jaxaccum._sums import numeric, overwrites
-
-Tree = Any
+from jaxaccum._types import Tree
 
 _GATHERS = ("all_gather", "all_gather_invariant")
 

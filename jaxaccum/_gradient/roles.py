@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-Tree = Any
+from jaxaccum._types import Tree
 
 
 class Roles(NamedTuple):

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxaccum._devices import layout
-
-Tree = Any
+from jaxaccum._types import Tree
 
 
 class MicroBatches(NamedTuple):

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 
 from jaxaccum._devices import layout
 from jaxaccum._sums import overwrites
-
-Tree = Any
+from jaxaccum._types import Tree
 
 _SMALL = 2**16  # elements
 

@@ -15,8 +15,6 @@ import numpy as np
 
 from jaxaccum._jax import core, jaxprs
 
-Tree = Any
-
 
 class _Value(NamedTuple):
     """A value of the loss.

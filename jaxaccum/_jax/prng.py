@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-Tree = Any
+from jaxaccum._types import Tree
 
 
 def is_typed(leaf: Any) -> bool:

@@ -16,8 +16,7 @@ from jaxaccum._multi_steps import checks, loss_step, misspelling, redistribution
 from jaxaccum._multi_steps.state import MultiStepsState
 from jaxaccum._multi_steps.stepping import Config, Shapes
 from jaxaccum._sums import numeric
-
-Tree = Any
+from jaxaccum._types import Tree
 
 
 class MultiSteps(optax.GradientTransformationExtraArgs):

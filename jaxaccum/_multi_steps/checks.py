@@ -15,8 +15,7 @@ from jaxaccum._schedule import AccumulationSchedule
 from jaxaccum._sums.numeric import is_bool, is_real, kind, known, numbers, path_name
 from jaxaccum._sums.traced_loss import or_one_each
 from jaxaccum._sums.weighted_sum import is_inexact
-
-Tree = Any
+from jaxaccum._types import Tree
 
 
 def state(value: Any, method: str, sync: Sync | None = None) -> MultiStepsState:

@@ -15,8 +15,7 @@ from jaxaccum._multi_steps import checks, inner_update, loss_step, stepping
 from jaxaccum._multi_steps.api import MultiSteps
 from jaxaccum._multi_steps.state import MultiStepsState, set_every_k
 from jaxaccum._sums import numeric, weighted_sum
-
-Tree = Any
+from jaxaccum._types import Tree
 
 
 class HostDriven:

@@ -11,8 +11,7 @@ import optax
 from jaxaccum._sums import overwrites, weighted_sum
 from jaxaccum._sums.overwrites import New
 from jaxaccum._sums.weighted_sum import is_inexact
-
-Tree = Any
+from jaxaccum._types import Tree
 
 
 def update(

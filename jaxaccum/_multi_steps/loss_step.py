@@ -15,8 +15,7 @@ from jaxaccum._multi_steps.state import MultiStepsState
 from jaxaccum._multi_steps.stepping import Config
 from jaxaccum._sums import traced_loss, weighted_sum
 from jaxaccum._sums.weighted_sum import Weighted
-
-Tree = Any
+from jaxaccum._types import Tree
 
 
 def step(

@@ -14,9 +14,7 @@ from jaxaccum._devices.topology import MeshAxis, OneDevice
 from jaxaccum._multi_steps.state import MultiStepsState
 from jaxaccum._multi_steps.stepping import Config
 from jaxaccum._sums import overwrites
-
-Tree = Any
-
+from jaxaccum._types import Tree
 
 BATCHES = ("per_device", "global", "weighted")
 

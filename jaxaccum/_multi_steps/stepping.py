@@ -15,8 +15,7 @@ from jaxaccum._multi_steps import checks, inner_update
 from jaxaccum._multi_steps.state import MultiStepsState
 from jaxaccum._sums import numeric, overwrites, traced_loss, weighted_sum
 from jaxaccum._sums.weighted_sum import Weighted
-
-Tree = Any
+from jaxaccum._types import Tree
 
 
 class Shapes(NamedTuple):

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxaccum._sums.weighted_sum import is_inexact
-
-Tree = Any
+from jaxaccum._types import Tree
 
 
 def known(flag: Any) -> Any:

@@ -10,8 +10,7 @@ import numpy as np
 from jaxaccum._jax import core, jaxprs, linearity
 from jaxaccum._sums import numeric, weighted_sum
 from jaxaccum._sums.weighted_sum import Weighted
-
-Tree = Any
+from jaxaccum._types import Tree
 
 
 class Traced(NamedTuple):

@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxaccum._sums import overwrites
-
-Tree = Any
+from jaxaccum._types import Tree
 
 
 class Weighted(NamedTuple):

@@ -16,9 +16,8 @@ from jaxaccum._integers import positive_int
 from jaxaccum._jax import eager, prng
 from jaxaccum._sums import numeric, overwrites, weighted_sum
 from jaxaccum._sums.weighted_sum import Weighted
+from jaxaccum._types import Tree
 from jaxaccum._window.loop import Window
-
-Tree = Any
 
 
 def value_and_grad(

@@ -14,8 +14,7 @@ from jaxaccum._gradient.roles import Roles
 from jaxaccum._jax import core, prng
 from jaxaccum._sums import traced_loss, weighted_sum
 from jaxaccum._sums.weighted_sum import Weighted
-
-Tree = Any
+from jaxaccum._types import Tree
 
 
 class Window(NamedTuple):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxaccum import _paths
 from jaxaccum import task as _task
 from jaxaccum._integers import positive_int
+from jaxaccum._types import Tree
 from jaxaccum.callbacks import Callback, ProgressBar
 from jaxaccum.checkpoint import Checkpoint, orbax_io
 from jaxaccum.loggers import figure, records
@@ -29,8 +30,6 @@ from jaxaccum.trainer.loop.saving import RunCheckpoints
 from jaxaccum.trainer.loop.signals import Signals
 from jaxaccum.trainer.programs.compiled import FitState
 from jaxaccum.trainer.programs.evaluation import Evaluation
-
-Tree = Any
 
 
 class Trainer:

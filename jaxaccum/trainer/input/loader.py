@@ -5,13 +5,12 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jaxaccum._types import Tree
 from jaxaccum.checkpoint import json_state
 from jaxaccum.distributed.process_group import Processes, said
 from jaxaccum.trainer.input import batch_limits
 from jaxaccum.trainer.input.options import Options
 from jaxaccum.trainer.input.progress import Counters
-
-Tree = Any
 
 ONE_SHOT = (
     "It is an iterator, which gives its batches once, but there are several epochs: pass something that can be "

@@ -5,11 +5,10 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+from jaxaccum._types import Tree
 from jaxaccum.distributed.process_group import said
 from jaxaccum.trainer.input import process_shards
 from jaxaccum.trainer.input.strategies import Loaded, Piece, Strategy, signature
-
-Tree = Any
 
 AHEAD = 2  # micro-steps that are on their way to the devices while one runs
 

@@ -14,9 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxaccum._jax import prng
+from jaxaccum._types import Tree
 from jaxaccum.trainer.input.strategies import Piece, Place, Strategy, length, rows, signature, stacked
-
-Tree = Any
 
 
 def offer(strategy: Strategy, batches: Sequence[Tree]) -> dict[str, Any]:

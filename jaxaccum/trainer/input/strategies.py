@@ -19,9 +19,8 @@ from jaxaccum._devices.topology import MeshAxis, OneDevice
 from jaxaccum._devices.zero import zero_sharding
 from jaxaccum._integers import positive_int
 from jaxaccum._jax import prng
+from jaxaccum._types import Tree
 from jaxaccum.distributed.process_group import Processes
-
-Tree = Any
 
 NAMES = ("auto", "single", "ddp", "dp", "zero")
 

@@ -15,6 +15,7 @@ from jaxaccum._jax import prng
 from jaxaccum._multi_steps import redistribution, stepping
 from jaxaccum._multi_steps.state import MultiStepsState
 from jaxaccum._sums import weighted_sum
+from jaxaccum._types import Tree
 from jaxaccum.callbacks import Callback, ModelCheckpoint
 from jaxaccum.checkpoint import Checkpoint, json_state
 from jaxaccum.distributed.process_group import Processes
@@ -23,8 +24,6 @@ from jaxaccum.trainer.input.progress import Counters
 from jaxaccum.trainer.input.strategies import Strategy
 from jaxaccum.trainer.loop.run_state import Run
 from jaxaccum.trainer.programs.compiled import FitState, Pending, Programs
-
-Tree = Any
 
 
 def arrays(state: FitState) -> dict[str, jax.Array]:

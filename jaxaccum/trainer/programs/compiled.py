@@ -15,6 +15,7 @@ from jaxaccum._multi_steps import inner_update, loss_step, stepping
 from jaxaccum._multi_steps.api import MultiSteps
 from jaxaccum._multi_steps.state import MultiStepsState
 from jaxaccum._sums import numeric, weighted_sum
+from jaxaccum._types import Tree
 from jaxaccum.task import Task
 from jaxaccum.trainer.input import process_shards
 from jaxaccum.trainer.input.prefetch import MicroStep
@@ -22,8 +23,6 @@ from jaxaccum.trainer.input.strategies import Piece, Strategy
 from jaxaccum.trainer.programs import objective
 from jaxaccum.trainer.programs.objective import Logs
 from jaxaccum.trainer.programs.step_outputs import Outputs
-
-Tree = Any
 
 
 class Pending(NamedTuple):

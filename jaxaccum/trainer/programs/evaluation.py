@@ -8,13 +8,12 @@ import jax
 import numpy as np
 
 from jaxaccum._sums.weighted_sum import Weighted
+from jaxaccum._types import Tree
 from jaxaccum.task import Task
 from jaxaccum.trainer.input.prefetch import micro_steps
 from jaxaccum.trainer.input.strategies import Strategy
 from jaxaccum.trainer.programs import objective, step_outputs
 from jaxaccum.trainer.programs.objective import Logs
-
-Tree = Any
 
 
 class Evaluation:

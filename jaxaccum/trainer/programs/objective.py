@@ -12,10 +12,10 @@ from jaxaccum._devices.topology import MappedAxis, OneDevice
 from jaxaccum._gradient.roles import Roles
 from jaxaccum._sums import traced_loss, weighted_sum
 from jaxaccum._sums.weighted_sum import Weighted
+from jaxaccum._types import Tree
 from jaxaccum.task import Task
 from jaxaccum.trainer.input.strategies import Strategy
 
-Tree = Any
 Logs = dict[str, Weighted]
 
 

@@ -1,6 +1,7 @@
 """Exact gradient accumulation for JAX, Flax and optax.
 
 The submodules `callbacks`, `checkpoint`, `distributed`, `flax` and `loggers` are imported when they are first used.
+README.md beside this file is the guide to the code.
 """
 
 import importlib as _importlib

@@ -1,1 +1,4 @@
-"""Reads a compiled program and reports what it moves between devices. Knows nothing of this package's drivers."""
+"""Reads the text of a compiled program and reports what it moves between devices.
+
+Knows meshes and the names of their axes. Knows no loss, no optimizer and no driver.
+"""

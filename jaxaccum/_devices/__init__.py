@@ -1,4 +1,5 @@
 """Where local sums live and how they are reduced: one device, a mapped axis, the data axis of a mesh; ZeRO's layout.
 
-Knows no loss and no optimizer.
+`OneDevice`, `MappedAxis` and `MeshAxis` have the same methods; their `joined` is the reduction. Knows no loss and no
+optimizer.
 """

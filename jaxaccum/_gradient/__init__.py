@@ -1,5 +1,6 @@
-"""The gradient of one micro-batch, added to its sums: the one that every driver uses.
+"""The gradient of one micro-batch, added to its sums: every driver uses this one.
 
-Its arguments' roles, their split into micro-batches, in-place addition, weight gradients in float32, and what runs once
-a window. Knows no optimizer, and not where a window ends.
+Holds the roles of a loss's arguments, their split into micro-batches, in-place addition in the backward pass, weight
+gradients in float32, and what is hoisted out of the micro-batches to run once a window. Knows no optimizer, and not
+where a window ends.
 """

@@ -1,4 +1,5 @@
 """What jax may change under us: jaxprs, keys, eager calls, the coordination service.
 
-Only here are `jax.extend` and private parts of jax touched. Knows nothing of gradients or sums.
+Only modules of this package import `jax.extend` and `jax._src`; ruff refuses it elsewhere. Knows no sum, no loss and no
+driver.
 """

@@ -1,4 +1,5 @@
-"""A driver: the optax transformation `MultiSteps`, its state, and `HostDriven`.
+"""The streaming drivers: the optax transformation `MultiSteps`, its state, and `HostDriven`.
 
-Decides where a window ends, and runs the inner optimizer there.
+They take one micro-batch per call, decide where a window ends, and run the inner optimizer there. Know no loader and no
+`Trainer`.
 """

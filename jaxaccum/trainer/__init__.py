@@ -1,4 +1,7 @@
-"""The `Trainer`: from a loader to micro-steps, the programs that are compiled, and the course of a run."""
+"""The `Trainer`, in three packages: `input` (loader to micro-steps), `programs` (what is compiled), `loop` (the run).
+
+`trainer.py` is the public class. It and `loop` alone know callbacks and loggers.
+"""
 
 from jaxaccum.trainer.trainer import Trainer
 

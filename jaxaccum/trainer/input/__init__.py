@@ -1,1 +1,4 @@
-"""From a loader to micro-steps on devices. Knows no loss and no optimizer."""
+"""From a loader to micro-steps on devices: limits, groups, prefetching and strategies; the run's options and counters.
+
+Knows no loss, no optimizer and no compiled program.
+"""

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxaccum._jax import varying
+
 
 def dimension(leaf: Any, mesh: Mesh, names: tuple[str, ...]) -> int | None:
     """The first dimension of `leaf` that the data axes divide, and that no other axis is known to split.
@@ -92,8 +94,8 @@ def zeros(length: int, row: Any) -> jax.Array:
     known = _known(row)
     if known is not None:
         x = jax.reshard(x, NamedSharding(known.mesh, P(None, *layout(row))))
-    varying = tuple(row.mat.varying)
-    return jax.lax.pcast(x, varying, to="varying") if varying else x
+    axes = tuple(varying.axes_of(row))
+    return jax.lax.pcast(x, axes, to="varying") if axes else x
 
 
 def count(leaf: Any, dimension: int) -> int:

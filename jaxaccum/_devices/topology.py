@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxaccum._devices import layout
-from jaxaccum._jax import prng
+from jaxaccum._jax import prng, varying
 from jaxaccum._sums import overwrites
 from jaxaccum._types import Tree
 
@@ -136,7 +136,7 @@ class MappedAxis:
             return tree
 
         def leaf(x):
-            missing = tuple(name for name in self.names if name not in jax.typeof(x).mat.varying)
+            missing = tuple(name for name in self.names if name not in varying.axes(x))
             return jax.lax.pcast(x, missing, to="varying") if missing else x
 
         return jax.tree.map(leaf, tree)
@@ -205,7 +205,7 @@ class MappedAxis:
 
     def varies(self, leaf: Any) -> bool:
         """Whether jax knows that `leaf` differs between devices."""
-        return any(name in jax.typeof(leaf).mat.varying for name in self.names)
+        return any(name in varying.axes(leaf) for name in self.names)
 
     def is_reduced(self, leaf: Any) -> bool:
         """Whether jax knows that `leaf` is the same on every device."""

@@ -16,7 +16,7 @@ from jaxaccum._devices import mesh_map, placement
 from jaxaccum._devices.topology import MappedAxis, MeshAxis, OneDevice
 from jaxaccum._gradient import in_place_sums, wide_products
 from jaxaccum._gradient.roles import Roles
-from jaxaccum._jax import eager, jaxprs
+from jaxaccum._jax import eager, jaxprs, refs
 from jaxaccum._sums import numeric, overwrites, traced_loss, weighted_sum
 from jaxaccum._sums.weighted_sum import Added, Weighted
 from jaxaccum._types import Tree
@@ -68,7 +68,7 @@ class Gradient(NamedTuple):
             (_, returned), grads = jax.value_and_grad(total, has_aux=True)(leaves)
             return returned, grads
         value, vjp, returned = jax.vjp(total, leaves, has_aux=True)
-        backward = functools.partial(in_place_sums.backward, vjp, jnp.ones_like(value), self.inside)
+        backward = functools.partial(refs.backward, vjp, jnp.ones_like(value), self.inside)
         loss, _ = returned
         if not self.loss.has_weight:
             return returned, backward(pending)

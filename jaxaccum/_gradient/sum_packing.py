@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxaccum._devices import layout
+from jaxaccum._jax import varying
 from jaxaccum._sums import overwrites
 from jaxaccum._types import Tree
 
@@ -62,6 +63,6 @@ def of(sums: Tree, stay: Sequence[bool] | None = None) -> Packing:
     for i, (path, x) in enumerate(jax.tree_util.tree_leaves_with_path(sums, is_leaf=is_none)):
         if x is None or next(stays) or x.ndim > 1 or x.size > _SMALL or overwrites.holds(path):
             continue
-        alike[x.shape, x.dtype, jax.typeof(x).mat.varying, layout.layout(x)].append(i)
+        alike[x.shape, x.dtype, varying.axes(x), layout.layout(x)].append(i)
     stacks = tuple(tuple(numbers) for numbers in alike.values() if len(numbers) > 1)
     return Packing(jax.tree.structure(sums, is_leaf=is_none), stacks)

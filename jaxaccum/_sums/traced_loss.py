@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxaccum._jax import core, jaxprs, linearity
+from jaxaccum._jax import core, jaxprs, linearity, varying
 from jaxaccum._sums import numeric, weighted_sum
 from jaxaccum._sums.weighted_sum import Weighted
 from jaxaccum._types import Tree
@@ -100,9 +100,9 @@ class Traced(NamedTuple):
           ValueError: if it doesn't vary over any of `names` though the parameters do: it has been reduced already, and
             its gradient would be divided by the number of devices once more.
         """
-        varying = lambda aval: set(names) & set(aval.mat.varying)
+        over = lambda aval: varying.axes_of(aval).intersection(names)
         count = jax.tree.structure(self.args[0]).num_leaves
-        if any(map(varying, self.closed.in_avals[:count])) and not varying(self.closed.out_avals[0]):
+        if any(map(over, self.closed.in_avals[:count])) and not over(self.closed.out_avals[0]):
             raise ValueError(
                 f"the loss does not vary over axis_name={tuple(names)!r}: it is reduced over it already, as by "
                 "jax.lax.pmean. Return each device's own mean, or a Weighted; the window reduces it once."

@@ -668,7 +668,12 @@ BUGS = [
         "zip(numbers[::-1], stack, strict",
     ),
     Bug("statistics packed with sums", "_gradient/sum_packing.py", " or overwrites.holds(path)", ""),
-    Bug("sums of several dtypes in a stack", "_gradient/sum_packing.py", "x.shape, x.dtype, jax", "x.shape, 0, jax"),
+    Bug(
+        "sums of several dtypes in a stack",
+        "_gradient/sum_packing.py",
+        "x.shape, x.dtype, varying",
+        "x.shape, 0, varying",
+    ),
     Bug(
         "prepared parameters that lag behind",
         "_multi_steps/stepping.py",

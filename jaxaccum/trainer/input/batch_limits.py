@@ -1,6 +1,5 @@
 """Lightning's limits and intervals: an int counts batches, a float is a fraction of the epoch."""
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -76,20 +75,3 @@ def expected(loader: Iterable[Any], value: int | float, name: str) -> int | None
     """
     known = [batches for batches in (limit(loader, value, name), size(loader)) if batches is not None]
     return min(known, default=None)
-
-
-def validation_interval(value: int | float, epoch: int | float) -> int | float:
-    """Every how many micro-steps validation is due, in an epoch of `epoch` micro-steps; infinite: at its end alone.
-
-    Raises:
-      ValueError: if `value` is a fraction of a length that is not known.
-    """
-    if isinstance(value, int):
-        return value
-    if value == 1.0:
-        return math.inf
-    if math.isinf(epoch):
-        raise ValueError(
-            f"val_check_interval={value} is a fraction of an epoch whose length is not known; pass an int."
-        )
-    return max(1, int(epoch * value))

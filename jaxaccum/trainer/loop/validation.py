@@ -3,7 +3,6 @@
 import math
 import warnings
 
-from jaxaccum.trainer.input import batch_limits
 from jaxaccum.trainer.input.loader import ValLoader
 from jaxaccum.trainer.loop.hooks import Hooks
 from jaxaccum.trainer.loop.run_state import Run
@@ -43,7 +42,7 @@ class Validation:
         """Reads the length of an epoch, for an interval that is a fraction of it."""
         run = self._run
         if run.val_loader is not None:
-            self._interval = batch_limits.validation_interval(run.options.val_check_interval, run.epoch_micro_steps)
+            self._interval = _interval_of(run.options.val_check_interval, run.epoch_micro_steps)
 
     def check(self) -> None:
         """Validates on the first batches, to meet before training what would fail after it; records nothing."""
@@ -143,3 +142,20 @@ class Validation:
                 "val_loader is an iterator, which gives its batches once, but there may be several validations: pass "
                 "something that can be iterated again, such as a list, or an int limit_val_batches if it has no end."
             )
+
+
+def _interval_of(value: int | float, epoch: int | float) -> int | float:
+    """Every how many micro-steps validation is due, in an epoch of `epoch` micro-steps; infinite: at its end alone.
+
+    Raises:
+      ValueError: if `value` is a fraction of a length that is not known.
+    """
+    if isinstance(value, int):
+        return value
+    if value == 1.0:
+        return math.inf
+    if math.isinf(epoch):
+        raise ValueError(
+            f"val_check_interval={value} is a fraction of an epoch whose length is not known; pass an int."
+        )
+    return max(1, int(epoch * value))

@@ -1,4 +1,4 @@
-"""How a mesh's data axis splits one dimension of an array: the layout of ZeRO's gradients and optimizer state."""
+"""How a mesh's data axes shard one dimension of an array: the layout of ZeRO's gradients and optimizer state."""
 
 import math
 from typing import Any
@@ -12,7 +12,9 @@ from jaxaccum._jax import varying
 
 
 def dimension(leaf: Any, mesh: Mesh, names: tuple[str, ...]) -> int | None:
-    """The first dimension of `leaf` that the data axes divide, and that no other axis is known to split.
+    """The dimension of `leaf` to shard over the data axes.
+
+    It is the first one whose length their size divides and that isn't known to be sharded over another axis.
 
     Args:
       leaf: an array, or its shape and dtype.
@@ -20,7 +22,7 @@ def dimension(leaf: Any, mesh: Mesh, names: tuple[str, ...]) -> int | None:
       names: its data axes.
 
     Returns:
-      The dimension; None where there is none, such as for a scalar: then every device keeps all of `leaf`.
+      The dimension; None if there is none, for example for a scalar: `leaf` is then replicated.
     """
     size = math.prod(mesh.shape[name] for name in names)
     free = [not _names(entry) - set(names) for entry in layout(leaf)]
@@ -29,7 +31,7 @@ def dimension(leaf: Any, mesh: Mesh, names: tuple[str, ...]) -> int | None:
 
 
 def sharding(leaf: Any, mesh: Mesh, names: tuple[str, ...]) -> NamedSharding:
-    """How `leaf` lies when the data axes split `dimension(leaf)`, other axes as it is."""
+    """The sharding of `leaf` with `dimension(leaf)` split over the data axes; other axes are kept."""
     split = dimension(leaf, mesh, names)
     placed = getattr(leaf, "sharding", None)
     spec = _padded(placed.spec if isinstance(placed, NamedSharding) else (), len(leaf.shape))
@@ -42,7 +44,7 @@ def sharding(leaf: Any, mesh: Mesh, names: tuple[str, ...]) -> NamedSharding:
 
 
 def lay(leaf: jax.Array, mesh: Mesh, names: tuple[str, ...], split: int | None) -> jax.Array:
-    """`leaf` with its dimension `split` over the data axes, or with none; other axes are left to jax."""
+    """Shards dimension `split` of `leaf` over the data axes, or none; other axes are left to jax."""
     if not leaf.ndim:
         return leaf
     if is_explicit(mesh):
@@ -51,12 +53,12 @@ def lay(leaf: jax.Array, mesh: Mesh, names: tuple[str, ...], split: int | None) 
     concerned = dimension(leaf, mesh, names) if split is None else split
     if concerned is not None:
         spec[concerned] = None if split is None else names
-    # Only under jit can a dimension be left open.
+    # UNCONSTRAINED is only allowed under jit.
     return jax.jit(lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec))))(leaf)
 
 
 def reshard(leaf: jax.Array, mesh: Mesh, names: tuple[str, ...], spec: P) -> jax.Array:
-    """`leaf` as `spec` says over the data axes, other axes as they are: on explicit axes jax won't do it by itself."""
+    """Reshards `leaf` to `spec` over the data axes, other axes kept; jax doesn't reshard explicit axes implicitly."""
     current = layout(leaf)
     rest = [tuple(name for name in _in_order(entry) if name not in names) or None for entry in current]
     wanted = (*(new or old for new, old in zip(spec, rest, strict=False)), *rest[len(spec) :])
@@ -66,12 +68,13 @@ def reshard(leaf: jax.Array, mesh: Mesh, names: tuple[str, ...], spec: P) -> jax
 
 
 def reduce_scatter(local: jax.Array, mesh: Mesh, names: tuple[str, ...]) -> jax.Array:
-    """The sum over the leading device axis of `local`, (P, *shape), split over the data axes as far as it can be.
+    """Sums `local`, (P, *shape), over its leading device axis and shards the result over the data axes if possible.
 
-    It is formed and returned in float32 or wider.
+    The sum is computed and returned in float32 or wider.
 
-    Where the mesh's other axes are automatic, how they split `local` is not known here, and XLA would gather it before
-    a reduce-scatter: it is left to XLA to make one out of a reduction and a layout, which it does on GPU and TPU.
+    If the mesh has other, automatic axes, the layout of `local` over them is not known here, and XLA would gather it
+    before an explicit reduce-scatter. The sum is then written as a reduction with a sharding constraint, which XLA
+    turns into a reduce-scatter on GPU and TPU.
     """
     local = wide(local)
     spec = layout(local)[1:]
@@ -89,7 +92,7 @@ def reduce_scatter(local: jax.Array, mesh: Mesh, names: tuple[str, ...]) -> jax.
 
 
 def zeros(length: int, row: Any) -> jax.Array:
-    """`length` rows of zeros, of the shape, dtype and layout of `row`, a type."""
+    """`length` rows of zeros with the shape, dtype and layout of the abstract value `row`."""
     x = jnp.zeros((length, *row.shape), row.dtype)
     known = _known(row)
     if known is not None:
@@ -99,30 +102,30 @@ def zeros(length: int, row: Any) -> jax.Array:
 
 
 def count(leaf: Any, dimension: int) -> int:
-    """The number of devices that the explicit axes of a mesh split a dimension of `leaf` over."""
+    """The number of devices that a dimension of `leaf` is sharded over by explicit mesh axes."""
     known = _known(leaf)
     return math.prod(known.mesh.shape[name] for name in _in_order(layout(leaf)[dimension])) if known else 1
 
 
 def wide(x: jax.Array) -> jax.Array:
-    """`x` in float32, if it is of a narrower inexact dtype: what several devices hold is added in no less."""
+    """Casts narrower inexact dtypes to float32, the least precision for reductions over devices."""
     is_narrow = jnp.issubdtype(x.dtype, jnp.inexact) and jnp.finfo(x.dtype).bits < 32
     return x.astype(jnp.float32) if is_narrow else x
 
 
 def is_explicit(mesh: Mesh | AbstractMesh) -> bool:
-    """Whether jax's types know how arrays lie on `mesh`."""
+    """Whether `mesh` has an explicit axis, so that jax's types record shardings."""
     return any(kind == AxisType.Explicit for kind in mesh.axis_types)
 
 
 def layout(leaf: Any) -> tuple[Any, ...]:
-    """How jax's types say that `leaf` lies: an entry for each dimension, None where they know of none."""
+    """The sharding of `leaf` in jax's types: one entry per dimension, None where it is not known to be sharded."""
     known = _known(leaf)
     return _padded(known.spec if known else (), len(leaf.shape))
 
 
 def _known(leaf: Any) -> NamedSharding | None:
-    """The layout of `leaf` over a mesh with explicit axes, if jax's types know of one."""
+    """The sharding of `leaf` over a mesh with explicit axes, if jax's types record one."""
     known = getattr(jax.typeof(leaf) if isinstance(leaf, jax.Array) else leaf, "sharding", None)
     return known if isinstance(known, NamedSharding) and is_explicit(known.mesh) else None
 

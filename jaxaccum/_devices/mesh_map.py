@@ -1,4 +1,4 @@
-"""jit on a mesh: runs a window of local sums on each index of the data axis, every other axis left to jax."""
+"""Runs a window of local sums on each index of a mesh's data axes; all other axes stay automatic."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -22,16 +22,16 @@ def run(
     split_dim: int,
     out_specs: Tree,
 ) -> Tree:
-    """`fun(*args, **kwargs)` on each index of the data axes, inside `jax.shard_map`.
+    """Runs `fun(*args, **kwargs)` on each index of the data axes, inside `jax.shard_map`.
 
     Args:
-      fun: sees its share of the arguments named by `split` and all of the others.
-      sync: the mesh and its data axes. Its other axes stay automatic: their collectives are where the model puts them.
-      args: positional arguments; leaves that are not arrays are handed on as they are.
-      kwargs: keyword arguments, likewise.
+      fun: the function; it receives its shard of the arguments in `split`, and all other arguments whole.
+      sync: the mesh and its data axes. All other axes stay automatic: the model decides where they communicate.
+      args: positional arguments; leaves that are not arrays are passed through.
+      kwargs: keyword arguments; likewise.
       split: the positions of the arguments to split over the data axes.
-      split_dim: which of their dimensions.
-      out_specs: how the results lie over the data axes.
+      split_dim: the dimension to split.
+      out_specs: the specs of the results over the data axes.
 
     Returns:
       The results, as arrays on the mesh.
@@ -42,7 +42,7 @@ def run(
     spec_of = [shared if i in split else P() for i, arg in enumerate(args) for _ in jax.tree.leaves(arg)]
     spec_of += [P()] * (len(leaves) - len(spec_of))
     is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
-    # On explicit axes jax would refuse to lay an argument out anew by itself.
+    # On explicit axes jax doesn't reshard arguments implicitly.
     lay = (lambda x, spec: layout.reshard(x, mesh, axes, spec)) if layout.is_explicit(mesh) else lambda x, spec: x
     arrays = [lay(leaf, spec) for leaf, spec, array in zip(leaves, spec_of, is_array, strict=True) if array]
 
@@ -55,7 +55,7 @@ def run(
             return fun(*args, **kwargs)
 
     in_specs = ([spec for spec, array in zip(spec_of, is_array, strict=True) if array],)
-    # Not with check_vma: a loss that is written for plain jit may start a loop from a constant, for example.
+    # check_vma would reject losses written for plain jit, for example one that starts a loop from a constant.
     options = {"axis_names": set(axes), "check_vma": False}
     mapped = jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_specs, **options)
     return jax.jit(mapped)(arrays)
@@ -63,7 +63,7 @@ def run(
 
 @contextlib.contextmanager
 def _explained() -> Iterator[None]:
-    """Says what a loss may not do here, in place of jax's error about a mesh that its user didn't make."""
+    """Replaces jax's error about a mesh that the user didn't create with advice for the loss."""
     try:
         yield
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""From `axis_name=`, `mesh=` and `data_axis=` to a topology, and checks of what lies on its devices."""
+"""Converts `axis_name=`, `mesh=` and `data_axis=` to a topology, and checks arrays against it."""
 
 import dataclasses
 from typing import Any
@@ -12,7 +12,7 @@ from jaxaccum._types import Tree
 
 
 def sync(axis_name: Any, mesh: Any, data_axis: Any, should_skip_update_fn: Any = None, *, reduce: str = "mean") -> Sync:
-    """Where the local sums live, on one device, along a mapped axis, or along a mesh's data axis, and how they join."""
+    """Returns the topology that the public arguments select, and checks those arguments."""
     if reduce not in ("mean", "scatter"):
         raise ValueError(f"reduce must be 'mean' or 'scatter' (ZeRO), got {reduce!r}.")
     if reduce == "scatter" and mesh is None:
@@ -36,7 +36,7 @@ def sync(axis_name: Any, mesh: Any, data_axis: Any, should_skip_update_fn: Any =
 
 
 def mesh_axis(mesh: Any, data_axis: Any) -> MeshAxis:
-    """The data axis of a mesh, which must have it."""
+    """The topology of a mesh's data axes; raises if the mesh lacks them."""
     if not isinstance(mesh, jax.sharding.Mesh):
         raise TypeError(f"mesh must be a jax.sharding.Mesh, for example jax.make_mesh((8,), ('data',)), got {mesh!r}.")
     names = _names("data_axis", data_axis)
@@ -54,7 +54,7 @@ def _names(argument: str, value: Any) -> tuple[str, ...]:
 
 
 def placed(params: Tree, sync: Sync) -> None:
-    """Parameters must lie on the mesh's devices, as far as it can be seen where they lie: outside of jit."""
+    """Checks that concrete, committed parameters are on the mesh's devices."""
     if not isinstance(sync, MeshAxis):
         return
     devices = set(sync.mesh.devices.flat)
@@ -71,7 +71,7 @@ def placed(params: Tree, sync: Sync) -> None:
 
 
 def in_map(sync: Sync) -> None:
-    """Refuses a mapped axis outside of its map."""
+    """Raises if a mapped axis is used outside its map."""
     try:
         sync.size()
     except NameError:
@@ -82,7 +82,7 @@ def in_map(sync: Sync) -> None:
 
 
 def local_gradients(grads: Tree, sync: Sync) -> None:
-    """Gradients must be each device's own: summed over the devices already, they would be summed again."""
+    """Checks that gradients are local; gradients that are already reduced would be summed twice."""
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         if is_inexact(grad) and sync.is_reduced(grad):
             raise ValueError(

@@ -1,7 +1,7 @@
-"""Devices: how the sums of one device differ from those of all, and the one reduction that joins them.
+"""Devices: where local sums live and how they are reduced.
 
-What the drivers know of devices is one of three values with the same methods: `OneDevice()`; `MappedAxis(names)` inside
-a mapped axis; `MeshAxis(mesh, names)` under jit, where what is local has a leading device axis.
+The drivers use one of three types with the same methods: `OneDevice()`; `MappedAxis(names)`, inside a mapped axis;
+`MeshAxis(mesh, names)`, under jit, where local values have a leading device axis.
 """
 
 import dataclasses
@@ -22,18 +22,18 @@ from jaxaccum._types import Tree
 
 @dataclasses.dataclass(frozen=True)
 class OneDevice:
-    """No device but this one: local sums are the sums.
+    """A single device: the local sums are the total.
 
     Attributes:
-      names: of the axes that the devices lie along: none.
-      shape: of a scalar that each device has one of.
+      names: the data axes; empty here.
+      shape: the shape of a per-device scalar.
     """
 
     names: tuple[str, ...] = ()
     shape: tuple[int, ...] = ()
 
     def options(self) -> dict[str, Any]:
-        """The public arguments that ask for this."""
+        """The public arguments that select this topology."""
         return {}
 
     def size(self) -> int:
@@ -41,48 +41,48 @@ class OneDevice:
         return 1
 
     def index(self) -> Any:
-        """This device's number."""
+        """This device's index."""
         return 0
 
     def local(self, tree: Tree) -> Tree:
-        """`tree`, common to all devices, as what each may change on its own."""
+        """Converts `tree`, the same on all devices, to a local tree."""
         return tree
 
     def each(self, fun: Callable[[Tree], Tree], tree: Tree) -> Tree:
-        """`fun` of each device's own part of a local tree."""
+        """Applies `fun` to each device's part of a local tree."""
         return fun(tree)
 
     def joined(self, tree: Tree, reduced: Tree = None) -> Tree:
-        """The sum over the devices of what is local."""
+        """Sums a local tree over the devices."""
         del reduced
         return tree
 
     def averaged(self, tree: Tree) -> Tree:
-        """The mean over the devices of what floats in a local tree; the rest must agree."""
+        """Averages the inexact leaves of a local tree over the devices; all other leaves must be equal."""
         return tree
 
     def one(self, tree: Tree) -> Tree:
-        """A local tree as one device has it; shapes and dtypes are enough."""
+        """A local tree as one device sees it; only its shapes and dtypes are needed."""
         return tree
 
     def spread(self, tree: Tree) -> Tree:
-        """`tree` laid out as joined sums are."""
+        """Lays out `tree` like joined sums."""
         return tree
 
     def whole(self, tree: Tree) -> Tree:
-        """`tree`, made of joined sums, laid out as parameters are."""
+        """Lays out `tree`, computed from joined sums, like the parameters."""
         return tree
 
     def settled(self, state: Tree) -> Tree:
-        """`state` where the steps to come will leave it."""
+        """Places `state` where a step leaves it."""
         return state
 
     def own(self, tree: Tree) -> Tree:
-        """A local tree, each device's part on it."""
+        """Places each device's part of a local tree on that device."""
         return tree
 
     def like(self, tree: Tree, params: Tree) -> Tree:
-        """Joined sums `tree`, laid out as jax's types say that `params` are."""
+        """Lays out joined sums `tree` like `params`, as far as jax's types record the layout."""
         del params
         return tree
 
@@ -92,7 +92,7 @@ class OneDevice:
         return False
 
     def is_reduced(self, leaf: Any) -> bool:
-        """Whether `leaf` is known to be the same on every device, though it should be local."""
+        """Whether `leaf`, which should be local, is known to be the same on all devices."""
         del leaf
         return False
 
@@ -101,20 +101,20 @@ class OneDevice:
 class MappedAxis:
     """The devices of a mapped axis, inside `jax.pmap` or `jax.shard_map`.
 
-    Under shard_map with `check_vma=True` jax tracks in its types what varies over the axis. There a gradient with
-    respect to parameters that don't vary is reduced by jax in every micro-step, and comes out as the sum over devices;
-    parameters cast to varying keep their gradient local. Elsewhere nothing is tracked and nothing needs a cast.
+    Under shard_map with `check_vma=True`, jax's types track which values vary over the axis. If the parameters don't
+    vary, jax reduces their gradient in every micro-step and returns the sum over the devices. If they are cast to
+    varying, their gradient stays local. Under pmap, or without `check_vma`, no cast is needed.
 
     Attributes:
-      names: the axis, or several.
-      shape: of a scalar that each device has one of: inside the mapped function it sees its own.
+      names: the mapped axes.
+      shape: the shape of a per-device scalar: () inside the mapped function.
     """
 
     names: tuple[str, ...]
     shape: tuple[int, ...] = ()
 
     def options(self) -> dict[str, Any]:
-        """The public arguments that ask for this."""
+        """The public arguments that select this topology."""
         return {"axis_name": self.names}
 
     def size(self) -> int:
@@ -122,13 +122,13 @@ class MappedAxis:
         return jax.lax.axis_size(self.names)
 
     def index(self) -> jax.Array:
-        """This device's number, an int32 scalar."""
+        """This device's index, an int32 scalar."""
         return jax.lax.axis_index(self.names)
 
     def local(self, tree: Tree) -> Tree:
-        """`tree` cast to varying over the axis, where jax tracks that.
+        """Casts `tree` to varying over the axis, where jax tracks that.
 
-        Outside of the mapped function, where a script makes its state before it replicates it, it is as it is.
+        Outside the mapped function, `tree` is returned as is: a script may create its state before it replicates it.
         """
         try:
             self.size()
@@ -142,17 +142,17 @@ class MappedAxis:
         return jax.tree.map(leaf, tree)
 
     def each(self, fun: Callable[[Tree], Tree], tree: Tree) -> Tree:
-        """`fun` of each device's own part of a local tree."""
+        """Applies `fun` to each device's part of a local tree."""
         return fun(tree)
 
     def joined(self, tree: Tree, reduced: Tree = None) -> Tree:
-        """The sum over the devices of what is local, in one reduction, in float32 or wider.
+        """Sums a local tree over the devices, in float32 or wider.
 
-        Of statistics that are overwritten it is the maximum.
+        Overwritten statistics are reduced with a maximum.
 
         Args:
           tree: local sums.
-          reduced: for each leaf the names of the axes over which it is a sum already; None where that is none at all.
+          reduced: for each leaf, the names of the axes it is already summed over; None if there are none.
         """
 
         def leaf(path, x, done=()):
@@ -165,7 +165,7 @@ class MappedAxis:
         return jax.tree.map_with_path(leaf, tree, *(() if reduced is None else (reduced,)))
 
     def averaged(self, tree: Tree) -> Tree:
-        """The mean over the devices of what floats in a local tree; the first device's keys; the rest must agree."""
+        """Averages the inexact leaves and takes the first device's keys; all other leaves must be equal."""
 
         def leaf(x):
             if jnp.issubdtype(x.dtype, jnp.inexact):
@@ -179,49 +179,48 @@ class MappedAxis:
         return jax.tree.map(leaf, self.local(tree))
 
     def one(self, tree: Tree) -> Tree:
-        """A local tree as one device has it."""
+        """A local tree as one device sees it."""
         return tree
 
     def spread(self, tree: Tree) -> Tree:
-        """`tree`: joined sums are whole on every device."""
+        """Returns `tree`: joined sums are replicated."""
         return tree
 
     def whole(self, tree: Tree) -> Tree:
-        """`tree`: joined sums are whole on every device."""
+        """Returns `tree`: joined sums are replicated."""
         return tree
 
     def settled(self, state: Tree) -> Tree:
-        """`state` where the steps to come will leave it."""
+        """Places `state` where a step leaves it."""
         return state
 
     def own(self, tree: Tree) -> Tree:
-        """A local tree, each device's part on it."""
+        """Places each device's part of a local tree on that device."""
         return tree
 
     def like(self, tree: Tree, params: Tree) -> Tree:
-        """`tree`: joined sums lie as the parameters do."""
+        """Returns `tree`: joined sums have the layout of the parameters."""
         del params
         return tree
 
     def varies(self, leaf: Any) -> bool:
-        """Whether jax knows that `leaf` differs between devices."""
+        """Whether jax's types show that `leaf` differs between devices."""
         return any(name in varying.axes(leaf) for name in self.names)
 
     def is_reduced(self, leaf: Any) -> bool:
-        """Whether jax knows that `leaf` is the same on every device."""
+        """Whether jax's types show that `leaf` is the same on all devices."""
         tracked = self.varies(self.local(jnp.zeros(())))
         return tracked and not self.varies(leaf)
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshAxis:
-    """The data axis of a mesh under jit: what is local is a global array with a leading device axis, sharded over it.
+    """The data axis of a mesh under jit: a local value is a global array with a sharded leading device axis.
 
     Attributes:
       mesh: the mesh.
       names: its data axes.
-      scatter: whether joined sums, and the optimizer state with them, are split over the data axes (ZeRO), or whole on
-        every device.
+      scatter: whether joined sums and the optimizer state are sharded over the data axes (ZeRO) or replicated.
     """
 
     mesh: Mesh
@@ -230,36 +229,36 @@ class MeshAxis:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of a scalar that each device has one of."""
+        """The shape of a per-device scalar."""
         return (self.size(),)
 
     def options(self) -> dict[str, Any]:
-        """The public arguments that ask for this."""
+        """The public arguments that select this topology."""
         return {"mesh": self.mesh, "data_axis": self.names, "reduce": "scatter" if self.scatter else "mean"}
 
     def size(self) -> int:
-        """The number of devices of the data axis."""
+        """The number of devices along the data axes."""
         return math.prod(self.mesh.shape[name] for name in self.names)
 
     def index(self) -> int:
-        """This code's number: it is one for all devices."""
+        """Always 0: the code is global, not per device."""
         return 0
 
     def local(self, tree: Tree) -> Tree:
-        """A copy of `tree` for each device: leaves (P, ...), laid out beyond that as they were."""
+        """Copies `tree` to each device: leaves (P, ...), with the layout of the other dimensions kept."""
         expand = lambda tree: jax.tree.map(lambda x: x[None], tree)
         options = {"mesh": self.mesh, "axis_names": set(self.names), "check_vma": False}
-        # Under jit also when called outside of it: only there can a result lie over axes that are not manual.
+        # jit, since only under jit can a result be sharded over axes that are not manual.
         if layout.is_explicit(self.mesh):
             tree = jax.tree.map(lambda x: layout.reshard(x, self.mesh, self.names, P()), tree)
         return jax.jit(jax.shard_map(expand, in_specs=P(), out_specs=P(self.names), **options))(tree)
 
     def each(self, fun: Callable[[Tree], Tree], tree: Tree) -> Tree:
-        """`fun` of each device's own part of a local tree."""
+        """Applies `fun` to each device's part of a local tree."""
         return jax.vmap(fun)(tree)
 
     def joined(self, tree: Tree, reduced: Tree = None) -> Tree:
-        """The sum over the leading axis, in float32 or wider: jax makes it a reduction over the data axis."""
+        """Sums over the leading axis, in float32 or wider; jax compiles it to a reduction over the data axis."""
         del reduced
 
         def leaf(path, x):
@@ -272,35 +271,38 @@ class MeshAxis:
         return jax.tree.map_with_path(leaf, tree)
 
     def averaged(self, tree: Tree) -> Tree:
-        """The mean over the leading axis of what floats; the first keys; the rest must agree."""
+        """Averages inexact leaves over the leading axis and takes the first keys; all other leaves must be equal."""
         return averaged(tree)
 
     def one(self, tree: Tree) -> Tree:
-        """Shapes and dtypes of a local tree as one device has it."""
+        """The shapes and dtypes of a local tree as one device sees it."""
         stored = lambda tree: jax.tree.map(lambda total, x: total.astype(x.dtype), self.joined(tree), tree)
         return jax.eval_shape(stored, tree)
 
     def spread(self, tree: Tree) -> Tree:
-        """`tree` laid out as joined sums are: under ZeRO each array split over the data axes where it can be."""
+        """Lays out `tree` like joined sums: under ZeRO, each array is sharded over the data axes if possible."""
         dimension = lambda x: layout.dimension(x, self.mesh, self.names)
         lay = lambda x: layout.lay(x, self.mesh, self.names, dimension(x))
         return jax.tree.map(lay, tree) if self.scatter else tree
 
     def whole(self, tree: Tree) -> Tree:
-        """`tree`, made of joined sums, laid out as parameters are: on every device."""
+        """Lays out `tree`, computed from joined sums, like the parameters: replicated over the data axes."""
         lay = lambda x: layout.lay(x, self.mesh, self.names, None)
         return jax.tree.map(lay, tree) if self.scatter else tree
 
     def own(self, tree: Tree) -> Tree:
-        """A local tree, each device's part on it: XLA leaves constants with all, and the next step compiles anew."""
+        """Places each device's part of a local tree on that device.
+
+        Otherwise XLA replicates constants, and the next step recompiles.
+        """
         sharding = NamedSharding(self.mesh, P(self.names))
         lay = jax.reshard if layout.is_explicit(self.mesh) else jax.lax.with_sharding_constraint
         return jax.tree.map(lambda x: lay(x, sharding), tree)
 
     def settled(self, state: Tree) -> Tree:
-        """`state` with what lies on no particular device put on every one of the mesh, where a step would leave it.
+        """Replicates the uncommitted arrays of `state` over the mesh, where a step leaves them.
 
-        Under jit that is for jax to say; elsewhere a step would compile twice, for a fresh state and for its own.
+        Otherwise a step would compile twice: for a fresh state and for its own output. Tracers are left to jax.
         """
 
         def leaf(x):
@@ -310,19 +312,19 @@ class MeshAxis:
         return jax.tree.map(leaf, state)
 
     def like(self, tree: Tree, params: Tree) -> Tree:
-        """Joined sums `tree`, laid out as jax's types say that `params` are."""
+        """Lays out joined sums `tree` like `params`, as far as jax's types record the layout."""
         if self.scatter or not layout.is_explicit(self.mesh):
             return tree
         spec = lambda p: jax.typeof(p).sharding.spec
         return jax.tree.map(lambda x, p: layout.reshard(x, self.mesh, self.mesh.axis_names, spec(p)), tree, params)
 
     def varies(self, leaf: Any) -> bool:
-        """Whether `leaf` is known to differ between devices: under jit every array is one for all."""
+        """Always False: under jit every array is global."""
         del leaf
         return False
 
     def is_reduced(self, leaf: Any) -> bool:
-        """Whether `leaf` lacks the leading device axis: that is checked by its shape."""
+        """Always False: a missing device axis is detected by shape instead."""
         del leaf
         return False
 
@@ -331,7 +333,7 @@ Sync = OneDevice | MappedAxis | MeshAxis
 
 
 def averaged(tree: Tree) -> Tree:
-    """The mean over the leading axis of what floats; the first keys; the rest must agree."""
+    """Averages inexact leaves over the leading axis and takes the first keys; all other leaves must be equal."""
 
     def leaf(x):
         if jnp.issubdtype(x.dtype, jnp.inexact):

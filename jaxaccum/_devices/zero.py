@@ -1,4 +1,4 @@
-"""The shardings of ZeRO, for the caller's own arrays."""
+"""ZeRO shardings for the caller's arrays."""
 
 from typing import Any
 
@@ -9,22 +9,25 @@ from jaxaccum._types import Tree
 
 
 def zero_sharding(tree: Tree, mesh: Any, data_axis: Any = "data") -> Tree:
-    """How ZeRO lays an optimizer's state out: each array split over the data axis, for `reduce="scatter"`.
+    """Returns ZeRO shardings for an optimizer state: each array sharded over the data axis, for `reduce="scatter"`.
 
-    An array is split along its first dimension that the number of devices divides and that no explicit axis of the mesh
-    splits; where there is none (scalars, small vectors), it is whole on every device. Other axes' splits are kept.
+    An array is sharded along its first dimension whose length is divisible by the number of devices and that no
+    explicit mesh axis shards. If there is none (scalars, small vectors), the array is replicated. Shardings over other
+    axes are kept.
 
     Args:
-      tree: arrays, or shapes with dtypes, such as `jax.eval_shape(opt.init, params)`; the latter know of no automatic
-        axis that the arrays will be split over. Gradients with `reduce="scatter"` lie as the parameters would here.
+      tree: arrays, or shapes with dtypes, such as `jax.eval_shape(opt.init, params)`. Shapes don't record shardings
+        over automatic axes. With `reduce="scatter"`, gradients have the shardings that this function returns for the
+        parameters.
       mesh: a `jax.sharding.Mesh`.
-      data_axis: its data axis, a name or a tuple of names.
+      data_axis: the mesh's data axis, a name or a tuple of names.
 
     Returns:
-      A tree like `tree` of `jax.sharding.NamedSharding`: for `jax.device_put`, or for `out_shardings`.
+      A tree like `tree` of `jax.sharding.NamedSharding`, for `jax.device_put` or `out_shardings`.
 
     Raises:
-      TypeError, ValueError: if `mesh` is none, or lacks the axis.
+      TypeError: if `mesh` is not a `jax.sharding.Mesh`, or `data_axis` is not a name or a tuple of names.
+      ValueError: if the mesh lacks the axis.
 
     Example:
       >>> import jax.numpy as jnp, jaxaccum, optax

@@ -1,4 +1,4 @@
-"""`cast`, a ready `prepare`: mixed precision with one cast of the parameters a window."""
+"""`cast`, a ready-made `prepare`: mixed precision that casts the parameters once per window."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -10,19 +10,19 @@ import jax.numpy as jnp
 from jaxaccum._jax import core, jaxprs
 from jaxaccum._types import Tree
 
-# What mixes the entries of a parameter with so much else that its result is an activation.
+# Primitives whose result is an activation, even if an operand is a parameter.
 _PRODUCTS = frozenset(["conv_general_dilated", "dot_general", "ragged_dot_general"])
 
 
 @dataclasses.dataclass(frozen=True)
 class Cast:
-    """What `cast` returns; `value_and_grad` shows it the loss."""
+    """The result of `cast`; `value_and_grad` calls its `seeing` with the loss."""
 
     dtype: Any
     where: Callable[[str, Any], bool] | None
 
     def __call__(self, params: Tree) -> Tree:
-        """`params` with the chosen leaves in `dtype`."""
+        """Casts the selected leaves of `params` to `dtype`."""
         if self.where is None:
             raise TypeError(
                 "cast() chooses by looking at the loss, and only value_and_grad shows it that by itself; elsewhere say "
@@ -36,9 +36,10 @@ class Cast:
         return jax.tree.map_with_path(leaf, params)
 
     def seeing(self, loss: Callable[..., Any], params: Tree, *args: Any) -> "Cast":
-        """This cast with its choice made for `loss(params, *args)`, which is traced and not run.
+        """Selects the leaves to cast for `loss(params, *args)`, which is traced and not run.
 
-        `value_and_grad` does this by itself. For `MultiSteps(prepare=...)`, whose state is made before it sees a loss:
+        `value_and_grad` calls this automatically. Call it yourself for `MultiSteps(prepare=...)`, whose state is
+        created before it sees a loss.
 
         Example:
           >>> import jax.numpy as jnp, optax, jaxaccum
@@ -58,23 +59,24 @@ class Cast:
 
 
 def cast(dtype: Any, where: Callable[[str, Any], bool] | None = None) -> Cast:
-    """A `prepare` for `value_and_grad`: parameters cast to `dtype` once a window, their gradient summed in float32.
+    """A `prepare` for `value_and_grad` that casts parameters to `dtype` once per window and sums gradients in float32.
 
-    The gradient of a cast leaf is formed in `dtype` for each micro-batch, as it is where the loss casts, or in float32
-    where `in_place` has it so, and its sum goes back to the parameter's dtype unrounded. By default leaves of fewer
-    than two dimensions stay as they are (norms and biases; in a scan over layers, those of each layer), and so do
-    leaves whose gradient within one micro-batch is a running sum, which is not to be had in bfloat16, where 1,024 ones
-    make 256:
+    The gradient of a cast leaf is computed in `dtype` for each micro-batch, as if the loss did the cast, or in float32
+    where `in_place` selects that. The sum is converted back to the parameter's dtype without rounding to `dtype`.
 
-    * what the loss gathers from, such as an embedding, tied or not: the gradient of a gather is a scatter-add;
-    * what a loop uses again in each iteration, such as a recurrent kernel, or a head applied to chunk after chunk.
+    By default, leaves with fewer than two dimensions are not cast (norms and biases; in a scan over layers, those of
+    each layer). Leaves whose gradient within one micro-batch is a running sum are not cast either, since bfloat16 is
+    too narrow for such a sum: 1,024 ones add up to 256. These are:
 
-    The loss must say itself in which dtype it computes, as flax's layers do with `dtype=`.
+    * leaves that the loss gathers from, such as an embedding, tied or not: the gradient of a gather is a scatter-add;
+    * leaves that a loop reuses in each iteration, such as a recurrent kernel, or a head applied chunk by chunk.
+
+    The loss must choose the dtype that it computes in, as flax's layers do with `dtype=`.
 
     Args:
       dtype: a floating dtype, for example `jnp.bfloat16`.
-      where: `where(path, leaf)`, with the path as in "blocks/0/kernel", says whether to cast a floating leaf; given,
-        it alone decides. Without it the loss is traced twice, the first time to be looked at.
+      where: `where(path, leaf)`, with a path such as "blocks/0/kernel", returns whether to cast a floating leaf. If
+        given, it replaces the default rules. If not, the loss is traced twice; the first trace selects the leaves.
 
     Returns:
       The `prepare`.
@@ -98,9 +100,9 @@ def cast(dtype: Any, where: Callable[[str, Any], bool] | None = None) -> Cast:
 
 
 def _summed(jaxpr: core.Jaxpr, inputs: Sequence[set[str]]) -> tuple[set[str], list[set[str]]]:
-    """Which leaves have a gradient that is a running sum in their own dtype, and which leaves each output is made of.
+    """Finds the leaves whose gradient is a running sum in their dtype, and the leaves each output stems from.
 
-    `inputs` says which leaves each input is made of. A product ends that: what comes out of it is an activation.
+    `inputs` holds the leaves that each input stems from. The result of a product is an activation and stems from none.
     """
     summed: set[str] = set()
     made_of = dict(zip(jaxpr.invars, inputs, strict=True))
@@ -111,7 +113,7 @@ def _summed(jaxpr: core.Jaxpr, inputs: Sequence[set[str]]) -> tuple[set[str], li
         if name == "gather":
             summed |= operands[0]
         elif name == "scan":
-            # A constant gets a term from each iteration. A stack of layers is walked along, and may be one of vectors.
+            # Constants receive a term from each iteration. Scanned-over operands are stacked layers, maybe of vectors.
             vectors = [of for of, var in zip(operands, bodies[0].invars, strict=True) if jaxprs.ndim(var) < 2]
             summed = summed.union(*operands[: jaxprs.scan_operands(eqn, bodies[0]).constants], *vectors)
 
@@ -126,12 +128,12 @@ def _summed(jaxpr: core.Jaxpr, inputs: Sequence[set[str]]) -> tuple[set[str], li
 
 
 def _bodies(eqn: core.JaxprEqn) -> list[core.Jaxpr]:
-    """The functions that an equation calls with its operands; a conditional keeps the first, its index, to itself."""
+    """The functions that an equation calls with its operands; a conditional's index is not passed on."""
     arity = len(eqn.invars) - (eqn.primitive.name == "cond"), len(eqn.outvars)
     return [body for body in jaxprs.bodies(eqn) if (len(body.invars), len(body.outvars)) == arity]
 
 
 def _name(path: Any) -> str:
-    # nnx and linen keep a parameter in a box, whose field is no part of its name.
+    # nnx and linen box parameters; the box's field is not part of the name.
     boxed = bool(path) and path[-1] == jax.tree_util.GetAttrKey("value")
     return jax.tree_util.keystr(path[: len(path) - boxed], simple=True, separator="/")

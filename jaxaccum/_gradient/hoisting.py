@@ -1,4 +1,4 @@
-"""Finds by itself what of a loss depends on the parameters alone, so that it can run once a window."""
+"""Hoists parameter-only computation out of a loss, so that it runs once per window."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -11,22 +11,22 @@ from jaxaccum._jax import core, jaxprs, linearity
 from jaxaccum._sums import overwrites
 from jaxaccum._types import Tree
 
-# To have these done beforehand saves nothing and takes memory: XLA reads through them.
+# Hoisting these saves no time and takes memory: XLA fuses them into their consumers.
 _SELECTS = frozenset(["dynamic_slice", "gather", "slice", "split", "squeeze", "unstack"])
 
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """How a jaxpr divides.
+    """How a jaxpr is split.
 
     Attributes:
-      jaxpr: what is divided.
-      before: the equations to run once a window.
-      after: those to run in each micro-batch. What both need runs in both.
-      nested: of those after, the ones with a body that divides in turn, by number.
-      crossing: what goes from before to after.
-      reads: for each input, whether it is read before.
-      uses: for each input, whether it is read after.
+      jaxpr: the jaxpr.
+      before: the equations that run once per window, by number.
+      after: the equations that run in each micro-batch. An equation that both parts need is in both.
+      nested: the plans of equations in `after` whose body is split as well, by number.
+      crossing: the variables computed before and used after.
+      reads: for each input, whether the part before reads it.
+      uses: for each input, whether the part after reads it.
     """
 
     jaxpr: core.Jaxpr
@@ -39,28 +39,33 @@ class _Plan:
 
 
 def split(loss: Callable[..., Tree], params: Tree, *args: Any) -> tuple[Callable[[Tree], Tree], Callable[..., Tree]]:
-    """`loss(params, *args)` as `rest(prepare(params), *args)`.
+    """Splits `loss(params, *args)` into `rest(prepare(params), *args)`.
 
-    Taken out of the loss is what it computes from parameters alone: casts, norms of weights, merges of low rank; inside
-    of jit and `jax.checkpoint` too, and in a `jax.lax.scan` over stacked layers, for all of them at once. It is left
-    in where its result is larger than what it is made of, where it is but a part or another order of that, where it is
-    made of nothing but vectors, which cost nothing where they are used, and where a loop uses it in every iteration:
-    there its gradient would be summed over the iterations in the result's dtype. Left in is also what can't be shown to
-    have a backward pass that is linear in its cotangents, such as a `jax.custom_vjp` that clips them: run once on the
-    sum of the micro-batches' cotangents it would give another gradient.
+    `prepare` contains the computation that depends only on parameters, for example casts, weight norms and low-rank
+    merges. This includes computation inside jit and `jax.checkpoint`. In a `jax.lax.scan` over stacked layers, it is
+    hoisted for all layers at once.
 
-    Every gradient is formed in the dtype that it has in the loss, so the result is as exact as without, or more so:
-    what the transposes round, they round once a window.
+    Parameter-only computation stays in `rest` if:
+
+    * its result is larger than its inputs;
+    * it only selects or rearranges elements;
+    * its inputs are all vectors, which are cheap to recompute;
+    * a loop uses the result in every iteration: its gradient would be summed over the iterations in the result's dtype;
+    * its backward pass can't be shown to be linear in its cotangents, as with a `jax.custom_vjp` that clips them: run
+      once on the sum of the micro-batches' cotangents, it would give a different gradient.
+
+    Every gradient has the same dtype as in the loss. The result is at least as accurate as without hoisting: the
+    transposes round once per window.
 
     Args:
-      loss: what to divide; it is traced and not run.
+      loss: the function to split; it is traced and not run.
       params: its parameters.
       *args: its other arguments, arrays or shapes.
 
     Returns:
-      (prepare, rest). `prepare` returns a pair: the parameters that `rest` reads as they are, and what was made.
+      (prepare, rest). `prepare` returns a pair: the parameters that `rest` reads directly, and the hoisted values.
     """
-    # Statistics that are overwritten have no gradient that could be carried back: nothing is made of them beforehand.
+    # Overwritten statistics have no gradient to transpose, so nothing computed from them is hoisted.
     linear, statistics = overwrites.without(params), overwrites.only(params)
     divided = lambda linear, statistics, *args: loss(overwrites.either(linear, statistics), *args)
     closed, shapes = jax.make_jaxpr(divided, return_shape=True)(linear, statistics, *args)
@@ -85,7 +90,7 @@ def split(loss: Callable[..., Tree], params: Tree, *args: Any) -> tuple[Callable
 
 
 def _plan(jaxpr: core.Jaxpr, known: Sequence[bool], plans: dict[Any, _Plan]) -> _Plan:
-    """How `jaxpr` divides where some of its inputs are known before; `plans` are those of what it calls, made once."""
+    """Plans the split of `jaxpr`, given which inputs come from parameters alone; `plans` is a cache."""
     key = id(jaxpr), tuple(known)
     if key not in plans:
         plans[key] = _made_plan(jaxpr, known, plans)
@@ -93,7 +98,7 @@ def _plan(jaxpr: core.Jaxpr, known: Sequence[bool], plans: dict[Any, _Plan]) -> 
 
 
 def _made_plan(jaxpr: core.Jaxpr, known: Sequence[bool], plans: dict[Any, _Plan]) -> _Plan:
-    # What each known variable is made of.
+    # The inputs that each known variable is computed from.
     origins: dict[core.Var, frozenset[core.Var]] = {var: frozenset() for var in jaxpr.constvars}
     origins |= {var: frozenset([var]) for var, is_known in zip(jaxpr.invars, known, strict=True) if is_known}
     certain, nested = set(), {}
@@ -141,15 +146,15 @@ def _made_plan(jaxpr: core.Jaxpr, known: Sequence[bool], plans: dict[Any, _Plan]
 
 
 def _may_run_once(eqn: core.JaxprEqn) -> bool:
-    """Whether `eqn` gives once a window, forward and backward, what it gives in every micro-batch."""
-    is_pure = not eqn.effects and eqn.primitive.name != "rng_uniform"  # which draws anew without an effect
+    """Whether running `eqn` once per window gives the same results and gradients as in every micro-batch."""
+    is_pure = not eqn.effects and eqn.primitive.name != "rng_uniform"  # impure, but has no effect in its jaxpr
     return is_pure and not jaxprs.axes(eqn) and linearity.unproved_in(eqn) is None
 
 
 def _gains(eqn: core.JaxprEqn, var: core.Var, origins: frozenset[core.Var]) -> bool:
-    """Whether it is worth while to have `var` made beforehand, by `eqn`."""
+    """Whether hoisting `var`, a result of `eqn`, pays off."""
     if not jnp.issubdtype(jaxprs.dtype(var), jnp.inexact):
-        return False  # The loss is differentiated by what is made, and integers have no gradient.
+        return False  # The loss is differentiated with respect to hoisted values, and integers have no gradient.
     itemsize = lambda atom: atom.aval.dtype.itemsize
     size = lambda var: var.aval.size * itemsize(var)
     name = eqn.primitive.name
@@ -160,20 +165,20 @@ def _gains(eqn: core.JaxprEqn, var: core.Var, origins: frozenset[core.Var]) -> b
 
 
 def _body(eqn: core.JaxprEqn) -> core.Jaxpr | None:
-    """The function that an equation calls, if it is one that `_run_after` can call in parts."""
+    """The body of an equation, if it can be split."""
     if eqn.primitive.name == "scan" or jaxprs.is_plain_jit(eqn):
         return eqn.params["jaxpr"].jaxpr
     return eqn.params["jaxpr"] if jaxprs.is_checkpoint(eqn) else None
 
 
 def _walked(eqn: core.JaxprEqn, body: core.Jaxpr, known: Sequence[bool]) -> list[bool]:
-    """Which inputs of a scan's body are known and those that it walks along."""
+    """Which inputs of a scan's body are both known and scanned over."""
     whole = sum(jaxprs.scan_operands(eqn, body))
     return [is_known and i >= whole for i, is_known in enumerate(known)]
 
 
 def _run_before(jits: jaxprs.Jits, plan: _Plan, consts: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
-    """What crosses, in `plan` and then in what is nested in it; an input that is not read may be None."""
+    """Computes the crossing values, those of `plan` and then those of nested plans; unread inputs may be None."""
     values = _Values(plan.jaxpr, consts, inputs)
     nested = []
     for i, eqn in enumerate(plan.jaxpr.eqns):
@@ -185,7 +190,7 @@ def _run_before(jits: jaxprs.Jits, plan: _Plan, consts: Sequence[Any], inputs: S
 
 
 def _call_before(jits: jaxprs.Jits, eqn: core.JaxprEqn, plan: _Plan, operands: list[Any]) -> Sequence[Any]:
-    """What crosses in the body of an equation."""
+    """Computes the crossing values of an equation's body."""
     run = lambda operands: _run_before(jits, plan, _consts(eqn), operands)
     if jaxprs.is_plain_jit(eqn):
         return jits.call(eqn, "before", run, operands)
@@ -196,7 +201,7 @@ def _call_before(jits: jaxprs.Jits, eqn: core.JaxprEqn, plan: _Plan, operands: l
 def _run_after(
     jits: jaxprs.Jits, plan: _Plan, consts: Sequence[Any], inputs: Sequence[Any], made: Sequence[Any]
 ) -> list[Any]:
-    """The outputs, from the inputs and from what crosses; an input that is not used may be None."""
+    """Computes the outputs from the inputs and the crossing values; unused inputs may be None."""
     values = _Values(plan.jaxpr, consts, inputs)
     values.write(plan.crossing, made[: len(plan.crossing)])
     nested = list(made[len(plan.crossing) :])
@@ -213,7 +218,7 @@ def _run_after(
 def _call_after(
     jits: jaxprs.Jits, eqn: core.JaxprEqn, plan: _Plan, operands: list[Any], made: list[Any]
 ) -> Sequence[Any]:
-    """The results of an equation whose body has run in part."""
+    """Computes the results of an equation from its body's crossing values."""
     body = lambda operands, made: _run_after(jits, plan, _consts(eqn), operands, made)
     if jaxprs.is_plain_jit(eqn):
         return jits.call(eqn, "after", lambda both: body(*both), (operands, made))
@@ -256,7 +261,7 @@ class _Values(dict):
         super().__init__(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
 
     def read(self, atoms: Sequence[Any], wanted: Sequence[bool] | None = None) -> list[Any]:
-        """The values of `atoms`, None in place of those not wanted."""
+        """The values of `atoms`; None for atoms that are not wanted."""
         wanted = [True] * len(atoms) if wanted is None else wanted
         value = lambda atom: atom.val if isinstance(atom, core.Literal) else self[atom]
         return [value(atom) if is_wanted else None for atom, is_wanted in zip(atoms, wanted, strict=True)]

@@ -1,4 +1,4 @@
-"""Which gradients can be added to their sums inside of the backward pass, so that no second tree of them exists."""
+"""Adds gradients to their sums inside the backward pass, so that no second tree of them is allocated."""
 
 import collections
 import itertools
@@ -10,14 +10,14 @@ from jaxaccum._jax import core, jaxprs
 
 
 def walked(jaxpr: core.Jaxpr, fits: set[core.Var]) -> set[core.Var]:
-    """The inputs among `fits` that a scan walks along, alone or with others of them, and that nothing else uses."""
+    """The inputs in `fits` that one scan uses as its scanned-over operands and nothing else uses."""
     return set().union(*(stack for stack in _stacks(jaxpr) if stack <= fits))
 
 
 def _stacks(jaxpr: core.Jaxpr) -> list[set[core.Var]]:
-    """For each scan what it walks along and could have a gradient, if that is nothing but inputs not used elsewhere.
+    """For each scan, its inexact scanned-over operands, if they are all inputs that are not used elsewhere.
 
-    All of it or nothing: where a scan walks along references and values, jax 0.10 takes the ones for the others.
+    It is all or nothing: if a scan runs over both references and values, jax 0.10 confuses them.
     """
     operands = itertools.chain(jaxpr.outvars, *(eqn.invars for eqn in jaxpr.eqns))
     uses = collections.Counter(atom for atom in operands if isinstance(atom, core.Var))
@@ -36,6 +36,6 @@ def _stacks(jaxpr: core.Jaxpr) -> list[set[core.Var]]:
 
 
 def checked(value: Any) -> None:
-    """True, False, or None for a choice by rule."""
+    """Checks `in_place`: True, False, or None for the default rules."""
     if not (value is None or isinstance(value, bool)):
         raise TypeError(f"in_place must be True, False or None, got {value!r}.")

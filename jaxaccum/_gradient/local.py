@@ -1,4 +1,4 @@
-"""One micro-batch's gradient on each device of a mesh, before any synchronisation."""
+"""The gradient of one micro-batch on each device of a mesh, not synchronised."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,22 +23,22 @@ def local_value_and_grad(
     batch_argnums: int | Sequence[int] = 1,
     key_argnums: int | Sequence[int] = (),
 ) -> Callable[..., tuple[Any, Tree]]:
-    """One micro-batch's gradient on each device of a mesh's data axis, not synchronised: for `MultiSteps(mesh=)`.
+    """Computes one micro-batch's gradient on each device of a mesh, without synchronisation, for `MultiSteps(mesh=)`.
 
     Args:
-      fun: as for `value_and_grad`, but the weight of a `Weighted` may not depend on the parameters; differentiated with
-        respect to its first argument.
+      fun: as for `value_and_grad`, but the weight of a `Weighted` must not depend on the parameters. It is
+        differentiated with respect to its first argument.
       mesh: a `jax.sharding.Mesh`.
       data_axis: the mesh's data axis, a name or a tuple of names, of P devices in all.
-      has_aux: `fun` returns (loss, aux); aux comes back with a leading device axis.
-      batch_argnums: the arguments to split: their leaves are (P·N, ...).
-      key_argnums: random keys; device p sees `jax.random.fold_in(key, p)`. A typed key that is neither here nor in the
-        batch or the parameters is refused: all devices would draw the same mask.
+      has_aux: whether `fun` returns (loss, aux); aux is returned with a leading device axis.
+      batch_argnums: the arguments to split; their leaves are (P·N, ...).
+      key_argnums: random keys; device p receives `jax.random.fold_in(key, p)`. A typed key that is neither here nor in
+        the batch or the parameters raises an error: all devices would draw the same mask.
 
     Returns:
-      A function of the same arguments that returns `(value, grads)`, or `((value, aux), grads)`: leaves (P, *shape),
-      sharded over the data axis. The gradients are of each device's mean loss. For a `Weighted` loss, `value` is one
-      too: pass `weight=value.weight` on.
+      A function of the same arguments that returns `(value, grads)`, or `((value, aux), grads)` with `has_aux`, with
+      leaves (P, *shape) sharded over the data axis. The gradients are of each device's mean loss. If the loss is a
+      `Weighted`, so is `value`: pass `weight=value.weight` to `MultiSteps`.
 
     Raises:
       TypeError, ValueError: as `value_and_grad`.
@@ -60,7 +60,7 @@ def local_value_and_grad(
     def value_and_grad(*args, **kwargs):
         roles.check(args)
         prng.refuse_shared(args, kwargs, roles.all(), "devices")
-        # Folded on each device: here a key is one for all.
+        # Keys are global here, so they are folded on each device.
         own = lambda *args, **kwargs: normalised(*_folded(args, roles, sync), **kwargs)
         value, aux, grads = micro_gradient.on_each(own, sync, roles, args, kwargs, mean=True)
         if value.weight is None:
@@ -73,6 +73,6 @@ def local_value_and_grad(
 
 
 def _folded(args: Sequence[Tree], roles: Roles, sync: MeshAxis) -> list[Tree]:
-    """`args` with the keys of this device."""
+    """`args` with the keys folded for this device."""
     device = MappedAxis(sync.names).index()
     return [prng.fold(arg, device) if i in roles.keys else arg for i, arg in enumerate(args)]

@@ -1,7 +1,7 @@
 """The gradient of one micro-batch, for windows, micro-steps and the Trainer alike.
 
-It is formed of the loss's total, w·g, and never divided: sums of w·g and of w are what a window is made of. Some leaves
-are added to their sums on the way, inside of the backward pass; the caller adds all others.
+It is the gradient of the loss's total, w·g, and is not divided by w: a window keeps sums of w·g and of w. Some leaves
+are added to their sums inside the backward pass; the caller adds the others.
 """
 
 import functools
@@ -23,12 +23,12 @@ from jaxaccum._types import Tree
 
 
 class Gradient(NamedTuple):
-    """The gradient of a loss with respect to its parameters, for sums of some kind.
+    """Computes the gradient of a loss with respect to its parameters.
 
     Attributes:
-      loss: the loss, traced.
-      inside: for each leaf of the parameters whether it is added to its sum inside of the backward pass.
-      wide: for each leaf whether its gradient in half-precision products is formed in float32.
+      loss: the traced loss.
+      inside: for each parameter leaf, whether its gradient is added to its sum inside the backward pass.
+      wide: for each parameter leaf, whether its gradient in half-precision products is computed in float32.
     """
 
     loss: traced_loss.Traced
@@ -36,17 +36,17 @@ class Gradient(NamedTuple):
     wide: tuple[bool, ...]
 
     def __call__(self, params: Tree, sums: Tree, *args: Any) -> tuple[Weighted, Any, Tree]:
-        """(loss, rest, w·g) of `loss(params, *args)`.
+        """Returns (loss, rest, w·g) of `loss(params, *args)`.
 
         Args:
           params: the parameters.
-          sums: Σ w·g so far, a tree like them; None where nothing is added inside.
-          *args: whatever else the loss takes.
+          sums: Σ w·g so far, a tree like `params`; None if nothing is added inside.
+          *args: the other arguments of the loss.
 
         Returns:
-          The loss as a `Weighted`, whose weight is None where it was plain and a Python number where it is the same for
-          every micro-batch; what else the loss returned; and the gradient of the total, in which a leaf that was added
-          is `Added`, its new sum. A micro-batch of weight 0 adds nothing.
+          The loss as a `Weighted`, whose weight is None for a plain loss and a Python number if it is constant; the
+          loss's other results; and the gradient of the total, with an `Added` holding the new sum for each leaf that
+          was added inside. A micro-batch of weight 0 adds nothing.
         """
         if not any(self.inside) and not any(self.wide):
             (_, (loss, rest)), grads = jax.value_and_grad(self.loss.total, has_aux=True)(params, *args)
@@ -60,7 +60,7 @@ class Gradient(NamedTuple):
         return (loss if self.loss.weight is None else Weighted(loss.total, self.loss.weight)), rest, grads
 
     def _rewritten(self, params, pending, *args):
-        """The same with flat parameters and sums, from the loss's trace; leaves that are added are their new sums."""
+        """`__call__` on flat parameters and sums; a leaf added inside is returned as its new sum."""
         fun = wide_products.widened(self.loss.closed, params, self.wide)
         total = lambda leaves: self.loss.unflatten(fun(*leaves, *jax.tree.leaves(args)))
         leaves = wide_products.lifted(params, self.wide)
@@ -72,38 +72,40 @@ class Gradient(NamedTuple):
         loss, _ = returned
         if not self.loss.has_weight:
             return returned, backward(pending)
-        # What has been added can't be taken out again, and it may be infinite.
+        # A gradient can't be removed once added, since it may be infinite, so weight 0 skips the backward pass.
         none = lambda pending: [
-            x if inside else jnp.where(True, jnp.zeros_like(leaf), leaf)  # Varying over devices where that is.
+            x if inside else jnp.where(True, jnp.zeros_like(leaf), leaf)  # Varies over devices if `leaf` does.
             for x, inside, leaf in zip(pending, self.inside, leaves, strict=True)
         ]
         return returned, jax.lax.cond(jnp.asarray(loss.weight) != 0, backward, none, pending)
 
 
 def of(loss: traced_loss.Traced, in_place: bool | None, sums: Tree, *, replaces: bool = False) -> Gradient:
-    """How to form the gradient of a loss for sums that are kept as `sums` are.
+    """Chooses how to compute the gradient of a loss for the given sums.
 
-    Added inside are leaves that the loss hands, as they are, to one `jax.lax.scan` as what it walks along, and to
-    nothing else, if it walks along nothing else that floats: the parameters of stacked layers. There each layer's
-    gradient goes straight into its slice of the sum, and the stack of gradients, as large as the parameters, is never
-    made. Of any other leaf the gradient exists as a whole before it could be added, and where layers are slices of a
-    stack, taken one by one, each would pass over all of it.
+    A leaf is added inside the backward pass if the loss passes it unchanged to one `jax.lax.scan`, as an operand that
+    it scans over, and uses it nowhere else, and if this holds for all inexact operands that the scan runs over. This
+    covers the parameters of stacked layers. Each layer's gradient is then added to its slice of the sum, and the
+    stacked gradient, as large as the parameters, is never allocated. The gradient of any other leaf is complete before
+    it can be added, and layers that are sliced from a stack one by one would each pass over the whole sum.
 
-    The sum must have the gradient's dtype, and at least 32 bits. What is added can't be taken out again, so a loss with
-    a weight, which may be 0, is run backward in a conditional. That costs more than it saves in time, if not in memory,
-    and is done only where it is asked for.
+    The sum must have the gradient's dtype and at least 32 bits. A gradient can't be removed once it is added, so the
+    backward pass of a loss with a weight, which may be 0, runs in a conditional. This saves memory but costs time, so
+    it needs `in_place=True`.
 
-    Outside of loops it is the matrix product that can add, if it makes float32 of half precision (`_products`) and if
-    nothing comes between it and the sum, as a selection would.
+    Outside loops, a half-precision matrix product with a float32 result (see `wide_products`) can add to the sum, if
+    no other operation, such as a selection, comes between the two.
 
     Args:
       loss: the loss.
-      in_place: False: nothing is added inside; True: whatever can be; None: what gains by it.
-      sums: Σ w·g so far, a tree like the parameters; None: there are none to add to.
-      replaces: whether a gradient may take the place of its sum, by selection.
+      in_place: False: add nothing inside; True: add all leaves that allow it; None: as True, but only if the loss has
+        no weight.
+      sums: Σ w·g so far, a tree like the parameters; None if there are no sums to add to.
+      replaces: whether a gradient may replace its sum, by selection.
 
     Raises:
-      ValueError: with `in_place=True`, if layers could be added but for the dtype of their gradients.
+      ValueError: with `in_place=True`, if stacked layers can't be added inside because of their gradients' dtype, or
+        because they are overwritten statistics.
     """
     named = jax.tree_util.tree_leaves_with_path(loss.args[0])
     none = (False,) * len(named)
@@ -146,23 +148,24 @@ def on_each(
     starts: Any = False,
     mean: bool = False,
 ) -> tuple[Weighted, Any, Tree]:
-    """`Gradient` of a micro-batch on each device, before any reduction.
+    """Computes the `Gradient` of a micro-batch on each device, without any reduction.
 
     Args:
-      fun: `fun(*args, **kwargs)` returns (loss, rest), the loss plain or a `Weighted` whose weight does not depend on
-        the parameters.
-      sync: the devices. With a mesh the arguments that `roles` calls batch are split over its data axis.
-      roles: which of the arguments is the parameters, and which are batch.
+      fun: `fun(*args, **kwargs)` returns (loss, rest); the loss is plain or a `Weighted` whose weight does not depend
+        on the parameters.
+      sync: the devices. With a mesh, the batch arguments are split over its data axis.
+      roles: the roles of the positional arguments.
       args: the positional arguments.
       kwargs: the keyword arguments.
-      own: the arguments of which each device has its own, with a mesh leaves (P, ...).
-      sums: Σ w·g of each device so far, with a mesh leaves (P, ...).
+      own: the positions of arguments that differ per device; with a mesh, leaves (P, ...).
+      sums: each device's Σ w·g so far; with a mesh, leaves (P, ...).
       in_place: as for `of`.
-      starts: whether a window starts with this micro-batch and `sums` still hold the last one's; traced.
-      mean: the gradient of the loss's mean, in place of that of its total.
+      starts: whether this micro-batch starts a window, while `sums` still holds the previous window's sums; may be
+        traced.
+      mean: whether to return the gradient of the loss's mean instead of its total.
 
     Returns:
-      As `Gradient`; with a mesh each array has a leading device axis.
+      As `Gradient`; with a mesh, each array has a leading device axis.
     """
     (position,) = roles.params
     weights = []

@@ -1,4 +1,4 @@
-"""What depends on the parameters alone, once a window: forward before the loop, its transpose after it, on the sum."""
+"""Runs `prepare` once per window: forward before the loop, and its transpose after the loop, on the summed gradient."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,20 +16,21 @@ _GATHERS = ("all_gather", "all_gather_invariant")
 
 
 def once(prepare: Callable[[Tree], Tree], params: Tree) -> tuple[Tree, Callable[[Tree, Any], Tree]]:
-    """`prepare(params)`, and the function that carries a gradient back from there to the parameters.
+    """Returns `prepare(params)` and its transpose, which maps gradients of the result to gradients of the parameters.
 
-    A gradient is linear in its cotangents, so the map back commutes with the sum over the window. A cast that ends a
-    leaf's way through `prepare`, or that only moves of its numbers follow (a transpose, a stack, an all-gather, another
-    sharding), is passed over on the way back: its transpose would round the sum. What `prepare` jits is looked into,
-    unless it is jitted with shardings of its own; what it wraps in `jax.checkpoint` or a scan is not.
+    A VJP is linear in its cotangents, so it commutes with the sum over the window. If a leaf's last operation in
+    `prepare` is a cast, the transpose skips that cast, because it would round the sum. Operations after the cast that
+    only move elements (a transpose, a stack, an all-gather, a resharding) don't change this. Casts inside jit are found
+    too, unless it has explicit shardings; casts inside `jax.checkpoint` or a scan are not.
 
     Args:
       prepare: a differentiable function of the parameters.
       params: the parameters.
 
     Returns:
-      (what the loss sees, transpose). `transpose(sums, count)` takes the sums of `count` gradients, a tree like the
-      former, of any floating dtypes, and returns one like the parameters, in float32 where those are narrower.
+      (seen, transpose). `seen` is `prepare(params)`, the loss's input. `transpose(sums, count)` takes the sums of
+      `count` gradients, a tree like `seen` of any floating dtypes, and returns a tree like `params`, in float32 where
+      the parameters are narrower.
 
     Example:
       >>> seen, transpose = once(lambda p: (2 * p).astype(jnp.bfloat16), jnp.ones(()))
@@ -49,7 +50,7 @@ def once(prepare: Callable[[Tree], Tree], params: Tree) -> tuple[Tree, Callable[
     dtypes = [x.dtype for x in wide]
 
     def transpose(sums: Tree, count: Any) -> Tree:
-        # A sum can be beyond the range of float16 where no term is: it passes scaled down to about their mean.
+        # A sum can overflow float16 even if no term does, so it is scaled down to about the mean.
         scale = _power_of_two(count) if _has_small_range(closed.jaxpr) else 1
         scaled = lambda x, by: x if isinstance(by, int) else x * by.astype(jnp.finfo(x.dtype).dtype)
         leaves = [scaled(x, scale if isinstance(scale, int) else 1 / scale) for x in jax.tree.leaves(sums)]
@@ -60,7 +61,7 @@ def once(prepare: Callable[[Tree], Tree], params: Tree) -> tuple[Tree, Callable[
 
 
 def check(prepare: Callable[[Tree], Tree], params: Tree) -> None:
-    """Refuses a `prepare` whose transpose can't be shown to commute with the sum over the window.
+    """Raises if the transpose of `prepare` can't be shown to commute with the sum over the window.
 
     Args:
       prepare: a differentiable function of the parameters; it is traced and not run.
@@ -68,8 +69,8 @@ def check(prepare: Callable[[Tree], Tree], params: Tree) -> None:
 
     Raises:
       ValueError: if `prepare` calls a `jax.custom_vjp` whose backward pass may not be linear in its cotangents, or
-        moves statistics that are overwritten away from their name.
-      TypeError: if it returns what has no gradient.
+        renames or drops overwritten statistics.
+      TypeError: if it returns a leaf that has no gradient.
     """
     closed, shapes = jax.make_jaxpr(prepare, return_shape=True)(params)
     numeric.differentiable(shapes, "what prepare returns")
@@ -90,21 +91,21 @@ def check(prepare: Callable[[Tree], Tree], params: Tree) -> None:
 
 
 def made(prepare: Callable[[Tree], Tree], params: Tree) -> tuple[Tree, tuple[jax.Array, ...]]:
-    """(`prepare(params)`, what of it is not a parameter as it is: all that need be kept)."""
+    """Returns (`prepare(params)`, its leaves that are not unchanged parameters: the ones to keep)."""
     closed, treedef, origins = _origins(prepare, params)
     leaves = core.jaxpr_as_fun(closed)(*jax.tree.leaves(params))
     return treedef.unflatten(leaves), tuple(x for x, i in zip(leaves, origins, strict=True) if i is None)
 
 
 def seen(prepare: Callable[[Tree], Tree], params: Tree, made: tuple[jax.Array, ...]) -> Tree:
-    """What `prepare(params)` was, from what was kept of it."""
+    """Rebuilds `prepare(params)` from the parameters and the leaves that `made` kept."""
     _, treedef, origins = _origins(prepare, params)
     leaves, others = jax.tree.leaves(params), iter(made)
     return treedef.unflatten(next(others) if i is None else leaves[i] for i in origins)
 
 
 def _origins(prepare, params):
-    """(`prepare` traced, the tree it returns, for each leaf which parameter it is as it is; None for none)."""
+    """(the traced `prepare`, its output tree, for each output leaf the index of the parameter it equals, or None)."""
     closed, shapes = jax.make_jaxpr(prepare, return_shape=True)(params)
     number = {var: i for i, var in enumerate(closed.jaxpr.invars)}
     is_var = lambda atom: not isinstance(atom, core.Literal)
@@ -113,19 +114,19 @@ def _origins(prepare, params):
 
 
 def gathered(prepare: Callable[[Tree], Tree], params: Tree, names: tuple[str, ...]) -> Tree:
-    """The mapped axes over which `prepare` gathers each parameter: there its transpose sums over the devices.
+    """The mapped axes that `prepare` gathers each parameter over; its transpose sums over them.
 
     Args:
       prepare: a function of the parameters, which may call `jax.lax.all_gather`, at its top level or jitted.
-      params: the parameters, of which each device has its shard.
+      params: this device's shard of the parameters.
       names: the mapped axes.
 
     Returns:
-      A tree like `params` of tuples of names, () for what is not gathered.
+      A tree like `params` of tuples of names, () for a parameter that is not gathered.
 
     Raises:
-      ValueError: if a parameter is gathered on one way and not on another.
-      NotImplementedError: if `prepare` communicates over one of the axes in another way.
+      ValueError: if a parameter is used both gathered and not gathered.
+      NotImplementedError: if `prepare` uses any other collective over one of the axes.
     """
     leaves, treedef = jax.tree.flatten(params)
     jaxpr = jax.make_jaxpr(prepare)(params).jaxpr
@@ -141,7 +142,7 @@ def gathered(prepare: Callable[[Tree], Tree], params: Tree, names: tuple[str, ..
 
 
 def _ways(jaxpr: core.Jaxpr, inputs: Sequence[set], names: frozenset[str]) -> list[set]:
-    """For each output, on what ways parameters reach it: pairs of a parameter's number and the axes gathered over."""
+    """For each output, the (parameter index, gathered axes) pairs of the parameters that it depends on."""
     ways = dict(zip(jaxpr.invars, inputs, strict=True))
     read = lambda atom: set() if isinstance(atom, core.Literal) else ways.get(atom, set())
     for eqn in jaxpr.eqns:
@@ -163,9 +164,9 @@ def _ways(jaxpr: core.Jaxpr, inputs: Sequence[set], names: frozenset[str]) -> li
 
 
 def _evaluate(closed: core.ClosedJaxpr, inputs: Sequence[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
-    """The outputs of `closed`, each as (its value, what it was before the casts that end in it).
+    """Evaluates `closed`; returns each output as (value, value without its final casts).
 
-    The second of each pair is there to be differentiated: it leads past the casts.
+    The second entry is the one to differentiate: its VJP skips the casts.
     """
 
     def pairs(eqn, operands):
@@ -185,7 +186,7 @@ def _evaluate(closed: core.ClosedJaxpr, inputs: Sequence[tuple[Any, Any]]) -> li
 
 
 def _gathered(eqn: core.JaxprEqn, x: Any) -> list[Any]:
-    """The results of a gather of `x`, whose transpose adds what the devices hold in float32 or wider."""
+    """Gathers `x`; the transpose sums over the devices in float32 or wider."""
     run = lambda x: jaxprs.run(eqn, [x])[0]
 
     @jax.custom_vjp
@@ -202,14 +203,14 @@ def _gathered(eqn: core.JaxprEqn, x: Any) -> list[Any]:
 
 
 def _has_small_range(jaxpr: core.Jaxpr) -> bool:
-    """Whether a floating dtype of a smaller range than float32's is in it."""
+    """Whether `jaxpr` has a result of a floating dtype with a smaller range than bfloat16."""
     largest = lambda var: jnp.finfo(var.aval.dtype).maxexp if _floating(var.aval) else np.inf
     results = (var for eqn in jaxprs.equations(jaxpr) for var in eqn.outvars)
     return any(largest(var) < jnp.finfo(jnp.bfloat16).maxexp for var in results)
 
 
 def _power_of_two(count: Any) -> jax.Array:
-    """The smallest power of two that is not below `count`, an integer of at least 1: a float32 scalar."""
+    """The smallest power of two that is at least `count` (an integer >= 1), as a float32 scalar."""
     bits = 32 - jax.lax.clz(jnp.asarray(count, jnp.int32) - 1)
     return jnp.ldexp(jnp.float32(1), bits)
 
@@ -223,7 +224,7 @@ def _at_least_float32(dtype: Any) -> Any:
 
 
 def checked(value: Any, *, auto: bool = False) -> None:
-    """None, or a function of the parameters, or, where `auto`, the string "auto"."""
+    """Checks `prepare`: None, a function of the parameters, or "auto" if `auto` allows it."""
     if isinstance(value, str) and not (auto and value == "auto"):
         takes = '"auto", None or a function' if auto else "None or a function"
         hint = "" if auto else '; "auto" is an option of jaxaccum.value_and_grad alone'

@@ -1,4 +1,4 @@
-"""Which positional arguments of a loss are its parameters, its batch, its keys, its carry."""
+"""The roles of a loss's positional arguments: parameters, batch, keys, carry."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +10,7 @@ from jaxaccum._types import Tree
 
 
 class Roles(NamedTuple):
-    """Which positional arguments are what."""
+    """The positions of the arguments with each role."""
 
     params: tuple[int, ...]
     batch: tuple[int, ...]
@@ -19,7 +19,7 @@ class Roles(NamedTuple):
 
     @classmethod
     def of(cls, argnums, batch_argnums, key_argnums, carry_argnums) -> "Roles":
-        """The roles as tuples, disjoint and none of them negative."""
+        """Converts the public arguments to tuples, and checks that they are disjoint and not negative."""
         given = dict(argnums=argnums, batch_argnums=batch_argnums, key_argnums=key_argnums, carry_argnums=carry_argnums)
         owners: dict[int, str] = {}
         roles = []
@@ -37,11 +37,11 @@ class Roles(NamedTuple):
         return cls(*roles)
 
     def all(self) -> set[int]:
-        """The positions that have a role."""
+        """All positions that have a role."""
         return {i for positions in self for i in positions}
 
     def check(self, args: Sequence[Tree], kwargs: Mapping[str, Tree] | None = None) -> None:
-        """All of them must have been passed by position."""
+        """Checks that all arguments with a role were passed by position."""
         named = ", ".join(f"{name}=..." for name in kwargs or ())
         hint = (
             " Arguments passed by name are never split. To split them put them in one batch, and wrap the loss: "
@@ -58,13 +58,13 @@ class Roles(NamedTuple):
 
     @contextlib.contextmanager
     def hints(self, args: Sequence[Tree], kwargs: Mapping[str, Tree], k: Any, stacked: bool) -> Iterator[None]:
-        """Adds to an error what in the arguments of the window may have led to it.
+        """Adds notes to an error about arguments that may have caused it.
 
         Args:
           args: the positional arguments.
           kwargs: the keyword arguments.
-          k: K.
-          stacked: whether the batch is.
+          k: K, the number of micro-batches.
+          stacked: whether the batch is stacked.
         """
         try:
             yield
@@ -75,7 +75,7 @@ class Roles(NamedTuple):
             raise
 
     def _unsplit(self, args: Sequence[Tree], kwargs: Mapping[str, Tree]) -> str | None:
-        """A hint at arguments that have the batch's leading length but are not split."""
+        """A hint about arguments that have the batch's leading length but are not split."""
         length = lambda x: tuple(getattr(x, "shape", ()))[:1]
         lengths = {length(x) for i in self.batch for x in jax.tree.leaves(args[i])} - {()}
         is_like = lambda tree: any(length(x) in lengths for x in jax.tree.leaves(tree))
@@ -92,7 +92,7 @@ class Roles(NamedTuple):
         )
 
     def _listed(self, args: Sequence[Tree], k: Any) -> str | None:
-        """A hint at a batch that is a list of K alike trees."""
+        """A hint about a batch that is a list of K trees of the same structure and shapes."""
         shapes = lambda tree: (jax.tree.structure(tree), [getattr(x, "shape", ()) for x in jax.tree.leaves(tree)])
         for i in self.batch:
             batch = args[i]
@@ -106,7 +106,7 @@ class Roles(NamedTuple):
         return None
 
     def put(self, args: Sequence[Tree], *values: tuple[Tree, ...]) -> list[Tree]:
-        """`args` with the arguments of each role replaced, in the order of the fields."""
+        """Replaces the arguments of each role; `values` are in the order of the fields."""
         new = list(args)
         for positions, replacements in zip(self, values, strict=True):
             for i, value in zip(positions, replacements, strict=True):

@@ -1,4 +1,4 @@
-"""A window's batch as K micro-batches."""
+"""Splits a window's batch into K micro-batches."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,13 +13,13 @@ from jaxaccum._types import Tree
 class MicroBatches(NamedTuple):
     """The micro-batches of a window.
 
-    A micro-batch is read inside the loop. To move the axis of micro-batches to the front first would copy the batch,
-    and where the batch is split over devices it would have to be gathered.
+    The loop slices one micro-batch at a time. Moving the micro-batch axis to the front first would copy the batch, and
+    would gather a batch that is sharded over devices.
 
     Attributes:
-      arrays: the batch arguments; each leaf has an axis of micro-batches.
-      axis: that axis: 1 of leaves (N, K, ...), or 0 of stacked leaves (K_max, N, ...).
-      length: its length.
+      arrays: the batch arguments; each leaf has a micro-batch axis.
+      axis: the micro-batch axis: 1 for leaves (N, K, ...), or 0 for stacked leaves (K_max, N, ...).
+      length: the length of that axis.
     """
 
     arrays: tuple[Tree, ...]
@@ -27,26 +27,27 @@ class MicroBatches(NamedTuple):
     length: int
 
     def take(self, index: Any) -> tuple[Tree, ...]:
-        """Micro-batch `index` of the batch arguments, leaves (N, ...)."""
+        """Returns micro-batch `index` of the batch arguments, with leaves (N, ...)."""
         leaf = lambda x: jax.lax.dynamic_index_in_dim(x, index, self.axis, keepdims=False)
         return jax.tree.map(leaf, self.arrays)
 
 
 def split(args: Sequence[Tree], argnums: Sequence[int], k: Any, stacked: bool) -> MicroBatches:
-    """The batch arguments as micro-batches: number i is rows i, i + K, i + 2K, ... of each leaf.
+    """Splits the batch arguments into micro-batches: micro-batch i is rows i, i + K, i + 2K, ... of each leaf.
 
-    So divided, a batch that is split over devices stays where it is: each device has rows of every micro-batch. Runs of
-    N rows would each lie on a few devices, and XLA would gather the batch on all of them.
+    With this split, a batch that is sharded over devices doesn't move: each device has rows of every micro-batch.
+    Blocks of N consecutive rows would each be on a few devices, and XLA would gather the batch on all of them.
 
     Args:
-      args: all arguments of the call.
-      argnums: which of them are batches.
-      k: K, a Python int, or a traced scalar where `stacked`.
-      stacked: whether leaves are (K_max, N, ...) already.
+      args: all positional arguments of the call.
+      argnums: the positions of the batch arguments.
+      k: K, a Python int, or a traced scalar if `stacked`.
+      stacked: whether leaves are already (K_max, N, ...).
 
     Raises:
-      ValueError: if there is no array, a scalar, leaves of different lengths, or a length that K does not divide; on
-        explicit axes of a mesh, if micro-batches don't divide over the devices that the batch is split over.
+      ValueError: if the batch has no arrays, has a scalar, has leaves of different lengths, or has a length that K does
+        not divide; with explicit mesh axes, if N is not divisible by the number of devices that the batch is sharded
+        over.
     """
     batches = tuple(args[i] for i in argnums)
     length = _length(args, argnums, 0)
@@ -75,10 +76,10 @@ def split(args: Sequence[Tree], argnums: Sequence[int], k: Any, stacked: bool) -
 
 
 def check_devices(args: Sequence[Tree], argnums: Sequence[int], k: Any, stacked: bool, devices: int) -> None:
-    """The batch must divide over the devices, and there into K.
+    """Checks that the batch can be split over the devices and, on each, into K micro-batches.
 
     Raises:
-      ValueError: if it doesn't; all numbers are named.
+      ValueError: if it can't.
     """
     length = _length(args, argnums, 1 if stacked else 0)
     pieces = devices if stacked else devices * k
@@ -91,9 +92,13 @@ def check_devices(args: Sequence[Tree], argnums: Sequence[int], k: Any, stacked:
 
 
 def _check_layout(args: Sequence[Tree], argnums: Sequence[int], n: int | None) -> None:
-    """Explicit axes that split a batch's first dimension must divide N; None for a stacked batch, which none may split.
+    """Checks the sharding of the batch over explicit axes; shardings over automatic axes are not visible in tracing.
 
-    A layout over automatic axes can't be seen while tracing.
+    Args:
+      args: all positional arguments of the call.
+      argnums: the positions of the batch arguments.
+      n: N, which must be divisible by the number of devices; None for a stacked batch, whose first dimension must not
+        be sharded.
     """
     for name, leaf in _leaves(args, argnums):
         devices = layout.count(leaf, 0)
@@ -110,7 +115,7 @@ def _check_layout(args: Sequence[Tree], argnums: Sequence[int], n: int | None) -
 
 
 def _length(args: Sequence[Tree], argnums: Sequence[int], dim: int) -> int:
-    """The one length of dimension `dim` that all leaves of the batch arguments have."""
+    """The length of dimension `dim`, which must be the same for all leaves of the batch arguments."""
     lengths = {}
     for name, leaf in _leaves(args, argnums):
         if len(jnp.shape(leaf)) <= dim:
@@ -126,7 +131,7 @@ def _length(args: Sequence[Tree], argnums: Sequence[int], dim: int) -> int:
 
 
 def _leaves(args: Sequence[Tree], argnums: Sequence[int]) -> list[tuple[str, Any]]:
-    """The leaves of the batch arguments, by name."""
+    """The leaves of the batch arguments with their names."""
     return [
         (f"args[{i}]{jax.tree_util.keystr(path)}", leaf)
         for i in argnums

@@ -1,8 +1,8 @@
-"""The sums of biases and norms in stacks, while a window runs: one addition for all those of a shape.
+"""Packs the sums of small leaves, such as biases and norms, into stacks during a window: one addition per stack.
 
-A model has many of them, hardly a percent of its parameters, and on an accelerator each addition of its own takes as
-long as its start takes. A stack has a new first axis and leaves the others as they are, so leaves that are split over
-devices stay where they lie.
+A model has many such leaves, though they are hardly a percent of its parameters. On an accelerator, adding each one
+separately costs mostly kernel launches. Stacking adds a new first axis and keeps the others, so sharded leaves keep
+their layout.
 """
 
 import collections
@@ -25,15 +25,15 @@ class Packing(NamedTuple):
     """Which leaves of a tree are stacked.
 
     Attributes:
-      structure: the tree's, with None as a leaf.
-      stacks: the leaves of each stack, by number.
+      structure: the tree's structure, with None as a leaf.
+      stacks: the indices of the leaves in each stack.
     """
 
     structure: Any
     stacks: tuple[tuple[int, ...], ...]
 
     def pack(self, tree: Tree) -> tuple[list[jax.Array], Tree]:
-        """(the stacks, the tree with None for the leaves that are in one)."""
+        """Returns (the stacks, the tree with None for each stacked leaf)."""
         leaves = self.structure.flatten_up_to(tree)
         stacked = [jnp.stack([leaves[i] for i in numbers]) for numbers in self.stacks]
         for i in (i for numbers in self.stacks for i in numbers):
@@ -41,7 +41,7 @@ class Packing(NamedTuple):
         return stacked, self.structure.unflatten(leaves)
 
     def unpack(self, packed: tuple[list[jax.Array], Tree]) -> Tree:
-        """The tree again."""
+        """Inverts `pack`."""
         stacked, others = packed
         leaves = self.structure.flatten_up_to(others)
         for numbers, stack in zip(self.stacks, stacked, strict=True):
@@ -51,11 +51,11 @@ class Packing(NamedTuple):
 
 
 def of(sums: Tree, stay: Sequence[bool] | None = None) -> Packing:
-    """How to pack `sums`: small leaves, with others of their shape, dtype and layout.
+    """Chooses how to pack `sums`: small leaves of the same shape, dtype and layout share a stack.
 
     Args:
-      sums: arrays; None where there is no leaf.
-      stay: for each array whether it must stay a leaf of its own; None where none must.
+      sums: a tree of arrays and None.
+      stay: for each array, whether it must not be stacked; None if all may be.
     """
     is_none = lambda x: x is None
     stays = itertools.repeat(False) if stay is None else iter(stay)

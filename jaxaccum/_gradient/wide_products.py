@@ -1,8 +1,9 @@
-"""Weight gradients of matrix products in half precision, formed in float32, so that a product can add to a sum itself.
+"""Computes weight gradients of half-precision matrix products in float32, so that a product can add to the sum.
 
-Where a loss casts a parameter to bfloat16 and multiplies by it, jax rounds the parameter's gradient to bfloat16 and
-casts that back. The product had it in float32. Kept so, it is more exact, and `sum + gradient` is one operation of a
-matrix unit, which reads the sum and writes it: what adds afterwards reads and writes half as much again.
+If a loss casts a parameter to bfloat16 and multiplies by it, jax rounds the parameter's gradient to bfloat16 and casts
+it back to float32, although the matrix unit accumulates in float32. Without the rounding, the gradient is more
+accurate, and `sum + gradient` becomes a single matrix operation that reads and writes the sum. A separate addition
+has half as much memory traffic again.
 """
 
 import functools
@@ -21,8 +22,8 @@ class _Value(NamedTuple):
 
     Attributes:
       array: the value.
-      wide: where it is a parameter cast to half precision, or such a one moved about, the same without the cast: what
-        a gradient in float32 may be carried back to. Else None.
+      wide: for a parameter, possibly cast to half precision and rearranged, the same value without the cast, which
+        receives the float32 gradient. None for all other values.
     """
 
     array: Any
@@ -30,7 +31,7 @@ class _Value(NamedTuple):
 
 
 def occur(jaxpr: core.Jaxpr) -> bool:
-    """Whether `jaxpr` has a matrix product in half precision where `widened` would find it."""
+    """Whether `jaxpr` has a half-precision matrix product that `widened` would find."""
 
     def has(eqn):
         if jaxprs.is_plain_jit(eqn):
@@ -41,23 +42,24 @@ def occur(jaxpr: core.Jaxpr) -> bool:
 
 
 def lifted(params: Sequence[Any], chosen: Sequence[bool]) -> list[Any]:
-    """The parameters that `widened` differentiates by: of those chosen, the ones in half precision as float32."""
+    """The inputs to differentiate `widened` with respect to: chosen half-precision parameters are cast to float32."""
     lift = lambda x: x.astype(jnp.float32) if _is_half(x.dtype) else x
     return [lift(x) if is_chosen else x for x, is_chosen in zip(params, chosen, strict=True)]
 
 
 def widened(closed: core.ClosedJaxpr, params: Sequence[Any], chosen: Sequence[bool]) -> Callable[..., list[Any]]:
-    """`closed`, a function of parameters and others, as one of `lifted` parameters and others, flat.
+    """Converts `closed` to a flat function of `lifted` parameters and the other inputs.
 
-    The results are those of `closed` of `params`, bit for bit, and so are the gradients, but for one difference: where
-    a chosen parameter in half precision, given so or cast in `closed`, reaches a matrix product by moves alone, its
-    gradient there is formed in float32 and not rounded. It looks into jit and `jax.checkpoint`, not into loops.
+    Results are bitwise equal to those of `closed`. Gradients are too, with one exception: if a chosen parameter in half
+    precision (as given, or cast in `closed`) reaches a matrix product, with nothing but rearrangements in between, its
+    gradient there is computed in float32 and not rounded. Products in jit and `jax.checkpoint` are found; products in
+    loops are not.
 
     Args:
-      closed: the loss, traced.
-      params: the parameters, the first inputs of `closed`. Of those that were lifted the values are taken from here:
-        in the arguments they only stand for what is differentiated by.
-      chosen: which of them.
+      closed: the traced loss.
+      params: the parameters, the first inputs of `closed`. The values of lifted parameters are read from here; the
+        function's own arguments only receive their gradients.
+      chosen: for each parameter, whether to compute its gradient in float32.
 
     Example:
       >>> loss = lambda w, x: (x.astype(w.dtype) @ w).astype(jnp.float32)
@@ -77,7 +79,7 @@ def widened(closed: core.ClosedJaxpr, params: Sequence[Any], chosen: Sequence[bo
 
 
 def _entry(param: Any, lift: Any, is_chosen: bool) -> _Value:
-    """A parameter whose gradient goes to `lift`."""
+    """The entry of a parameter whose gradient `lift` receives."""
     if is_chosen and _is_half(param.dtype):
         return _Value(_standing_for(lift, param), lift)
     return _Value(lift, lift if is_chosen else None)
@@ -113,12 +115,12 @@ def _results(jits: jaxprs.Jits, eqn: core.JaxprEqn, operands: Sequence[_Value]) 
 
 
 def _is_weighing(eqn: core.JaxprEqn, operands: Sequence[_Value]) -> bool:
-    """Whether `eqn` is a product in half precision of a parameter and of what is none."""
+    """Whether `eqn` is a half-precision product of a parameter and an activation."""
     return _is_half_product(eqn) and sum(x.wide is None for x in operands) == 1
 
 
 def _is_half_product(eqn: core.JaxprEqn) -> bool:
-    """Whether `eqn` is a matrix product in half precision, with nothing said of how or where it is to be made."""
+    """Whether `eqn` is a half-precision matrix product without an explicit sharding or algorithm."""
     atoms: list[Any] = [*eqn.invars, *eqn.outvars]
     if eqn.primitive.name != "dot_general" or len({atom.aval.dtype for atom in atoms}) > 1:
         return False
@@ -128,8 +130,8 @@ def _is_half_product(eqn: core.JaxprEqn) -> bool:
 
 
 def _product(eqn: core.JaxprEqn, operands: Sequence[_Value]) -> jax.Array:
-    """The product of an activation and a weight, whose gradient goes to what the weight was cast from."""
-    side = 0 if operands[0].wide is not None else 1  # where the weight stands
+    """Multiplies an activation and a weight; the weight's uncast value receives the gradient."""
+    side = 0 if operands[0].wide is not None else 1  # the weight's operand index
     run = lambda activation, weight: jaxprs.run(eqn, (weight, activation) if side == 0 else (activation, weight))[0]
 
     @jax.custom_vjp
@@ -144,7 +146,7 @@ def _product(eqn: core.JaxprEqn, operands: Sequence[_Value]) -> jax.Array:
     def backward(residuals, cotangent):
         activation, weight = residuals
         _, pull_back = jax.vjp(lambda activation: run(activation, weight), activation)
-        # None is for the weight as it is multiplied by: its gradient goes past the cast.
+        # None for the cast weight: `wide` receives its gradient.
         return *pull_back(cotangent), None, _weight_gradient(eqn, side, activation, cotangent)
 
     product.defvjp(forward, backward)
@@ -152,19 +154,19 @@ def _product(eqn: core.JaxprEqn, operands: Sequence[_Value]) -> jax.Array:
 
 
 def _weight_gradient(eqn: core.JaxprEqn, side: int, activation: jax.Array, cotangent: jax.Array) -> jax.Array:
-    """The gradient of operand `side` of a product, the other one being `activation`, in float32."""
+    """The float32 gradient of operand `side` of a product whose other operand is `activation`."""
     contracted, batched = eqn.params["dimension_numbers"]
     ndim = jaxprs.ndim(eqn.invars[side])
     free = lambda ndim, taken: [i for i in range(ndim) if i not in taken]
     own = free(ndim, (*contracted[side], *batched[side]))
     other = free(activation.ndim, (*contracted[1 - side], *batched[1 - side]))
-    # The product has the batched dimensions first, then those of its left operand, then those of its right one.
+    # The product's dimensions are the batched ones, then the left operand's, then the right operand's.
     at = len(batched[side]) + (len(own) if side == 0 else 0)
     dimensions = (other, range(at, at + len(other))), (batched[1 - side], range(len(batched[side])))
     product = lambda x, y: jax.lax.dot_general(
         x, y, dimensions, precision=eqn.params["precision"], preferred_element_type=jnp.float32
     )
-    # A CPU has no such product in all shapes, and computes in float32 in any case.
+    # The CPU doesn't support this product for all shapes, and computes in float32 anyway.
     on_cpu = lambda x, y: product(x.astype(jnp.float32), y.astype(jnp.float32))
     gradient = jax.lax.platform_dependent(activation, cotangent, cpu=on_cpu, default=product)
     pairs = sorted(zip(contracted[1 - side], contracted[side], strict=True))
@@ -174,7 +176,7 @@ def _weight_gradient(eqn: core.JaxprEqn, side: int, activation: jax.Array, cotan
 
 @jax.custom_vjp
 def _standing_for(lift: jax.Array, x: jax.Array) -> jax.Array:
-    """`x`, whose gradient goes to `lift`."""
+    """Returns `x`; `lift` receives its gradient."""
     del lift
     return x
 
@@ -196,5 +198,5 @@ def _is_half(dtype: Any) -> bool:
 
 
 def _is_explicit(aval: Any) -> bool:
-    """Whether `aval` lies split along an explicit axis of a mesh."""
+    """Whether `aval` is sharded over an explicit mesh axis."""
     return any(x is not None for x in aval.sharding.spec)

@@ -1,6 +1,6 @@
 """The key-value store and the barriers that the processes of `jax.distributed` share.
 
-The one module that touches jax's private API: jax has no public name for them.
+It uses jax's private API, since jax has no public one for them.
 """
 
 import socket
@@ -9,20 +9,20 @@ from jax._src import distributed
 
 
 def is_open() -> bool:
-    """Whether `jax.distributed` is initialised, and not shut down."""
+    """Whether `jax.distributed` is initialised and not shut down."""
     return distributed.global_state.client is not None
 
 
 def place() -> tuple[int, int]:
-    """(this process' number, how many there are); (0, 1) without `jax.distributed`."""
+    """Returns (this process's index, the number of processes); (0, 1) without `jax.distributed`."""
     state = distributed.global_state
     return (state.process_id, state.num_processes) if is_open() else (0, 1)
 
 
 def is_gone(timeout: float) -> bool:
-    """Whether the store's process is gone for certain: its machine answers, and says that nobody listens there.
+    """Whether the store's process has certainly exited: its machine refuses the connection.
 
-    False where it is slow or stopped, and where the machine has not answered within `timeout` seconds.
+    False if the process is slow or stopped, or if the machine doesn't answer within `timeout` seconds.
     """
     host, _, port = str(distributed.global_state.coordinator_address).rpartition(":")
     try:
@@ -38,13 +38,14 @@ def write(key: str, value: str) -> None:
     """Sets `key` for all processes.
 
     Raises:
-      RuntimeError: if the store is gone. The call can also wait for ever then, as it does while its process is stopped.
+      RuntimeError: if the store is gone. The call may also block forever then, as it does while the store's process is
+        stopped.
     """
     _client().key_value_set(key, value, allow_overwrite=True)
 
 
 def read(directory: str) -> dict[str, str]:
-    """All entries below `directory`, which ends with a slash; their keys without it.
+    """Reads all entries below `directory`, which ends with a slash; keys are relative to it.
 
     Raises:
       RuntimeError: as for `write`.
@@ -53,10 +54,10 @@ def read(directory: str) -> dict[str, str]:
 
 
 def wait(key: str, timeout: float) -> str:
-    """What `key` is, once a process has set it.
+    """Waits until a process has set `key`, and returns its value.
 
     Raises:
-      RuntimeError: if none has within `timeout` seconds; else as for `write`.
+      RuntimeError: if no process sets it within `timeout` seconds; also as for `write`.
     """
     return _client().blocking_key_value_get(key, round(1000 * timeout))
 
@@ -71,10 +72,11 @@ def forget(directory: str) -> None:
 
 
 def meet(name: str, timeout: float) -> None:
-    """Waits until every process has called this with the same `name`, which is good for one time.
+    """Waits at a barrier until every process has called this with `name`, which can be used once.
 
     Raises:
-      RuntimeError: if one hasn't within `timeout` seconds, or one more, of the first one's call; it gets it too, then.
+      RuntimeError: in all processes, late ones included, if one hasn't called it within about `timeout` seconds of the
+        first call.
     """
     _client().wait_at_barrier(name, round(1000 * timeout))
 

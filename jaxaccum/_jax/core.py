@@ -1,4 +1,4 @@
-"""The types of jaxprs, by their one public name."""
+"""The public types of jaxprs."""
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Primitive, Var, jaxpr_as_fun
 

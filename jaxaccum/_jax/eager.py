@@ -1,4 +1,4 @@
-"""Calls outside of jit: traced each time, compiled once for equal programs."""
+"""Runs functions outside jit: each call is traced, and equal programs are compiled once."""
 
 import collections
 import functools
@@ -13,22 +13,22 @@ from jax.sharding import Mesh, Sharding
 
 from jaxaccum._jax import core, jaxprs
 
-# By what tells one program from another: a function that jax has compiled.
+# Compiled functions, keyed by program text, types and shardings.
 _PROGRAMS: collections.OrderedDict[Any, Callable[..., list[Any]]] = collections.OrderedDict()
 _MOST = 64
 _LARGE = 2**20  # bytes
 
 
 def run(fun: Callable[..., Any], *args: Any) -> Any:
-    """`fun(*args)`, in one compiled program if this is called outside of jit and of any other transformation.
+    """Runs `fun(*args)` as one compiled program if called outside jit and all other transformations.
 
-    A loop in a closure is another function to jax in each call, which compiles it anew. Here `fun` is traced in each
-    call, so that it may close over what changes, and what compiled before for the same program runs again. Arrays that
-    it closes over are not traced, so code may branch on them, and are inputs of the program.
+    To jax, a closure is a new function in each call, so a loop in it would recompile each time. Here `fun` is traced in
+    each call, so it may close over values that change, and an equal program is compiled only once.
+    Arrays in the closure are not traced, so code may branch on them; they become inputs of the program.
 
     Args:
       fun: a pure function of the arrays in `args`.
-      *args: trees; what is neither an array nor a float is passed as it is.
+      *args: trees; leaves that are neither arrays nor floats are passed through.
     """
     if not trace_state_clean() or jax.config.values["jax_disable_jit"]:
         return fun(*args)
@@ -53,10 +53,10 @@ def _evaluate(jaxpr, consts, arrays):
 
 
 def _compiled(program: Callable[..., list[Any]], closed: core.ClosedJaxpr, arrays: list[Any]) -> Callable[..., Any]:
-    """`program`, or an equal one of before."""
+    """Returns the jitted `program`, or an equal one from the cache."""
     jitted = jax.jit(program)
     text = jitted.lower(closed.consts, arrays).as_text()
-    # The text says neither which devices a program is for nor of what type its keys are.
+    # The text contains neither the program's devices nor the types of its keys.
     types = tuple(str(aval) for aval in (*map(jax.typeof, closed.consts), *closed.in_avals, *closed.out_avals))
     key = hashlib.sha256(text.encode()).digest(), types, tuple(_places(closed.jaxpr))
     known = _PROGRAMS.setdefault(key, jitted)
@@ -67,10 +67,10 @@ def _compiled(program: Callable[..., list[Any]], closed: core.ClosedJaxpr, array
 
 
 def _can_be_told(eqn: core.JaxprEqn) -> bool:
-    """Whether the text of a program tells this equation from any other, and keeping it takes little memory."""
+    """Whether the program text identifies this equation, and caching it takes little memory."""
     consts = [x for param in jaxprs.parts(eqn) for x in (param.consts if isinstance(param, core.ClosedJaxpr) else ())]
     is_large = sum(getattr(x, "nbytes", 0) for x in consts) > _LARGE
-    # A callback is a Python function.
+    # A callback's Python function is not in the text.
     return "callback" not in eqn.primitive.name and not is_large
 
 

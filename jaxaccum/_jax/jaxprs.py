@@ -1,4 +1,4 @@
-"""Equations of jaxprs: what they are, and how to run them."""
+"""Helpers to inspect and evaluate jaxprs."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +10,7 @@ from jax._src.state import discharge
 
 from jaxaccum._jax import core
 
-# What only moves numbers about: it commutes with a cast, forward and back.
+# Primitives that only move elements: they and their transposes commute with casts.
 _IN_SHAPE = ("broadcast_in_dim", "expand_dims", "reshape", "rev", "squeeze", "tile", "transpose")
 _IN_PARTS = ("concatenate", "slice", "split", "stack", "unstack")
 _IN_PLACE = ("all_gather", "all_gather_invariant", "copy", "device_put", "pvary", "reshard", "sharding_constraint")
@@ -18,14 +18,17 @@ MOVES = frozenset([*_IN_SHAPE, *_IN_PARTS, *_IN_PLACE])
 
 
 class ScanOperands(NamedTuple):
-    """How many of a scan's operands are what; what it walks along follows."""
+    """The numbers of a scan's constants and carries; the scanned-over operands follow."""
 
     constants: int
     carries: int
 
 
 def scan_operands(scan: core.JaxprEqn, body: core.Jaxpr) -> ScanOperands:
-    """Told by shapes, since jax's versions disagree: constants and carries go in whole, and carries come out whole."""
+    """Counts constants and carries by rank, which is the same inside and outside the body for these operands only.
+
+    The parameters of scan differ between jax versions.
+    """
     whole = lambda outer, inner: sum(ndim(a) == ndim(b) for a, b in zip(outer, inner, strict=True))
     carries = whole(scan.outvars, body.outvars)
     return ScanOperands(whole(scan.invars, body.invars) - carries, carries)
@@ -42,7 +45,7 @@ def dtype(atom: Any) -> Any:
 
 
 def is_plain_jit(eqn: core.JaxprEqn) -> bool:
-    """Whether `eqn` is a jit without shardings of its own, and may as well run equation by equation."""
+    """Whether `eqn` is a jit without explicit shardings, so that it can be evaluated equation by equation."""
     if eqn.primitive.name != "jit":
         return False
     shardings = (*eqn.params["in_shardings"], *eqn.params["out_shardings"])
@@ -55,12 +58,12 @@ def is_checkpoint(eqn: core.JaxprEqn) -> bool:
 
 
 def checkpointed(eqn: core.JaxprEqn, body: Callable[..., Any]) -> Callable[..., Any]:
-    """`body` under a `jax.checkpoint` like `eqn`."""
+    """Wraps `body` in a `jax.checkpoint` with the options of `eqn`."""
     return jax.checkpoint(body, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
 
 
 def run(eqn: core.JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
-    """The results of one equation."""
+    """Evaluates one equation."""
     with located(eqn):
         results = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
     return results if eqn.primitive.multiple_results else [results]
@@ -68,28 +71,28 @@ def run(eqn: core.JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
 
 @contextlib.contextmanager
 def located(eqn: core.JaxprEqn) -> Iterator[None]:
-    """What is traced inside has the named scopes and the traceback of `eqn`."""
+    """Gives equations traced inside the context the named scopes and the traceback of `eqn`."""
     name_stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
     with source_info_util.user_context(eqn.source_info.traceback, name_stack=name_stack), eqn.ctx.manager:
         yield
 
 
 class Jits:
-    """The jitted functions of a program that is made anew from a jaxpr.
+    """The jitted functions of a program that is rebuilt from a jaxpr.
 
-    Where the jaxpr calls one function many times, so does the program: it is traced and lowered once, under its name.
+    A function that the jaxpr calls many times is traced and lowered once, and keeps its name.
     """
 
     def __init__(self):
         self._functions: dict[Any, tuple[Any, Any]] = {}
 
     def call(self, eqn: core.JaxprEqn, key: Any, fun: Callable[[Any], Any], operands: Any) -> Any:
-        """`fun(operands)` under a jit like that of `eqn`, which calls with an equal key share."""
+        """Calls `fun(operands)` under a jit named like that of `eqn`; calls with equal keys share it."""
         closed = eqn.params["jaxpr"]
         key = id(closed), key, jax.tree.structure(operands)
         if key not in self._functions:
             fun.__name__ = eqn.params["name"]
-            self._functions[key] = jax.jit(fun), closed  # Kept, so that no other jaxpr takes its id.
+            self._functions[key] = jax.jit(fun), closed  # Kept alive, so that its id stays unique.
         with located(eqn):
             return self._functions[key][0](operands)
 
@@ -101,14 +104,14 @@ def evaluate(
     results: Callable[[core.JaxprEqn, list[Any]], Sequence[Any]],
     entry: Callable[[Any], Any],
 ) -> list[Any]:
-    """The outputs of `jaxpr`, equation by equation, in what stands for its values.
+    """Evaluates `jaxpr` equation by equation on abstract entries instead of arrays.
 
     Args:
-      jaxpr: what to evaluate.
+      jaxpr: the jaxpr.
       consts: its constants, arrays.
-      inputs: what stands for its inputs.
-      results: `results(eqn, operands)` is what stands for the results of an equation.
-      entry: what stands for an array of which nothing more is known: a constant, or a literal.
+      inputs: the entries of its inputs.
+      results: `results(eqn, operands)` returns the entries of an equation's results.
+      entry: `entry(x)` returns the entry of a constant or a literal.
     """
     values = dict(zip(jaxpr.invars, inputs, strict=True))
     values |= dict(zip(jaxpr.constvars, map(entry, consts), strict=True))
@@ -120,10 +123,10 @@ def evaluate(
 
 
 def purely(fun: Callable[..., Any], *args: Any) -> Any:
-    """`fun(*args)`, which may make references of its own, without any.
+    """Runs `fun(*args)`, which may create references, in a pure form without references.
 
-    What it does with them becomes arrays that are threaded through its loops. Those can be batched, differentiated and
-    rematerialised; references can't. XLA is given the same program either way.
+    The references become arrays that are threaded through its loops. Unlike references, arrays can be batched,
+    differentiated and rematerialised. XLA receives the same program either way.
     """
     closed, shapes = jax.make_jaxpr(fun, return_shape=True)(*args)
     pure = discharge.discharge_state(closed)
@@ -131,20 +134,20 @@ def purely(fun: Callable[..., Any], *args: Any) -> Any:
 
 
 def parts(eqn: core.JaxprEqn) -> Iterator[Any]:
-    """The parameters of an equation; of a tuple or a list each entry."""
+    """The parameters of an equation, with tuples and lists flattened one level."""
     for param in eqn.params.values():
         yield from param if isinstance(param, (tuple, list)) else (param,)
 
 
 def bodies(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
-    """The functions that an equation calls."""
+    """The jaxprs that an equation calls."""
     for part in parts(eqn):
         if isinstance(part, (core.Jaxpr, core.ClosedJaxpr)):
             yield part.jaxpr if isinstance(part, core.ClosedJaxpr) else part
 
 
 def equations(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
-    """The equations of a jaxpr and of all that it calls."""
+    """The equations of a jaxpr, including those of the jaxprs it calls."""
     for eqn in jaxpr.eqns:
         yield eqn
         for body in bodies(eqn):
@@ -152,7 +155,7 @@ def equations(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
 
 
 def reached(jaxpr: core.Jaxpr, inputs: Sequence[bool]) -> list[bool]:
-    """For each output whether it may depend on one of the marked inputs: each result of an equation on all operands."""
+    """For each output, whether it may depend on a marked input; an equation's results depend on all its operands."""
     marked = {var for var, is_marked in zip(jaxpr.invars, inputs, strict=True) if is_marked}
     is_marked = lambda atom: isinstance(atom, core.Var) and atom in marked
     for eqn in jaxpr.eqns:
@@ -162,7 +165,7 @@ def reached(jaxpr: core.Jaxpr, inputs: Sequence[bool]) -> list[bool]:
 
 
 def axes(eqn: core.JaxprEqn) -> set[str]:
-    """The mapped axes that an equation communicates over, in itself or in what it calls."""
+    """The mapped axes that an equation, or a jaxpr it calls, communicates over."""
     if eqn.primitive.name in ("axis_index", "pvary"):
         return set()
     names = [eqn.params.get(name, ()) for name in ("axis_name", "axes")]

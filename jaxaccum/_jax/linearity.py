@@ -1,7 +1,8 @@
-"""Whether a backward pass is linear in its cotangents: only then is that of a sum the sum of those of its terms.
+"""Checks whether a backward pass is linear in its cotangents, so that it can run once on their sum.
 
-What jax transposes by its own rules is. A user's rule, as that of a `jax.custom_vjp`, may be anything: it may clip
-gradients, square them or divide them by their norm. It is traced, and its outputs are followed back to the cotangents.
+jax's own transpose rules are linear. A user's rule, such as that of a `jax.custom_vjp`, need not be: it may clip
+gradients, square them or divide them by their norm. This module traces such a rule and propagates linearity from the
+cotangents to the outputs.
 """
 
 import functools
@@ -15,21 +16,21 @@ import numpy as np
 
 from jaxaccum._jax import core, jaxprs
 
-# Equations that are differentiated by a user's rule, in any version of jax.
+# Primitives that are differentiated by a user's rule, in any version of jax.
 _VJPS = ("call_hi_primitive", "call_hi_primitive_linearized", "custom_vjp_call", "custom_vjp_call_jaxpr")
 _USERS = (*_VJPS, "custom_transpose_call", "linear_call")
-# jax transposes a custom_jvp's rule by its own rules; the body is not differentiated.
+# jax transposes a custom_jvp's rule with its own rules and doesn't differentiate the body.
 _JVPS = ("custom_jvp_call", "custom_jvp_call_jaxpr")
 
-# What a value is in the cotangents. The sum of two values is the union of their bits.
+# How a value depends on the cotangents. The kind of a sum is the bitwise or of its terms' kinds.
 _ZERO, _CONSTANT, _LINEAR, _OTHER = 0, 1, 2, 3
 
 _SUMS = ("add", "add_any", "cumsum", "neg", "reduce_sum", "reduce_window_sum", "sub")
 _PARTS = ("complex", "conj", "imag", "name", "real")
 _COLLECTIVES = ("all_to_all", "pbroadcast", "pcast", "ppermute", "psum", "psum2", "psum_invariant", "reduce_scatter")
-# Linear in all operands together.
+# Jointly linear in all operands.
 _JOINTLY = frozenset([*jaxprs.MOVES, *_SUMS, *_PARTS, *_COLLECTIVES, "pad"])
-# Linear in some operands together, by number; the others say where or which.
+# Jointly linear in the listed operands; the others are indices or parameters.
 _DATA = {
     "div": (0,),
     "dynamic_slice": (0,),
@@ -40,18 +41,18 @@ _DATA = {
     "scatter_add": (0, 2),
     "triangular_solve": (1,),
 }
-# Linear in either of two operands.
+# Linear in each of two operands separately.
 _PRODUCTS = ("conv_general_dilated", "dot_general", "mul", "ragged_dot", "ragged_dot_general")
 _CALLS = (*_JVPS, "closed_call", "core_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "jit", "pjit")
 
 
 def unproved(jaxpr: core.Jaxpr) -> str | None:
-    """The first user's rule in `jaxpr` whose backward pass can't be shown to be linear, by its name; None for none."""
+    """The name of the first user's rule in `jaxpr` whose backward pass can't be shown to be linear, or None."""
     return next(filter(None, map(unproved_in, jaxpr.eqns)), None)
 
 
 def unproved_in(eqn: core.JaxprEqn) -> str | None:
-    """The same for one equation and for what it calls."""
+    """`unproved` for one equation and the jaxprs it calls."""
     name = eqn.primitive.name
     if name in _USERS:
         return None if _is_linear(eqn) else _name(eqn)
@@ -60,7 +61,7 @@ def unproved_in(eqn: core.JaxprEqn) -> str | None:
 
 
 def _jvp(eqn: core.JaxprEqn) -> core.Jaxpr:
-    """What jax transposes of a custom_jvp: its rule, not its body."""
+    """The jaxpr that jax transposes for a custom_jvp: its rule, not its body."""
     operands = [atom.aval for atom in eqn.invars]
     zero = lambda atom: np.zeros(atom.aval.shape, jax.dtypes.float0)
 
@@ -88,7 +89,7 @@ def _is_linear(eqn: core.JaxprEqn) -> bool:
     cotangents = [var.aval for var, is_float in zip(eqn.outvars, floats, strict=True) if is_float]
     try:
         closed = jax.make_jaxpr(backward)(operands, cotangents)
-    except Exception:  # A rule that can't be traced here, such as one for an axis that is bound elsewhere: not shown.
+    except Exception:  # The rule can't be traced here, for example because it uses a mapped axis.
         return False
     kinds = [_CONSTANT] * len(operands) + [_LINEAR] * len(cotangents)
     outputs = _kinds(closed.jaxpr, kinds)
@@ -96,12 +97,12 @@ def _is_linear(eqn: core.JaxprEqn) -> bool:
 
 
 def is_zero(jaxpr: core.Jaxpr, linear: Sequence[bool]) -> bool:
-    """Whether all outputs of `jaxpr` can be shown to be 0, which is linear in the marked inputs."""
+    """Whether all outputs of `jaxpr`, which is linear in the marked inputs, can be shown to be 0."""
     return all(kind == _ZERO for kind in _kinds(jaxpr, [_LINEAR if x else _CONSTANT for x in linear]))
 
 
 def _kinds(jaxpr: core.Jaxpr, inputs: Sequence[int]) -> list[int]:
-    """What the outputs of `jaxpr` are."""
+    """The kinds of the outputs of `jaxpr`."""
     consts = [_CONSTANT] * len(jaxpr.constvars)
     kinds = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
     read = lambda atom: _literal(atom.val) if isinstance(atom, core.Literal) else kinds[atom]
@@ -111,7 +112,7 @@ def _kinds(jaxpr: core.Jaxpr, inputs: Sequence[int]) -> list[int]:
 
 
 def _results(eqn: core.JaxprEqn, kinds: Sequence[int]) -> Sequence[int]:
-    """What the results of `eqn` are."""
+    """The kinds of the results of `eqn`."""
     name = eqn.primitive.name
     if name in _CALLS or jaxprs.is_checkpoint(eqn):
         (body,) = jaxprs.bodies(eqn)
@@ -128,7 +129,7 @@ def _results(eqn: core.JaxprEqn, kinds: Sequence[int]) -> Sequence[int]:
 
 
 def _of_scan(eqn: core.JaxprEqn, kinds: Sequence[int]) -> Sequence[int]:
-    """What the results of a scan are: what goes around is the union of what it is in all iterations."""
+    """The kinds of a scan's results: carries are unions over all iterations, found as a fixed point."""
     (body,) = jaxprs.bodies(eqn)
     constants, carries = jaxprs.scan_operands(eqn, body)
     kinds = list(kinds)
@@ -157,7 +158,7 @@ def _of_operation(eqn: core.JaxprEqn, kinds: Sequence[int]) -> int:
 
 
 def _keeps_range(eqn: core.JaxprEqn) -> bool:
-    """Whether a cast rounds at most: a sum may overflow in a dtype of a smaller range where none of its terms does."""
+    """Whether a cast can't overflow; in a dtype of smaller range, a sum may overflow even if no term does."""
     before, after = (jaxprs.dtype(atom) for atom in (eqn.invars[0], eqn.outvars[0]))
     if not (_is_inexact(eqn.invars[0]) and _is_inexact(eqn.outvars[0])):
         return _is_inexact(eqn.outvars[0])
@@ -178,6 +179,6 @@ def _is_inexact(atom: Any) -> bool:
 
 
 def _name(eqn: core.JaxprEqn) -> str:
-    """What to call a user's rule in an error: the function's name where it is known."""
+    """The name of a user's rule for an error: the function's name if known."""
     info = next((getattr(body, "debug_info", None) for body in jaxprs.bodies(eqn)), None)
     return getattr(info, "func_name", None) or eqn.primitive.name

@@ -1,4 +1,4 @@
-"""Random keys: one for each micro-batch, and none that several share by mistake."""
+"""Random keys: a different one for each micro-batch, and errors for keys shared by mistake."""
 
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -11,14 +11,14 @@ from jaxaccum._types import Tree
 
 
 def is_typed(leaf: Any) -> bool:
-    """Whether `leaf` is an array of typed keys, as `jax.random.key` makes them."""
+    """Whether `leaf` is an array of typed keys, as from `jax.random.key`."""
     return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def fold(keys: Tree, number: Any) -> Tree:
-    """`jax.random.fold_in(key, number)` of every key; typed keys may have any shape.
+    """Applies `jax.random.fold_in(key, number)` to every key; arrays of typed keys may have any shape.
 
-    Scalars that are no keys, as the counts of an `nnx.Rngs` are, stay as they are.
+    Scalars that are not keys, such as the counts of an `nnx.Rngs`, are unchanged.
     """
 
     def leaf(key):
@@ -33,14 +33,14 @@ def fold(keys: Tree, number: Any) -> Tree:
 
 
 def fold_typed(tree: Tree, number: Any) -> Tree:
-    """`tree` with its typed keys folded with `number`."""
+    """Folds `number` into the typed keys of `tree`."""
     return jax.tree.map(lambda x: fold(x, number) if is_typed(x) else x, tree)
 
 
 def fold_beyond_first(tree: Tree, device: Any) -> Tree:
-    """`tree` with its typed keys folded with the device's number, on all devices but the first.
+    """Folds the device index into the typed keys of `tree`, on all devices but the first.
 
-    So devices that start with the same keys part, and the first one's keys go on as on one device.
+    Devices that start with the same keys then use different ones, and the first device matches a single-device run.
     """
     if isinstance(device, int) and device == 0:
         return tree
@@ -51,11 +51,11 @@ def fold_beyond_first(tree: Tree, device: Any) -> Tree:
 def refuse_shared(
     args: Sequence[Tree], kwargs: Mapping[str, Tree], known: Collection[int], what: str = "micro-batches"
 ) -> None:
-    """Typed keys must be in one of the positional arguments `known`: parameters, batch, carry or `key_argnums`.
+    """Raises if a typed key is outside the positional arguments `known`: parameters, batch, carry and `key_argnums`.
 
     Raises:
-      ValueError: naming the leaf, if one is elsewhere: all micro-batches, or `what` else, would share it, and draw the
-        same masks.
+      ValueError: if all micro-batches, or whatever `what` names, would share a key and draw the same masks. The error
+        names the leaf.
     """
     others = {f"args[{i}]": arg for i, arg in enumerate(args) if i not in known}
     others |= {f"kwargs[{name!r}]": arg for name, arg in kwargs.items()}
@@ -71,12 +71,12 @@ def refuse_shared(
 
 
 def refuse_rngs(args: Sequence[Tree]) -> None:
-    """A micro-step takes keys and no `nnx.Rngs`: the traced loss can't change its counts, or not for the next one.
+    """Raises if an argument of a micro-step is an `nnx.Rngs`: the traced loss can't update its counts.
 
     Raises:
-      TypeError: if one of `args` is such.
+      TypeError: if one of `args` is an `nnx.Rngs`.
     """
-    nnx = sys.modules.get("flax.nnx")  # Who has one has imported it.
+    nnx = sys.modules.get("flax.nnx")  # A user with an Rngs has imported flax.nnx.
     if nnx is not None and any(isinstance(arg, nnx.Rngs) for arg in args):
         raise TypeError(
             "an argument is an nnx.Rngs, whose counts can't change inside the traced loss: all micro-steps would draw "

@@ -1,4 +1,4 @@
-"""What sums are made of: checks of dtypes, numbers and the leaves of trees."""
+"""Checks of dtypes, numbers and tree leaves."""
 
 from typing import Any
 
@@ -10,24 +10,24 @@ from jaxaccum._types import Tree
 
 
 def known(flag: Any) -> Any:
-    """`flag` as a Python bool where its value can be read now; the traced array where it can't."""
+    """Converts `flag` to a Python bool, unless it is traced."""
     return flag if isinstance(flag, jax.core.Tracer) else bool(flag)
 
 
 def floating(name: str, dtype: Any) -> None:
-    """A dtype argument: floating, or None."""
+    """Checks that a dtype argument is floating or None."""
     if not (dtype is None or is_floating(dtype)):
         raise TypeError(f"{name} must be a floating dtype or None, got {dtype!r}.")
 
 
 def available(name: str, dtype: Any) -> None:
-    """A dtype argument must be one that jax has switched on."""
+    """Checks that a dtype argument is enabled in jax: float64 needs x64."""
     if dtype is not None and jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise ValueError(f"{name}={jnp.dtype(dtype)} needs x64: set jax_enable_x64 first.")
 
 
 def arrays(params: Tree) -> None:
-    """Parameters: arrays or numbers, every one. A module of equinox holds functions too."""
+    """Checks that all parameters are arrays or numbers; an equinox module also contains functions."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not (hasattr(leaf, "dtype") or isinstance(leaf, (bool, int, float, complex))):
             raise TypeError(
@@ -39,7 +39,7 @@ def arrays(params: Tree) -> None:
 
 
 def differentiable(params: Tree, what: str = "the argument that argnums names") -> None:
-    """Parameters to differentiate: floating or complex, every one."""
+    """Checks that all parameters to differentiate are floating or complex."""
     arrays(params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not is_inexact(leaf):
@@ -50,7 +50,7 @@ def differentiable(params: Tree, what: str = "the argument that argnums names") 
 
 
 def numbers(name: str, tree: Tree) -> Tree:
-    """`tree`, an averaged extra arg or one like it, which must consist of numbers, and of one at least."""
+    """Checks that `tree`, an averaged extra arg, has at least one leaf and only numeric leaves; returns it."""
     leaves = jax.tree.leaves(tree)
     for leaf in leaves:
         has_dtype = hasattr(leaf, "dtype") and not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
@@ -73,7 +73,7 @@ def is_floating(dtype: Any) -> bool:
 
 
 def scalar_dtype(value: Any) -> Any:
-    """The dtype of one number or one bool; None for anything else, such as a string, which jax takes for a dtype."""
+    """The dtype of a number or a bool; None for anything else, such as a string, which jax reads as a dtype."""
     is_scalar = isinstance(value, (bool, int, float, complex)) or getattr(value, "shape", None) == ()
     return jnp.result_type(value) if is_scalar else None
 
@@ -88,5 +88,5 @@ def is_bool(value: Any) -> bool:
 
 
 def kind(value: Any) -> str:
-    """What `value` is, for an error: an array without its contents."""
+    """Describes `value` for an error message; arrays by dtype and shape."""
     return f"{value.dtype} of shape {value.shape}" if hasattr(value, "shape") else repr(value)

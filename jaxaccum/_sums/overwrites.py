@@ -1,8 +1,8 @@
-"""Statistics among the parameters whose "gradient" is their new value: the amax histories and scales of fp8 layers.
+"""Overwritten statistics: parameters whose "gradient" is their new value, such as the amax histories of fp8 layers.
 
-flax keeps them in a collection `_overwrite_with_gradient` beside "params". They are not averaged over micro-batches,
-and no optimizer steps on them: of a window they are the largest that any micro-batch gave. For an amax of activations
-that is the big batch's. They are not negative, so a sum that has seen none is 0.
+flax keeps them in a collection `_overwrite_with_gradient` next to "params". They are neither averaged over
+micro-batches nor updated by the optimizer. Their value for a window is the maximum over its micro-batches, which for
+the amax of activations equals that of the big batch. They are nonnegative, so the maximum starts at 0.
 """
 
 from collections.abc import Mapping
@@ -17,44 +17,44 @@ NAME = "_overwrite_with_gradient"  # flax.linen.fp8_ops.OVERWRITE_WITH_GRADIENT;
 
 
 class New(NamedTuple):
-    """Stands for an update: the parameter's new value.
+    """An update that replaces the parameter.
 
     Attributes:
-      value: the value.
+      value: the parameter's new value.
     """
 
     value: Any
 
 
 def holds(path: Any) -> bool:
-    """Whether the leaf at `path` is such a statistic."""
+    """Whether the leaf at `path` is an overwritten statistic."""
     return any(getattr(key, "key", getattr(key, "name", None)) == NAME for key in path)
 
 
 def without(tree: Tree) -> Tree:
-    """`tree` with None for each statistic."""
+    """`tree` with None in place of each statistic."""
     return jax.tree.map_with_path(lambda path, x: None if holds(path) else x, tree)
 
 
 def only(tree: Tree) -> Tree:
-    """`tree` with None for everything else."""
+    """`tree` with None in place of all leaves but the statistics."""
     return jax.tree.map_with_path(lambda path, x: x if holds(path) else None, tree)
 
 
 def either(a: Tree, b: Tree) -> Tree:
-    """The leaves of `a`, and those of `b` where `a` has None."""
+    """Fills the None leaves of `a` with those of `b`."""
     return jax.tree.map(lambda x, y: y if x is None else x, a, b, is_leaf=lambda leaf: leaf is None)
 
 
 def optimized(tree: Tree) -> Tree:
-    """What an optimizer sees of `tree`: all but the statistics; of flax's variables the collection "params"."""
+    """The part of `tree` that an optimizer updates: all but the statistics, or "params" of flax variables."""
     if not jax.tree.leaves(only(tree)):
         return tree
     return tree["params"] if _is_flaxs(tree) else without(tree)
 
 
 def with_new(updates: Tree, statistics: Tree) -> Tree:
-    """An optimizer's `updates` with each of `statistics`, as `only` gives them, as `New`."""
+    """Adds `statistics`, as `only` returns them, to an optimizer's `updates` as `New`."""
     if not jax.tree.leaves(statistics):
         return updates
     new = jax.tree.map(New, statistics)
@@ -66,5 +66,5 @@ def _is_flaxs(tree: Tree) -> bool:
 
 
 def kept(new: Tree, old: Tree, pred: Any) -> Tree:
-    """`new` with the statistics of `old` where `pred`, a bool scalar: where no micro-batch gave any."""
+    """Returns `new`, with the statistics of `old` if the bool scalar `pred` is True: no micro-batch set them."""
     return jax.tree.map_with_path(lambda path, x, y: jnp.where(pred, y, x) if holds(path) else x, new, old)

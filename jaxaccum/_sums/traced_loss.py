@@ -1,4 +1,4 @@
-"""What a loss function may return, in one form for both drivers: a plain scalar, or a `Weighted`."""
+"""Traces a loss, which returns a plain scalar or a `Weighted`, to one form for all drivers."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,11 +14,11 @@ from jaxaccum._types import Tree
 
 
 class Traced(NamedTuple):
-    """The trace of a loss: its Python code runs once, however often the loss is evaluated.
+    """A traced loss: its Python code runs once, even if the loss is evaluated several times.
 
     Attributes:
-      args: the arguments that it was traced with, the parameters first.
-      closed: the trace, from flat arguments to flat results.
+      args: the arguments of the trace, the parameters first.
+      closed: the jaxpr, from flat arguments to flat results.
       shapes: the shapes of the results, `(the loss's total, (loss, rest))`.
     """
 
@@ -27,21 +27,21 @@ class Traced(NamedTuple):
     shapes: Any
 
     def total(self, *args: Tree) -> tuple[Any, tuple[Weighted, Any]]:
-        """`(the loss's total, (loss, rest))`, in the form to differentiate.
+        """Returns `(the loss's total, (loss, rest))`, for `jax.value_and_grad` with `has_aux=True`.
 
-        The loss is a `Weighted`, whose weight is None where it was plain.
+        The loss is a `Weighted`, whose weight is None for a plain loss.
         """
         return self.unflatten(core.jaxpr_as_fun(self.closed)(*jax.tree.leaves(args)))
 
     def unflatten(self, flat: Sequence[Any]) -> tuple[Any, tuple[Weighted, Any]]:
-        """Flat results as `total` gives them."""
+        """Converts flat results to those of `total`."""
         return jax.tree.unflatten(jax.tree.structure(self.shapes), map(jnp.asarray, flat))
 
     def less(self, mean: Any) -> "Traced":
-        """The loss with `total - mean·weight` for its total.
+        """Replaces the loss's total with `total - mean·weight`.
 
-        The derivative of Σ total / Σ weight is that of Σ (total - mean·weight) / Σ weight, if `mean` is the value of
-        the former, held constant. So the weight's derivative needs no sums of its own.
+        If `mean` is Σ total / Σ weight, held constant, then Σ total / Σ weight has the derivative of
+        Σ (total - mean·weight), divided by Σ weight. So the derivative of the weight needs no separate sums.
         """
 
         def less(*args):
@@ -52,7 +52,7 @@ class Traced(NamedTuple):
 
     @property
     def weight(self) -> int | float | None:
-        """The weight where it is a number that no input enters, and not 0: that of every micro-batch. Else None."""
+        """The weight if it is a nonzero constant, the same for every micro-batch; else None."""
         if self.shapes[1][0].weight is None:
             return None
         atom = self.closed.jaxpr.outvars[_WEIGHT]
@@ -60,13 +60,13 @@ class Traced(NamedTuple):
 
     @property
     def has_weight(self) -> bool:
-        """Whether the loss has a weight that must be read, and may be 0."""
+        """Whether the loss has a weight that is not a nonzero constant, so that it may be 0."""
         return self.shapes[1][0].weight is not None and self.weight is None
 
     def weight_varies(self) -> bool:
         """Whether the weight has a derivative with respect to the parameters that is not symbolically zero.
 
-        What comes of comparisons, of integers and of `stop_gradient` has none.
+        Results of comparisons, of integer operations and of `stop_gradient` have no derivative.
         """
         if not self.has_weight:
             return False
@@ -85,20 +85,20 @@ class Traced(NamedTuple):
         count = len(varied)
         if not jaxprs.reached(jax.make_jaxpr(tangent)(varied, varied).jaxpr, [False] * count + [True] * count)[0]:
             return False
-        # To jvp all results of a custom_vjp vary. Its backward pass may show that this one does not.
+        # To jvp, all results of a custom_vjp vary. Its backward pass may show that this one doesn't.
         gradient = lambda varied, cotangent: jax.vjp(weight, varied)[1](cotangent)
         try:
             closed = jax.make_jaxpr(gradient)(varied, jax.eval_shape(weight, varied))
-        except Exception:  # Such as a loop that reverse mode can't pass, though the loss's total does.
+        except Exception:  # For example, a loop without reverse mode that the total doesn't use.
             return True
         return not linearity.is_zero(closed.jaxpr, [False] * count + [True])
 
     def refuse_reduced(self, names: Sequence[str]) -> None:
-        """Refuses a loss that is the same on all devices of mapped axes, where jax's types tell.
+        """Raises if jax's types show that the loss is the same on all devices of the mapped axes.
 
         Raises:
-          ValueError: if it doesn't vary over any of `names` though the parameters do: it has been reduced already, and
-            its gradient would be divided by the number of devices once more.
+          ValueError: if the loss doesn't vary over any of `names` but the parameters do: the loss is already reduced,
+            and its gradient would be divided by the number of devices twice.
         """
         over = lambda aval: varying.axes_of(aval).intersection(names)
         count = jax.tree.structure(self.args[0]).num_leaves
@@ -109,10 +109,10 @@ class Traced(NamedTuple):
             )
 
     def refuse_varying_weight(self) -> None:
-        """A stream of micro-batches has no place for the derivative of a weight.
+        """Raises if the weight depends on the parameters, which single micro-steps don't support.
 
         Raises:
-          ValueError: if there is one.
+          ValueError: if the weight has a derivative with respect to the parameters.
         """
         if self.weight_varies():
             raise ValueError(
@@ -122,12 +122,12 @@ class Traced(NamedTuple):
             )
 
 
-# Where the weight is among the flat results of `total`: (total, (Weighted(total, weight), rest)).
+# The index of the weight in the flat results of `total`: (total, (Weighted(total, weight), rest)).
 _WEIGHT = 2
 
 
 def trace(fun: Callable[..., Any], *args: Any) -> Traced:
-    """Traces `fun(*args)`, which returns (loss, rest), the loss plain or `Weighted`; nothing is run.
+    """Traces `fun(*args)`, which returns (loss, rest) with a plain or `Weighted` loss, without running it.
 
     Args:
       fun: the loss.
@@ -150,12 +150,12 @@ def trace(fun: Callable[..., Any], *args: Any) -> Traced:
 
 
 def keep(weight: Any) -> jax.Array | None:
-    """Whether a micro-batch of this weight counts; None where it is known to."""
+    """Whether a micro-batch with this weight counts: a bool array, or None if it always does."""
     return None if weight is None or (isinstance(weight, (int, float)) and weight) else jnp.asarray(weight) != 0
 
 
 def mean(loss: Weighted) -> jax.Array:
-    """Total over weight; 0 where the weight is 0, whatever the total holds."""
+    """Total divided by weight; 0 if the weight is 0, even if the total is NaN."""
     if loss.weight is None:
         return loss.total
     weight = jnp.asarray(loss.weight).astype(weighted_sum.weight_dtype())
@@ -164,13 +164,13 @@ def mean(loss: Weighted) -> jax.Array:
 
 
 def mean_gradient(loss: Weighted, grads: Tree) -> Tree:
-    """The gradient of a `Weighted` loss's mean, from that of its total."""
+    """Converts the gradient of a `Weighted` loss's total to the gradient of its mean."""
     weight = jnp.asarray(loss.weight).astype(weighted_sum.weight_dtype())
     return weighted_sum.mean(Weighted(grads, weight), grads)
 
 
 def check_weight(value: Any, shape: tuple[int, ...] = ()) -> None:
-    """A weight: a real scalar, or one for each device; finite and not negative where the value can be read."""
+    """Checks a weight: a real scalar, or one per device; finite and not negative, unless it is traced."""
     if not numeric.is_real(value, shape):
         raise ValueError(
             f"weight must be one real number{or_one_each(shape)}, got {numeric.kind(value)}; sum the weights of the "
@@ -186,11 +186,11 @@ def check_weight(value: Any, shape: tuple[int, ...] = ()) -> None:
 
 
 def check_total(value: Any, without_aux: str | None = None) -> None:
-    """A loss, or the total of a `Weighted` one: one floating scalar.
+    """Checks that a loss, or the total of a `Weighted`, is one floating scalar.
 
     Args:
-      value: the loss.
-      without_aux: what was called, if that takes no aux.
+      value: the loss or total.
+      without_aux: the name of the called function, if it takes no aux.
     """
     dtype = numeric.scalar_dtype(value)
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):

@@ -1,6 +1,6 @@
-"""The monoid: a weighted sum (Σ w·x, Σ w) that can be added to, merged, and divided exactly once.
+"""Weighted sums (Σ w·x, Σ w): pure functions on pytrees to add to them, merge them and take the mean.
 
-Pure functions over pytrees. Nothing here knows an optimizer, a device or a loop.
+This module is independent of optimizers, devices and loops.
 """
 
 import functools
@@ -18,12 +18,13 @@ from jaxaccum._types import Tree
 class Weighted(NamedTuple):
     """A weighted sum: Σ w·x, and Σ w.
 
-    A loss returns one to say what its micro-batch counts for; the window's loss and gradient are then
-    Σ total / Σ weight, exact where the micro-batches hold different numbers of examples or tokens. Weight 0 takes a
-    micro-batch out, whatever its total is, so no loss needs to guard a division by its token count.
+    A loss returns a `Weighted` to set the weight of its micro-batch. The window's loss is then Σ total / Σ weight and
+    its gradient is the gradient of that, which is exact for micro-batches with different numbers of examples or tokens.
+    A micro-batch with weight 0 is left out, even if its total is NaN, so a loss need not guard against an empty
+    micro-batch.
 
     Attributes:
-      total: Σ w·x; for a loss a floating scalar, the sum over the micro-batch's examples or tokens.
+      total: Σ w·x; for a loss, a floating scalar: the sum over the micro-batch's examples or tokens.
       weight: Σ w, a scalar; the number of examples or tokens in the sum.
 
     Example:
@@ -41,7 +42,7 @@ class Weighted(NamedTuple):
 
 
 class Added(NamedTuple):
-    """Stands for a leaf of a gradient that is in the sum already.
+    """Marks a leaf of a gradient that has already been added to its sum.
 
     Attributes:
       total: the new sum.
@@ -51,18 +52,18 @@ class Added(NamedTuple):
 
 
 def sum_dtype(dtype: Any, accumulator_dtype: Any) -> Any:
-    """The dtype that sums of a leaf of `dtype` are kept in: `accumulator_dtype`, but float64 and complex stay."""
+    """The dtype of the sum of a leaf: `accumulator_dtype`, but float64 and complex dtypes are kept."""
     keeps = accumulator_dtype is None or dtype == jnp.float64 or jnp.issubdtype(dtype, jnp.complexfloating)
     return jnp.dtype(dtype) if keeps else jnp.dtype(accumulator_dtype)
 
 
 def arrays(tree: Tree) -> Tree:
-    """`tree` with arrays for plain numbers."""
+    """Converts plain numbers in `tree` to arrays."""
     return jax.tree.map(lambda x: x if hasattr(x, "dtype") else jnp.asarray(x), tree)
 
 
 def promoted(a: Any, b: Any) -> Any:
-    """The dtype that holds all numbers of both, even where jax is told to promote none by itself."""
+    """Promotes two dtypes by jax's standard rules, even if jax is configured for strict promotion."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.promote_types(a, b)
 
@@ -78,23 +79,23 @@ def is_inexact(leaf: Any) -> bool:
 
 
 def zeros(tree: Tree, accumulator_dtype: Any) -> Tree:
-    """Zero sums for `tree`, leaf by leaf in `sum_dtype`; a leaf that cannot have a gradient gets None.
+    """Zero sums for `tree`, each leaf in its `sum_dtype`; None for leaves that cannot have a gradient.
 
-    Statistics that are overwritten keep their dtype.
+    Overwritten statistics keep their dtype.
     """
     leaf = lambda x, dtype: jnp.zeros_like(x, dtype=dtype)
     return _map_with_dtype(leaf, tree, accumulator_dtype)
 
 
 def init(tree: Tree, accumulator_dtype: Any) -> Tree:
-    """The same, laid out on the devices as `tree` is, under jit too."""
+    """Zero sums with the layout of `tree`, also under jit."""
     if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree)):
         return zeros(tree, accumulator_dtype)
     return cleared(_map_with_dtype(jnp.asarray, tree, accumulator_dtype))
 
 
 def _map_with_dtype(fun: Callable[[Any, Any], Any], tree: Tree, accumulator_dtype: Any) -> Tree:
-    """`fun(leaf, dtype of its sum)`, None for a leaf that cannot have a gradient."""
+    """Maps `fun(leaf, dtype of its sum)` over `tree`; None for leaves that cannot have a gradient."""
 
     def leaf(path, x):
         wanted = None if overwrites.holds(path) else accumulator_dtype
@@ -104,8 +105,8 @@ def _map_with_dtype(fun: Callable[[Any, Any], Any], tree: Tree, accumulator_dtyp
 
 
 def cleared(sums: Tree) -> Tree:
-    """Zeros that are laid out on the devices as `sums` are."""
-    # Under jit only a dependence makes them so; XLA can't see that it is none.
+    """Zeros with the layout of `sums`."""
+    # Under jit, XLA propagates the layout only through a data dependence; the barrier keeps it from being removed.
     never = jax.lax.optimization_barrier(jnp.asarray(False))
     return jax.tree.map(lambda x: jnp.where(never, x, jnp.zeros_like(x)), sums)
 
@@ -119,24 +120,24 @@ def add(
     first: Any = None,
     counters: Sequence[Any] | None = None,
 ) -> Tree:
-    """`total + weight·x`, leaf by leaf, rounded once to the dtype of `total`.
+    """Returns `total + weight·x`, leaf by leaf, rounded once to the dtype of `total`.
 
-    With `counters` sums in bfloat16 are rounded stochastically: up or down, with chances whose mean is the exact sum.
-    Rounding to the nearest loses whatever is smaller than half a unit in the last of bfloat16's 8 digits: a sum of
-    ones stops at 256.
+    With `counters`, sums in bfloat16 are rounded stochastically, so that the expected result is the exact sum.
+    Rounding to nearest loses terms below half a unit in the last of bfloat16's 8 significant bits: a sum of ones stops
+    at 256.
 
-    The three options are selections, never products with a mask: what is left out may be infinite or NaN.
+    `keep` and `first` are selections, not products with a mask, since a value that is left out may be infinite or NaN.
 
-    Statistics that are overwritten (`_overwrites`) are not added: the larger one stays, whatever its weight.
+    Overwritten statistics (see `overwrites`) are not added: the larger value is kept, and the weight is ignored.
 
     Args:
-      total: the sums so far; where a leaf is None, the leaf of `x` is passed over.
-      x: a tree like `total`, of any inexact dtypes; where a leaf is `Added`, it is the new sum.
-      weight: a scalar, or one for each index of the leaves' leading axis; None where `x` counts once or is weighted
-        already.
-      keep: a bool, or one for each index; where False, `x` is left out.
-      first: a bool scalar; where True, `x` takes the place of `total`, which is so never cleared.
-      counters: integers, others for each sum: the same ones give the same roundings. None rounds to the nearest.
+      total: the sums so far; if a leaf is None, the leaf of `x` is ignored.
+      x: a tree like `total`, of any inexact dtypes; an `Added` leaf holds the new sum.
+      weight: a scalar, or one per index of the leaves' leading axis; None if `x` has weight 1 or is already weighted.
+      keep: a bool, or one per index; where False, `x` is left out.
+      first: a bool scalar; where True, `x` replaces `total`, so sums need not be cleared between windows.
+      counters: integers that seed the stochastic rounding; use different ones for each addition. None rounds to
+        nearest.
 
     Returns:
       The new sums.
@@ -165,28 +166,28 @@ def add(
 
 
 def bare(grads: Tree) -> Tree:
-    """`grads` with the array in place of each `Added`."""
+    """Replaces each `Added` in `grads` with its array."""
     is_added = lambda x: isinstance(x, Added)
     return jax.tree.map(lambda x: x.total if is_added(x) else x, grads, is_leaf=is_added)
 
 
 def merge(a: Weighted, b: Weighted, *, keep: Any = None, counters: Sequence[Any] | None = None) -> Weighted:
-    """The weighted sum of both: of two micro-batches, of two devices, of two halves of a checkpoint."""
+    """Adds two weighted sums."""
     return Weighted(add(a.total, b.total, keep=keep, counters=counters), add(a.weight, b.weight, keep=keep))
 
 
 def mean(sums: Weighted, like: Tree) -> Tree:
-    """Σ w·x / Σ w, the one division; 0 where Σ w is 0 and so is the sum.
+    """Returns Σ w·x / Σ w; if Σ w is 0, the sum is not divided.
 
-    Statistics that are overwritten (`_overwrites`) are not divided.
+    Overwritten statistics (see `overwrites`) are not divided.
 
-    The division is that of a scalar: XLA does not fuse a division of every element into the optimizer's kernels, but
-    writes its result out first, in memory of the parameters' size.
+    The code multiplies by the scalar 1 / Σ w. XLA does not fuse an elementwise division into the optimizer's kernels:
+    it would write out the quotient first, which takes as much memory as the parameters.
 
     Args:
       sums: the weighted sum.
-      like: a tree of the summed values. A leaf of the mean is never narrower than its leaf here, and where the sums
-        have no leaf the mean has this one.
+      like: a tree of the summed values. It sets the minimum width of each leaf, and replaces leaves that are None in
+        the sums.
 
     Returns:
       The mean, in the wider of the sum's and `like`'s dtypes.
@@ -206,17 +207,17 @@ def mean(sums: Weighted, like: Tree) -> Tree:
 
 
 def all_finite(tree: Tree, shape: tuple[int, ...] = ()) -> jax.Array:
-    """Whether the inexact leaves of `tree` are free of NaN and infinity: a bool, or one for each index of `shape`."""
+    """Whether all inexact leaves of `tree` are finite: a bool, or one for each index of the leading `shape`."""
     leaves = [jnp.asarray(x) for x in jax.tree.leaves(tree) if is_inexact(x)]
     finite = [jnp.all(jnp.isfinite(x), axis=tuple(range(len(shape), x.ndim))) for x in leaves]
     return jnp.all(jnp.stack(finite), axis=0) if finite else jnp.ones(shape, jnp.bool_)
 
 
 def _stochastic(x: jax.Array, counters: Sequence[Any]) -> jax.Array:
-    """float32 `x` in bfloat16, its upper half: random bits are added to what is cut off, and carry at times.
+    """Rounds float32 `x` to bfloat16 stochastically: adds random bits to the lower half, then truncates it.
 
-    The bits are a hash of a key made of `counters` and of each element's index, which fuses with the sum; those of
-    `jax.random` would be written out first.
+    The bits are a hash of a seed, made from `counters`, and each element's index. The hash fuses with the sum; XLA
+    would write bits from `jax.random` to memory first.
     """
     key = functools.reduce(jax.random.fold_in, counters, jax.random.key(0))
     seed = jax.random.bits(key, (), jnp.uint32)
@@ -230,27 +231,27 @@ def _stochastic(x: jax.Array, counters: Sequence[Any]) -> jax.Array:
 
 
 def _mixed(x: jax.Array) -> jax.Array:
-    """Every bit of uint32 `x` spread over all of them: the finalizer of MurmurHash3."""
+    """Hashes uint32 `x` with the finalizer of MurmurHash3."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
 
 
 def _wider(a: Any, b: Any) -> Any:
-    """The wider of two inexact dtypes; jax promotes none of 8 bits, and `a` is none."""
+    """The wider of two inexact dtypes; `b` may have 8 bits, which jax doesn't promote, but `a` may not."""
     return a if jnp.finfo(b).bits < 16 else promoted(a, b)
 
 
 def _beside(x: jax.Array, scalars: Any) -> jax.Array:
-    """`scalars`, () or of the leading shape of `x`, shaped to broadcast with it."""
+    """Reshapes `scalars`, () or of the leading shape of `x`, to broadcast with `x`."""
     scalars = jnp.asarray(scalars)
     return scalars.reshape(scalars.shape + (1,) * (x.ndim - scalars.ndim)) if scalars.ndim else scalars
 
 
 def select(pred: Any, new: Tree, old: Tree) -> Tree:
-    """`new` where `pred`, else `old`, leaf by leaf; at once if `pred` is a Python bool.
+    """Selects `new` where `pred` is True, else `old`, leaf by leaf; a Python bool selects a whole tree.
 
-    `pred` is a scalar, or has one for each index of the leaves' leading axis.
+    `pred` is a scalar, or has one entry per index of the leaves' leading axis.
     """
     if isinstance(pred, bool):
         return new if pred else old

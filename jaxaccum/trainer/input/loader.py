@@ -123,9 +123,7 @@ class TrainLoader:
         self._position = Position.of(loader)
         self._begun: Reader | None = None
         self._stream: Iterator[Tree] | None = None
-        self._old_pass: bool | None = (
-            None  # After restoring a state from an epoch's end: whether the iterator was exhausted.
-        )
+        self._old_pass: bool | None = None  # For a state from an epoch's end: was the iterator exhausted?
         _ = self.epoch_batches  # Raises for an invalid limit.
 
     @property

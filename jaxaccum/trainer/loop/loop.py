@@ -110,7 +110,7 @@ class Loop:
         return fused(steps, at.every_k, at.window_step) if run.options.fuse_windows else zip(steps)
 
     def end_by(self, error: BaseException) -> None:
-        """Saves the state after the last complete micro-step when `error` ends the run, unless it is a second signal."""
+        """Saves the state after the last complete micro-step when `error` ends the run; not for a second signal."""
         run, processes = self._run, self._run.strategy.processes
         processes.leave(error)  # Tells the other processes unless they met the same error.
         if self._signals.came_again(error):

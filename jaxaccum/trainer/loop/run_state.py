@@ -146,7 +146,7 @@ def begin(
       last: the previous run with the same options and devices, or None. Its programs are reused if they fit.
     """
     processes = strategy.processes
-    # Gathered before the first collective, which would hang if a process had left.
+    # Before the first collective, which would deadlock if a process had left.
     examples = sum(processes.gather("the number of examples", length(loader.first)))
     if last is not None and last.task is task and last.seed == seed:
         programs = last.programs

@@ -35,7 +35,7 @@ class Checkpoint(NamedTuple):
 
 
 def load(path: str | os.PathLike[str]) -> Checkpoint:
-    """Reads a checkpoint into host memory, whatever devices it was saved from.
+    """Reads a checkpoint into host memory. The devices that saved it need not be available.
 
     Args:
       path: its folder.
@@ -81,7 +81,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
 def newest(folders: Sequence[Path], processes: Processes) -> Checkpoint | None:
     """Returns the newest checkpoint in the folders that all processes can read; None if there are none.
 
-    Warns about each newer checkpoint that can't be read.
+    Warns about each checkpoint that it skips because it can't be read.
 
     Raises:
       OSError: if there are checkpoints but none can be read; the message gives the reason for each.

@@ -75,7 +75,7 @@ class Trainer:
         micro-batches can be stacked: all have the same shape and each is in one piece (with "ddp" and "zero", batches
         of one shape; with "dp", a batch that divides over the devices). Other windows run one micro-step at a time. The
         arithmetic is the same. The program compiles once for each number of micro-steps in a window, and all batches of
-        the window are on the devices at once. `on_train_batch_start` runs for the whole window before the call, with
+        the window are on the devices at once. `on_train_batch_start` runs for all micro-steps before the call, with
         the counters at the window's start. `on_train_batch_end` runs after it, with each micro-step's own counters but
         with the `state` at the window's end (see `state_is_ahead`). A validation, checkpoint or stop that would fall
         inside the window is delayed to its end.

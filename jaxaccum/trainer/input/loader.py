@@ -323,7 +323,7 @@ class ValLoader:
         return batch_limits.limit(self._loader, self._limit, "limit_val_batches")
 
     def first(self, batches: int | None) -> Iterator[Tree]:
-        """Yields the first batches, which the next validation will yield again; None for all of them."""
+        """Yields the first `batches` batches (None for all); the next validation yields them again."""
         iterator, kept = iter(self._loader), []
         self._looked_at = iterator, kept
         limits = [limit for limit in (batches, self._batches_limit) if limit is not None]

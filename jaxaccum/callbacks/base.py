@@ -1,4 +1,4 @@
-"""What a callback is, and what it sees of a `Trainer`."""
+"""The `Callback` base class and the `Trainer` interface that callbacks see."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -7,7 +7,7 @@ from jaxaccum.task import Task
 
 
 class TrainerView(Protocol):
-    """What a callback sees of a `Trainer`, which documents these members."""
+    """The part of `Trainer` that callbacks may use; see `Trainer` for the members."""
 
     @property
     def should_stop(self) -> bool: ...
@@ -48,78 +48,78 @@ class TrainerView(Protocol):
 
 
 class Callback:
-    """Hooks of a run, under Lightning's names; where Lightning passes its module, the `Task` is passed.
+    """Base class for callbacks. Hooks have Lightning's names and receive the `Task` in place of Lightning's module.
 
-    Hooks run in the order of the callbacks, in every process. The arrays of `trainer.state` are donated by the next
-    micro-step: to keep them longer, ask for `trainer.copy_state()`.
+    Hooks run in the order of the callbacks, in every process. The next micro-step donates the arrays of
+    `trainer.state`; use `trainer.copy_state()` to keep them longer.
     """
 
     def on_fit_start(self, trainer: TrainerView, task: Task) -> None:
-        """Before anything else; the parameters exist."""
+        """Called before all other hooks, after the parameters are initialised."""
 
     def on_fit_end(self, trainer: TrainerView, task: Task) -> None:
-        """After everything else, if nothing was raised."""
+        """Called after all other hooks, unless an exception was raised."""
 
     def on_train_start(self, trainer: TrainerView, task: Task) -> None:
-        """Before the first epoch."""
+        """Called before the first epoch."""
 
     def on_train_end(self, trainer: TrainerView, task: Task) -> None:
-        """After the last epoch, whether it was complete or not."""
+        """Called after the last epoch, even if it is incomplete."""
 
     def on_train_epoch_start(self, trainer: TrainerView, task: Task) -> None:
-        """Before an epoch's first batch. Here and nowhere else `trainer.accumulate_grad_batches` may be set.
+        """Called before an epoch's first batch. `trainer.accumulate_grad_batches` may only be set here.
 
-        It is not called where a run goes on in the middle of an epoch.
+        It is not called when a run resumes in the middle of an epoch.
         """
 
     def on_train_epoch_end(self, trainer: TrainerView, task: Task) -> None:
-        """After an epoch's last batch and the validation that follows it, or where training stops in mid-epoch."""
+        """Called after an epoch's last batch and the validation that follows, or when training stops mid-epoch."""
 
     def on_train_batch_start(self, trainer: TrainerView, task: Task, batch: Any, batch_idx: int) -> None:
-        """Before a micro-step.
+        """Called before a micro-step.
 
         Args:
           trainer: the trainer.
           task: the task.
-          batch: what the loader gave; with strategy "ddp" or "zero" a list of such batches, up to one for each device
-            of this process.
-          batch_idx: the micro-step's number in its epoch.
+          batch: the loader's batch; with strategy "ddp" or "zero" a list of batches, at most one per device of this
+            process.
+          batch_idx: the index of the micro-step in its epoch.
         """
 
     def on_train_batch_end(
         self, trainer: TrainerView, task: Task, outputs: Mapping[str, float], batch: Any, batch_idx: int
     ) -> None:
-        """After a micro-step has been dispatched; the counters include it.
+        """Called after a micro-step has been dispatched; the counters include it.
 
         Args:
           trainer: the trainer.
           task: the task.
-          outputs: the micro-step's "loss", not divided by K, and its metrics, on this process' devices. Reading one
-            waits for them.
-          batch: as for `on_train_batch_start`.
-          batch_idx: likewise.
+          outputs: the micro-step's "loss", not divided by K, and its metrics, over this process's devices. Reading a
+            value waits for the devices.
+          batch: as in `on_train_batch_start`.
+          batch_idx: as in `on_train_batch_start`.
         """
 
     def on_validation_start(self, trainer: TrainerView, task: Task) -> None:
-        """Before a validation."""
+        """Called before a validation."""
 
     def on_validation_epoch_end(self, trainer: TrainerView, task: Task) -> None:
-        """After its last batch; `trainer.callback_metrics` has its results."""
+        """Called after a validation's last batch; `trainer.callback_metrics` has the results."""
 
     def on_validation_end(self, trainer: TrainerView, task: Task) -> None:
-        """After a validation."""
+        """Called after a validation."""
 
     def on_exception(self, trainer: TrainerView, task: Task, error: BaseException) -> None:
-        """Something was raised, and will go on its way; `trainer.state` is that of the last whole micro-step."""
+        """Called before an exception is re-raised; `trainer.state` is the state after the last complete micro-step."""
 
     @property
     def state_key(self) -> str:
-        """Which callback's state a checkpoint's is: by default the class' name."""
+        """The key of this callback's state in a checkpoint; by default the class name."""
         return type(self).__qualname__
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the callback."""
+        """Returns the state to save in a checkpoint."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Restores the state that `state_dict` returned."""

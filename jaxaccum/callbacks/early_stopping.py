@@ -1,4 +1,4 @@
-"""Stops a run that no longer improves."""
+"""Early stopping."""
 
 import math
 import warnings
@@ -11,20 +11,20 @@ from jaxaccum.task import Task
 
 
 class EarlyStopping(Callback):
-    """Stops a run whose monitored value no longer improves, or is no longer finite.
+    """Stops a run when the monitored value stops improving or becomes non-finite.
 
-    A name that starts with "val_" is looked at after every validation, any other at the end of every epoch. Each fit
-    begins anew, but for one that goes on from a checkpoint with this callback's state. A run that ends without a value
-    to look at ends with a warning.
+    A name that starts with "val_" is checked after every validation, any other name at the end of every epoch. The
+    counters reset in each `fit`, except when it resumes from a checkpoint with this callback's state. A run without a
+    value to check ends with a warning.
 
     Args:
       monitor: a name in `trainer.callback_metrics`, such as "val_loss".
-      min_delta: a change of no more than this is no improvement.
-      patience: after how many looks without improvement to stop.
-      mode: "min" or "max", what an improvement is.
+      min_delta: the minimum change that counts as an improvement; it must be exceeded.
+      patience: the number of checks without improvement after which to stop.
+      mode: "min" or "max": whether lower or higher is better.
 
     Raises:
-      TypeError, ValueError: for an argument that is none of these.
+      TypeError, ValueError: for an invalid argument.
 
     Example:
       >>> EarlyStopping("val_loss", patience=2).state_dict()
@@ -53,7 +53,7 @@ class EarlyStopping(Callback):
         self._is_restored = False
 
     def on_train_start(self, trainer: TrainerView, task: Task) -> None:
-        if self.wait >= self.patience:  # In the checkpoint that the run goes on from.
+        if self.wait >= self.patience:  # The run had already stopped when the checkpoint was saved.
             trainer.should_stop = True
 
     def on_validation_end(self, trainer: TrainerView, task: Task) -> None:
@@ -75,7 +75,7 @@ class EarlyStopping(Callback):
 
     def _look(self, trainer: TrainerView) -> None:
         value = monitored(trainer, self.monitor)
-        if value is None:  # The run stopped in its first window.
+        if value is None:  # The run stopped in its first window, before there was a value.
             return
         gain = self.best - value if self.mode == "min" else value - self.best
         if gain > self.min_delta:

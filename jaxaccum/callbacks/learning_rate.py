@@ -12,11 +12,11 @@ from jaxaccum.task import Task
 class LearningRateMonitor(Callback):
     """Logs the learning rate as "lr" with every record.
 
-    Without a rate to log the run raises ValueError before it trains.
+    The run raises ValueError before training if no learning rate can be found.
 
     Args:
-      schedule: the optimizer's schedule, a function of the optimizer step. None: the rate is read from the optimizer's
-        state, where `optax.inject_hyperparams` keeps it.
+      schedule: the optimizer's schedule, a function of the optimizer step. None reads the rate from the optimizer
+        state, where `optax.inject_hyperparams` stores it.
     """
 
     def __init__(self, schedule: Callable[[int], Any] | None = None):
@@ -37,5 +37,5 @@ class LearningRateMonitor(Callback):
             trainer.log("lr", self._found(trainer)[0] if self._schedule is None else self._schedule(step))
 
     def _found(self, trainer: TrainerView) -> list[Any]:
-        """The rates in the optimizer's state."""
+        """Returns the learning rates in the optimizer state."""
         return [rate for _, rate in optax.tree_utils.tree_get_all_with_path(trainer.state.opt_state, "learning_rate")]

@@ -1,4 +1,4 @@
-"""When to save checkpoints, and which to keep."""
+"""When to save checkpoints and which of them to keep."""
 
 import math
 import os
@@ -12,31 +12,32 @@ from jaxaccum.callbacks.monitor import monitored
 
 
 class ModelCheckpoint(Callback):
-    """Has the `Trainer` save checkpoints, from which `fit(..., ckpt_path="last")` goes on bit for bit.
+    """Saves checkpoints, from which `fit(..., ckpt_path="last")` resumes bit-for-bit.
 
-    One is saved whenever it is due, after everything else that belongs to that moment, whatever this callback's place
-    in the list; and one more where the run ends, be it by its last epoch, a stop, a signal or an error. It is written
-    while training goes on, and what it takes the place of is removed only when it is complete.
+    A checkpoint is saved when it is due, after everything else that happens at that moment, regardless of this
+    callback's position in the list. One more is saved when the run ends: at its last epoch, by a stop, a signal or an
+    error. Checkpoints are written asynchronously, and older ones are removed only once the new one is complete.
 
-    At most one of the three intervals may be given; without one it is every epoch.
+    At most one of the three intervals may be given; the default is every epoch.
 
     Args:
-      dirpath: the folder, for one run at a time, and the same for all of its processes; None is "checkpoints" in the
+      dirpath: the folder, for one run at a time and the same in all of its processes; None is "checkpoints" in the
         Trainer's `default_root_dir`.
-      every_n_micro_steps: save after every so many micro-steps, in the middle of windows too; with
-        `fuse_windows` at the end of the window that they fall in.
-      every_n_train_steps: save after every so many optimizer steps.
-      every_n_epochs: save at the end of every so many epochs; with a `monitor` that starts with "val_", after each
-        validation in them.
-      monitor: a name in `trainer.callback_metrics`, by which checkpoints are ranked; None: by age, the newest first.
-        A name that isn't there when a checkpoint is due, nor comes with the first window or validation, is an error.
-      mode: "min" or "max", what is better.
-      save_top_k: how many of the first in rank to keep; -1 is all, and without a `monitor` 1 is the most else.
-      save_last: whether the newest is kept besides, which a resume needs. False saves
-        what is in rank and, unless `save_top_k` is 0, the end.
+      every_n_micro_steps: save every n micro-steps, even in the middle of a window; with `fuse_windows`, at the end of
+        the window that contains the micro-step.
+      every_n_train_steps: save every n optimizer steps.
+      every_n_epochs: save at the end of every n epochs; with a `monitor` that starts with "val_", after each validation
+        in them.
+      monitor: the name in `trainer.callback_metrics` by which to rank checkpoints; None ranks by age, newest first. It
+        is an error if the value is missing when a checkpoint is due, unless the first window or validation may still
+        provide it.
+      mode: "min" or "max": whether lower or higher is better.
+      save_top_k: how many of the best checkpoints to keep; -1 keeps all. Without a `monitor` it must be -1, 0 or 1.
+      save_last: whether to also keep the newest checkpoint, for a resume. False saves only checkpoints that rank in the
+        top k and, unless `save_top_k` is 0, the end of the run.
 
     Raises:
-      TypeError, ValueError: for an argument that is none of these.
+      TypeError, ValueError: for an invalid argument.
       ImportError: if orbax is missing.
 
     Example:
@@ -75,30 +76,30 @@ class ModelCheckpoint(Callback):
         self.every_n_train_steps = given.get("every_n_train_steps")
         self.every_n_epochs = given.get("every_n_epochs") if given else 1
         self.monitor, self.mode, self.save_top_k, self.save_last = monitor, mode, save_top_k, save_last
-        self._saved: dict[str, float | None] = {}  # Folder names, the oldest first, and their monitored values.
+        self._saved: dict[str, float | None] = {}  # Folder name -> monitored value, oldest first.
 
     @property
     def last_model_path(self) -> Path | None:
-        """The newest checkpoint, which may still be on its way; None before the first."""
+        """The newest checkpoint, which may still be being written; None before the first."""
         return self.dirpath / next(reversed(self._saved)) if self.dirpath and self._saved else None
 
     @property
     def best_model_path(self) -> Path | None:
-        """The first in rank; None before there is one."""
+        """The best checkpoint; None before the first."""
         ranked = self.ranked(self._saved)
         return self.dirpath / ranked[0] if self.dirpath and ranked else None
 
     @property
     def names(self) -> list[str]:
-        """The folder names of the checkpoints that are kept, the oldest first."""
+        """The folder names of the kept checkpoints, oldest first."""
         return list(self._saved)
 
     def folder(self, default: Path) -> Path:
-        """Where the checkpoints are: `dirpath`, or else `default`."""
+        """Returns the checkpoint folder: `dirpath`, or else `default`."""
         return self.dirpath or default
 
     def open(self, default: Path) -> Path:
-        """Begins a new run; returns its folder."""
+        """Starts a new run and returns its folder."""
         self.dirpath = self.folder(default)
         self._saved = {}
         return self.dirpath
@@ -108,8 +109,8 @@ class ModelCheckpoint(Callback):
 
         Args:
           trainer: the trainer.
-          moment: "micro_step", "validation" or "epoch", of which this is the end.
-          micro_steps: how many ended at once: with `fuse_windows` those of a window.
+          moment: what has just ended: "micro_step", "validation" or "epoch".
+          micro_steps: how many micro-steps ended at once; with `fuse_windows`, those of a window.
         """
         if moment == "micro_step":
             in_window = trainer.window_step > 0
@@ -122,10 +123,10 @@ class ModelCheckpoint(Callback):
         return not by_validation and _divides(self.every_n_epochs, trainer.current_epoch)
 
     def score(self, trainer: TrainerView) -> float | None:
-        """The monitored value now, the worst where there is none so far; None without a monitor.
+        """Returns the current monitored value, the worst value if there is none yet, or None without a monitor.
 
         Raises:
-          ValueError: if there will be none.
+          ValueError: if the value is missing and will never be available.
         """
         if self.monitor is None:
             return None
@@ -133,30 +134,30 @@ class ModelCheckpoint(Callback):
         return self._worst() if value is None or math.isnan(value) else value
 
     def known_score(self, trainer: TrainerView) -> float | None:
-        """The monitored value, if there is one."""
+        """Returns the monitored value if it is available."""
         value = None if self.monitor is None else trainer.callback_metrics.get(self.monitor)
         return self._worst() if value is not None and math.isnan(value) else value
 
     def wants(self, score: float | None) -> bool:
-        """Whether a checkpoint of this score would be kept."""
+        """Whether a checkpoint with this score would be kept."""
         if self.save_last or score is None:
             return self.save_last or self.save_top_k != 0
         return self.save_top_k != 0 and "" in self.ranked({**self._saved, "": score})
 
     def has(self, name: str, score: float | None) -> bool:
-        """Whether a checkpoint is among those kept, and has this score; None is any."""
+        """Whether the checkpoint is kept with this score; None matches any score."""
         return name in self._saved and score in (None, self._saved[name])
 
     def add(self, name: str, score: float | None) -> None:
-        """A checkpoint is on its way, or complete; one that had a score keeps it where `score` is None."""
+        """Records a checkpoint that is complete or being written; a `score` of None keeps its earlier score."""
         self._saved[name] = self._saved.get(name) if score is None else score
 
     def forget(self, name: str) -> None:
-        """It did not arrive."""
+        """Drops a checkpoint that could not be written."""
         self._saved.pop(name, None)
 
     def outdated(self) -> list[str]:
-        """The checkpoints that are not to be kept, now that the newest is complete; they are none of its any more."""
+        """Drops and returns the checkpoints to remove, now that the newest one is complete."""
         kept = {*self.ranked(self._saved), *list(self._saved)[-1:]}
         outdated = [name for name in self._saved if name not in kept]
         for name in outdated:
@@ -165,7 +166,7 @@ class ModelCheckpoint(Callback):
 
     @property
     def state_key(self) -> str:
-        """Tells policies apart: what one has kept is not for another to rank or to remove."""
+        """Distinguishes policies, so that one doesn't rank or remove the checkpoints of another."""
         names = ("monitor", "mode", "every_n_micro_steps", "every_n_train_steps", "every_n_epochs")
         return f"ModelCheckpoint({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
@@ -180,7 +181,7 @@ class ModelCheckpoint(Callback):
         }
 
     def ranked(self, saved: dict[str, float | None]) -> list[str]:
-        """The first `save_top_k` of checkpoints with these scores, the best first, and of equals the newest."""
+        """Returns the top `save_top_k` of the checkpoints in `saved`, best first; the newest wins ties."""
         newest_first = list(reversed(saved.items()))
         if self.monitor is not None:
             sign = 1 if self.mode == "min" else -1

@@ -1,13 +1,13 @@
-"""The value that a callback monitors."""
+"""Looks up the value that a callback monitors."""
 
 from jaxaccum.callbacks.base import TrainerView
 
 
 def monitored(trainer: TrainerView, monitor: str) -> float | None:
-    """The value of that name now; None before the first window or validation that may give it.
+    """Returns the monitored value; None if the first window or validation may still provide it.
 
     Raises:
-      ValueError: if it isn't there and isn't to come.
+      ValueError: if the value is missing and will not become available.
     """
     metrics, kind = trainer.callback_metrics, monitor.partition("_")[0]
     if monitor in metrics:

@@ -1,4 +1,4 @@
-"""A progress bar by tqdm."""
+"""A tqdm progress bar."""
 
 import contextlib
 import math
@@ -15,13 +15,14 @@ from jaxaccum.task import Task
 
 
 class ProgressBar(Callback):
-    """A line by tqdm: epoch, micro-step in the window, optimizer step, effective batch, samples a second, loss.
+    """A tqdm progress bar with epoch, window step, optimizer step, effective batch size, samples per second and loss.
 
-    The loss is that of the last window that the device has finished: the bar never waits for it, and shows none before
-    there is one. Process 0 alone draws. Where the bar can't be written, the run goes on without it.
+    The loss is that of the last window that the device has finished. The bar never waits for the device, and shows no
+    loss before the first window has finished. Only process 0 draws. If the bar can't be written, the run continues
+    without it.
 
     Args:
-      interval: seconds between two draws, at the least.
+      interval: the minimum time between two updates, in seconds.
 
     Raises:
       ImportError: if tqdm is missing.
@@ -33,13 +34,13 @@ class ProgressBar(Callback):
         self._bar: Any = None
         self._draws = False
         self._next_draw = 0.0
-        self._started = (0.0, 0)  # when the epoch did, and the samples seen by then
+        self._started = (0.0, 0)  # The epoch's start time and the samples seen before it.
         self._done = 0
 
     def on_train_start(self, trainer: TrainerView, task: Task) -> None:
         self._close()
         self._draws = jax.process_index() == 0 and sys.stderr is not None
-        self._begin_epoch(trainer)  # A run may go on in the middle of an epoch.
+        self._begin_epoch(trainer)  # A run may resume in the middle of an epoch.
 
     def on_train_epoch_start(self, trainer: TrainerView, task: Task) -> None:
         self._begin_epoch(trainer)
@@ -76,7 +77,7 @@ class ProgressBar(Callback):
         epoch, total, text = f"epoch {trainer.current_epoch}", self._total(trainer), self._text(trainer)
         try:
             if self._bar is None:
-                # With a delay tqdm draws nothing by itself before there is something to show.
+                # The delay keeps tqdm from drawing an empty bar on creation.
                 self._bar = self._tqdm(unit=" micro-step", initial=self._done, delay=1e-9)
                 self._bar.delay = 0
             self._bar.total, self._bar.n = total, self._done
@@ -92,9 +93,9 @@ class ProgressBar(Callback):
             self._close()
 
     def _total(self, trainer: TrainerView) -> int | float | None:
-        """The micro-steps of the epoch; None where they are not known."""
+        """Returns the number of micro-steps in the epoch; None if unknown."""
         total = trainer.num_training_batches
-        if math.isinf(total):  # The steps that are left may still say where the run ends.
+        if math.isinf(total):  # `max_steps` may still bound the run.
             steps = trainer.estimated_stepping_batches - trainer.global_step
             total = self._done + steps * trainer.accumulate_grad_batches - trainer.window_step
         return None if math.isinf(total) else total

@@ -1,4 +1,4 @@
-"""K by epoch."""
+"""Sets K by epoch."""
 
 from collections.abc import Mapping
 
@@ -8,10 +8,10 @@ from jaxaccum.task import Task
 
 
 class GradientAccumulationScheduler(Callback):
-    """K by epoch, as a callback.
+    """Sets K by epoch.
 
     Args:
-      scheduling: epoch -> K, as for `AccumulationSchedule`; it is not changed.
+      scheduling: a dict from epoch to K, as in `AccumulationSchedule`; it is not modified.
 
     Raises:
       TypeError, ValueError: as `AccumulationSchedule`.

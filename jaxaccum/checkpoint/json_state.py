@@ -1,6 +1,6 @@
-"""What objects say of their own state, as JSON text: for the notes of a checkpoint, never a pickle.
+"""Serialises the state of callbacks and loaders as JSON text, for the notes of a checkpoint, without pickle.
 
-What JSON has no form for is an object with one key, a marker, as `{"__tuple__": [1, 2]}`.
+A value that JSON can't represent becomes an object whose only key is a marker, such as `{"__tuple__": [1, 2]}`.
 """
 
 import base64
@@ -15,15 +15,15 @@ _BYTES, _TUPLE, _DICT, _ARRAY, _TENSOR = "__bytes__", "__tuple__", "__dict__", "
 
 
 def dumps(value: Any, owner: str) -> str:
-    """`value` as text.
+    """Serialises `value`.
 
     Args:
-      value: dicts, lists, tuples, strings, numbers, bools, None, bytes, NumPy arrays and torch tensors; the keys of
-        dicts are any of these that Python takes for keys. NumPy scalars come back as Python's, tensors on the CPU.
-      owner: whose it is, for the error.
+      value: dicts, lists, tuples, strings, numbers, bools, None, bytes, NumPy arrays and torch tensors. Dict keys may
+        be any of these that are hashable. NumPy scalars are restored as Python scalars, and tensors on the CPU.
+      owner: the name of the object whose state it is, for the error message.
 
     Raises:
-      TypeError: if it holds anything else.
+      TypeError: if `value` contains anything else.
     """
     try:
         return json.dumps(_encoded(value))
@@ -35,16 +35,16 @@ def dumps(value: Any, owner: str) -> str:
 
 
 def loads(text: str) -> Any:
-    """What `dumps` was given.
+    """Restores the value that `dumps` serialised.
 
     Raises:
-      ImportError: if that holds a torch tensor, and torch is missing.
+      ImportError: if it contains a torch tensor and torch is missing.
     """
     return json.loads(text, object_hook=_decoded)
 
 
 def _encoded(value: Any) -> Any:
-    """`value` as JSON can hold it."""
+    """Converts `value` to JSON types."""
     if value is None or isinstance(value, (str, int, float)):
         return value
     if isinstance(value, dict):
@@ -59,14 +59,14 @@ def _encoded(value: Any) -> Any:
         return value.item()
     if type(value) is np.ndarray:
         return {_ARRAY: [_dtype_name(value.dtype), value.shape, _text(value.tobytes())]}
-    torch = sys.modules.get("torch")  # Who has a tensor has imported it.
+    torch = sys.modules.get("torch")  # If there is a tensor, torch has been imported.
     if torch is not None and isinstance(value, torch.Tensor):
         return {_TENSOR: [str(value.dtype).removeprefix("torch."), list(value.shape), _text(_tensor_bytes(value))]}
     raise TypeError(f"it holds a {type(value).__name__}")
 
 
 def _encoded_dict(value: dict[Any, Any]) -> dict[str, Any]:
-    """A dict with names for keys is an object; others are pairs, as JSON would make any key a string."""
+    """Encodes a dict with string keys as an object, any other as pairs, since JSON keys are strings."""
     is_marked = len(value) == 1 and next(iter(value)) in _READERS
     if all(isinstance(key, str) for key in value) and not is_marked:
         return {key: _encoded(entry) for key, entry in value.items()}
@@ -74,7 +74,7 @@ def _encoded_dict(value: dict[Any, Any]) -> dict[str, Any]:
 
 
 def _decoded(value: dict[str, Any]) -> Any:
-    """A JSON object, whose entries have been decoded, as what it was."""
+    """Decodes a JSON object whose entries have been decoded already."""
     marker = next(iter(value)) if len(value) == 1 else None
     return _READERS[marker](value[marker]) if marker in _READERS else value
 
@@ -84,7 +84,7 @@ def _text(data: bytes) -> str:
 
 
 def _dtype_name(dtype: np.dtype) -> str:
-    """The text from which NumPy makes `dtype`: its code, or its name where it is one of ml_dtypes."""
+    """Returns a string that NumPy parses as `dtype`: its code, or its name for an ml_dtypes type."""
     if not dtype.hasobject and dtype.names is None:
         for name in (dtype.str, dtype.name):
             if np.dtype(name) == dtype:

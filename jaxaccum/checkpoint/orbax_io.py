@@ -1,4 +1,4 @@
-"""Checkpoints on disk, by orbax: written in the background, and there as a whole or not at all."""
+"""Reads and writes orbax checkpoints. Writes are asynchronous and atomic."""
 
 import json
 import os
@@ -14,19 +14,19 @@ import numpy as np
 from jaxaccum import _extras, _paths
 from jaxaccum.distributed.process_group import Processes
 
-CUT_OFF = ".orbax-checkpoint-tmp"  # in the name of a folder that is being written, or removed
+CUT_OFF = ".orbax-checkpoint-tmp"  # Part of the name of a folder that is being written or removed.
 _NOTES = "notes.json"
-_PENDING = 100  # errors of one checkpoint that are waited for
-_PARTS = ("arrays", "notes", "_CHECKPOINT_METADATA")  # of a checkpoint's folder
+_PENDING = 100  # Maximum number of errors to drain from a checkpointer on close.
+_PARTS = ("arrays", "notes", "_CHECKPOINT_METADATA")  # The contents of a checkpoint folder.
 
 
 class Checkpoint(NamedTuple):
-    """What a checkpoint holds.
+    """The contents of a checkpoint.
 
     Attributes:
       path: its folder.
       arrays: NumPy arrays by their path in the run's state, such as ".params['w']".
-      notes: all that is not an array: counters, K, seed, metrics, the states of callbacks and of the loader.
+      notes: everything that is not an array: counters, K, seed, metrics, and the states of callbacks and loaders.
     """
 
     path: Path
@@ -35,17 +35,17 @@ class Checkpoint(NamedTuple):
 
 
 def load(path: str | os.PathLike[str]) -> Checkpoint:
-    """Reads a checkpoint into the host's memory, wherever it was written.
+    """Reads a checkpoint into host memory. The devices that saved it need not be available.
 
     Args:
       path: its folder.
 
     Returns:
-      The `Checkpoint`. Its arrays have the dtypes that they were saved with; what an open window held on P devices has
-      a leading axis of P.
+      The `Checkpoint`. Arrays keep their saved dtypes. The pending arrays of a window that was open on P > 1 devices
+      have a leading axis of size P.
 
     Raises:
-      OSError: if there is none, or it can't be read.
+      OSError: if there is no checkpoint at `path`, or it can't be read.
       ImportError: if orbax is missing.
 
     Example:
@@ -68,7 +68,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
             for name, (shape, _) in notes["leaves"].items()
             if 0 not in shape
         }
-        alone = {jax.process_index()}  # Each process reads for itself, and waits for none.
+        alone = {jax.process_index()}  # Each process reads on its own, without a barrier.
         restored = _checkpointer(orbax.Checkpointer, alone).restore(
             path, args=orbax.args.Composite(arrays=orbax.args.PyTreeRestore(restore_args=wanted))
         )["arrays"]
@@ -79,12 +79,12 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def newest(folders: Sequence[Path], processes: Processes) -> Checkpoint | None:
-    """The newest checkpoint in the folders that all processes can read; None where there is none.
+    """Returns the newest checkpoint in the folders that all processes can read; None if there are none.
 
-    Warns of each that is passed over because it can't be read.
+    Warns about each checkpoint that it skips because it can't be read.
 
     Raises:
-      OSError: if there are checkpoints, but none can be read; it names each, and says why.
+      OSError: if there are checkpoints but none can be read; the message gives the reason for each.
     """
     return _first_readable(folders, processes, lambda found: [path for path, _ in found])
 
@@ -92,12 +92,13 @@ def newest(folders: Sequence[Path], processes: Processes) -> Checkpoint | None:
 def best(
     folder: Path, processes: Processes, ranked: Callable[[Mapping[str, Any]], Sequence[str] | None]
 ) -> Checkpoint | None:
-    """The best checkpoint in a folder by what the newest one says; None where it says nothing.
+    """Returns the best checkpoint in a folder, as ranked by the newest checkpoint that has a ranking; None if none has
+    one.
 
     Args:
-      folder: where to look.
-      processes: all of which must be able to read it.
-      ranked: of a checkpoint's notes, the names of those that it knows, the best first; None where it knows of none.
+      folder: the folder to search.
+      processes: the processes, all of which must be able to read the checkpoint.
+      ranked: returns the checkpoint names that a checkpoint's notes rank, best first, or None if they have no ranking.
 
     Raises:
       OSError: as `newest`.
@@ -112,7 +113,7 @@ def best(
 
 
 def remove_cut_off(folders: Sequence[Path], processes: Processes) -> None:
-    """Removes the checkpoints in the folders whose writing was cut off, with a warning for each."""
+    """Removes checkpoints whose writing was interrupted, with a warning for each."""
     for folder in () if processes.index else folders:
         for path in sorted(folder.glob(f"*{CUT_OFF}*")):
             warnings.warn(f"{path} was cut off while it was written: it is passed over and removed.", stacklevel=6)
@@ -124,15 +125,15 @@ def _first_readable(
     processes: Processes,
     order: Callable[[Sequence[tuple[Path, dict[str, Any]]]], Sequence[Path]],
 ) -> Checkpoint | None:
-    """The first checkpoint in an order that all processes can read.
+    """Returns the first checkpoint in the given order that all processes can read.
 
     Args:
-      folders: where to look.
-      processes: all of them.
-      order: of those whose notes can be read, each with its notes, the newest first.
+      folders: the folders to search.
+      processes: the processes of the run.
+      order: sorts the checkpoints; receives those with readable notes as (path, notes), newest first.
 
     Raises:
-      OSError: if there are checkpoints, but none can be read.
+      OSError: if there are checkpoints but none can be read.
     """
     names, broken = [], []
     if not processes.index:
@@ -162,9 +163,10 @@ def _first_readable(
 
 
 class Writer:
-    """Writes one checkpoint after another, each in the background.
+    """Writes checkpoints asynchronously, one at a time.
 
-    With several processes each has one, and all call it alike: each writes what lies on its own devices.
+    With several processes each has a writer, and all must make the same calls. Each writes the shards on its own
+    devices.
 
     Raises:
       ImportError: if orbax is missing.
@@ -172,21 +174,21 @@ class Writer:
 
     def __init__(self):
         self._orbax = _orbax()
-        self._checkpointer: Any = None  # It has threads of its own, which must be ended.
+        self._checkpointer: Any = None  # Owns threads that must be shut down.
 
     def start(self, path: Path, arrays: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
-        """Begins a checkpoint; the arrays are the caller's again when this returns.
+        """Starts writing a checkpoint. The arrays may be donated once this returns.
 
         Args:
-          path: a folder that does not exist; it will, once everything is in it.
-          arrays: by name.
-          notes: what JSON can hold; "saved_at" among it, an int that is larger for a later one.
+          path: the folder, which must not exist. It appears once the checkpoint is complete.
+          arrays: the arrays by name.
+          notes: JSON-serialisable values, including "saved_at": an int that increases from checkpoint to checkpoint.
 
         Raises:
-          OSError, or what else orbax meets.
+          OSError, or any other exception from orbax.
         """
         leaves = {name: (list(x.shape), x.dtype.name) for name, x in arrays.items()}
-        # Orbax refuses arrays without elements.
+        # Orbax rejects empty arrays.
         full = {name: x for name, x in arrays.items() if x.size}
         args = self._orbax.args
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -205,7 +207,7 @@ class Writer:
             raise
 
     def wait(self) -> None:
-        """Returns when the checkpoint is complete; raises what its writing met."""
+        """Waits until the checkpoint is complete; re-raises errors from the write."""
         try:
             self._checkpointer.wait_until_finished()
         except Exception:
@@ -213,18 +215,18 @@ class Writer:
             raise
 
     def close(self) -> None:
-        """Ends the writer's threads. The errors that they still hold are of checkpoints that have failed already."""
+        """Shuts down the writer's threads. Errors still pending are of checkpoints that have already failed."""
         checkpointer, self._checkpointer = self._checkpointer, None
         for _ in range(_PENDING if checkpointer is not None else 0):
             try:
                 checkpointer.close()
                 return
             except Exception:
-                continue  # Orbax raises one error at a time.
+                continue  # Orbax raises one error per call.
 
 
 def remove(path: Path) -> None:
-    """Removes a checkpoint, or what is left of one; it is none any more from the first moment."""
+    """Removes a checkpoint or its remains. It is renamed first, so that it is never read half-removed."""
     doomed = path.with_name(path.name + CUT_OFF)
     if path.is_dir() and not doomed.exists():
         path.rename(doomed)
@@ -232,7 +234,7 @@ def remove(path: Path) -> None:
 
 
 def annotate(path: Path, notes: Mapping[str, Any]) -> None:
-    """Writes the notes of a complete checkpoint anew; it has the former ones until it has these.
+    """Atomically replaces the notes of a complete checkpoint.
 
     Raises:
       OSError: if they can't be written.
@@ -244,12 +246,12 @@ def annotate(path: Path, notes: Mapping[str, Any]) -> None:
 
 
 def dates(folder: Path) -> list[int]:
-    """When the complete checkpoints in a folder were saved."""
+    """Returns the `saved_at` values of the complete checkpoints in a folder."""
     return [notes["saved_at"] for _, notes in _found([folder])[0]]
 
 
 def _found(folders: Sequence[Path]) -> tuple[list[tuple[Path, dict[str, Any]]], list[str]]:
-    """The checkpoints in the folders with their notes, the newest first; and what is wrong with those without notes."""
+    """Returns the checkpoints with their notes, newest first, and an error text for each with unreadable notes."""
     found, broken = [], []
     for path in (path for folder in folders if folder.is_dir() for path in folder.iterdir()):
         if CUT_OFF in path.name or not any((path / part).exists() for part in _PARTS):
@@ -272,9 +274,9 @@ def _orbax() -> Any:
 
 
 def _checkpointer(kind: Any, processes: set[int]) -> Any:
-    """An orbax checkpointer of `kind` for these processes, the first of which does what is to be done once.
+    """Returns an orbax checkpointer of class `kind` for these processes; the lowest is the primary host.
 
-    Where orbax is not told which processes there are, they wait for each other by collectives on the devices.
+    Without an explicit set of processes, orbax synchronises them with collectives on the devices.
     """
     orbax = _orbax()
     options = orbax.options.MultiprocessingOptions(primary_host=min(processes), active_processes=processes)

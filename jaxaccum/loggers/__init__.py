@@ -1,9 +1,9 @@
-"""Where a `Trainer` writes its scalars.
+"""Loggers for the scalars of a `Trainer`.
 
-A logger is any object with `write_scalars(step, dict)`. It may have `flush()`, which is called where a run ends, and
-`begin(place)`, which is called before training. `place` is None where a run starts; where it goes on from a checkpoint
-it is a dict of the checkpoint's "step" (optimizer steps), "micro_step", and "records": how many were made after that
-micro-step and before the checkpoint. A logger that raises an exception costs the run nothing but a warning.
+A logger is any object with `write_scalars(step, dict)`. It may also define `flush()`, which is called when a run ends,
+and `begin(place)`, which is called before training. `place` is None for a fresh run. For a resumed run it is a dict
+with the checkpoint's "step" (optimizer steps), "micro_step" and "records": the number of records made between that
+micro-step and the checkpoint. An exception in a logger only causes a warning.
 """
 
 import csv
@@ -25,10 +25,10 @@ _event_files = itertools.count()
 
 
 class JSONLLogger:
-    r"""One JSON object a line, appended to a file: `{"step": 8, "train_loss": 0.5, ...}`.
+    r"""Appends one JSON object per line to a file: `{"step": 8, "train_loss": 0.5, ...}`.
 
     Args:
-      path: the file; its folder is made.
+      path: the file; its parent folder is created.
 
     Example:
       >>> import tempfile, pathlib
@@ -42,11 +42,11 @@ class JSONLLogger:
         self._path = _made(path)
 
     def begin(self, place: Place | None) -> None:
-        """Makes the file ready for a run.
+        """Prepares the file for a run.
 
         Args:
-          place: None: a file that is there is renamed, `metrics.jsonl` to `metrics-1.jsonl` or the next free number. A
-            dict: the lines up to that "step" and "micro_step" stay, and later ones are dropped.
+          place: None renames an existing file, `metrics.jsonl` to `metrics-1.jsonl` or the next free number. A dict
+            keeps the lines up to its "step" and "micro_step" and drops later ones.
         """
         if place is None:
             _set_aside(self._path)
@@ -58,22 +58,22 @@ class JSONLLogger:
         _append(self._path, json.dumps({"step": step, **scalars}) + "\n")
 
     def _records(self) -> Iterator[tuple[bytes, dict[str, Any]]]:
-        """The file's lines, and what they say."""
+        """Yields each line of the file with its parsed record."""
         with self._path.open("rb") as file:
             for line in file:
                 try:
                     record = json.loads(line)
-                except ValueError:  # It was cut off in mid-write.
+                except ValueError:  # A truncated line.
                     continue
                 if isinstance(record, dict):
                     yield line.rstrip(b"\n") + b"\n", record
 
 
 class CSVLogger:
-    """A table: a row for each call, a column for each name, empty where a call has none.
+    """Writes a CSV table with a row per call and a column per name. Missing values are left empty.
 
     Args:
-      path: the file; its folder is made, and rows are appended to what is there.
+      path: the file; its parent folder is created. Rows are appended to an existing file.
 
     Example:
       >>> import tempfile, pathlib
@@ -92,19 +92,19 @@ class CSVLogger:
         self._columns, _ = self._table()
 
     def begin(self, place: Place | None) -> None:
-        """As `JSONLLogger.begin`, with rows in the place of lines."""
+        """Same as `JSONLLogger.begin`, for rows instead of lines."""
         if place is None:
             _set_aside(self._path)
             self._columns = []
         elif self._path.exists():
             columns, rows = self._table()
             if not _ends_line(self._path):
-                rows = rows[:-1]  # It was cut off in mid-write, perhaps in the middle of a number.
+                rows = rows[:-1]  # The last row is truncated, perhaps in the middle of a number.
             is_whole = lambda row: None not in row and None not in row.values()
             self._write(columns, _before(((row, _record(row)) for row in rows if is_whole(row)), place))
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Appends a row; writes the file anew where a name is new."""
+        """Appends a row. A new name adds a column, for which the file is rewritten."""
         row = {"step": step, **scalars}
         new = [name for name in row if name not in self._columns]
         if new:
@@ -115,7 +115,7 @@ class CSVLogger:
         _append(self._path, line.getvalue())
 
     def _table(self) -> tuple[list[str], list[dict[str, Any]]]:
-        """The columns and the rows that the file has."""
+        """Reads the file's columns and rows."""
         if not self._path.exists():
             return [], []
         with self._path.open(newline="", encoding="utf-8") as file:
@@ -123,20 +123,20 @@ class CSVLogger:
             return list(reader.fieldnames or ()), list(reader)
 
     def _write(self, columns: list[str], rows: Iterable[Mapping[str, Any]]) -> None:
-        """Writes the file anew."""
+        """Rewrites the file."""
         table = io.StringIO()
         writer = csv.DictWriter(table, columns, lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
         _replace(self._path, lambda file: file.write(table.getvalue().encode()))
-        self._columns = columns  # Only now that the file has them.
+        self._columns = columns  # Set only after the write has succeeded.
 
 
 class TensorBoardLogger:
-    """TensorBoard's event files, by tensorboardX: `pip install "jaxaccum[logs]"`.
+    """Writes TensorBoard event files with tensorboardX: `pip install "jaxaccum[logs]"`.
 
     Args:
-      directory: where they go.
+      directory: the folder for the event files.
 
     Raises:
       ImportError: if tensorboardX is missing.
@@ -150,12 +150,12 @@ class TensorBoardLogger:
         self._file: Any = None
 
     def begin(self, place: Place | None) -> None:
-        """Begins a further file; for a run that goes on, one that has TensorBoard hide what came after `place`."""
+        """Starts a new event file. On resume, it tells TensorBoard to hide the steps after `place`."""
         self.flush()
         self._purge_step = None if place is None else place["step"] + 1
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Adds a point to each curve, and writes it to disk."""
+        """Adds a point to each curve and flushes it to disk."""
         summary = _extras.require("tensorboardX.summary", "logs", "TensorBoardLogger")
         if self._file is None:
             self._file = self._opened()
@@ -165,14 +165,14 @@ class TensorBoardLogger:
         file.flush()
 
     def flush(self) -> None:
-        """Closes the file; what comes later goes to a further one."""
+        """Closes the file; later scalars go to a new one."""
         file, self._file = self._file, None
         if file is not None:
             file.close()
 
     def _opened(self) -> Any:
-        # Not a SummaryWriter, which hands its events to a thread: once a write fails, that thread is gone, and the
-        # calls after it wait for ever. Nor does it keep two files of the same second apart.
+        # SummaryWriter is not used: it writes from a thread that dies when a write fails, after which calls block
+        # forever. It also gives two files created in the same second the same name.
         files = _extras.require("tensorboardX.event_file_writer", "logs", "TensorBoardLogger")
         files.directory_check(self._directory)
         suffix = f".{os.getpid()}.{next(_event_files)}"
@@ -196,14 +196,14 @@ def _made(path: str | os.PathLike[str]) -> Path:
 
 
 def _set_aside(path: Path) -> None:
-    """Renames a file that has something in it."""
+    """Renames a non-empty file."""
     if path.exists() and path.stat().st_size:
         names = (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in itertools.count(1))
         path.rename(next(name for name in names if not name.exists()))
 
 
 def _replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Writes a file anew: first into another one, so that a process which ends in mid-write loses nothing."""
+    """Rewrites a file via a temporary one, so that an interrupted write loses nothing."""
     temporary = path.with_name(path.name + ".new")
     with temporary.open("wb") as file:
         write(file)
@@ -211,14 +211,14 @@ def _replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def _append(path: Path, line: str) -> None:
-    """Appends a line, below one that was cut off in mid-write."""
+    """Appends a line, starting a new one if the last line was truncated."""
     start = "" if _ends_line(path) else "\n"
     with path.open("ab") as file:
         file.write((start + line).encode())
 
 
 def _ends_line(path: Path) -> bool:
-    """Whether a file is empty, missing, or ends with a whole line."""
+    """Whether a file is missing, empty or ends with a newline."""
     if not path.exists() or not path.stat().st_size:
         return True
     with path.open("rb") as file:
@@ -227,7 +227,7 @@ def _ends_line(path: Path) -> bool:
 
 
 def _record(row: Mapping[str, str]) -> dict[str, Any]:
-    """What the row has a value for; its counters as numbers, infinite where they can't be read."""
+    """Returns the non-empty values of a row, with its counters as floats; unreadable counters are infinite."""
     record: dict[str, Any] = {name: value for name, value in row.items() if value}
     for name in ("step", "micro_step"):
         if name in record:
@@ -239,7 +239,7 @@ def _record(row: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _before(records: Iterable[tuple[Any, Mapping[str, Any]]], place: Place) -> Iterator[Any]:
-    """Of pairs of a thing and its record, the things that a run which goes on from `place` will not make again."""
+    """Yields the items whose records a run resumed at `place` will not make again; takes (item, record) pairs."""
     left = place.get("records", math.inf)
     for thing, record in records:
         if any(record.get(name, 0) > place[name] for name in ("step", "micro_step")):

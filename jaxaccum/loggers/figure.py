@@ -1,4 +1,4 @@
-"""The figure of a run."""
+"""Plots a run."""
 
 import itertools
 import os
@@ -9,7 +9,7 @@ from jaxaccum import _extras
 
 
 def draw(history: Sequence[dict[str, float]], path: str | os.PathLike[str] | None) -> Any:
-    """Losses, K and the effective batch over the samples seen: a matplotlib figure, saved where a path is given."""
+    """Plots losses, K and effective batch size over the samples seen; saves the figure if `path` is given."""
     figure = _extras.require("matplotlib.figure", "plots", "plot").Figure(figsize=(8, 6), layout="constrained")
     panels = figure.subplots(3, sharex=True, height_ratios=(3, 1, 1))
     names = dict.fromkeys(itertools.chain.from_iterable(history))

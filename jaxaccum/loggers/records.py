@@ -1,4 +1,4 @@
-"""What a run has logged: fetched from the device a step late, so that logging doesn't empty its queue."""
+"""A run's records, which are fetched from the device one record late, so that logging doesn't drain its queue."""
 
 import collections
 import copy
@@ -10,23 +10,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-KEPT = 10_000  # records at the most: of a long run a figure shows no more
+KEPT = 10_000  # Maximum number of records in the history.
 
 
 class Records:
-    """Hands scalars to loggers in the order in which they were made.
+    """Passes scalars to the loggers in the order in which they were recorded.
 
-    Each record waits until the next one is made, when the device has long computed it, or until `flush`.
+    Each record is held until the next one is added, by when the device has usually computed it, or until `flush`.
 
-    A logger that raises an exception is warned of, once for each of its methods and each type of exception. The others
-    are served all the same.
+    An exception in a logger causes a warning, once per method and exception type. The other loggers are still called.
 
     Args:
-      loggers: objects with `write_scalars(step, dict)`, and perhaps `flush()` and `begin(place)`.
+      loggers: objects with `write_scalars(step, dict)`, and optionally `flush()` and `begin(place)`.
 
     Attributes:
-      history: the records as dicts of numbers, "step" among them. Whenever they become more than `KEPT`, every other
-        one of each kind goes.
+      history: the records as dicts of numbers, including "step". When there are more than `KEPT`, every other record of
+        each kind is dropped.
     """
 
     def __init__(self, loggers: Sequence[Any]):
@@ -36,15 +35,15 @@ class Records:
         self.history: list[dict[str, float]] = []
 
     def begin(self, place: Mapping[str, int] | None) -> None:
-        """Tells the loggers that want to know it where the run begins.
+        """Calls `begin(place)` on the loggers that define it.
 
         Args:
-          place: None for a start; for a resume the checkpoint's "step", "micro_step" and "validated".
+          place: None for a fresh run; for a resumed run the checkpoint's "step", "micro_step" and "records".
         """
         self._call("begin", place)
 
     def add(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Keeps a record; its values may be arrays that no program donates."""
+        """Adds a record; its values may be arrays that no program donates."""
         self.write()
         for value in scalars.values():
             if isinstance(value, jax.Array):
@@ -52,10 +51,10 @@ class Records:
         self._waiting.append((step, dict(scalars)))
 
     def flush(self, waits: bool = True) -> None:
-        """Waits for what is still on its way, and has the loggers write all of it.
+        """Writes the pending records and flushes the loggers.
 
         Args:
-          waits: if not, what the devices have not finished is left out: where a process is gone, they never will.
+          waits: if False, drops the values that the devices have not finished; they never will if a process is gone.
         """
         if not waits:
             is_ready = lambda scalars: all(x.is_ready() for x in scalars.values() if hasattr(x, "is_ready"))
@@ -66,7 +65,7 @@ class Records:
             self._call("flush")
 
     def write(self) -> None:
-        """Waits for what is still on its way, and hands it to the loggers."""
+        """Waits for the pending records and passes them to the loggers."""
         while self._waiting:
             step, scalars = self._waiting.pop(0)
             numbers = {name: number(value) for name, value in scalars.items()}
@@ -76,7 +75,7 @@ class Records:
             self._call("write_scalars", step, numbers)
 
     def _call(self, method: str, *args: Any) -> None:
-        """Calls a method of every logger that has it, each with copies of the arguments."""
+        """Calls a method on every logger that defines it, with copies of the arguments."""
         failures = []
         for i, logger in enumerate(self._loggers):
             try:
@@ -84,7 +83,7 @@ class Records:
                     getattr(logger, method)(*map(copy.copy, args))
             except Exception as error:
                 failures.append((i, error))
-        # Where warnings are errors, this raises: after all loggers have been called.
+        # Warn only after all loggers have been called, since warnings may be errors.
         for i, error in failures:
             self._warn(i, method, error)
 
@@ -100,12 +99,12 @@ class Records:
 
 
 def number(value: Any) -> Any:
-    """A scalar as a Python number. Waits for the device."""
+    """Converts a scalar to a Python number. Waits for the device."""
     return np.asarray(value).item()
 
 
 def loggable(name: str, value: Any) -> float | jax.Array:
-    """A value that a user logs: a float, or of a scalar on a device a copy, which no program donates.
+    """Converts a logged value to a float, or copies a device scalar so that no program donates it.
 
     Raises:
       TypeError: if it is not a real number.
@@ -131,7 +130,7 @@ def _loggable(value: Any) -> float | jax.Array:
 
 
 def _every_other(records: Sequence[dict[str, float]]) -> list[dict[str, float]]:
-    """Half of the records of each kind, of those with the same names."""
+    """Drops every other record of each kind; records with the same names are of one kind."""
     kinds: collections.Counter[tuple[str, ...]] = collections.Counter()
     kept = []
     for record in records:

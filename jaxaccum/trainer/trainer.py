@@ -1,4 +1,4 @@
-"""The `Trainer`: what its user passes, calls and reads, and the course of a run."""
+"""The `Trainer`: its arguments, methods and properties, and how a run starts and ends."""
 
 import contextlib
 import os
@@ -33,55 +33,58 @@ from jaxaccum.trainer.programs.evaluation import Evaluation
 
 
 class Trainer:
-    """Trains a `Task` in windows of K micro-batches, in the vocabulary of PyTorch Lightning.
+    """Trains a `Task` with exact gradient accumulation. Argument names follow PyTorch Lightning.
 
-    A window is K micro-steps, and the last one of an epoch closes it, full or not. Every gradient is the exact weighted
-    mean over what the window holds, on one device or several; devices are synchronised once a window.
+    A window is K micro-steps. The last micro-step of an epoch closes the window even if it is not full. Every gradient
+    is the exact weighted mean over the window's examples, on one device or several. Devices synchronise once per
+    window.
 
     Args:
-      accumulate_grad_batches: K: an int, a dict from epochs to K, or an `AccumulationSchedule`.
-      max_epochs: -1 is without end; None is 1000, with a warning, or without end where `max_steps` is given.
-      max_steps: optimizer steps; -1 is without limit.
-      strategy: "single": one device. "ddp": each of the P devices takes a loader batch of its own, so that a window has
-        P·K. "zero": likewise, with the optimizer's state and its work split over the devices. "dp": a loader batch is
-        split over the devices. "auto": "single" on one device, "ddp" on several.
-      devices: how many, over all processes, or "auto" for all.
-      callbacks: a callback or a sequence of them, run in order.
-      limit_train_batches: how many loader batches an epoch has at most, or which fraction of them.
-      limit_val_batches: likewise in validation; 0 is none of them.
-      overfit_batches: train on the first so many batches of an epoch alone, or on the first such fraction of them, read
-        once and in the same order in every epoch; and validate on as many; 0 is off.
-      num_sanity_val_steps: micro-steps of validation before training, which are recorded nowhere, so that what is wrong
-        with it is met at once; -1 is all of them, 0 none.
-      check_val_every_n_epoch: validate in every so many epochs; None: `val_check_interval` counts across epochs.
-      val_check_interval: validate every so many micro-steps of an epoch, or after every such fraction of it. An int
-        that is larger than an epoch counts across epochs.
-      log_every_n_steps: counts optimizer steps. The run's first one, each epoch's last one and the one that reaches
-        `max_steps` are logged besides.
-      gradient_clip_val: the largest global norm of a window's gradient.
-      default_root_dir: where `logger=True` and a `ModelCheckpoint` without a folder write; None is the working
+      accumulate_grad_batches: K: an int, a dict from epoch to K, or an `AccumulationSchedule`.
+      max_epochs: the number of epochs; -1 for no limit. None means 1000, with a warning, or no limit if `max_steps` is
+        given.
+      max_steps: the number of optimizer steps; -1 for no limit.
+      strategy: "single": one device. "ddp": each of the P devices takes its own loader batch, so a window has P·K of
+        them. "zero": like "ddp", with the optimizer state and update sharded over the devices. "dp": each loader batch
+        is split over the devices. "auto": "single" on one device, "ddp" on several.
+      devices: the number of devices over all processes, or "auto" for all of them.
+      callbacks: a callback or a sequence of callbacks, which run in order.
+      limit_train_batches: the maximum number of loader batches per epoch (int), or a fraction of the epoch (float).
+      limit_val_batches: the same for validation; 0 disables validation.
+      overfit_batches: train only on this many batches (int), or on this fraction of an epoch (float). They are read
+        once and repeated in the same order every epoch. Validation uses the same limit. 0 is off.
+      num_sanity_val_steps: the number of validation micro-steps to run before training, so that errors in validation
+        show up early. Their results are not recorded. -1 runs all of them, 0 none.
+      check_val_every_n_epoch: validate every n epochs. None: `val_check_interval` counts across epochs.
+      val_check_interval: validate every this many micro-steps of an epoch (int), or after this fraction of an epoch
+        (float). An int larger than an epoch counts across epochs.
+      log_every_n_steps: log every n optimizer steps. The first step of the run, the last step of each epoch and the
+        step that reaches `max_steps` are always logged.
+      gradient_clip_val: the maximum global norm of a window's gradient.
+      default_root_dir: where `logger=True` and a `ModelCheckpoint` without a `dirpath` write; None is the working
         directory.
-      enable_progress_bar: needs tqdm.
-      logger: an object with `write_scalars(step, dict)`, or a sequence of them; True: a JSON line for each record, in
-        `metrics.jsonl`; False: none.
-      seed: of the initialisation, and of the micro-batches' keys.
-      partial_window: how an epoch's last window, if it is not full, is divided: "exact", by what it holds, or
-        "divide_by_k", as Lightning does.
-      flush_on_stop: whether a window that a stop leaves open is closed with what it holds. Else it stays pending.
-      fuse_windows: whether each window runs as one call, a loop on the device, where its micro-batches can be stacked:
-        all of one shape, and each in one piece (with "ddp" and "zero" batches of one shape, with "dp" one that divides
-        over the devices). Any other window runs as it does without. Each number of micro-steps in a window compiles
-        once, and all of its batches are on the devices at once. The arithmetic is the same; the hooks are called as
-        without, but `on_train_batch_start` of a whole window before it, with the counters of its start, and
-        `on_train_batch_end` after it, with counters of their own but with the `state` of its end (see
-        `state_is_ahead`). What would fall inside it waits for its end: a validation, a
-        checkpoint, a stop.
-      nonfinite: "propagate", or "drop": a micro-batch with a NaN or an infinity in its loss or gradient is left out.
-      detect_anomaly: whether such a one raises FloatingPointError instead, before it enters the sums. The host then
-        waits for the device after every micro-step.
+      enable_progress_bar: whether to show a progress bar; requires tqdm.
+      logger: an object with `write_scalars(step, dict)`, or a sequence of them. True writes one JSON line per record to
+        `metrics.jsonl`; False disables logging.
+      seed: the seed for the initialisation and for the micro-batches' keys.
+      partial_window: how to normalise an epoch's last window if it is not full: "exact" divides by the total weight of
+        its examples, "divide_by_k" matches Lightning.
+      flush_on_stop: whether to close an open window with an optimizer step when training stops. If False, the window
+        stays pending.
+      fuse_windows: whether to run each window as one call that loops on the device. This requires that the window's
+        micro-batches can be stacked: all have the same shape and each is in one piece (with "ddp" and "zero", batches
+        of one shape; with "dp", a batch that divides over the devices). Other windows run one micro-step at a time. The
+        arithmetic is the same. The program compiles once for each number of micro-steps in a window, and all batches of
+        the window are on the devices at once. `on_train_batch_start` runs for all micro-steps before the call, with
+        the counters at the window's start. `on_train_batch_end` runs after it, with each micro-step's own counters but
+        with the `state` at the window's end (see `state_is_ahead`). A validation, checkpoint or stop that would fall
+        inside the window is delayed to its end.
+      nonfinite: "propagate", or "drop" to leave out a micro-batch with a NaN or an infinity in its loss or gradient.
+      detect_anomaly: whether to raise FloatingPointError for such a micro-batch, before it enters the sums. The host
+        then waits for the device after every micro-step.
 
     Raises:
-      TypeError, ValueError: for an argument that is none of these, at construction.
+      TypeError, ValueError: for an invalid argument, at construction.
       ImportError: for a progress bar without tqdm.
 
     Example:
@@ -161,55 +164,56 @@ class Trainer:
         val_loader: Iterable[Tree] | None = None,
         ckpt_path: str | os.PathLike[str] | None = None,
     ) -> FitState:
-        """Trains, from the start or from a checkpoint.
+        """Trains from scratch or resumes from a checkpoint.
 
-        From a checkpoint a run goes on after the micro-step that it was saved at, as if it had never ended: parameters
-        and all other state come out bit for bit the same. For that the loaders must give the same batches again. A
+        A resumed run continues after the micro-step at which the checkpoint was saved. Parameters and all other state
+        are bit-for-bit the same as in an uninterrupted run, provided that the loaders yield the same batches again. A
         loader with `get_state` and `set_state`, or with `state_dict` and `load_state_dict`, or whose iterators have
-        them, is put where it was; of any other the batches that were trained on are passed over: those of the open
-        epoch, or of the whole run where all epochs are one iterator. A state that leaves something out, such as the
-        contents of a shuffle buffer, loses it. The task and the Trainer's options are the caller's to pass unchanged;
-        the seed is the checkpoint's, and so is K until the epoch ends. On another number of devices what is pending is
-        merged or split, and the open epoch keeps its effective batch.
+        them, is restored to its saved position. For any other loader the batches already trained on are skipped: those
+        of the open epoch, or of the whole run if all epochs share one iterator. Anything that a loader's state leaves
+        out, such as the contents of a shuffle buffer, is lost. Pass the same task and the same Trainer options as
+        before; the seed, and K for the rest of the epoch, come from the checkpoint. On a different number of devices
+        the pending sums are merged or split, and the open epoch keeps its effective batch size.
 
-        SIGTERM and SIGINT (Ctrl-C), where fit runs in the main thread, end the run after the micro-step at hand, or
-        with `fuse_windows` after the window: it is saved, if there is a `ModelCheckpoint`, and SystemExit with code
-        143, or KeyboardInterrupt, is raised. A second one is raised at once, and nothing is saved: only the checkpoint
-        that is on its way is waited for, as the process can't end without it. An error of a loader or a callback is
-        raised after such a save too.
+        If `fit` runs in the main thread, SIGTERM and SIGINT (Ctrl-C) end the run after the current micro-step, or after
+        the current window with `fuse_windows`. The run is saved if there is a `ModelCheckpoint`, and then SystemExit
+        with code 143 or KeyboardInterrupt is raised. A second signal is raised immediately, without a save; the process
+        still waits for a checkpoint that is already being written. An error in a loader or a callback is also raised
+        after a save.
 
-        The next `fit` of the same `Task` object uses the compiled programs of this one.
+        The next `fit` of the same `Task` object reuses the compiled programs.
 
-        After `jaxaccum.distributed.initialize()` the same script runs in n processes of L devices each, and ends with
-        what one process with all P = n·L devices ends with. Every process calls fit, with the loaders of its own
-        devices. With "ddp" and "zero" micro-step m of an epoch is loader batches m·P to m·P + P - 1 of the sequence
-        that a single process would be given, and process p gives the L of them from m·P + p·L on; with "dp" it gives
-        its share of each batch, in the order of the processes. Sizes may differ between processes, and lengths in
-        validation; lengths in training, K and the options must not, or all raise. What comes to one process concerns
-        all, after the same micro-step: a signal, `should_stop`, a loader's error. Any other exception in one is a
-        RuntimeError in the others, without a save. Hooks run in every process, and process 0 alone logs and draws.
-        A checkpoint is written by all, to a file system that all of them see, with the callbacks' states of process 0,
-        and a run goes on from it in any number of processes. Loaders' own states are of use to the same number alone;
-        else the batches that were trained on are passed over, each process its own, which takes a multiple of P.
+        After `jaxaccum.distributed.initialize()` the same script runs in n processes with L devices each. The result is
+        the same as that of one process with all P = n·L devices. Every process calls `fit` with the loaders for its own
+        devices. With "ddp" and "zero", micro-step m of an epoch consists of loader batches m·P to m·P + P - 1 of the
+        sequence that a single process would read, and process p yields L of them, starting at m·P + p·L. With "dp" each
+        process yields its share of each batch, in process order. Batch sizes may differ between processes, and so may
+        the lengths of validation loaders. The lengths of training loaders, K and the options must be equal, or all
+        processes raise. A signal, `should_stop` or a loader error in one process takes effect in all of them, after the
+        same micro-step. Any other exception in one process raises RuntimeError in the others, without a save. Hooks run
+        in every process; only process 0 logs and draws. All processes write each checkpoint, to a file system that they
+        share, with the callback states of process 0. A run can resume with any number of processes. Loader states are
+        only used if the number of processes is unchanged; otherwise each process skips the batches that it trained on.
+        With "ddp" and "zero" the total number of loader batches trained on must then be a multiple of P.
 
         Args:
           task: what to train.
-          train_loader: an iterable of batches, pytrees of arrays; iterated anew in every epoch, after
-            `set_epoch(epoch)` of the loader, its sampler and its dataset, where they have one. The first epoch of a
-            `fit` is begun before `on_train_epoch_start` is called, any other one after it. Its `len` is an estimate,
-            not a limit. A batch that it gave must not be written to.
-          val_loader: an iterable of batches, or None for no validation. An iterator is not put back on a resume.
-          ckpt_path: a checkpoint's folder; or "last", the newest one in the folders of the `ModelCheckpoint`s, and a
-            start where there is none, with a warning; or "best", by the first of them that has a monitor, in the newest
-            run that is there; or None for a start.
+          train_loader: an iterable of batches, which are pytrees of arrays. It is iterated once per epoch, after
+            `set_epoch(epoch)` is called on the loader, its sampler and its dataset if they define it. In the first
+            epoch of a `fit` iteration starts before `on_train_epoch_start`, in later epochs after it. Its `len` is an
+            estimate, not a limit. Batches must not be modified after they are yielded.
+          val_loader: an iterable of batches, or None for no validation. An iterator is not restored on resume.
+          ckpt_path: the folder of a checkpoint; "last" for the newest checkpoint in the folders of the
+            `ModelCheckpoint`s, or a fresh start with a warning if there is none; "best" for the best checkpoint of the
+            newest run on disk, ranked by the first `ModelCheckpoint` with a monitor; or None for a fresh start.
 
         Returns:
-          The arrays of the run: `params`, `opt_state`, `model_state`, and what is pending.
+          The run's arrays: `params`, `opt_state`, `model_state` and the `pending` sums.
 
         Raises:
-          TypeError, ValueError: for a task or a loader that can't be trained, a validation that can't fall due, or a
+          TypeError, ValueError: for a task or a loader that can't be trained, a validation that would never run, or a
             checkpoint of another task.
-          OSError: for a `ckpt_path` that is no checkpoint, or if none of those that are there can be read.
+          OSError: if `ckpt_path` is not a checkpoint, or if none of the existing checkpoints can be read.
           FloatingPointError: with `detect_anomaly`.
           RuntimeError: if another process has left the run.
         """
@@ -241,7 +245,7 @@ class Trainer:
                 hooks.call_on_exception(error)
                 raise
             finally:
-                with contextlib.closing(checkpoints):  # Whatever happens to the records.
+                with contextlib.closing(checkpoints):  # Runs even if the flush raises.
                     run.records.flush(waits=not processes.left)
         return run.state
 
@@ -252,21 +256,22 @@ class Trainer:
         state: FitState | None = None,
         ckpt_path: str | os.PathLike[str] | None = None,
     ) -> dict[str, float]:
-        """The weighted means of loss and metrics over `val_loader`.
+        """Computes the weighted means of the loss and the metrics over `val_loader`.
 
         Args:
-          task: what was trained.
+          task: the task that was trained.
           val_loader: an iterable of batches.
-          state: as `fit` returned it; None is that of the last `fit`, unless `ckpt_path` is given.
-          ckpt_path: the checkpoint to validate, as for `fit`; no `fit` need have run in this process.
+          state: the state that `fit` returned. None uses the state of the last `fit`, unless `ckpt_path` is given.
+          ckpt_path: the checkpoint to validate, as in `fit`. It doesn't require a `fit` in this process.
 
         Returns:
-          "val_loss", and the metrics with "val_" before their names.
+          A dict with "val_loss" and the metrics, whose names are prefixed with "val_".
 
         Raises:
-          ValueError: if the loader is empty, for both `state` and `ckpt_path`, or for a checkpoint of another task.
-          OSError: for a `ckpt_path` that is no checkpoint.
-          RuntimeError: without either, before the first `fit`.
+          ValueError: if the loader is empty, if both `state` and `ckpt_path` are given, or for a checkpoint of another
+            task.
+          OSError: if `ckpt_path` is not a checkpoint.
+          RuntimeError: if neither is given and `fit` has not been called.
         """
         batches = ValLoader(val_loader, self._options.limit_val_batches)
         if ckpt_path is None:
@@ -278,7 +283,7 @@ class Trainer:
         return self._evaluation_of(task).run(params, model_state, batches)
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
-        """Draws the run's losses, K and effective batch over the samples seen.
+        """Plots the run's losses, K and effective batch size over the samples seen.
 
         Args:
           path: where to save the figure, or None.
@@ -292,14 +297,14 @@ class Trainer:
         return figure.draw(self._running.records.history, None if self._strategy.processes.index else path)
 
     def log(self, name: str, value: float) -> None:
-        """Adds a value to `callback_metrics`, and to the next record.
+        """Adds a value to `callback_metrics` and to the next record.
 
         Args:
-          name: in both of them.
-          value: a number, or an array of one; of an array on a device a copy is kept, and not waited for.
+          name: the key in both.
+          value: a number or a scalar array. A device array is copied without waiting for it.
 
         Raises:
-          TypeError: if it is no real number.
+          TypeError: if the value is not a real number.
         """
         self._running.metrics[name] = self._running.logged[name] = records.loggable(name, value)
 
@@ -307,31 +312,31 @@ class Trainer:
     def state(self) -> FitState:
         """The run's arrays after its last micro-step.
 
-        The next one donates them: in a callback they may be read until it returns, and to keep them longer is to keep
-        buffers that are deleted. `copy_state` gives arrays to keep.
+        The next micro-step donates them. A callback may read them until it returns, but must not keep references to
+        them: their buffers will be deleted. Use `copy_state` for arrays to keep.
         """
         return self._running.state
 
     def copy_state(self) -> FitState:
-        """A copy of `state` that no micro-step donates, on the same devices."""
+        """Returns a copy of `state`, on the same devices, that no micro-step donates."""
         return jax.tree.map(jnp.copy, self.state)
 
     @property
     def is_resuming(self) -> bool:
-        """Whether the run goes on from a checkpoint; False in a fresh one."""
+        """Whether the run was resumed from a checkpoint."""
         return self._run is not None and self._run.is_resuming
 
     @property
     def state_is_ahead(self) -> bool:
-        """In `on_train_batch_end`: whether `state` is that of micro-steps which the counters don't have yet.
+        """In `on_train_batch_end`: whether `state` includes micro-steps that the counters don't include yet.
 
-        So it is with `fuse_windows`, before the last micro-step of a window. Whatever is saved, is saved after it.
+        This is the case with `fuse_windows`, before the last micro-step of a window. Checkpoints are saved after it.
         """
         return bool(self._running.uncounted)
 
     @property
     def should_stop(self) -> bool:
-        """Whether training ends after the micro-step at hand. A callback may set it; each `fit` begins without."""
+        """Whether to stop training after the current micro-step. Callbacks may set it; each `fit` resets it."""
         return self._strategy.processes.own.stop
 
     @should_stop.setter
@@ -340,32 +345,32 @@ class Trainer:
 
     @property
     def current_epoch(self) -> int:
-        """The epoch, from 0; after `fit`, how many were completed."""
+        """The current epoch, from 0; after `fit`, the number of completed epochs."""
         return self._at.epoch
 
     @property
     def micro_step(self) -> int:
-        """The micro-steps made since the run's start."""
+        """The number of micro-steps since the start of the run."""
         return self._at.micro_step
 
     @property
     def window_step(self) -> int:
-        """The micro-steps in the open window; 0 where none is pending."""
+        """The number of micro-steps in the open window; 0 if none is pending."""
         return self._at.window_step
 
     @property
     def global_step(self) -> int:
-        """The optimizer steps made: the windows closed, even one in which nothing had weight."""
+        """The number of optimizer steps, which is the number of closed windows, including those of weight 0."""
         return self._at.global_step
 
     @property
     def samples_seen(self) -> int:
-        """The examples in all micro-steps made."""
+        """The number of examples in all micro-steps so far."""
         return self._at.samples_seen
 
     @property
     def accumulate_grad_batches(self) -> int:
-        """K, now. A callback may set it in `on_train_epoch_start`, for that epoch."""
+        """The current K. A callback may set it in `on_train_epoch_start`, for that epoch."""
         return self._at.every_k
 
     @accumulate_grad_batches.setter
@@ -379,34 +384,35 @@ class Trainer:
 
     @property
     def effective_batch_size(self) -> int:
-        """The examples in a full window, now: P·N·K with "ddp" and "zero", else N·K; N is the first loader batch's.
+        """The number of examples in a full window: P·N·K with "ddp" and "zero", else N·K.
 
-        With several processes N is the mean of their first loader batches, and with "dp" the sum.
+        N is the size of the first loader batch. With several processes it is the mean over their first batches, or with
+        "dp" the sum.
         """
         return self._running.examples * self._strategy.group * self.accumulate_grad_batches
 
     @property
     def num_training_batches(self) -> int | float:
-        """The micro-steps in an epoch, as far as the loader's length tells; infinite where it has none."""
+        """The expected number of micro-steps per epoch; infinite if the loader has no length."""
         return self._running.epoch_micro_steps
 
     @property
     def estimated_stepping_batches(self) -> int | float:
-        """The optimizer steps of the run if nothing stops it, with every K of the schedule; may be infinite."""
+        """The run's expected number of optimizer steps, following the schedule of K; may be infinite."""
         return self._options.optimizer_steps(self.num_training_batches)
 
     @property
     def callback_metrics(self) -> dict[str, float]:
-        """By name, the last window's means ("train_loss"), the last validation's, and what callbacks have logged.
+        """The last window's means ("train_loss"), the last validation's results and the values logged by callbacks.
 
-        Reading it waits until the devices have finished that window.
+        Reading it waits for the devices to finish that window.
         """
         metrics = self._running.train_metrics() | self._running.metrics
         return {name: float(records.number(value)) for name, value in metrics.items()}
 
     @property
     def progress_bar_metrics(self) -> dict[str, float]:
-        """The means ("train_loss") of the newest window that the devices have finished; {} before there is one.
+        """The means ("train_loss") of the newest window that the devices have finished; {} before the first.
 
         Reading it does not wait.
         """
@@ -414,17 +420,17 @@ class Trainer:
 
     @property
     def should_log(self) -> bool:
-        """In `on_train_batch_end`: whether a record follows.
+        """In `on_train_batch_end`: whether this step is logged.
 
-        It does every `log_every_n_steps` optimizer steps, and at the run's first one, each epoch's last one and the one
-        that reaches `max_steps`.
+        Steps are logged every `log_every_n_steps` optimizer steps, at the first step of the run, at the last step of
+        each epoch and at the step that reaches `max_steps`.
         """
         return self._running.record_is_due
 
     def _start(
         self, task: Task, train_loader: Iterable[Tree], val_loader: Iterable[Tree] | None, ckpt_path: Any
     ) -> tuple[Run, RunCheckpoints]:
-        """A run, at its start or where a checkpoint left it, and its checkpoints."""
+        """Returns a run, fresh or restored from a checkpoint, and its checkpoints."""
         options, processes = self._options, self._strategy.processes
         if not isinstance(task, Task):
             raise TypeError(f"task must be a jaxaccum.Task, got {task!r}.")
@@ -446,7 +452,7 @@ class Trainer:
         )
         found = self._found(ckpt_path)
         seed = options.seed
-        # Only now that the place in the run is known is anything asked of the loader.
+        # The loader is first read here, once the position in the run is known.
         if found is None:
             loader.begin(Counters())
         else:
@@ -469,7 +475,7 @@ class Trainer:
         return run, checkpoints
 
     def _found(self, ckpt_path: str | os.PathLike[str] | None) -> Checkpoint | None:
-        """The checkpoint to go on from; None for a start."""
+        """Returns the checkpoint to resume from; None for a fresh start."""
         if ckpt_path is None:
             return None
         processes = self._strategy.processes
@@ -484,7 +490,7 @@ class Trainer:
         return found
 
     def _saved(self, task: Task, val_loader: ValLoader, ckpt_path: str | os.PathLike[str]) -> FitState:
-        """The parameters and the model state of a checkpoint."""
+        """Returns the parameters and the model state of a checkpoint."""
         found = saving.find(ckpt_path, self._callbacks, self._folder, self._strategy.processes)
         if found is None:
             folders = saving.folders_of(self._callbacks, self._folder)
@@ -494,7 +500,7 @@ class Trainer:
         raise ValueError("val_loader gave no batch.")
 
     def _evaluation_of(self, task: Task) -> Evaluation:
-        """The programs that validate `task`; those of the last call, if it was for the same one."""
+        """Returns the validation programs for `task`, reusing those of the last call for the same task."""
         if self._evaluation is None or self._evaluation.task is not task:
             self._evaluation = Evaluation(task, self._strategy)
         return self._evaluation

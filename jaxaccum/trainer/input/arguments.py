@@ -1,4 +1,4 @@
-"""What a `Trainer` is given, checked and in one form."""
+"""Checks and normalises the Trainer's arguments."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from jaxaccum.loggers import JSONLLogger
 
 
 def callbacks(value: Any) -> tuple[Callback, ...]:
-    """A callback or a sequence of them, as a tuple; at most one of them a `GradientAccumulationScheduler`."""
+    """Returns the callbacks as a tuple; at most one may be a `GradientAccumulationScheduler`."""
     found = (value,) if isinstance(value, Callback) else value
     if not isinstance(found, Sequence) or not all(isinstance(callback, Callback) for callback in found):
         raise TypeError(f"callbacks must be a jaxaccum.callbacks.Callback or a sequence of them, got {value!r}.")
@@ -21,7 +21,7 @@ def callbacks(value: Any) -> tuple[Callback, ...]:
 
 
 def schedule(accumulate_grad_batches: Any, callbacks: Sequence[Callback]) -> AccumulationSchedule:
-    """K by epoch, from the argument or from a callback."""
+    """Returns the schedule of K, from the argument or from a callback."""
     if isinstance(accumulate_grad_batches, Mapping):
         given = AccumulationSchedule(accumulate_grad_batches)
     else:
@@ -38,7 +38,7 @@ def schedule(accumulate_grad_batches: Any, callbacks: Sequence[Callback]) -> Acc
 
 
 def loggers(value: Any, root: Path) -> tuple[Any, ...]:
-    """A logger, a sequence of them, True for a file under `root`, or False."""
+    """Returns the loggers as a tuple. `value` is a logger, a sequence, True for a file under `root`, or False."""
     if isinstance(value, bool):
         return (JSONLLogger(root / "metrics.jsonl"),) if value else ()
     found = tuple(value) if isinstance(value, Sequence) else (value,)
@@ -52,7 +52,7 @@ def loggers(value: Any, root: Path) -> tuple[Any, ...]:
 
 
 def check_monitors(callbacks: Sequence[Callback], validates: bool) -> None:
-    """Whether what callbacks monitor can be there: the results of a validation need one."""
+    """Raises ValueError if a callback monitors a validation result but the run doesn't validate."""
     for callback in callbacks:
         monitor = callback.monitor if isinstance(callback, (EarlyStopping, ModelCheckpoint)) else None
         if not validates and (monitor or "").startswith("val_"):

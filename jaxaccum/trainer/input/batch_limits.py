@@ -5,11 +5,11 @@ from typing import Any
 
 from jaxaccum._integers import as_int
 
-_ENDLESS = 2**62  # batches: some loaders say sys.maxsize where they repeat for ever
+_ENDLESS = 2**62  # Some loaders that repeat forever have length sys.maxsize.
 
 
 def count_or_fraction(value: Any, name: str, least: int) -> int | float:
-    """`value` as an int of at least `least`, or a float from 0 (above 0, where `least` is 1) to 1.
+    """Checks an int of at least `least` or a float in (0, 1]; 0.0 is also allowed if `least` is 0.
 
     Raises:
       TypeError: if it is neither an int nor a float.
@@ -27,7 +27,7 @@ def count_or_fraction(value: Any, name: str, least: int) -> int | float:
 
 
 def count_or_endless(value: Any, name: str, least: int = 1) -> int:
-    """`value` as an int of at least `least`, or -1, which is without end.
+    """Checks an int of at least `least`, or -1 for no limit.
 
     Raises:
       TypeError, ValueError: if it is neither.
@@ -40,9 +40,9 @@ def count_or_endless(value: Any, name: str, least: int = 1) -> int:
 
 
 def size(loader: Iterable[Any]) -> int | None:
-    """How many batches the loader says it has; None where it doesn't say, or has no end.
+    """Returns the length of a loader; None if it is unknown or infinite.
 
-    It is an estimate: a loader may change its length from epoch to epoch, or not know it.
+    The length is an estimate: a loader may change it from epoch to epoch.
     """
     try:
         known = len(loader)  # pyrefly: ignore[bad-argument-type]
@@ -52,10 +52,10 @@ def size(loader: Iterable[Any]) -> int | None:
 
 
 def limit(loader: Iterable[Any], value: int | float, name: str) -> int | None:
-    """The largest number of batches that `value` lets an epoch take from the loader; None for all of them.
+    """Returns the maximum number of batches per epoch under the limit `value`; None for no limit.
 
     Raises:
-      ValueError: if `value` is a fraction of a length that is not known.
+      ValueError: if `value` is a fraction and the loader has no length.
     """
     if isinstance(value, int):
         return value
@@ -68,7 +68,7 @@ def limit(loader: Iterable[Any], value: int | float, name: str) -> int | None:
 
 
 def expected(loader: Iterable[Any], value: int | float, name: str) -> int | None:
-    """How many of the loader's batches an epoch is expected to take; None where that is not known.
+    """Returns the expected number of batches per epoch; None if unknown.
 
     Raises:
       ValueError: as `limit`.

@@ -1,4 +1,4 @@
-"""A loader's batches, epoch by epoch, from the start or from where a checkpoint left them."""
+"""Reads a loader's batches epoch by epoch, from the start or from a checkpoint's position."""
 
 import itertools
 import math
@@ -20,12 +20,12 @@ _NOTHING = object()
 
 
 class Position(NamedTuple):
-    """How to read and set the position of a loader or of its iterator.
+    """Accessors for the position of a loader or its iterator.
 
     Attributes:
       get: returns the state.
-      put: takes it back.
-      owner: the name of the class that they are methods of.
+      put: restores it.
+      owner: the class name of the loader or iterator.
     """
 
     get: Callable[[], Any]
@@ -34,7 +34,7 @@ class Position(NamedTuple):
 
     @classmethod
     def of(cls, owner: Any) -> "Position | None":
-        """That of `owner`: grain's `get_state` and `set_state`, or `state_dict` and `load_state_dict`; None without."""
+        """Finds `get_state`/`set_state` (grain) or `state_dict`/`load_state_dict` on `owner`; None without them."""
         for names in (("get_state", "set_state"), ("state_dict", "load_state_dict")):
             get, put = (getattr(owner, name, None) for name in names)
             if callable(get) and callable(put):
@@ -43,18 +43,18 @@ class Position(NamedTuple):
 
 
 class Reader:
-    """The batches of an epoch, to be iterated over once.
+    """The batches of one epoch; iterate over it once.
 
     Args:
       batches: the loader's iterator.
-      ahead: batches that were taken from it before.
-      taken: how many of all these to pass over.
-      limit: how many to give at most; None is all.
-      position: of the loader, if `get_state` will be called.
+      ahead: batches already taken from the iterator.
+      taken: how many batches to skip, including those in `ahead`.
+      limit: the maximum number of batches to yield; None for no limit.
+      position: the position of the loader, if `get_state` will be called.
 
     Attributes:
-      given: how many batches it has given.
-      is_over: whether the loader's iterator has said that it has no more.
+      given: the number of batches yielded.
+      is_over: whether the loader's iterator is exhausted.
     """
 
     def __init__(
@@ -81,36 +81,36 @@ class Reader:
         self.is_over = True
 
     def stop_after(self, batches: int | float) -> None:
-        """Takes no more than so many batches, though the epoch may have more."""
+        """Limits the number of batches, even if the epoch has more."""
         if batches < (math.inf if self._limit is None else self._limit):
             self._stop = int(batches)
 
     @property
     def was_stopped(self) -> bool:
-        """Whether it ended as `stop_after` says: it is not known whether the epoch has further batches."""
+        """Whether `stop_after` ended the iteration, so that it is unknown whether the epoch has more batches."""
         return self.given == self._stop
 
     def get_state(self) -> str | None:
-        """The loader's position before it fetches its next batch, as text; None without one."""
+        """Returns the loader's position before its next fetch, as text; None without a position."""
         if self._position is None:
             return None
-        # As text at once: what the loader returns may be its own, which the next fetch changes.
+        # Serialised immediately: the loader may return a mutable state that the next fetch changes.
         return json_state.dumps({"state": self._position.get(), "is_over": self.is_over}, self._position.owner)
 
 
 class TrainLoader:
-    """What a run trains on, one epoch after another. Nothing is fetched before `begin`.
+    """The training batches of a run, epoch by epoch. Nothing is fetched before `begin`.
 
     Args:
-      loader: an iterable of batches. A `set_epoch` of it, its sampler or its dataset is called before each epoch.
-      options: of the run.
-      keeps_state: whether checkpoints will ask for the loader's position.
+      loader: an iterable of batches. `set_epoch` of the loader, its sampler or its dataset is called before each epoch.
+      options: the options of the run.
+      keeps_state: whether checkpoints will save the loader's position.
 
     Attributes:
-      first: the first batch that it gave, for the parameters' initialisation.
+      first: the first batch, for the initialisation of the parameters.
 
     Raises:
-      ValueError: if a limit is a fraction of a length that is not known.
+      ValueError: if a limit is a fraction and the loader has no length.
     """
 
     first: Tree
@@ -123,17 +123,17 @@ class TrainLoader:
         self._position = Position.of(loader)
         self._begun: Reader | None = None
         self._stream: Iterator[Tree] | None = None
-        self._old_pass: bool | None = None  # Of a state at an epoch's end: whether its pass was over.
-        _ = self.epoch_batches  # Raises, if it does, before training.
+        self._old_pass: bool | None = None  # For a state from an epoch's end: was the iterator exhausted?
+        _ = self.epoch_batches  # Raises for an invalid limit.
 
     @property
     def is_stream(self) -> bool:
-        """Whether all epochs are one iterator's."""
+        """Whether all epochs share one iterator."""
         return self._stream is not None
 
     @property
     def epoch_batches(self) -> int | None:
-        """How many batches an epoch is expected to have, as far as the loader says; None where it doesn't."""
+        """The expected number of batches per epoch; None if unknown."""
         return batch_limits.expected(self._loader, self._options.limit_train_batches, "limit_train_batches")
 
     @property
@@ -141,10 +141,10 @@ class TrainLoader:
         return batch_limits.limit(self._loader, self._options.limit_train_batches, "limit_train_batches")
 
     def epoch_bounds(self, group: int) -> tuple[int | float, int | float]:
-        """The fewest and the most micro-steps, of `group` batches each, that an epoch can have for certain."""
+        """Returns lower and upper bounds on the micro-steps per epoch, with `group` batches per micro-step."""
         limit, loader = self._limit, self._loader
         if self.is_stream and limit is None and self._options.epochs != 1:
-            return math.inf, math.inf  # Only `max_steps` ends it.
+            return math.inf, math.inf  # Only `max_steps` ends the run.
         if isinstance(loader, FirstBatches):
             loader = loader.batches
         most = math.inf if limit is None else limit
@@ -154,10 +154,10 @@ class TrainLoader:
         return -(-least // group), most if math.isinf(most) else -(-most // group)
 
     def agree(self, processes: Processes) -> None:
-        """Checks that an epoch is as long in all processes, as far as they know.
+        """Checks that the known epoch lengths are equal in all processes.
 
         Raises:
-          ValueError: on all of them, if not.
+          ValueError: in all processes, if they differ.
         """
         lengths = dict(enumerate(processes.gather("the length of an epoch", self.epoch_batches)))
         known = {process: batches for process, batches in lengths.items() if batches is not None}
@@ -168,20 +168,20 @@ class TrainLoader:
             )
 
     def begin(self, at: Counters, state: str | None = None, own: Callable[[int], int] = int) -> None:
-        """Makes the iterator of the epoch that a run starts in, or goes on in, and fetches `first`.
+        """Creates the iterator for the epoch in which the run starts or resumes, and fetches `first`.
 
         Args:
-          at: the place in the run.
-          state: what `Reader.get_state` gave there; None without one.
-          own: of so many loader batches of all processes, how many this process' loader gave.
+          at: the position in the run.
+          state: the saved result of `Reader.get_state`, or None.
+          own: maps a number of loader batches over all processes to the number from this process's loader.
 
         Raises:
-          ValueError: if there is no batch, or there would be none in the next epoch.
+          ValueError: if there is no batch, or if there would be none in the next epoch.
         """
         set_epoch(self._loader, at.epoch)
         is_in_epoch = at.batch_idx > 0 and not at.ends_epoch
         saved = _position(state)
-        # A loader takes its state before it is iterated over, an iterator afterwards.
+        # A loader's state is restored before `iter`, an iterator's state after it.
         loader = None if saved is None or isinstance(self._loader, Iterator) else self._position
         if loader is not None and saved is not None and not at.ends_epoch:
             self._put(loader, saved, is_in_epoch)
@@ -190,7 +190,7 @@ class TrainLoader:
         if loader is not None and saved is not None and at.ends_epoch:
             self._put(loader, saved, is_in_epoch)
         if at.ends_epoch and not self.is_stream:
-            return  # The next epoch has an iterator of its own.
+            return  # The next epoch creates a new iterator.
         limit, ahead, taken = self._limit, [self.first], 0
         if is_in_epoch:
             limit = _plus(limit, -own(at.batches))
@@ -212,18 +212,18 @@ class TrainLoader:
         self._old_pass = None if is_in_epoch else saved["is_over"]
 
     def _passed_over(self, batches: int) -> list[Tree]:
-        """Takes so many batches from a stream, the first of which has been taken, and gives back what is too much."""
+        """Skips this many batches of a stream whose first has been taken; returns the first if it isn't skipped."""
         for _ in range(batches - 1):
             self._next_of_stream()
         return [] if batches else [self.first]
 
     def _next_of_stream(self) -> Tree:
-        """The next batch of an iterator; one that begins anew where it is iterated over again does so at its end."""
+        """Returns the stream's next batch, calling `iter` again at its end for iterators that restart."""
         batch = next(self._stream, _NOTHING) if self._stream is not None else _NOTHING
         return next(iter(self._loader), _NOTHING) if batch is _NOTHING else batch
 
     def epoch(self, number: int) -> Reader:
-        """The batches of an epoch, which is the next one; of the first, those that are still to come."""
+        """Returns the batches of the next epoch; on resume, the remaining batches of the current one."""
         begun, self._begun = self._begun, None
         if begun is None:
             set_epoch(self._loader, number)
@@ -232,11 +232,11 @@ class TrainLoader:
         return begun
 
     def _iterated(self) -> tuple[Iterator[Tree], Tree]:
-        """A new iterator, and its first batch; `_NOTHING` where there is none.
+        """Returns a new iterator and its first batch, or `_NOTHING` if it is empty.
 
-        The state of a loader that was saved at an epoch's end puts it there. If the epoch ended because the loader had
-        no more, its next iterator begins the next epoch, or has nothing and the one after it does. If it ended by a
-        limit, the next iterator goes on with the former epoch, at the latest when its first batch is asked for.
+        A loader whose state was saved at an epoch's end resumes there. If the epoch ended because the loader was
+        exhausted, the next iterator starts the next epoch, or is empty and the one after it does. If a limit ended the
+        epoch, the next iterator continues the previous epoch, at the latest when its first batch is requested.
         """
         was_over, self._old_pass = self._old_pass, None
         batches = iter(self._loader)
@@ -244,7 +244,7 @@ class TrainLoader:
             next(batches, None)
             batches = iter(self._loader)
         if batches is self._loader and batch_limits.size(self._loader) is None:
-            self._stream = batches  # One with a length begins anew where it is iterated over again.
+            self._stream = batches  # One with a length restarts on `iter`.
         first = next(batches, _NOTHING)
         if first is _NOTHING and was_over is not None:
             batches = iter(self._loader)
@@ -252,7 +252,7 @@ class TrainLoader:
         return batches, first
 
     def _check_first(self, at: Counters) -> None:
-        """Whether there is a batch, and will be one in the next epoch."""
+        """Raises ValueError if there is no first batch, or if the next epoch would have none."""
         options = self._options
         if self.is_stream and self._limit is None and options.epochs != 1 and math.isinf(options.steps):
             raise ValueError(f"train_loader={self._loader!r} would be empty in epoch 1. {ONE_SHOT}")
@@ -268,11 +268,11 @@ class TrainLoader:
 
 
 class FirstBatches:
-    """The first batches of a loader, read once, then the same in every epoch.
+    """The first batches of a loader, read once and repeated every epoch.
 
     Args:
       loader: an iterable of batches.
-      limit: how many, or which fraction of them.
+      limit: the number of batches, or a fraction of the loader's length.
     """
 
     def __init__(self, loader: Iterable[Tree], limit: int | float):
@@ -285,7 +285,7 @@ class FirstBatches:
 
     @property
     def batches(self) -> list[Tree]:
-        """They themselves."""
+        """The batches, read on first access."""
         if self._batches is None:
             set_epoch(self._loader, 0)
             limit = batch_limits.limit(self._loader, self._limit, "overfit_batches")
@@ -297,14 +297,14 @@ class FirstBatches:
 
 
 class ValLoader:
-    """What a run validates on, from its start in each validation.
+    """The validation batches of a run; each validation starts from the beginning.
 
     Args:
       loader: an iterable of batches.
-      limit: as the Trainer's `limit_val_batches`.
+      limit: the Trainer's `limit_val_batches`.
 
     Raises:
-      ValueError: if `limit` is a fraction of a length that is not known.
+      ValueError: if `limit` is a fraction and the loader has no length.
     """
 
     def __init__(self, loader: Iterable[Tree], limit: int | float):
@@ -315,7 +315,7 @@ class ValLoader:
 
     @property
     def lasts_for_one(self) -> bool:
-        """Whether one validation takes all that there is: the loader is an iterator, and is read to its end."""
+        """Whether the loader is an iterator that one validation exhausts."""
         return isinstance(self._loader, Iterator) and self._batches_limit is None
 
     @property
@@ -323,7 +323,7 @@ class ValLoader:
         return batch_limits.limit(self._loader, self._limit, "limit_val_batches")
 
     def first(self, batches: int | None) -> Iterator[Tree]:
-        """The first batches of the next validation, which will have them too; None is all."""
+        """Yields the first `batches` batches (None for all); the next validation yields them again."""
         iterator, kept = iter(self._loader), []
         self._looked_at = iterator, kept
         limits = [limit for limit in (batches, self._batches_limit) if limit is not None]
@@ -334,13 +334,13 @@ class ValLoader:
     def __iter__(self) -> Iterator[Tree]:
         (former, kept), self._looked_at = self._looked_at, (None, [])
         iterator = former if former is self._loader else iter(self._loader)
-        # An iterator, or a loader that always gives the same one, doesn't give its first batches again.
+        # If `iter` returned the same iterator, it won't yield its first batches again.
         batches = itertools.chain(kept, _rest(iterator)) if iterator is former else iterator
         return itertools.islice(batches, self._batches_limit)
 
 
 def set_epoch(loader: Any, epoch: int) -> None:
-    """Tells a loader, its samplers and its dataset which epoch comes next, where they have `set_epoch`."""
+    """Calls `set_epoch` on a loader, its samplers and its dataset, if they define it."""
     batch_sampler = getattr(loader, "batch_sampler", None)
     parts = [loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
     parts.append(getattr(loader, "dataset", None))
@@ -361,18 +361,18 @@ def _check_iterable(loader: Any, name: str) -> None:
 
 
 def _rest(batches: Iterator[Tree]) -> Iterator[Tree]:
-    """What an iterator has yet to give; its `iter`, which may begin anew, is not called."""
+    """Yields the remaining batches without calling `iter`, which may restart the iterator."""
     while (batch := next(batches, _NOTHING)) is not _NOTHING:
         yield batch
 
 
 def _position(text: str | None) -> dict[str, Any] | None:
-    """What `Reader.get_state` put into text. In checkpoints of version 0.1 that is the loader's state alone."""
+    """Parses the result of `Reader.get_state`. Checkpoints of version 0.1 hold the bare loader state."""
     saved = None if text is None else json_state.loads(text)
     is_bare = not isinstance(saved, dict) or saved.keys() != {"state", "is_over"}
     return saved if saved is None or not is_bare else {"state": saved, "is_over": True}
 
 
 def _plus(a: int | None, b: int | None) -> int | None:
-    """The sum, at least 0; None, which is no limit, if either is None."""
+    """Returns a + b, at least 0, or None (no limit) if either is None."""
     return None if a is None or b is None else max(a + b, 0)

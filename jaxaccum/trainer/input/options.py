@@ -1,4 +1,4 @@
-"""How a `Trainer` trains, as values: its options, checked, and the same in all processes."""
+"""The Trainer's options."""
 
 import dataclasses
 import math
@@ -10,19 +10,19 @@ from jaxaccum._schedule import AccumulationSchedule
 from jaxaccum.distributed.process_group import Processes
 from jaxaccum.trainer.input import batch_limits
 
-# What each process may have of its own: no other one waits for what comes of it.
+# Options that may differ between processes: no process waits for another because of them.
 _OWN = ("limit_train_batches", "limit_val_batches", "overfit_batches", "log_every_n_steps")
 
-# The smallest int that an argument may be which is an int or a fraction.
+# The minimum int for arguments that are an int or a fraction.
 _LEAST = {"limit_train_batches": 1, "limit_val_batches": 0, "overfit_batches": 0, "val_check_interval": 1}
 
 
 @dataclasses.dataclass
 class Options:
-    """A `Trainer`'s arguments of these names; `accumulate_grad_batches` is the schedule that they make.
+    """The Trainer's arguments of the same names, checked; `accumulate_grad_batches` is a schedule.
 
     Raises:
-      TypeError, ValueError: for one that is none of what it may be, and for two that exclude each other.
+      TypeError, ValueError: for an invalid argument, or for two that exclude each other.
     """
 
     accumulate_grad_batches: AccumulationSchedule
@@ -74,50 +74,50 @@ class Options:
                     "detect_anomaly=True looks at every micro-step before the next, and fuse_windows=True runs a "
                     "window of them in one call: choose one of them."
                 )
-            self.nonfinite = "drop"  # What raises is left out too, so that the state which remains is sound.
+            self.nonfinite = "drop"  # Keeps the anomaly out of the sums, so that the state stays valid.
 
     @property
     def epochs(self) -> int | float:
-        """`max_epochs` with its default; infinite for no end."""
+        """`max_epochs` with its default; infinite for no limit."""
         if self.max_epochs is None:
             return 1000 if self.max_steps == -1 else math.inf
         return math.inf if self.max_epochs == -1 else self.max_epochs
 
     @property
     def steps(self) -> int | float:
-        """`max_steps`; infinite for no end."""
+        """`max_steps`; infinite for no limit."""
         return math.inf if self.max_steps == -1 else self.max_steps
 
     @property
     def val_limit(self) -> int | float:
-        """The limit of a validation's batches."""
+        """The limit on validation batches."""
         return self.overfit_batches or self.limit_val_batches
 
     @property
     def micro_steps(self) -> int | float:
-        """The most micro-steps that `max_steps` allows; infinite for no end."""
+        """The maximum number of micro-steps that `max_steps` allows; infinite for no limit."""
         return self.steps * max(self.accumulate_grad_batches.values(), default=1)
 
     @property
     def divides_by_k(self) -> bool:
-        """Whether a partial window is divided by K."""
+        """Whether to divide a partial window by K."""
         return self.partial_window == "divide_by_k"
 
     def optimizer_steps(self, micro_steps: int | float) -> int | float:
-        """The optimizer steps of a run, with so many micro-steps an epoch, if nothing stops it; may be infinite."""
+        """Returns the run's optimizer steps, given the micro-steps per epoch; may be infinite."""
         if isinstance(self.epochs, int) and isinstance(micro_steps, int):
             return min(self.accumulate_grad_batches.optimizer_steps(self.epochs, micro_steps), self.steps)
         return self.steps
 
     def agree(self, processes: Processes, **others: Any) -> None:
-        """Checks that these options and `others` take all processes the same way through a run.
+        """Checks that these options and `others` are equal in all processes, except those that may differ.
 
         Raises:
-          ValueError: on all of them, if not: it says which differ, and whose are which.
+          ValueError: in all processes, if they differ; the message lists each process's values.
         """
         common = {name: value for name, value in vars(self).items() if name not in _OWN}
         common["accumulate_grad_batches"] = list(self.accumulate_grad_batches.items())
-        common["gradient_clip_val"] = str(self.gradient_clip_val)  # It may be a number that JSON doesn't know.
+        common["gradient_clip_val"] = str(self.gradient_clip_val)  # It may not be JSON-serialisable.
         processes.agree("options", common | others)
 
 

@@ -1,4 +1,4 @@
-"""From a loader to micro-steps: grouped, on their way to the devices ahead of time, the last of an epoch marked."""
+"""Turns loader batches into micro-steps: groups them, prefetches them to the devices and marks an epoch's last one."""
 
 import collections
 import itertools
@@ -10,20 +10,20 @@ from jaxaccum.distributed.process_group import said
 from jaxaccum.trainer.input import process_shards
 from jaxaccum.trainer.input.strategies import Loaded, Piece, Strategy, signature
 
-AHEAD = 2  # micro-steps that are on their way to the devices while one runs
+AHEAD = 2  # Number of micro-steps to prefetch while one runs.
 
 
 class MicroStep(NamedTuple):
-    """What one micro-step runs on.
+    """The input of one micro-step.
 
     Attributes:
-      pieces: what the programs take, one call for each.
-      batch: what hooks are given: what the loader gave; where there are several batches in a micro-step, a list of this
-        process' own.
-      count: how many loader batches are in it.
-      examples: how many examples they hold.
-      last: whether it is known to be the epoch's last.
-      loader_state: what the batches' `get_state` gave before the next one was fetched; None where they have none.
+      pieces: the inputs of the compiled programs, one per call.
+      batch: the batch that hooks receive: the loader's batch, or a list of this process's batches if a micro-step has
+        several.
+      count: the number of loader batches, over all processes.
+      examples: the number of examples in them.
+      last: whether this is known to be the epoch's last micro-step.
+      loader_state: the result of the batches' `get_state` before the next fetch; None without one.
     """
 
     pieces: list[Piece]
@@ -35,19 +35,19 @@ class MicroStep(NamedTuple):
 
 
 def micro_steps(batches: Iterable[Tree], strategy: Strategy, *, may_differ: bool = False) -> Iterator[MicroStep]:
-    """The micro-steps of an epoch.
+    """Yields the micro-steps of an epoch.
 
-    One is held back until it is known whether another follows, so that the last is known where a loader has no
-    length. If the loader raises, or gives a batch that can't be read, what it gave before comes first, and none of that
-    is the last.
+    Each one is held back until it is known whether another follows, so that the last one is known even if the loader
+    has no length. If the loader raises or yields an invalid batch, the earlier micro-steps are yielded first, and none
+    of them is marked as the last.
 
-    Several processes tell each other what they have, once before each micro-step. So all of them end together, whether
-    a loader ends or raises, and what is in `Processes.wishes` before a micro-step is the same on all.
+    Several processes synchronise before each micro-step. They therefore all end together when a loader ends or raises,
+    and `Processes.wishes` is the same in all of them before a micro-step.
 
     Args:
       batches: the epoch's loader batches.
-      strategy: groups them and puts them on the devices.
-      may_differ: whether a process may have fewer micro-steps than another; else that is an error.
+      strategy: groups the batches and places them on the devices.
+      may_differ: whether processes may have different numbers of micro-steps; if False, that is an error.
     """
     groups = _Groups(batches, strategy)
     met = _Met(groups, strategy, may_differ) if strategy.processes.count > 1 else None
@@ -65,7 +65,7 @@ def micro_steps(batches: Iterable[Tree], strategy: Strategy, *, may_differ: bool
     while ahead:
         step = ahead.popleft()
         if not ahead and groups.error is None and not getattr(batches, "was_stopped", False):
-            step = step._replace(last=True, loader_state=groups.state())  # Now that the loader has met the epoch's end.
+            step = step._replace(last=True, loader_state=groups.state())  # The state after the loader was exhausted.
         yield step
         if ahead:
             strategy.processes.gather("a micro-step")
@@ -74,14 +74,15 @@ def micro_steps(batches: Iterable[Tree], strategy: Strategy, *, may_differ: bool
 
 
 def fused(micro_steps: Iterable[MicroStep], every_k: int, pending: int) -> Iterator[list[MicroStep]]:
-    """The micro-steps of an epoch in lists, each for one call: a window where it can be stacked, else one by one.
+    """Yields an epoch's micro-steps in lists, one per call: whole windows if they can be stacked, else single
+    micro-steps.
 
-    If `micro_steps` raises, what the open window has of it comes first, one by one: the window is not whole.
+    If `micro_steps` raises, the micro-steps of the incomplete window are yielded first, one by one.
 
     Args:
-      micro_steps: as the function of that name gives them.
+      micro_steps: the result of the function `micro_steps`.
       every_k: K.
-      pending: how many micro-steps the open window has already.
+      pending: the number of micro-steps already in the open window.
     """
     window: list[MicroStep] = []
     try:
@@ -96,7 +97,7 @@ def fused(micro_steps: Iterable[MicroStep], every_k: int, pending: int) -> Itera
 
 
 def _can_be_stacked(window: list[MicroStep]) -> bool:
-    """Whether each micro-step is one piece, and all pieces are alike."""
+    """Whether each micro-step is in one piece and all pieces have the same shapes."""
     first, *others = window
     if any(len(micro_step.pieces) != 1 for micro_step in window):
         return False
@@ -105,12 +106,12 @@ def _can_be_stacked(window: list[MicroStep]) -> bool:
 
 
 class _Met:
-    """The groups of this process, as long as all processes have one; an end that is not common is an error of all.
+    """Yields this process's groups while any process has one. It is an error if the processes don't end together.
 
     Args:
-      groups: of this process.
+      groups: the groups of this process.
       strategy: the devices.
-      may_differ: whether this process goes on without a group while another has one.
+      may_differ: whether processes may have different numbers of groups.
     """
 
     def __init__(self, groups: "_Groups", strategy: Strategy, may_differ: bool):
@@ -136,7 +137,7 @@ class _Met:
             yield self._group, loader_state
 
     def _goes_on(self, number: int) -> bool:
-        """Whether all processes have micro-step `number`; if they don't end together, there is an error."""
+        """Whether there is a micro-step `number`; sets an error if the processes don't end together."""
         errors = {i: offer["error"] for i, offer in enumerate(self._offers) if offer["error"] is not None}
         if errors:
             text = f"the loader raised {said(errors)}; see the log of that process."
@@ -154,7 +155,7 @@ class _Met:
         return any(given)
 
     def pieces(self) -> list[Piece]:
-        """The pieces of the present micro-step."""
+        """Returns the pieces of the current micro-step."""
         make = lambda: process_shards.pieces(self._strategy, self._arrays(), self._offers, self._like)
         return self._strategy.processes.together(make)
 
@@ -162,20 +163,19 @@ class _Met:
         return [batch.arrays for batch in self._group]
 
     def count(self) -> int:
-        """How many loader batches all processes have in it; with "dp" they have shares of one."""
+        """Returns its number of loader batches over all processes; with "dp" these are shares of one batch."""
         return min(self._strategy.batches, sum(offer["batches"] for offer in self._offers))
 
     def examples(self) -> int:
-        """How many examples they hold."""
+        """Returns its number of examples over all processes."""
         return sum(offer["examples"] for offer in self._offers)
 
 
 class _Groups:
-    """Batches in lists of up to `strategy.group`, each with what their `get_state` gives after it, if they have one.
+    """Yields lists of up to `strategy.group` batches, each with the result of `get_state` after it, or None.
 
-    What they raise is kept as `error`, and ends them; so is what a batch that can't be read raises.
-
-    A group that the error cut short is given up: its batches are not a whole micro-step.
+    An exception from the loader or from an invalid batch is stored as `error` and ends the iteration. The incomplete
+    group is dropped.
     """
 
     def __init__(self, batches: Iterable[Tree], strategy: Strategy):

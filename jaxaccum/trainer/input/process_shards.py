@@ -1,7 +1,7 @@
-"""With several processes: what each has of a micro-step, and the pieces that all of them make of it.
+"""With several processes: exchanges the shapes of a micro-step's batches and builds its global pieces.
 
-A piece is one program on all devices, so that every process must know the shapes of all. It offers its own to the
-others, as text; a process without a share of a piece gives zeros in its shape, which count for nothing.
+A piece is one program on all devices, so every process must know the shapes of all processes. Each one sends the others
+a description of its own batches. A process without a share of a piece contributes zeros of the same shape and weight 0.
 """
 
 import itertools
@@ -19,11 +19,11 @@ from jaxaccum.trainer.input.strategies import Piece, Place, Strategy, length, ro
 
 
 def offer(strategy: Strategy, batches: Sequence[Tree]) -> dict[str, Any]:
-    """What this process has of a micro-step, as JSON can hold it.
+    """Describes this process's batches in a micro-step, as JSON types.
 
     Args:
       strategy: the devices.
-      batches: this process' loader batches, up to `strategy.group`; none where its loader has ended.
+      batches: this process's loader batches, up to `strategy.group`; empty if its loader has ended.
     """
     rounds = [[_described(share) for share in shares] for shares in _rounds(strategy, batches)]
     kinds = list(dict.fromkeys(kind for kinds in rounds for kind in kinds if kind))
@@ -32,16 +32,16 @@ def offer(strategy: Strategy, batches: Sequence[Tree]) -> dict[str, Any]:
 
 
 def pieces(strategy: Strategy, batches: Sequence[Tree], offers: Sequence[dict[str, Any]], like: Tree) -> list[Piece]:
-    """The pieces of a micro-step, sent on their way to the devices.
+    """Starts the transfer of a micro-step's pieces to the devices and returns them.
 
     Args:
       strategy: the devices.
-      batches: this process' loader batches.
-      offers: those of all processes.
-      like: a loader batch of this process, for its tree.
+      batches: this process's loader batches.
+      offers: the descriptions from all processes.
+      like: a loader batch of this process, for its tree structure.
 
     Raises:
-      ValueError: on all processes, if their batches are different trees.
+      ValueError: in all processes, if their batches have different tree structures.
     """
     own, size = strategy.own, strategy.size
     shares = _rounds(strategy, batches)
@@ -67,7 +67,7 @@ def pieces(strategy: Strategy, batches: Sequence[Tree], offers: Sequence[dict[st
 
 
 def _rounds(strategy: Strategy, batches: Sequence[Tree]) -> list[list[Tree | None]]:
-    """This process' shares of a micro-step, in rounds: in each, one for each of its devices, or None."""
+    """Splits this process's batches into rounds, each with one share or None per device."""
     own = strategy.own
     if strategy.name != "dp" or not batches:
         return [[*batches, *[None] * (own - len(batches))]]
@@ -90,13 +90,13 @@ def _described(share: Tree | None) -> str | None:
 
 
 def _kinds(offered: dict[str, Any], number: int, own: int) -> list[str | None]:
-    """What a process has for each of its devices in a round."""
+    """Returns the described share, or None, of each device of a process in a round."""
     numbered = offered["rounds"][number] if number < len(offered["rounds"]) else [None] * own
     return [None if kind is None else offered["kinds"][kind] for kind in numbered]
 
 
 def _zeros(kind: str, like: Tree) -> Tree:
-    """A batch of zeros as `_described` told of it."""
+    """Builds a batch of zeros from a description by `_described`."""
     _, described = json.loads(kind)
     leaves, treedef = jax.tree.flatten(like)
     zeros = [_zero(shape, dtype, leaf) for (shape, dtype), leaf in zip(described, leaves, strict=True)]
@@ -104,7 +104,7 @@ def _zeros(kind: str, like: Tree) -> Tree:
 
 
 def _zero(shape: Sequence[int], dtype: str, like: Any) -> Any:
-    """A leaf of zeros; NumPy has no random keys, so that these are made by the implementation of `like`."""
+    """Returns a leaf of zeros; random keys use the implementation of `like`."""
     if not prng.is_typed(like):
         return np.zeros(shape, dtype)
     data = jax.random.key_data(like)

@@ -1,4 +1,4 @@
-"""Where a run stands, as the host counts it."""
+"""The counters of a run, on the host."""
 
 import dataclasses
 from typing import Any
@@ -6,25 +6,25 @@ from typing import Any
 
 @dataclasses.dataclass
 class Counters:
-    """All that a run's state has besides its arrays; `dataclasses.asdict` makes it a dict of ints and bools.
+    """The part of a run's state that is not an array. `dataclasses.asdict` converts it to a dict of ints and bools.
 
     Attributes:
-      epoch: the epoch, from 0.
-      batch_idx: the micro-steps made in it.
-      micro_step: the micro-steps made.
-      global_step: the windows closed: the optimizer steps made.
-      samples_seen: the examples in them.
-      window_step: the micro-steps in the open window.
-      window_samples: the examples in it.
-      effective_batch: the examples in the last window that was closed.
+      epoch: the current epoch, from 0.
+      batch_idx: the number of micro-steps in the current epoch.
+      micro_step: the number of micro-steps in the run.
+      global_step: the number of closed windows, which is the number of optimizer steps.
+      samples_seen: the number of examples in all micro-steps.
+      window_step: the number of micro-steps in the open window.
+      window_samples: the number of examples in the open window.
+      effective_batch: the number of examples in the last closed window.
       every_k: K.
-      batches: the loader batches in the epoch's micro-steps, of all processes.
-      all_batches: the loader batches in all of them.
-      ends_epoch: whether the last micro-step was its epoch's last; the epoch's end is still to come.
-      validated: whether no validation is outstanding after it.
-      records: how many records were made since its last micro-step.
-      recorded: whether no record of a window is outstanding: a hook that raises leaves one to the resume.
-      toward_validation: the micro-steps that `val_check_interval` has counted.
+      batches: the number of loader batches in the current epoch, over all processes.
+      all_batches: the number of loader batches in the run, over all processes.
+      ends_epoch: whether the last micro-step was the epoch's last and the end of the epoch is still to be processed.
+      validated: whether no validation is due.
+      records: the number of records made since the last micro-step.
+      recorded: whether no window record is due. If a hook raises, the record may be left to the resumed run.
+      toward_validation: the number of micro-steps counted for `val_check_interval`.
     """
 
     epoch: int = 0
@@ -46,19 +46,19 @@ class Counters:
 
     @classmethod
     def of_notes(cls, notes: dict[str, Any]) -> "Counters":
-        """The counters of a checkpoint; version 0.1 counted towards a validation within each epoch alone."""
+        """Reads the counters of a checkpoint. Version 0.1 counted towards a validation within each epoch only."""
         return cls(**{"toward_validation": notes["batch_idx"], **notes})
 
     @property
     def arrays(self) -> tuple[int, int, int]:
-        """What tells the run's arrays apart: at two places that are equal in this, they are the same."""
+        """Identifies the run's arrays: they are equal at two positions with equal values."""
         return self.micro_step, self.global_step, self.window_step
 
     def regrouped(self, before: int, now: int) -> "Counters":
-        """The same place for micro-steps of `now` loader batches, where so far they had `before`.
+        """Converts the counters from micro-steps of `before` loader batches to micro-steps of `now`.
 
-        The open epoch keeps its windows: K and the place in the window are so many micro-steps that they hold what they
-        held, or the next more where that is no whole number.
+        In the open epoch K and `window_step` are scaled so that a window holds the same number of loader batches,
+        rounded up to whole micro-steps.
         """
         up = lambda micro_steps: -(-micro_steps * before // now)
         return dataclasses.replace(

@@ -1,4 +1,4 @@
-"""How a loader's batches become micro-steps on devices: one device, or the data axis of a mesh."""
+"""Places loader batches on the devices as micro-steps: on one device, or on the data axis of a mesh."""
 
 import collections
 import dataclasses
@@ -26,12 +26,12 @@ NAMES = ("auto", "single", "ddp", "dp", "zero")
 
 
 class Place(NamedTuple):
-    """Where a piece of a micro-step stands; an int32 array of these three on the devices.
+    """The position of a piece in its micro-step; an int32 array of these three values on the devices.
 
     Attributes:
-      first: the number of its first share: that of its device, and P more where P shares of the batch precede it.
-      present: how many devices, from that one on, have a share; the others hold what counts for nothing.
-      advance: how many loader batches it completes.
+      first: the index of its first share: its device's index, plus P if P shares of the batch precede it.
+      present: the number of devices with a share, starting at that device; the other devices' data has weight 0.
+      advance: the number of loader batches that the piece completes.
     """
 
     first: int
@@ -39,14 +39,14 @@ class Place(NamedTuple):
     advance: int
 
 
-_WHOLE = Place(first=0, present=1, advance=1)  # of a loader batch on the one device
+_WHOLE = Place(first=0, present=1, advance=1)  # A whole loader batch on a single device.
 
 
 class Piece(NamedTuple):
-    """What one call of a program takes.
+    """The input of one program call.
 
     Attributes:
-      batch: leaves (N, ...) on one device; (P·N, ...) on several, split over the data axis.
+      batch: leaves (N, ...) on one device; (P·N, ...) on several, sharded over the data axis.
       place: a `Place`, on the devices.
     """
 
@@ -55,12 +55,12 @@ class Piece(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """A loader batch as it was read.
+    """A loader batch after conversion.
 
     Attributes:
-      given: what the loader gave.
-      arrays: the same tree with leaves that jax takes; `given` itself where all of its leaves are such.
-      examples: the number of its examples.
+      given: the loader's batch.
+      arrays: the same tree with leaves that jax accepts; `given` itself if no leaf had to be converted.
+      examples: the number of examples.
     """
 
     given: Tree
@@ -68,37 +68,38 @@ class Loaded(NamedTuple):
     examples: int
 
 
-_DTYPES = frozenset(map(np.dtype, ("bool", *np.typecodes["AllInteger"], *"efdFD")))  # The common ones that jax takes.
+_DTYPES = frozenset(map(np.dtype, ("bool", *np.typecodes["AllInteger"], *"efdFD")))  # Common dtypes that jax accepts.
 
 
 class Strategy:
-    """A strategy on its devices.
+    """A strategy and its devices.
 
-    A micro-step is a group of loader batches, P with "ddp" and "zero" and else one, and runs as a list of pieces. It is
-    one piece wherever it can be: else each run of batches of one shape is one; with "dp" what divides over the devices
-    is one and the rest another. Devices without a share are given a copy of another's, of weight 0.
+    A micro-step is a group of loader batches: P of them with "ddp" and "zero", otherwise one. It runs as a list of
+    pieces, a single one if possible. Otherwise each run of batches with the same shape is a piece; with "dp" the part
+    that divides over the devices is one piece and the remainder another. Devices without a share get a copy of another
+    share, with weight 0.
 
-    With several processes the devices are those of process 0, then those of process 1 and so on, each equally many. A
-    process' loader gives the batches of its own devices, with "dp" its share of each batch.
+    With several processes the devices are ordered by process, with the same number from each. The loader of a process
+    yields the batches for that process's devices, or with "dp" its share of each batch.
 
     Args:
       name: one of `NAMES`.
-      devices: how many, over all processes, or "auto" for all there are ("single": the first).
+      devices: the number of devices over all processes, or "auto" for all of them ("single": the first).
 
     Attributes:
-      name: without "auto".
-      processes: that the devices belong to.
-      sync: the devices, for sums.
-      common: the sharding of what all devices share.
-      local: the sharding of what each has of its own.
+      name: the strategy, with "auto" resolved.
+      processes: the processes of the run.
+      sync: the topology for sums over the devices.
+      common: the sharding of replicated arrays.
+      local: the sharding of per-device arrays.
       size: P, the number of devices.
-      own: how many of them are this process'.
-      group: this process' loader batches in a micro-step.
-      batches: all of the loader batches in a micro-step.
+      own: the number of devices of this process.
+      group: the number of this process's loader batches in a micro-step.
+      batches: the number of loader batches in a micro-step, over all processes.
 
     Raises:
-      TypeError, ValueError: for an unknown name, more devices than there are, or "single" with several processes.
-      RuntimeError: if there are several processes that have no way to talk.
+      TypeError, ValueError: for an unknown name, more devices than available, or "single" with several processes.
+      RuntimeError: if there are several processes but jax.distributed is not initialised.
     """
 
     def __init__(self, name: str, devices: int | str):
@@ -134,18 +135,18 @@ class Strategy:
         self.size, self.own = count, count // processes
         self.group, self.batches = (1, 1) if self.name == "dp" else (self.own, self.size)
         self._constants: dict[Any, jax.Array] = {}
-        # A CPU has a host's arrays in its memory already, and jit takes them faster than device_put does.
+        # On the CPU, passing host arrays to jit is faster than device_put.
         self._puts = count > 1 or available[0].platform != "cpu"
 
     def micro_steps(self, batches: int | None) -> int | float:
-        """How many micro-steps so many batches of this process' loader make; infinite for None."""
+        """Returns the number of micro-steps for this many batches of this process's loader; infinite for None."""
         return math.inf if batches is None else -(-batches // self.group)
 
     def read(self, batch: Tree) -> Loaded:
-        """Reads a loader batch that is to be put on the devices.
+        """Converts a loader batch and checks that it can be placed on the devices.
 
         Raises:
-          TypeError, ValueError: as `loaded`; and ValueError for a leaf that can't be spread over several devices.
+          TypeError, ValueError: as `loaded`; also ValueError for a leaf that can't be spread over several devices.
         """
         read = loaded(batch)
         if self.size > 1:
@@ -153,9 +154,9 @@ class Strategy:
         return read
 
     def pieces(self, batches: Sequence[Tree]) -> list[Piece]:
-        """The pieces of a micro-step of up to `group` loader batches, sent on their way to the devices.
+        """Returns the pieces of a micro-step of up to `group` loader batches, with their transfer started.
 
-        The batches are the `arrays` of what `read` gives. With several processes see `_shares`.
+        Takes the `arrays` of batches returned by `read`. With several processes use `process_shards.pieces`.
         """
         if self.size == 1:
             return [self.sent(batches[0], _WHOLE)]
@@ -164,7 +165,7 @@ class Strategy:
         return [self._run(list(run)) for _, run in itertools.groupby(batches, key=signature)]
 
     def sent(self, batch: Tree, place: Place) -> Piece:
-        """A piece on its way to the devices; `batch` is what this process has of it."""
+        """Starts the transfer of a piece to the devices; `batch` is this process's part."""
         if self.processes.count > 1:
             shape = lambda x: (self.processes.count * len(x), *x.shape[1:])
             put = lambda x: jax.make_array_from_process_local_data(self.local, x, shape(x))
@@ -174,12 +175,12 @@ class Strategy:
         return Piece(batch, self.constant(place, np.int32))
 
     def _run(self, run: list[Tree]) -> Piece:
-        """Batches of one shape, one for each device."""
+        """Returns a piece of batches with the same shape, one per device."""
         filled = run + [run[-1]] * (self.size - len(run))
         return self.sent(stacked(filled), Place(0, len(run), len(run)))
 
     def _split(self, batch: Tree) -> list[Piece]:
-        """One batch over all devices, and what does not divide on the first alone."""
+        """Splits a batch over all devices; the remainder goes to the first device only."""
         examples = length(batch)
         whole = examples // self.size * self.size
         rest = examples - whole
@@ -192,20 +193,20 @@ class Strategy:
         return pieces
 
     def constant(self, value: float | tuple[int, ...], dtype: Any) -> jax.Array:
-        """`value` on every device, where it stays: sending the few that there are anew would cost each call."""
+        """Returns `value` on every device, cached to avoid a transfer per call."""
         constant = self._constants.get((value, dtype))
         if constant is None:
             constant = self._constants[value, dtype] = self.placed(np.asarray(value, dtype), self.common)
         return constant
 
     def placed(self, tree: Tree, sharding: Any) -> Tree:
-        """`tree`, which every process has as a whole, on the devices, in buffers that may be donated."""
+        """Puts `tree`, which every process holds in full, on the devices, in buffers that may be donated."""
         if self.processes.count == 1:
             return jax.device_put(tree, sharding, may_alias=False)
         return jax.tree.map(lambda x: _placed(x, sharding), tree)
 
     def of_first(self, tree: Tree) -> Tree:
-        """`tree` as process 0 has it."""
+        """Broadcasts `tree` from process 0."""
         if self.processes.count == 1:
             return tree
         data = jax.tree.map(lambda x: jax.random.key_data(x) if prng.is_typed(x) else x, tree)
@@ -214,27 +215,27 @@ class Strategy:
         return jax.tree.map(as_was, first, tree)
 
     def spread(self, tree: Tree) -> Tree:
-        """The shardings of an optimizer's state: the parameters' own, or with "zero" split over the devices."""
+        """Returns the shardings of an optimizer state: replicated, or with "zero" split over the devices."""
         if isinstance(self.sync, MeshAxis) and self.sync.scatter:
             return zero_sharding(tree, self.sync.mesh, self.sync.names)
         return jax.tree.map(lambda _: self.common, tree)
 
 
 def loaded(batch: Tree) -> Loaded:
-    """Reads a loader batch.
+    """Converts a loader batch to leaves that jax accepts.
 
-    A leaf that jax takes stays as it is: an array of numbers or bools, a random key, a Python number. Any other leaf
-    goes through `np.asarray`, which reads the arrays of most libraries. A mapping that jax doesn't know becomes a dict.
+    Arrays of numbers or bools, random keys and Python numbers are kept as they are. Any other leaf is converted with
+    `np.asarray`, which reads the arrays of most libraries. A mapping that is not a pytree becomes a dict.
 
     Raises:
-      TypeError: if that makes no array of numbers or bools of a leaf; it names the leaf.
-      ValueError: if there is no leaf.
+      TypeError: if a leaf can't be converted to an array of numbers or bools; the message names the leaf.
+      ValueError: if there are no leaves.
     """
     given, leaves = batch, jax.tree_util.tree_leaves(batch)
     if not leaves:
         raise ValueError(f"the loader gave a batch without arrays: {batch!r}.")
     entries = -1
-    for leaf in leaves:  # What nearly every batch is, in a microsecond.
+    for leaf in leaves:  # Fast path for plain NumPy batches.
         if type(leaf) is not np.ndarray or leaf.dtype not in _DTYPES or not leaf.ndim:
             break
         if entries < 0:
@@ -250,12 +251,13 @@ def loaded(batch: Tree) -> Loaded:
 
 
 def _dicts(batch: Tree) -> Tree:
-    """A loader batch with dicts for mappings of other classes, such as those that Hugging Face's collators return."""
+    """Converts mappings of other classes, such as those from Hugging Face collators, to dicts."""
     return jax.tree.map(lambda leaf: _dicts(dict(leaf)) if isinstance(leaf, Mapping) else leaf, batch)
 
 
 def arrays(batch: Tree) -> Tree:
-    """A loader batch with leaves that jax takes, as `loaded` reads it; `batch` itself where all of its leaves are such.
+    """Returns a loader batch with leaves that jax accepts, as `loaded` does; `batch` itself if nothing had to be
+    converted.
 
     Raises:
       TypeError, ValueError: as `loaded`.
@@ -264,10 +266,9 @@ def arrays(batch: Tree) -> Tree:
 
 
 def length(batch: Tree) -> int:
-    """The number of examples in a loader batch: the leading length that most of its leaves have.
+    """Returns the number of examples in a loader batch: the most common leading length of its leaves.
 
-    Of several lengths that equally many leaves have it is the first one. Scalars don't count; where there is nothing
-    else, it is 1.
+    Ties go to the length that comes first. Scalars don't count; a batch with only scalars has length 1.
 
     Raises:
       TypeError, ValueError: as `loaded`.
@@ -276,24 +277,24 @@ def length(batch: Tree) -> int:
 
 
 def signature(batch: Tree) -> Any:
-    """What batches that can be stacked have in common: the tree, and its leaves' shapes and dtypes."""
+    """Returns the tree structure and the leaves' shapes and dtypes; batches can be stacked if they are equal."""
     leaves, treedef = jax.tree.flatten(batch)
     return treedef, [(np.shape(leaf), getattr(leaf, "dtype", type(leaf))) for leaf in leaves]
 
 
 def rows(batch: Tree, part: slice) -> Tree:
-    """Some of a loader batch's examples."""
+    """Slices the examples of a loader batch."""
     return jax.tree.map(lambda x: x[part], batch)
 
 
 def stacked(batches: Sequence[Tree]) -> Tree:
-    """Loader batches of one shape as one."""
+    """Concatenates loader batches of the same shape."""
     return jax.tree.map(lambda *leaves: _concatenate(leaves), *batches)
 
 
 @functools.cache
 def _is_dtype_of_jax(dtype: np.dtype) -> bool:
-    """Whether jax takes arrays of `dtype`: numbers or bools, in this machine's byte order, not wider than 64 bits."""
+    """Whether jax accepts `dtype`: numbers or bools in native byte order, at most 64 bits wide."""
     try:
         jax.eval_shape(lambda x: x, np.empty(0, dtype))
     except TypeError:
@@ -302,7 +303,7 @@ def _is_dtype_of_jax(dtype: np.dtype) -> bool:
 
 
 def _is_taken(leaf: Any) -> bool:
-    """Whether jax takes a leaf as it is."""
+    """Whether jax accepts a leaf without conversion."""
     if type(leaf) is np.ndarray:
         return _is_dtype_of_jax(leaf.dtype)
     if isinstance(leaf, (np.ndarray, np.generic)):
@@ -311,7 +312,7 @@ def _is_taken(leaf: Any) -> bool:
 
 
 def _converted(path: Any, leaf: Any) -> Any:
-    """A leaf that jax takes."""
+    """Converts a leaf to one that jax accepts."""
     if _is_taken(leaf):
         return leaf
     if isinstance(leaf, np.ma.MaskedArray):
@@ -338,7 +339,7 @@ def _no_array(path: Any, leaf: Any, why: str, remedy: str) -> TypeError:
 
 
 def _examples(leaves: Sequence[Any]) -> int:
-    """As `length`, of a batch's leaves."""
+    """Same as `length`, for a list of leaves."""
     lengths = [leaf.shape[0] for leaf in leaves if getattr(leaf, "shape", ())]
     if not lengths:
         return 1
@@ -346,7 +347,7 @@ def _examples(leaves: Sequence[Any]) -> int:
 
 
 def _check_entries(read: Loaded, is_split: bool) -> None:
-    """Each leaf must have examples to be spread over devices: if a batch is split, one entry for each example."""
+    """Checks that each leaf has a leading axis; if batches are split, with one entry per example."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(read.arrays):
         shape = np.shape(leaf)
         if not shape:
@@ -368,7 +369,7 @@ def _concatenate(leaves: Sequence[Any]) -> Any:
 
 
 def _equally_many(available: Sequence[Any], count: int, processes: int) -> list[Any]:
-    """The devices to use, by process: of each the first."""
+    """Returns the devices to use, ordered by process: the first ones of each."""
     of = [[device for device in available if device.process_index == process] for process in range(processes)]
     if count % processes or any(len(own) < count // processes for own in of):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The hooks of a run, and which of its callbacks fill them."""
+"""Calls the callbacks' hooks."""
 
 import functools
 from collections.abc import Sequence
@@ -9,16 +9,16 @@ from jaxaccum.task import Task
 
 
 class Hooks:
-    """The callbacks' own methods, by name and in order: a hook that nobody fills costs nothing.
+    """The hooks that callbacks override, by name and in order. A hook that no callback overrides costs nothing.
 
     Args:
-      trainer: is passed to each of them.
-      task: likewise.
-      callbacks: in the order in which they run.
+      trainer: the trainer, passed to each hook.
+      task: the task, passed to each hook.
+      callbacks: the callbacks, in the order in which they run.
 
     Attributes:
-      watch_validation: whether an `EarlyStopping` waits for a validation, and says so where there is none.
-      may_set_k: whether one of them may set K at an epoch's start, other than by the Trainer's schedule.
+      watch_validation: whether an `EarlyStopping` monitors a validation result; it warns itself if there was none.
+      may_set_k: whether a callback may set K at an epoch's start, other than by the Trainer's schedule.
     """
 
     def __init__(self, trainer: TrainerView, task: Task, callbacks: Sequence[Callback]):
@@ -37,12 +37,12 @@ class Hooks:
         self.may_set_k = any(type(callback) not in keep_k for callback in filling["on_train_epoch_start"])
 
     def call(self, name: str, *args: Any) -> None:
-        """Calls all that fill the hook of that name."""
+        """Calls a hook on all callbacks that override it."""
         for hook in self._filled[name]:
             hook(*args)
 
     def call_on_exception(self, error: BaseException) -> None:
-        """Calls `on_exception` of all: one that raises keeps neither the others nor `error` from going on its way."""
+        """Calls `on_exception` on all callbacks; an exception in one is added to `error` as a note."""
         for hook in self._filled["on_exception"]:
             try:
                 hook(error)
@@ -51,6 +51,6 @@ class Hooks:
 
 
 def _function(callback: Callback, name: str) -> Any:
-    """What a hook is, whether the callback's class or the object has it."""
+    """Returns the function of a hook, defined on the callback's class or on the instance."""
     hook = getattr(callback, name)
     return getattr(hook, "__func__", hook)

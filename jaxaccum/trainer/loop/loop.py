@@ -1,4 +1,4 @@
-"""The loop of a run: epochs of calls on the devices, and what falls due between two of them."""
+"""The training loop: epochs, calls on the devices, and validations and checkpoints between calls."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -19,9 +19,9 @@ class Loop:
 
     Args:
       run: the run.
-      hooks: are called.
-      checkpoints: save when it is due, and where the run ends.
-      signals: end it after the micro-step at hand.
+      hooks: the callbacks' hooks.
+      checkpoints: the checkpoints of the run.
+      signals: end the run after the current micro-step.
 
     Raises:
       ValueError: as `Validation`.
@@ -34,13 +34,13 @@ class Loop:
         self._epochs, self._steps = run.options.epochs, run.options.steps
 
     def check_validation(self) -> None:
-        """Validates on a few batches, as `Validation.check`."""
+        """Runs the sanity-check validation, see `Validation.check`."""
         self._validation.check()
 
     def train(self) -> None:
-        """Trains to the run's end, and saves it."""
+        """Trains to the end of the run and saves it."""
         self._windows.record_if_due()
-        if self._run.at.batch_idx:  # In mid-epoch, or at its end.
+        if self._run.at.batch_idx:  # Resuming in the middle or at the end of an epoch.
             self._train_epoch()
         while not self._are_over():
             self._train_epoch()
@@ -50,12 +50,12 @@ class Loop:
             self._validation.warn_if_none()
 
     def _are_over(self) -> bool:
-        """Whether the run has all of its epochs or its optimizer steps, or was asked to stop."""
+        """Whether the run has reached its last epoch or optimizer step, or was asked to stop."""
         at = self._run.at
         return at.global_step >= self._steps or at.epoch >= self._epochs or self._run.strategy.processes.wishes.stop
 
     def _train_epoch(self) -> None:
-        """Trains on what is to come of an epoch: to its end, or until the run is over."""
+        """Trains the rest of an epoch, or until the run is over."""
         run, at, processes = self._run, self._run.at, self._run.strategy.processes
         if not at.batch_idx:
             self._begin()
@@ -66,7 +66,7 @@ class Loop:
         for call in () if is_over else self._calls():
             self._signals.leave_if_told()
             if processes.wishes.stop and at.batches != before:
-                break  # A hook of the last micro-step asked for it, on whatever process.
+                break  # A hook of the last micro-step requested it, in any process.
             self._windows.train(call)
             self._checkpoints.save_if_due(run, "micro_step", len(call))
             self._validation.run_if_due()
@@ -92,7 +92,7 @@ class Loop:
         processes.share_wishes()
 
     def _begin(self) -> None:
-        """Says what K is."""
+        """Sets K for the epoch."""
         run = self._run
         run.at.every_k = run.options.accumulate_grad_batches(run.at.epoch)
         run.takes_k = True
@@ -100,23 +100,23 @@ class Loop:
         run.takes_k = False
 
     def _calls(self) -> Iterator[Sequence[MicroStep]]:
-        """The micro-steps to come in the epoch, in lists, each for one call on the devices."""
+        """Returns the epoch's remaining micro-steps in lists, one list per call on the devices."""
         run, at = self._run, self._run.at
         batches = run.loader.epoch(at.epoch)
         self._validation.begin_epoch()
-        if run.loader.is_stream:  # What it gives is gone: it is asked for no more than `max_steps` will train on.
+        if run.loader.is_stream:  # Don't consume more batches than `max_steps` needs.
             batches.stop_after(((self._steps - at.global_step) * at.every_k - at.window_step) * run.strategy.group)
         steps = micro_steps(batches, run.strategy)
         return fused(steps, at.every_k, at.window_step) if run.options.fuse_windows else zip(steps)
 
     def end_by(self, error: BaseException) -> None:
-        """Saves what the last whole micro-step left, before `error` goes on its way; nothing for a second signal."""
+        """Saves the state after the last complete micro-step when `error` ends the run; not for a second signal."""
         run, processes = self._run, self._run.strategy.processes
-        processes.leave(error)  # If the others are elsewhere: they don't come to a save.
+        processes.leave(error)  # Tells the other processes unless they met the same error.
         if self._signals.came_again(error):
             return
         if any(x.is_deleted() for x in jax.tree.leaves(run.state)):
-            return  # It was donated to a program that failed.
+            return  # The state was donated to a program that failed.
         if processes.are_together(error):
             try:
                 self._checkpoints.save_at_end(run)

@@ -1,4 +1,4 @@
-"""A run as arrays by name and notes, and back: on as many devices as there are then."""
+"""Converts a run to the arrays and notes of a checkpoint, and restores it on any number of devices."""
 
 import dataclasses
 import functools
@@ -27,12 +27,12 @@ from jaxaccum.trainer.programs.compiled import FitState, Pending, Programs
 
 
 def arrays(state: FitState) -> dict[str, jax.Array]:
-    """The arrays of a run, by their path in its state; typed keys as their data."""
+    """Returns the arrays of a run by their path in its state; typed keys as their key data."""
     return {name: _data(x) for name, x in _named(state).items()}
 
 
 def notes(run: Run, callbacks: Sequence[Callback]) -> dict[str, Any]:
-    """All of a run that is not an array, as JSON can hold it. Waits for the last window's means."""
+    """Returns everything in a run that is not an array, as JSON types. Waits for the last window's means."""
     strategy = run.strategy
     number = lambda x: np.asarray(x).item()
     told = [(callback.state_key, callback.state_dict()) for callback in callbacks]
@@ -50,45 +50,45 @@ def notes(run: Run, callbacks: Sequence[Callback]) -> dict[str, Any]:
 
 
 def place(checkpoint: Checkpoint, strategy: Strategy) -> Counters:
-    """Where `checkpoint` left a run, in micro-steps of the strategy."""
+    """Returns the counters of `checkpoint`, converted to the strategy's micro-steps."""
     at = Counters.of_notes(checkpoint.notes["counters"])
     before = checkpoint.notes["group"]
     return at if before == strategy.batches else at.regrouped(before, strategy.batches)
 
 
 def begin(checkpoint: Checkpoint, loader: TrainLoader, strategy: Strategy) -> None:
-    """Begins a loader where `checkpoint` left it.
+    """Starts a loader at the position of `checkpoint`.
 
     Raises:
-      ValueError: on all processes, if their loaders would have to be in different places.
+      ValueError: in all processes, if their loaders would need different positions.
     """
     own_batches = functools.partial(_own_batches, checkpoint=checkpoint, strategy=strategy)
     loader.begin(place(checkpoint, strategy), _loader_state(checkpoint, strategy.processes), own_batches)
 
 
 def _loader_state(checkpoint: Checkpoint, processes: Processes) -> str | None:
-    """What this process' loader said of its position; None if it said nothing, or there are more or fewer processes."""
+    """Returns the state of this process's loader; None without one, or if the number of processes changed."""
     states = checkpoint.notes["loaders"]
     return states[processes.index] if len(states) == processes.count else None
 
 
 def restore(checkpoint: Checkpoint, run: Run, callbacks: Sequence[Callback]) -> list[tuple[str, Any]]:
-    """Puts a run where `checkpoint` left it, and its callbacks too; its loader has begun there.
+    """Restores a run and its callbacks from `checkpoint`. The loader has been started there already.
 
     Args:
-      checkpoint: of a run of the same task.
-      run: a new one; its state is that of a start. What an open window held is merged or split for its devices.
-      callbacks: take back their states, in order among those of one `state_key`.
+      checkpoint: a checkpoint of the same task.
+      run: a fresh run. Pending sums are merged or split if the number of devices differs.
+      callbacks: the callbacks. Those with the same `state_key` get their states in order.
 
     Returns:
-      The states that no callback took, by their keys.
+      The (key, state) pairs that match no callback.
 
     Raises:
-      ValueError: if the checkpoint is another task's, naming the first array that differs.
+      ValueError: if the checkpoint is of another task; the message names the first array that differs.
     """
     noted, strategy = checkpoint.notes, run.strategy
     run.state = _placed(checkpoint, run.state, noted["devices"], strategy, run.programs)
-    # Everything is put on the devices as the programs leave it there, so that nothing compiles twice.
+    # Dtypes and shardings match the programs' outputs, so that nothing recompiles.
     on_device = lambda number: strategy.placed(np.asarray(number, weighted_sum.weight_dtype()), strategy.common)
     run.means = {name: on_device(mean) for name, mean in noted["means"].items()}
     run.metrics, run.logged = noted["metrics"], noted["logged"]
@@ -109,14 +109,14 @@ def restore(checkpoint: Checkpoint, run: Run, callbacks: Sequence[Callback]) -> 
 
 
 def ranked(policy: ModelCheckpoint, notes: Mapping[str, Any]) -> list[str] | None:
-    """The checkpoints that a policy like this one kept when `notes` were made, the best first; None where none did."""
+    """Returns the checkpoints that a policy with this key had kept, best first; None if `notes` have none."""
     states = (json_state.loads(text) for key, text in notes["callbacks"] if key == policy.state_key)
     state = next(states, None)
     return None if state is None else policy.ranked(state["saved"])
 
 
 def check_callbacks(callbacks: Sequence[Callback]) -> None:
-    """Whether checkpoints can hold the callbacks' states as they are now, before the run.
+    """Checks that the callbacks' current states can be saved in a checkpoint.
 
     Raises:
       TypeError: if not.
@@ -125,15 +125,15 @@ def check_callbacks(callbacks: Sequence[Callback]) -> None:
         try:
             state = callback.state_dict()
         except Exception:
-            continue  # It may need what the run's first hooks make.
+            continue  # It may depend on the run's first hooks.
         json_state.dumps(state, callback.state_key)
 
 
 def _own_batches(batches: int, checkpoint: Checkpoint, strategy: Strategy) -> int:
-    """Of so many loader batches of all processes before `checkpoint`, how many this process' loader gave, or would.
+    """Converts a number of loader batches over all processes to the number from this process's loader.
 
     Raises:
-      ValueError: on all processes, where they are not equally many of each device's.
+      ValueError: in all processes, if the batches don't divide evenly over the devices.
     """
     processes = strategy.processes
     if processes.count == 1 or strategy.name == "dp":
@@ -149,7 +149,7 @@ def _own_batches(batches: int, checkpoint: Checkpoint, strategy: Strategy) -> in
 
 
 def weights(checkpoint: Checkpoint, params: Tree, model_state: Tree) -> FitState:
-    """The checkpoint's parameters and model state, on the host, as trees like `params` and `model_state`.
+    """Returns the checkpoint's parameters and model state, on the host, as trees like `params` and `model_state`.
 
     Raises:
       ValueError: as `restore`.
@@ -160,17 +160,17 @@ def weights(checkpoint: Checkpoint, params: Tree, model_state: Tree) -> FitState
 
 
 def _filled(checkpoint: Checkpoint, like: FitState, before: int, now: int) -> FitState:
-    """The checkpoint's arrays in the tree of `like`, on the host; it was saved on `before` devices."""
+    """Returns the checkpoint's arrays in the tree of `like`, on the host; they were saved on `before` devices."""
     _check(checkpoint, like, before, now)
     named = {name: _keyed(checkpoint.arrays[name], x) for name, x in _named(like).items()}
     return jax.tree.unflatten(jax.tree.structure(like), list(named.values()))
 
 
 def _placed(checkpoint: Checkpoint, like: FitState, before: int, strategy: Strategy, programs: Programs) -> FitState:
-    """The checkpoint's arrays as a state like `like`, which lies on the strategy's devices."""
+    """Returns the checkpoint's arrays as a state like `like`, on the strategy's devices."""
     state = _filled(checkpoint, like, before, strategy.size)
     if not checkpoint.notes["counters"]["window_step"]:
-        # The programs add to sums of 0 where a window begins. Those of version 0.1 left the last window's there.
+        # The programs expect zero sums at the start of a window; version 0.1 saved those of the last window.
         state = state._replace(pending=state.pending._replace(sums=_cleared(state.pending.sums)))
     if before != strategy.size:
         state = state._replace(pending=_redistributed(state.pending, before, strategy, programs))
@@ -184,10 +184,9 @@ def _cleared(sums: MultiStepsState) -> MultiStepsState:
 
 
 def _redistributed(pending: Pending, before: int, strategy: Strategy, programs: Programs) -> Pending:
-    """What an open window held on `before` devices, for those of the strategy.
+    """Converts the pending state of a window from `before` devices to those of the strategy.
 
-    Sums are merged or split. Where the model's states on the devices have parted, each goes on from what all of them
-    would have become at the boundary.
+    Sums are merged or split. Model states that differ between the devices are averaged, as at a boundary.
     """
     now = strategy.size
     alone = isinstance(strategy.sync, OneDevice)
@@ -202,7 +201,7 @@ def _redistributed(pending: Pending, before: int, strategy: Strategy, programs: 
     model_state = pending.model_state if before == 1 else topology.averaged(pending.model_state)
     if strategy.processes.count == 1:
         sums = programs.redistribute(pending.sums)
-    else:  # On the host: they are put on the devices of all processes with the rest.
+    else:  # On the host; the sums are placed on the devices later, with the rest.
         names = ("acc_grads", "weight", "averages", "dropped")
         stacked = lambda x: x if before > 1 else x[None]
         held = {name: jax.tree.map(stacked, getattr(pending.sums, name)) for name in names}
@@ -215,7 +214,7 @@ def _redistributed(pending: Pending, before: int, strategy: Strategy, programs: 
 
 
 def _check(checkpoint: Checkpoint, like: FitState, before: int, now: int) -> None:
-    """Whether the arrays are of the names, shapes and dtypes of `like`, but for the number of devices."""
+    """Checks that names, shapes and dtypes match those of `like`, except for the number of devices."""
     remedy = "Pass the task, the optimizer and the clipping that it was made with, or another ckpt_path."
     saved, wanted = checkpoint.arrays, arrays(like)
 
@@ -241,7 +240,7 @@ def _data(x: Any) -> Any:
 
 
 def _keyed(data: np.ndarray, like: Any) -> Any:
-    """`data` as typed keys where `like` is."""
+    """Wraps `data` as typed keys if `like` has them."""
     if prng.is_typed(like):
         return jax.random.wrap_key_data(jnp.asarray(data), impl=jax.random.key_impl(like))
     return data

@@ -1,4 +1,4 @@
-"""A run: what a `fit` has between two micro-steps."""
+"""The state of a run between micro-steps."""
 
 import collections
 import dataclasses
@@ -20,36 +20,36 @@ from jaxaccum.trainer.programs.compiled import FitState, Programs
 from jaxaccum.trainer.programs.evaluation import Evaluation
 from jaxaccum.trainer.programs.step_outputs import Outputs
 
-UNFINISHED = 256  # windows at the most whose means are kept until the devices have finished them
+UNFINISHED = 256  # Maximum number of unfinished windows whose means are kept.
 
 
 @dataclasses.dataclass
 class Run:
-    """One `fit`.
+    """The state of one `fit`.
 
     Attributes:
-      task: what it trains.
-      options: how.
-      strategy: the devices that it is on.
-      programs: of its micro-steps.
-      evaluation: of its validation.
-      state: its arrays.
-      records: what it logs.
-      seed: of its keys.
-      loader: what it trains on.
-      val_loader: what it validates on; None for no validation.
-      examples: in its first loader batch.
-      resumed_at: where a checkpoint left it, if it goes on from one: its "step", which counts optimizer steps, its
-        "micro_step", and how many "records" were made since that micro-step.
-      at: where it stands.
-      uncounted: the micro-steps that `state` is of and `at` not yet, with their outputs.
+      task: the task.
+      options: the Trainer's options.
+      strategy: the strategy and its devices.
+      programs: the compiled training programs.
+      evaluation: the validation programs.
+      state: the arrays.
+      records: the records for the loggers.
+      seed: the seed of the keys.
+      loader: the training batches.
+      val_loader: the validation batches; None for no validation.
+      examples: the number of examples in the first loader batch.
+      resumed_at: the position of the checkpoint that the run resumed from, or None: its "step" (optimizer steps),
+        "micro_step", and the number of "records" made since that micro-step.
+      at: the counters.
+      uncounted: micro-steps, with their outputs, that `state` includes and `at` doesn't yet.
       takes_k: whether K may be set now.
-      means: the last window's, by name: scalars on the device.
-      unfinished: the means of windows, the last one's among them, that the devices may not have finished.
+      means: the last window's means by name; scalars on the device.
+      unfinished: the means of windows that the devices may not have finished, including the last one.
       finished: the means of the newest window that is known to be finished.
-      metrics: the last validation's, and what callbacks log.
-      logged: what callbacks have logged since the last record.
-      loader_state: where the training loader stands after the last micro-step, by its own account; None without.
+      metrics: the last validation's results and the values logged by callbacks.
+      logged: the values logged by callbacks since the last record.
+      loader_state: the training loader's own state after the last micro-step; None without one.
     """
 
     task: Task
@@ -76,35 +76,35 @@ class Run:
 
     @property
     def epoch_micro_steps(self) -> int | float:
-        """The micro-steps that an epoch is expected to have; infinite where that is not known."""
+        """The expected number of micro-steps per epoch; infinite if unknown."""
         return self.strategy.micro_steps(self.loader.epoch_batches)
 
     @property
     def is_resuming(self) -> bool:
-        """Whether it goes on from a checkpoint."""
+        """Whether the run was resumed from a checkpoint."""
         return self.resumed_at is not None
 
     @property
     def record_is_due(self) -> bool:
-        """Whether a window was closed that is to be logged, as the run's first and each epoch's last always are."""
+        """Whether the window just closed should be logged. The run's first and each epoch's last always are."""
         at = self.at
         is_first_or_last = at.global_step == 1 or at.ends_epoch or at.global_step >= self.options.steps
         return not at.window_step and (is_first_or_last or at.global_step % self.options.log_every_n_steps == 0)
 
     def train_metrics(self) -> dict[str, Any]:
-        """The last window's means, with "train_" before their names."""
+        """Returns the last window's means, with names prefixed by "train_"."""
         return _named(self.means)
 
     def close_window(self, means: dict[str, jax.Array]) -> None:
-        """Takes the means of a window that was closed."""
+        """Stores the means of a closed window."""
         self.means = means
         if len(self.unfinished) == UNFINISHED:
-            # The oldest stays: it is finished first, however far behind the devices are.
+            # The oldest is kept, because the devices finish it first.
             del self.unfinished[1::2]
         self.unfinished.append(means)
 
     def finished_metrics(self) -> dict[str, float]:
-        """As `train_metrics`, of the newest window that the devices have finished; empty before the first."""
+        """Same as `train_metrics`, for the newest window that the devices have finished; empty before the first."""
         if _is_ready(self.means):
             self.finished = self.means
             self.unfinished.clear()
@@ -113,7 +113,7 @@ class Run:
         return {name: float(records.number(mean)) for name, mean in _named(self.finished).items()}
 
     def record(self, scalars: Mapping[str, Any]) -> None:
-        """Makes a record of scalars, and of what callbacks have logged, without waiting for them."""
+        """Records scalars and the values logged by callbacks, without waiting for them."""
         at, logged = self.at, self.logged
         self.logged = {}
         place = {"epoch": at.epoch, "micro_step": at.micro_step, "samples_seen": at.samples_seen}
@@ -132,21 +132,21 @@ def begin(
     seed: int,
     last: Run | None,
 ) -> Run:
-    """A run at its start.
+    """Returns a fresh run.
 
     Args:
-      task: what to train.
-      options: how.
-      strategy: the devices.
-      evaluation: validates.
-      loader: what to train on; it has begun.
-      val_loader: what to validate on, or None.
-      loggers: for process 0 to log to.
-      seed: of the keys.
-      last: the run before, of the same options and devices. If its programs serve this one too, nothing compiles again.
+      task: the task.
+      options: the Trainer's options.
+      strategy: the strategy and its devices.
+      evaluation: the validation programs.
+      loader: the training batches; `begin` has been called on it.
+      val_loader: the validation batches, or None.
+      loggers: the loggers, used in process 0 only.
+      seed: the seed of the keys.
+      last: the previous run with the same options and devices, or None. Its programs are reused if they fit.
     """
     processes = strategy.processes
-    # Before the devices meet for the first time: there nobody hears of a process that has left.
+    # Before the first collective, which would deadlock if a process had left.
     examples = sum(processes.gather("the number of examples", length(loader.first)))
     if last is not None and last.task is task and last.seed == seed:
         programs = last.programs

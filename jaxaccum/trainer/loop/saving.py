@@ -1,4 +1,4 @@
-"""The checkpoints of a run: what its `ModelCheckpoint`s ask for, written while the run goes on, and found again."""
+"""Saves a run's checkpoints asynchronously, as its `ModelCheckpoint`s request, and finds them again."""
 
 import contextlib
 import dataclasses
@@ -24,22 +24,21 @@ Wanting = Sequence[tuple[ModelCheckpoint, float | None]]
 
 
 class FolderCheckpoints:
-    """Writes one checkpoint at a time, for all policies of its folder; removes what none of them keeps.
+    """Writes checkpoints to one folder, one at a time, for all of its policies, and removes those that no policy keeps.
 
-    A state of the run is written once. Where a policy asks for it after something else has happened, such as a
-    validation or the end of an epoch, only the notes are written anew. A checkpoint that can't be written costs the run
-    nothing but a warning.
+    Each state of the run is written once. If a policy requests it again after a validation or the end of an epoch, only
+    the notes are rewritten. A checkpoint that can't be written only causes a warning.
 
     Args:
       folder: where to write.
-      policies: what to keep.
-      processes: those of the run; each has a saver, and all save alike.
+      policies: decide which checkpoints to keep.
+      processes: the processes of the run. Each has its own instance, and all make the same calls.
     """
 
     def __init__(self, folder: Path, policies: Sequence[ModelCheckpoint], processes: Processes):
         self.folder, self.policies, self._processes = folder, policies, processes
         self._writer = orbax_io.Writer()
-        self._written: Path | None = None  # The newest checkpoint, and where the run was then.
+        self._written: Path | None = None  # The newest checkpoint; `_at` is the run's position then.
         self._at = Counters()
         self._is_on_its_way = False
         self._warned: set[str] = set()
@@ -47,26 +46,26 @@ class FolderCheckpoints:
         self._date = max(orbax_io.dates(folder), default=0)
 
     def goes_on(self, path: Path, at: Counters, others: frozenset[str]) -> None:
-        """The run goes on from a checkpoint.
+        """Continues from a checkpoint.
 
         Args:
-          path: the checkpoint; if it is in this folder, that state need not be written once more.
-          at: the place in the run.
-          others: the names of checkpoints that policies kept which the run has no longer: they stay.
+          path: the checkpoint. If it is in this folder, the state is not written again.
+          at: the position in the run.
+          others: the names of checkpoints kept by policies that the run no longer has; they are not removed.
         """
         if path.parent == self.folder:
             self._written, self._at, self._others = path, dataclasses.replace(at), others
 
     def save(self, wanting: Wanting, at: Counters, arrays: TakeArrays, notes: TakeNotes) -> None:
-        """Begins a checkpoint, or writes the notes of the newest one anew if the run's arrays are the same.
+        """Starts writing a checkpoint, or rewrites the notes of the newest one if the run's arrays are unchanged.
 
         Args:
-          wanting: the policies that ask for it, each with its score.
-          at: the place in the run.
-          arrays: gives the run's arrays by name.
-          notes: gives all else.
+          wanting: the policies that request it, each with its score.
+          at: the position in the run.
+          arrays: returns the run's arrays by name.
+          notes: returns everything else.
         """
-        self._settle()  # What is on its way may fail.
+        self._settle()  # The pending write may fail.
         newest = self._written
         if newest is not None and at.arrays == self._at.arrays and self._is_there(newest):
             if at != self._at or not all(policy.has(newest.name, score) for policy, score in wanting):
@@ -75,7 +74,7 @@ class FolderCheckpoints:
             self._write(self._free(f"epoch={at.epoch}-micro_step={at.micro_step}"), wanting, at, arrays, notes)
 
     def close(self) -> None:
-        """Waits for the checkpoint on its way, and ends the writer."""
+        """Waits for the pending write and shuts down the writer."""
         with contextlib.closing(self._writer):
             self._settle()
 
@@ -95,7 +94,7 @@ class FolderCheckpoints:
             self._prune()
 
     def _noted(self, name: str, wanting: Wanting, notes: TakeNotes) -> dict[str, Any]:
-        """The notes of a checkpoint, which all policies that want it have now: their lists are among the notes."""
+        """Returns the notes; adds the checkpoint to the policies first, because the notes include their lists."""
         added = [policy for policy, _ in wanting if name not in policy.names]
         for policy, score in wanting:
             policy.add(name, score)
@@ -105,12 +104,12 @@ class FolderCheckpoints:
             for policy in added:
                 policy.forget(name)
             raise
-        # Each date is later than the one before, whatever the clock says: the newest checkpoint is found by it.
+        # Strictly increasing, even if the clock is not, because it identifies the newest checkpoint.
         self._date = max(time.time_ns(), self._date + 1)
         return {**taken, "saved_at": self._date}
 
     def _settle(self) -> None:
-        """Waits for the checkpoint on its way."""
+        """Waits for the pending write."""
         if self._is_on_its_way and self._written is not None:
             self._is_on_its_way = False
             if not self._fails(self._written, self._writer.wait):
@@ -118,17 +117,17 @@ class FolderCheckpoints:
                 self._prune()
 
     def _prune(self) -> None:
-        """Removes what no policy keeps, now that the newest is complete."""
+        """Removes the checkpoints that no policy keeps, now that the newest one is complete."""
         outdated = {name for policy in self.policies for name in policy.outdated()}
         for name in outdated.difference(self._others, *(policy.names for policy in self.policies)):
             self._remove(self.folder / name)
 
     def _is_there(self, path: Path) -> bool:
-        """Whether the first process finds a checkpoint that is complete: someone may have removed it."""
+        """Whether process 0 still finds the checkpoint, which may have been deleted."""
         return self._processes.gather("a complete checkpoint", path.is_dir())[0]
 
     def _free(self, name: str) -> Path:
-        """The first of name, name-v1, name-v2... that is not taken, as an earlier run may have done."""
+        """Returns the first unused name among name, name-v1, name-v2..."""
         version, path = 0, self.folder / name
         while path.exists():
             version += 1
@@ -136,7 +135,7 @@ class FolderCheckpoints:
         return self.folder / self._processes.gather("a checkpoint's name", path.name)[0]
 
     def _fails(self, path: Path, write: Callable[[], None]) -> bool:
-        """Whether `write` raises, on any process; then `path` is given up."""
+        """Whether `write` raises in any process; if so, drops and removes `path` with a warning."""
         failures = self._failures(write)
         if failures:
             self._written = None
@@ -161,7 +160,7 @@ class FolderCheckpoints:
         return [text for text in failures if text is not None]
 
     def _warn(self, failure: str, text: str) -> None:
-        kind = failure.partition("(")[0]  # The exception's class.
+        kind = failure.partition("(")[0]  # The exception class.
         if kind not in self._warned:
             self._warned.add(kind)
             warnings.warn(text, stacklevel=3)
@@ -172,13 +171,13 @@ class FolderCheckpoints:
 
 
 class RunCheckpoints:
-    """A saver for each folder that a `ModelCheckpoint` names.
+    """The checkpoints of a run, with one `FolderCheckpoints` per folder.
 
     Args:
-      trainer: for the policies to look at.
-      callbacks: the run's; checkpoints hold their states.
-      folder: where to save, if a policy doesn't say.
-      processes: those of the run.
+      trainer: the trainer that the policies read.
+      callbacks: the callbacks of the run, whose states are saved.
+      folder: the default folder.
+      processes: the processes of the run.
     """
 
     def __init__(self, trainer: TrainerView, callbacks: Sequence[Callback], folder: Path, processes: Processes):
@@ -192,13 +191,13 @@ class RunCheckpoints:
 
     @property
     def folders(self) -> list[Path]:
-        """Where they write."""
+        """The folders of the checkpoints."""
         return [folder.folder for folder in self._folders]
 
     def restore(self, found: Checkpoint, run: Run) -> None:
-        """As `run_checkpoint.restore`; where a checkpoint left it, a run need not be saved once more."""
+        """Same as `run_checkpoint.restore`; the restored state is not saved again."""
         left = run_checkpoint.restore(found, run, self._callbacks)
-        # Also of the checkpoints that are not kept by any policy which there is now.
+        # Keep the checkpoints of policies that the run no longer has.
         others = frozenset(name for key, state in left if key.startswith("ModelCheckpoint") for name in state["saved"])
         postponed = found.notes.get("postponed", [])
         self._postponed = {policy for policy in self._policies if policy.state_key in postponed}
@@ -206,18 +205,18 @@ class RunCheckpoints:
             folder.goes_on(Path(os.path.realpath(found.path)), run.at, others)
 
     def save_if_due(self, run: Run, moment: str, micro_steps: int = 1) -> None:
-        """Begins the checkpoints that are due.
+        """Starts the checkpoints that are due.
 
         Args:
           run: the run.
-          moment: of which this is the end: "micro_step", "validation" or "epoch".
-          micro_steps: how many ended at once.
+          moment: what has just ended: "micro_step", "validation" or "epoch".
+          micro_steps: how many micro-steps ended at once.
         """
         due = {policy for policy in self._policies if policy.due(self._trainer, moment, micro_steps)}
         if not due and not self._postponed:
             return
         if moment == "micro_step" and not run.at.validated:
-            # The value that these rank by is about to be computed.
+            # The upcoming validation computes the values that these rank by.
             self._postponed = {policy for policy in due if (policy.monitor or "").startswith("val_")}
             due -= self._postponed
         elif moment == "validation":
@@ -227,15 +226,15 @@ class RunCheckpoints:
             self._save(folder, run, [(policy, score) for policy, score in scored if policy.wants(score)])
 
     def save_at_end(self, run: Run) -> None:
-        """Begins checkpoints of the last place in the run."""
-        is_epochs_end = not run.at.batch_idx  # Else the monitored values are those of an earlier place.
+        """Starts checkpoints of the run's final state."""
+        is_epochs_end = not run.at.batch_idx  # Otherwise the monitored values are outdated.
         for folder in self._folders:
             wanting = [policy for policy in folder.policies if policy.wants(None)]
             score = lambda policy: policy.known_score(self._trainer) if is_epochs_end else None
             self._save(folder, run, [(policy, score(policy)) for policy in wanting])
 
     def check(self) -> None:
-        """Whether checkpoints can hold what the callbacks tell of themselves.
+        """Checks that the callbacks' states can be saved, if there are checkpoints.
 
         Raises:
           TypeError: if not.
@@ -244,8 +243,8 @@ class RunCheckpoints:
             run_checkpoint.check_callbacks(self._callbacks)
 
     def close(self) -> None:
-        """Waits for what is on its way."""
-        with contextlib.ExitStack() as stack:  # All of them, even if one raises.
+        """Waits for the pending writes."""
+        with contextlib.ExitStack() as stack:  # Closes all folders even if one raises.
             for folder in self._folders:
                 stack.callback(folder.close)
 
@@ -254,38 +253,38 @@ class RunCheckpoints:
             folder.save(wanting, run.at, lambda: run_checkpoint.arrays(run.state), functools.partial(self._notes, run))
 
     def _notes(self, run: Run) -> dict[str, Any]:
-        run.records.write()  # The resume won't make these records again.
+        run.records.write()  # A resumed run won't make these records again.
         postponed = [policy.state_key for policy in self._policies if policy in self._postponed]
         return run_checkpoint.notes(run, self._callbacks) | {"postponed": postponed}
 
 
 def policies_of(callbacks: Sequence[Callback]) -> list[ModelCheckpoint]:
-    """The callbacks that say when to save."""
+    """Returns the `ModelCheckpoint`s among the callbacks."""
     return [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
 
 
 def folders_of(callbacks: Sequence[Callback], default: Path) -> list[Path]:
-    """Where the checkpoints of these callbacks are, if not in `default`."""
+    """Returns the checkpoint folders of the callbacks; `default` stands in for an unset `dirpath`."""
     return list(dict.fromkeys(policy.folder(default) for policy in policies_of(callbacks)))
 
 
 def find(
     ckpt_path: str | os.PathLike[str], callbacks: Sequence[Callback], folder: Path, processes: Processes
 ) -> Checkpoint | None:
-    """The checkpoint that `ckpt_path` names: a path, or "last" or "best" of what lies on disk.
+    """Finds the checkpoint for `ckpt_path`: a path, "last" or "best".
 
     Args:
-      ckpt_path: what `Trainer.fit` or `Trainer.validate` was passed.
-      callbacks: their `ModelCheckpoint`s say in which folders to look, and what is best.
-      folder: where to look, if they don't say.
-      processes: all of which must be able to read it.
+      ckpt_path: the argument of `Trainer.fit` or `Trainer.validate`.
+      callbacks: their `ModelCheckpoint`s define the folders to search and the ranking.
+      folder: the default folder.
+      processes: the processes, all of which must be able to read the checkpoint.
 
     Returns:
-      None for "last" where there is none.
+      The checkpoint; None for "last" if there is none.
 
     Raises:
-      ValueError: for "last" without a `ModelCheckpoint`, or "best" without one that has a monitor.
-      OSError: if it can't be read, or none of those that there are; for "best" also if there is none.
+      ValueError: for "last" or "best" without a `ModelCheckpoint`, or for "best" without one that has a monitor.
+      OSError: if it can't be read, or if none of the existing ones can; for "best" also if there is none.
     """
     if ckpt_path not in ("last", "best"):
         return checkpoint.load(ckpt_path)

@@ -1,6 +1,6 @@
-"""SIGTERM and SIGINT while a run goes on: the first asks it to leave, the second is as if nobody listened.
+"""Handles SIGTERM and SIGINT during a run: the first signal requests a stop, the second has its default effect.
 
-With several processes one that comes to any of them is for all, which leave in the same place.
+With several processes, a signal to any of them stops all of them after the same micro-step.
 """
 
 import signal
@@ -14,12 +14,12 @@ _LISTENED_TO = (signal.SIGTERM, signal.SIGINT)
 
 
 class Signals:
-    """A context in which the first signal is noted, and puts the former handlers back.
+    """A context manager that records the first signal and then restores the previous handlers.
 
-    Handlers are the main thread's to set: in any other thread nothing is listened to.
+    Signal handlers can only be set in the main thread; in other threads this does nothing.
 
     Args:
-      processes: those of the run; the first signal that this one is sent is among its wishes.
+      processes: the processes of the run. The signal is stored in this process's wishes.
     """
 
     def __init__(self, processes: Processes):
@@ -30,7 +30,7 @@ class Signals:
     def __enter__(self) -> "Signals":
         if threading.current_thread() is threading.main_thread():
             former = {number: signal.getsignal(number) for number in _LISTENED_TO}
-            # None is a handler that Python did not set, and could not put back.
+            # None is a handler that was not set from Python and can't be restored.
             self._former = {number: handler for number, handler in former.items() if handler is not None}
             for number in self._former:
                 signal.signal(number, self._note)
@@ -40,14 +40,14 @@ class Signals:
         self._put_back()
 
     def leave_if_told(self) -> None:
-        """Raises KeyboardInterrupt after SIGINT, and SystemExit with a shell's code for the signal after SIGTERM."""
+        """Raises KeyboardInterrupt after SIGINT, and SystemExit with code 128 + signal number after SIGTERM."""
         told = self._processes.wishes.signal
         if told is not None:
             self._left = True
             self._processes.fail(KeyboardInterrupt() if told == signal.SIGINT else SystemExit(128 + told))
 
     def came_again(self, error: BaseException) -> bool:
-        """Whether `error` is that of a second signal: one that `leave_if_told` did not raise."""
+        """Whether `error` is the KeyboardInterrupt of a second signal, which `leave_if_told` did not raise."""
         return self._processes.own.signal is not None and not self._left and isinstance(error, KeyboardInterrupt)
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""The validations of a run, as they fall due."""
+"""Runs validations when they are due."""
 
 import math
 import warnings
@@ -16,18 +16,18 @@ _REMEDY = (
 
 
 class Validation:
-    """Validates every so many micro-steps, or at an epoch's end; what is pending stays so.
+    """Validates every few micro-steps or at an epoch's end. The pending sums are not affected.
 
-    Micro-steps are counted within each epoch, but across epochs that are shorter than the interval.
+    Micro-steps are counted within each epoch, or across epochs that are shorter than the interval.
 
     Args:
-      run: says how often, and on what.
-      hooks: are called.
-      checkpoints: save after it.
-      signals: are looked at during it.
+      run: the run, with the interval and the validation batches.
+      hooks: the callbacks' hooks.
+      checkpoints: saved after a validation.
+      signals: checked during a validation.
 
     Raises:
-      ValueError: if it would be due after a fraction of an epoch whose length is not known, or never.
+      ValueError: if the interval is a fraction of an epoch of unknown length, or if validation would never be due.
     """
 
     def __init__(self, run: Run, hooks: Hooks, checkpoints: RunCheckpoints, signals: Signals):
@@ -39,13 +39,13 @@ class Validation:
             self._check_lasts(run.val_loader)
 
     def begin_epoch(self) -> None:
-        """Reads the length of an epoch, for an interval that is a fraction of it."""
+        """Updates an interval that is a fraction of the epoch's length."""
         run = self._run
         if run.val_loader is not None:
             self._interval = _interval_of(run.options.val_check_interval, run.epoch_micro_steps)
 
     def check(self) -> None:
-        """Validates on the first batches, to meet before training what would fail after it; records nothing."""
+        """Validates on the first batches, to find errors before training; records nothing."""
         run = self._run
         micro_steps = run.options.num_sanity_val_steps
         if run.val_loader is None or not micro_steps:
@@ -55,24 +55,24 @@ class Validation:
         run.evaluation.run(params, model_state, batches)
 
     def count(self) -> None:
-        """Counts a micro-step that has been made: it may make a validation due."""
+        """Counts a micro-step, which may make a validation due."""
         run, at = self._run, self._run.at
         if run.val_loader is None:
             return
         at.toward_validation += 1
         every_n_epochs = run.options.check_val_every_n_epoch or 1
         is_due = at.ends_epoch if math.isinf(self._interval) else at.toward_validation % self._interval == 0
-        # Of several micro-steps that are made in one call an earlier one may have made it due.
+        # An earlier micro-step of the same call may have made it due already.
         at.validated &= not is_due or (at.epoch + 1) % every_n_epochs != 0
 
     def end_epoch(self) -> None:
-        """Begins to count anew, unless the interval is longer than the epoch was."""
+        """Resets the count, unless the interval is longer than the epoch."""
         at = self._run.at
         if self._run.options.check_val_every_n_epoch is not None and at.batch_idx >= self._interval:
             at.toward_validation = 0
 
     def run_if_due(self) -> None:
-        """Validates, if a micro-step has made that due since the last one."""
+        """Validates if a validation is due."""
         run = self._run
         if run.at.validated or run.val_loader is None:
             return
@@ -83,13 +83,13 @@ class Validation:
         self._hooks.call("on_validation_epoch_end")
         self._hooks.call("on_validation_end")
         run.strategy.processes.share_wishes()
-        # Now: a run that goes on from a checkpoint before this line validates, and records it, once more.
+        # A run resumed from a checkpoint before this line repeats the validation and its record.
         run.record(results)
         run.at.validated = True
         self._checkpoints.save_if_due(run, "validation")
 
     def warn_if_none(self) -> None:
-        """Says that a run which is over, and was not told to stop, has never validated."""
+        """Warns if the run ended without a validation and was not stopped."""
         run = self._run
         has_none = not any(name.startswith("val_") for name in run.metrics)
         if run.val_loader is not None and has_none and not run.strategy.processes.wishes.stop:
@@ -100,7 +100,7 @@ class Validation:
             )
 
     def _check_falls_due(self, k_may_change: bool) -> None:
-        """Whether any micro-step of the run, from its start, may make a validation due.
+        """Checks that a validation can become due in the run, counted from its start.
 
         Raises:
           ValueError: if none can.
@@ -110,7 +110,7 @@ class Validation:
         every_n_epochs = options.check_val_every_n_epoch or 1
 
         def is_reached(shortest: int | float, longest: int | float) -> bool:
-            """Whether it is by epochs of so many micro-steps."""
+            """Whether a validation is reached with epochs of this many micro-steps."""
             at_end = every_n_epochs * shortest
             first = at_end if math.isinf(self._interval) else max(self._interval, at_end - shortest + 1)
             return every_n_epochs <= options.epochs and first <= min(most, options.epochs * longest)
@@ -130,10 +130,10 @@ class Validation:
             )
 
     def _check_lasts(self, val_loader: ValLoader) -> None:
-        """Whether a loader that lasts for one validation is not needed for a second one.
+        """Checks that an iterator is not needed for a second validation.
 
         Raises:
-          ValueError: if it is.
+          ValueError: if it may be.
         """
         options = self._run.options
         one = options.epochs < 2 * (options.check_val_every_n_epoch or 1) and math.isinf(self._interval)
@@ -145,10 +145,11 @@ class Validation:
 
 
 def _interval_of(value: int | float, epoch: int | float) -> int | float:
-    """Every how many micro-steps validation is due, in an epoch of `epoch` micro-steps; infinite: at its end alone.
+    """Returns the number of micro-steps between validations, in an epoch of `epoch` micro-steps; infinite: at its end
+    only.
 
     Raises:
-      ValueError: if `value` is a fraction of a length that is not known.
+      ValueError: if `value` is a fraction of an epoch of unknown length.
     """
     if isinstance(value, int):
         return value

@@ -1,4 +1,4 @@
-"""The windows of a run: their micro-steps made on the devices, counted by the host, and logged."""
+"""Runs the micro-steps of each window, counts them and logs the window."""
 
 from collections.abc import Mapping, Sequence
 
@@ -16,19 +16,19 @@ from jaxaccum.trainer.programs.step_outputs import Outputs
 
 
 class Windows:
-    """Trains on micro-steps in windows of K, and closes them.
+    """Trains in windows of K micro-steps.
 
     Args:
-      run: whose state and counters it moves on.
-      hooks: are called before and after each micro-step.
-      validation: counts the micro-steps, which make one due.
+      run: the run, whose state and counters are updated.
+      hooks: called before and after each micro-step.
+      validation: counts the micro-steps.
     """
 
     def __init__(self, run: Run, hooks: Hooks, validation: Validation):
         self._run, self._hooks, self._validation = run, hooks, validation
 
     def train(self, micro_steps: Sequence[MicroStep]) -> None:
-        """A call on the devices: one micro-step, or all that are left of a window."""
+        """Makes one call on the devices: a single micro-step, or the rest of a window."""
         run, at = self._run, self._run.at
         for batch_idx, micro_step in enumerate(micro_steps, at.batch_idx):
             self._hooks.call("on_train_batch_start", micro_step.batch, batch_idx)
@@ -37,7 +37,7 @@ class Windows:
         with jax.profiler.StepTraceAnnotation("train", step_num=at.micro_step):
             share = self._share(window_step) if boundary else None
             run.state, outputs, means = run.programs.run(run.state, micro_steps, boundary, share)
-        # From here to the hooks nothing fails: what is counted is in the state, should a hook raise.
+        # Nothing fails between here and the hooks, so the counters match the state even if a hook raises.
         run.uncounted.extend(zip(micro_steps, outputs, strict=True))
         try:
             while run.uncounted:
@@ -47,13 +47,13 @@ class Windows:
                     self._refuse_anomaly(outputs)
                 self._hooks.call("on_train_batch_end", outputs, micro_step.batch, batch_idx)
         finally:
-            while run.uncounted:  # A hook raised, but the devices have made them all.
+            while run.uncounted:  # A hook raised, but all of them have been dispatched.
                 self._count(means)
         if boundary:
             self.record_if_due()
 
     def flush_if_asked(self) -> None:
-        """Closes the window that a stop left open."""
+        """Closes a window that a stop left open, with `flush_on_stop`."""
         run = self._run
         if run.options.flush_on_stop and run.at.window_step:
             run.state, means = run.programs.flush(run.state, self._share(run.at.window_step))
@@ -61,13 +61,15 @@ class Windows:
             self.record_if_due()
 
     def _share(self, window_step: int) -> jax.Array | None:
-        """What to multiply the gradient of a window of so many micro-steps with, if windows are divided by K."""
+        """Returns the factor for the gradient of a window of this many micro-steps; None unless windows are divided by
+        K.
+        """
         if not self._run.options.divides_by_k:
             return None
         return self._run.strategy.constant(window_step / self._run.at.every_k, weighted_sum.weight_dtype())
 
     def _count(self, means: dict[str, jax.Array] | None) -> tuple[MicroStep, Outputs]:
-        """Counts the next micro-step that has been made, at a boundary an optimizer step too, and returns it."""
+        """Counts and returns the next dispatched micro-step; at a boundary also counts an optimizer step."""
         run, at = self._run, self._run.at
         micro_step, outputs = run.uncounted.popleft()
         run.loader_state = micro_step.loader_state
@@ -95,7 +97,7 @@ class Windows:
         at.effective_batch, at.window_samples = at.window_samples, 0
 
     def _refuse_anomaly(self, outputs: Mapping[str, float]) -> None:
-        """Waits for the device."""
+        """Raises FloatingPointError if the micro-step was dropped. Waits for the device."""
         at, processes = self._run.at, self._run.strategy.processes
         dropped = bool(np.any(step_outputs.own(self._run.state.pending.sums.dropped)))
         found = processes.gather("an anomaly", [dropped, outputs["loss"] if dropped else None])
@@ -109,7 +111,7 @@ class Windows:
             processes.fail(error)
 
     def record_if_due(self) -> None:
-        """Logs the last window, without waiting for it, if it is to be logged and has not been yet."""
+        """Logs the last window if that is due, without waiting for it."""
         run, at = self._run, self._run.at
         if not at.recorded:
             sizes = {"accumulate_grad_batches": at.every_k, "effective_batch_size": at.effective_batch}

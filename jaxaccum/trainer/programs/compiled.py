@@ -1,4 +1,4 @@
-"""The compiled programs of a run, and the arrays that go through them."""
+"""The compiled programs of a run and the arrays that they work on."""
 
 import functools
 from collections.abc import Sequence
@@ -26,13 +26,15 @@ from jaxaccum.trainer.programs.step_outputs import Outputs
 
 
 class Pending(NamedTuple):
-    """What an open window holds, on P devices each its own: all of its arrays but `index` are (P, ...) then.
+    """The state of an open window.
+
+    On P devices, per-device arrays have a leading axis of P. `index` and the counters in `sums` are replicated.
 
     Attributes:
-      sums: of the gradients; a `MultiStepsState` without its `inner_opt_state`.
-      logs: of the loss and the metrics, as scalars.
-      model_state: the model's state after the last micro-batch; () without.
-      index: uint32 scalar, the loader batches that went into the run so far, which number the keys.
+      sums: the gradient sums; a `MultiStepsState` without its `inner_opt_state`.
+      logs: the weighted sums of the loss and the metrics, as scalars.
+      model_state: the model state after the last micro-batch; () without one.
+      index: uint32 scalar, the number of loader batches in the run so far, from which keys are derived.
     """
 
     sums: MultiStepsState
@@ -42,13 +44,13 @@ class Pending(NamedTuple):
 
 
 class FitState(NamedTuple):
-    """All arrays of a run. Each micro-step donates them: to keep one beyond it, copy it.
+    """The arrays of a run. Each micro-step donates them; copy an array to keep it longer.
 
     Attributes:
       params: the parameters.
-      opt_state: the optimizer's state; with clipping, of the chain of both.
-      model_state: the model's state at the last optimizer step; () without.
-      pending: what the open window holds.
+      opt_state: the optimizer state; with clipping, the state of the optax chain.
+      model_state: the model state at the last optimizer step; () without one.
+      pending: the state of the open window.
     """
 
     params: Tree
@@ -58,17 +60,19 @@ class FitState(NamedTuple):
 
 
 class Programs:
-    """The programs of a run and of those like it, each compiled at most once for a shape of batch.
+    """The compiled programs of a run, reused by later runs of the same kind. Each compiles at most once per batch
+    shape.
 
-    `accumulate` takes parameters and pending sums and nothing else; `step` adds the window's last piece and runs the
-    optimizer; `flush` runs it on what is pending; `window` is as many accumulates as it takes and a step, in one.
+    `accumulate` reads the parameters and updates only the pending sums; `step` adds the window's last piece and runs
+    the optimizer; `flush` runs the optimizer on the pending sums; `window` is several accumulates and a step in one
+    call.
 
     Args:
-      task: what to train.
-      strategy: the devices.
-      optimizer: the task's, with what goes before it once a window.
+      task: the task.
+      strategy: the strategy and its devices.
+      optimizer: the task's optimizer, chained after the Trainer's transformations.
       nonfinite: as for `MultiSteps`.
-      seed: the key of a micro-batch is `fold_in(key(seed), index of the loader batch)`.
+      seed: the key of a micro-batch is derived from `key(seed)` by `fold_in` with the index of its loader batch.
     """
 
     def __init__(
@@ -76,28 +80,28 @@ class Programs:
     ):
         self._task, self._strategy, self._sync, self._seed = task, strategy, strategy.sync, seed
         self._objective = functools.partial(objective.objective, task, strategy, seed)
-        # K is the host's to know: every call says whether it is a boundary.
+        # The host tracks K and passes `boundary` with every call.
         self._tx = MultiSteps(optimizer, 1, nonfinite=nonfinite, **self._sync.options())
         self._kind: Any = None
 
     def initial(self, batch: Tree) -> FitState:
-        """The state at the start of a run, on the devices, and the programs for it.
+        """Initialises the state of a run on the devices, and compiles the programs if needed.
 
         Args:
           batch: a loader batch, for `task.init`.
         """
         batch = self._strategy.read(batch).arrays
-        # The last number that a key is folded with, which no loader batch has.
+        # An index that no loader batch has.
         key = jax.random.fold_in(jax.random.key(self._seed), np.uint32(2**32 - 1))
         made = self._strategy.of_first(_task.initial(self._task, key, batch))
-        # Copied: every step donates them, and init may return arrays that the caller keeps.
+        # Copied, because steps donate them and the caller may keep the arrays that init returned.
         params, model_state = self._strategy.placed(made, self._strategy.common)
         numeric.differentiable(params)
         piece, *_ = self._first_pieces(batch)
         args = params, model_state, *piece
         shardings = self._shardings(*args[:2], *jax.eval_shape(self._begin, *args))
         kind = jax.tree.flatten(shardings)
-        if kind != self._kind:  # Else the programs of the run before serve this one too.
+        if kind != self._kind:  # Otherwise the previous run's programs are reused.
             self._compile(shardings)
             self._kind = kind
         opt_state, pending = self._start(*args)
@@ -111,7 +115,7 @@ class Programs:
         return strategy.processes.together(lambda: process_shards.pieces(strategy, [batch], offers, batch))
 
     def _begin(self, params, model_state, batch, place):
-        """(optimizer state, an empty window)."""
+        """Returns (optimizer state, empty pending state)."""
         sums: Any = self._tx.init(params)
         own, index = self._sync.local(jax.tree.map(jnp.copy, model_state)), jnp.zeros((), jnp.uint32)
         args = params, sums, own, batch, place, index
@@ -120,7 +124,7 @@ class Programs:
         return sums.inner_opt_state, Pending(sums._replace(inner_opt_state=None), logs, own, index)
 
     def _shardings(self, params, model_state, opt_state, pending) -> FitState:
-        """Where all of it lies: on every device, but for what an open window holds and what a strategy spreads."""
+        """Returns the state's shardings: replicated, except for per-device sums and sharded optimizer state."""
         common, local = self._strategy.common, self._strategy.local
         everywhere = lambda tree, sharding: jax.tree.map(lambda _: sharding, tree)
         sums = everywhere(pending.sums, common)._replace(
@@ -149,16 +153,16 @@ class Programs:
     def run(
         self, state: FitState, micro_steps: Sequence[MicroStep], boundary: bool, share: jax.Array | None
     ) -> tuple[FitState, list[Outputs], dict[str, jax.Array] | None]:
-        """One micro-step, or in one call all that are left of a window.
+        """Runs one micro-step, or the rest of a window in one call.
 
         Args:
-          state: is donated.
-          micro_steps: where there are several, each has one piece, and all have the same shapes.
-          boundary: whether the window ends with the last of them; several end one.
-          share: at a boundary, what to multiply the window's gradient with; None is 1.
+          state: the state; it is donated.
+          micro_steps: one micro-step, or several with one piece each and equal shapes.
+          boundary: whether the window ends with the last of them; must be True for several.
+          share: the factor for the window's gradient at a boundary; None is 1.
 
         Returns:
-          (state, each micro-step's loss and metrics, at a boundary the window's means).
+          (state, each micro-step's loss and metrics, the window's means at a boundary or None).
         """
         if len(micro_steps) > 1:
             pieces = [piece for micro_step in micro_steps for piece in micro_step.pieces]
@@ -177,14 +181,14 @@ class Programs:
         return state, [Outputs(outputs)], means
 
     def flush(self, state: FitState, share: jax.Array | None) -> tuple[FitState, dict[str, jax.Array]]:
-        """An optimizer step on what is pending: (state, the window's means). `state` is donated."""
+        """Runs the optimizer on the pending sums and returns (state, the window's means). Donates `state`."""
         return self._flush(state, share)
 
     def redistribute(self, sums: MultiStepsState) -> MultiStepsState:
-        """The sums of an open window, from any number of devices, for these. For the host."""
-        return self._tx.redistribute(sums, batch="weighted")  # A plain loss weighs its examples.
+        """Converts pending sums from any number of devices to this one. Runs outside jit."""
+        return self._tx.redistribute(sums, batch="weighted")  # A plain loss is weighted by its examples.
 
-    # What is compiled.
+    # The functions below are jitted.
 
     def _add_piece(self, params, pending, batch, place):
         _, _, pending, logs = self._add(params, None, pending, batch, place, boundary=False)
@@ -211,7 +215,7 @@ class Programs:
         pieces = jax.tree.map(lambda *x: jnp.stack(x), *others)
         pending, logs = jax.lax.scan(add, pack(state.pending), pieces)
         state, last_logs, means = self._close_with(state._replace(pending=unpack(pending)), batch, place, share)
-        # The micro-steps on the last axis: the devices' stays the first, and says where they lie.
+        # Micro-steps are stacked on the last axis, because the first one is sharded over the devices.
         together = lambda x, end: jnp.concatenate([jnp.moveaxis(x, 0, -1), end[..., None]], axis=-1)
         return state, jax.tree.map(together, logs, last_logs), means
 
@@ -224,25 +228,25 @@ class Programs:
         return self._closed(params, sums.inner_opt_state, pending), self._means(pending.logs)
 
     def _closed(self, params, opt_state, pending):
-        """The state after a window: the model's state is every device's again."""
+        """Returns the state after a window, with the model state averaged over the devices."""
         model_state = self._sync.averaged(pending.model_state)
         pending = pending._replace(model_state=self._sync.local(model_state))
         return FitState(params, opt_state, model_state, pending)
 
     def _means(self, logs: Logs) -> dict[str, jax.Array]:
-        """The window's weighted means; NaN where it weighs nothing."""
+        """Returns the window's weighted means; NaN if the weight is 0."""
         joined = self._sync.joined(logs)
         divide = lambda sums: jnp.where(sums.weight == 0, jnp.nan, weighted_sum.mean(sums, sums.total))
         return {name: divide(sums) for name, sums in joined.items()}
 
     def _micro_step(self, params, sums, *args, boundary, extra_args=None):
-        """(loss, (model state, logs), params, sums) with one more piece; sums are 0 where a window begins."""
+        """Adds a piece and returns (loss, (model state, logs), params, sums); sums are 0 at a window's start."""
         config = self._tx._config
         options = {"own": objective.OWN, "boundary": boundary, "clears": True, "extra_args": extra_args}
         return loss_step.step(config, self._objective, objective.ROLES, params, sums, args, **options)
 
     def _add(self, params, opt_state, pending, batch, place, boundary, **extra_args):
-        """(params, opt_state, pending, logs) with one more piece; the optimizer runs at a boundary."""
+        """Adds a piece and returns (params, opt_state, pending, logs); runs the optimizer at a boundary."""
         sums = pending.sums._replace(inner_opt_state=opt_state)
         args = params, sums, pending.model_state, batch, place, pending.index
         _, (model_state, logs), params, sums = self._micro_step(*args, boundary=boundary, extra_args=extra_args)

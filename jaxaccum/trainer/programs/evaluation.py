@@ -1,4 +1,4 @@
-"""Validation: the weighted means of a loss over a loader, on the devices of training."""
+"""Validation: computes the weighted means of a loss and its metrics, on the training devices."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -17,11 +17,11 @@ from jaxaccum.trainer.programs.objective import Logs
 
 
 class Evaluation:
-    """The program that adds a piece's loss and metrics to sums, which the devices keep until the end.
+    """The validation program, which adds each piece's loss and metrics to sums on the devices.
 
     Args:
-      task: whose loss.
-      strategy: the devices.
+      task: the task.
+      strategy: the strategy and its devices.
     """
 
     def __init__(self, task: Task, strategy: Strategy):
@@ -32,16 +32,16 @@ class Evaluation:
     def run(
         self, params: Tree, model_state: Tree, batches: Iterable[Tree], look: Callable[[], None] = lambda: None
     ) -> dict[str, float]:
-        """The means of loss and metrics, with "val_" before their names, over all processes.
+        """Returns the means of loss and metrics over all processes, with names prefixed by "val_".
 
         Args:
           params: the parameters.
-          model_state: the model's state.
-          batches: what to validate on.
-          look: is called before each micro-step, and may raise.
+          model_state: the model state.
+          batches: the validation batches.
+          look: called before each micro-step; may raise.
 
         Raises:
-          ValueError: if there is no batch.
+          ValueError: if there are no batches.
         """
         strategy = self._strategy
         if strategy.processes.count == 1:
@@ -73,7 +73,7 @@ class Evaluation:
 
 
 def _spans(tree: Tree) -> bool:
-    """Whether a tree lies on the devices of several processes."""
+    """Whether a tree has arrays on the devices of several processes."""
     return any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in jax.tree.leaves(tree))
 
 

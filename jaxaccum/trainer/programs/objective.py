@@ -1,4 +1,4 @@
-"""One piece of a micro-step on each device: its loss, to be differentiated or validated."""
+"""The loss of one piece of a micro-step on each device, for training and validation."""
 
 from typing import Any
 
@@ -19,28 +19,28 @@ from jaxaccum.trainer.input.strategies import Strategy
 Logs = dict[str, Weighted]
 
 
-# What the arguments of `objective` are: each device has its own model state, and a share of the batch.
+# The roles of the arguments of `objective`. The model state is per device, and the batch is sharded.
 ROLES, OWN = Roles(params=(0,), batch=(2,), keys=(), carry=()), (1,)
 
 
 def objective(
     task: Task, strategy: Strategy, seed: int, params: Tree, model_state: Tree, batch: Tree, place: Any, index: Any
 ) -> tuple[Any, tuple[Tree, Logs]]:
-    """A piece's loss on one device, to be differentiated there.
+    """Computes a piece's loss on one device, to be differentiated there.
 
     Args:
-      task: what to train.
-      strategy: the devices, P of them.
-      seed: of the key that is folded with the micro-batch's number.
+      task: the task.
+      strategy: the strategy, with P devices.
+      seed: the seed of the keys.
       params: the parameters.
-      model_state: this device's own.
-      batch: its share, leaves (N, ...).
+      model_state: the model state of this device.
+      batch: the share of this device, leaves (N, ...).
       place: a `Place`, int32 (3,).
-      index: uint32 scalar, the loader batches before this one.
+      index: uint32 scalar, the number of loader batches before this one.
 
     Returns:
-      (loss, (new model state, weighted sums of loss and metrics)). The loss is a `Weighted`: a plain one counts for its
-      examples, and that of a device without a share for 0.
+      (loss, (new model state, weighted sums of loss and metrics)). The loss is a `Weighted`. A plain loss is weighted
+      by its examples; a device without a share has weight 0.
     """
     device = _device(strategy)
     key = _key(strategy, seed, device.index(), place, index)
@@ -52,13 +52,13 @@ def objective(
     logs = _logs(value, metrics, batch, present)
     if value.weight is None:
         value = Weighted(value.total * _examples(batch), _examples(batch))
-    # On one device no piece is without a share, and the number of examples is known beforehand.
+    # On one device every piece has a share, and its number of examples is static.
     weight = value.weight if strategy.size == 1 else jnp.where(present, value.weight, 0)
     return Weighted(value.total, weight), (new_model_state, logs)
 
 
 def losses(task: Task, strategy: Strategy, params: Tree, model_state: Tree, batch: Tree, place: Any) -> Logs:
-    """The weighted sums of a piece's loss and metrics in validation, on each device; `model_state` is all devices'."""
+    """Returns the weighted sums of a piece's loss and metrics on each device, in validation."""
 
     def on_device(params, model_state, batch, place):
         value, _, metrics = _task.evaluate(task, params, model_state, batch, None)
@@ -74,12 +74,12 @@ def losses(task: Task, strategy: Strategy, params: Tree, model_state: Tree, batc
 
 
 def _device(strategy: Strategy) -> OneDevice | MappedAxis:
-    """The device that this code runs on."""
+    """Returns the topology that the code runs under."""
     return MappedAxis(strategy.sync.names) if strategy.size > 1 else OneDevice()
 
 
 def _key(strategy: Strategy, seed: int, device: Any, place: Any, index: Any) -> jax.Array:
-    """The micro-batch's key: by the loader batch, and by the share where several devices have one of it."""
+    """Returns the micro-batch's key, from the loader batch's index and, with "dp", the index of the share."""
     key, device, first = jax.random.key(seed), jnp.asarray(device, jnp.uint32), place[0].astype(jnp.uint32)
     if strategy.name != "dp":
         return jax.random.fold_in(key, index + device - first)
@@ -94,7 +94,7 @@ def _present(strategy: Strategy, device: Any, place: Any) -> Any:
 
 
 def _logs(value: Weighted, metrics: dict[str, Any], batch: Tree, present: Any) -> Logs:
-    """The weighted sums of a loss and its metrics, in the weights' dtype; zeros where the device has no share."""
+    """Returns the weighted sums of a loss and its metrics, in the weights' dtype; zeros on devices without a share."""
     wide = lambda x: jnp.asarray(x).astype(weighted_sum.weight_dtype())
     weight = wide(_examples(batch) if value.weight is None else value.weight)
 
@@ -114,7 +114,7 @@ def _logs(value: Weighted, metrics: dict[str, Any], batch: Tree, present: Any) -
 
 
 def _examples(batch: Tree) -> int:
-    """What a plain loss counts for: the one leading length of the batch's leaves."""
+    """Returns the weight of a plain loss: the common leading length of the batch's leaves."""
     shapes = {jax.tree_util.keystr(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(batch)}
     lengths = {shape[:1] for shape in shapes.values()}
     if len(lengths) != 1 or lengths == {()}:
@@ -126,7 +126,7 @@ def _examples(batch: Tree) -> int:
 
 
 def _check_unchanged(old: Tree, new: Tree) -> None:
-    """A loss must return a model state of the tree, shapes and dtypes of the one it was given."""
+    """Checks that the new model state has the tree structure, shapes and dtypes of the old one."""
     kinds = lambda tree: jax.tree.map(lambda x: f"{jnp.result_type(x)}{list(jnp.shape(x))}", tree)
     if jax.tree.structure(old) != jax.tree.structure(new) or kinds(old) != kinds(new):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""A micro-step's loss and metrics, left on the device until someone reads them."""
+"""A micro-step's loss and metrics, kept on the device until they are read."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -10,15 +10,15 @@ from jaxaccum._sums.weighted_sum import Weighted
 
 
 class Outputs(Mapping[str, float]):
-    """Names to numbers: "loss", and the names of the metrics.
+    """A mapping from "loss" and the names of the metrics to numbers.
 
-    Reading one waits for the device. It is the weighted mean over the micro-step's examples, whatever devices they
-    were on, but for those of other processes; NaN where nothing has weight.
+    Reading a value waits for the device. It is the weighted mean over the micro-step's examples on all devices of this
+    process; NaN if the weight is 0.
 
     Args:
-      parts: the weighted sums of each call that the micro-step took, () or (P,) each; (K,) or (P, K) of a call for K
+      parts: the weighted sums from each call of the micro-step, () or (P,); (K,) or (P, K) from a call for K
         micro-steps.
-      index: of the micro-step in each of those arrays.
+      index: the index of the micro-step in these arrays.
     """
 
     __slots__ = ("_index", "_parts")
@@ -40,20 +40,20 @@ class Outputs(Mapping[str, float]):
 
 
 def mean(sums: Sequence[Weighted], index: Any = ...) -> float:
-    """Σ total / Σ weight over the parts and their devices, of what is at `index`; NaN where nothing has weight."""
+    """Returns Σ total / Σ weight at `index` over the parts and this process's devices; NaN if the weight is 0."""
     total, weight = summed(sums, index)
     return total / weight if weight else float("nan")
 
 
 def summed(sums: Sequence[Weighted], index: Any = ...) -> Weighted:
-    """Σ total and Σ weight, as numbers, over the parts and this process' devices, of what is at `index`."""
-    # On the host: to cut an array on the device would be a program of its own.
+    """Returns Σ total and Σ weight at `index`, as numbers, over the parts and this process's devices."""
+    # On the host: indexing on the device would compile another program.
     at_index = lambda x: own(x).astype(np.float64)[index]
     return Weighted(*(float(sum(np.sum(at_index(x)) for x in parts)) for parts in zip(*sums, strict=True)))
 
 
 def own(x: jax.Array) -> np.ndarray:
-    """What this process has of an array that is split over the devices along its first axis."""
+    """Returns this process's part of an array that is sharded along its first axis."""
     if x.is_fully_addressable:
         return np.asarray(x)
     return np.concatenate([np.asarray(shard.data) for shard in x.addressable_shards])

@@ -1,4 +1,4 @@
-"""The optimizer of a window: the task's, with what the Trainer puts before it."""
+"""The optimizer of a window: the task's optimizer after the Trainer's scaling and clipping."""
 
 import jax
 import optax
@@ -7,12 +7,12 @@ import optax
 def of_window(
     optimizer: optax.GradientTransformation, gradient_clip_val: float | None, divide_by_k: bool
 ) -> optax.GradientTransformation:
-    """Clipping and scaling, where asked for, and then `optimizer`: all of it once a window.
+    """Chains scaling and clipping, if requested, with `optimizer`. All of it runs once per window.
 
     Args:
-      optimizer: the task's.
-      gradient_clip_val: the largest global norm of a window's gradient, or None.
-      divide_by_k: whether the gradient is first multiplied by the extra arg `share`.
+      optimizer: the task's optimizer.
+      gradient_clip_val: the maximum global norm of a window's gradient, or None.
+      divide_by_k: whether to first multiply the gradient by the extra arg `share`.
     """
     parts: list[optax.GradientTransformation] = [_scale_by_share()] * divide_by_k
     if gradient_clip_val is not None:

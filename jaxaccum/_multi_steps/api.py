@@ -64,9 +64,9 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         sums are (P, ...), sharded over the data axis, and reduced only at the boundary. The mesh's other axes are left
         to jax.
       data_axis: the mesh's data axis, a name or a tuple of names.
-      reduce: "mean" gives every device the reduced sums. "scatter" (ZeRO) needs `mesh` and reduce-scatters them: the inner
-        optimizer's state and its computation are sharded over the data axis, as given by `zero_sharding`, and updates
-        and parameters are gathered once per window.
+      reduce: "mean" gives every device the reduced sums. "scatter" (ZeRO) needs `mesh` and reduce-scatters them: the
+        inner optimizer's state and its computation are sharded over the data axis, as given by `zero_sharding`, and
+        updates and parameters are gathered once per window.
       nonfinite: "propagate", or "drop": a micro-batch with a NaN or an infinity in its gradient or averaged extra
         args gets weight 0 and is counted in `state.dropped`.
       averaged_extra_args: names of scalar extra args that the inner optimizer receives as the window's weighted mean,
@@ -270,8 +270,8 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
     ) -> MultiStepsState:
         """Moves the pending local sums of `state` to a different number of devices. Call it on the host.
 
-        Use it for a mid-window state from a checkpoint or from another mesh. Sums are moved whole or
-        merged, never divided, so the mean of the pending sums is unchanged. How much they weigh relative to later micro-steps depends
+        Use it for a mid-window state from a checkpoint or from another mesh. Sums are moved whole or merged, never
+        divided, so the mean of the pending sums is unchanged. How much they weigh relative to later micro-steps depends
         on what the weights count, which `batch` specifies. With `use_grad_mean=False`, each micro-step contributes its
         mean over the devices it ran on, whatever `batch` is.
 

@@ -140,7 +140,7 @@ def unshared(state: Tree, params: Tree) -> Tree:
 
 
 def beside_params(fun: Callable[[Any, Any], Any], state: Tree, params: Tree) -> Tree:
-    """Maps `fun(leaf, param)` over the leaves of `state` that match a parameter's shape and the end of whose path."""
+    """Maps `fun(leaf, param)` over the leaves of `state` with a parameter's shape and a path that ends in its path."""
     param_at = dict(jax.tree_util.tree_leaves_with_path(params))
 
     def leaf(path, x):

@@ -203,7 +203,7 @@ def run(
         averages[name] = Weighted(add(averages[name].total, value), add(averages[name].weight, one))
 
     closed = _both(closed, accepted)
-    # A window can be empty only if its last micro-batch can be left out.
+    # A window can be empty only if its last micro-batch can be excluded.
     window = _Window(
         Weighted(acc_grads, total_weight), {n: averages[n] for n in averaged}, state.mini_step + 1, keep is not None
     )
@@ -215,7 +215,7 @@ def run(
     if clears and closed:
         acc_grads, total_weight = weighted_sum.cleared((acc_grads, total_weight))
     elif applied is True:
-        acc_grads = state.acc_grads  # Invalid after a boundary anyway, and the old ones need no write.
+        acc_grads = state.acc_grads  # The sums are invalid after a boundary, so the write can be skipped.
     mini_step, total_weight, averages, dropped = weighted_sum.select(
         accepted,
         (mini_step, total_weight, averages, dropped),

@@ -1,4 +1,4 @@
-"""Epoch -> K, for the host. Imports no jax."""
+"""`AccumulationSchedule`: K by epoch, on the host. Does not import jax."""
 
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
@@ -7,17 +7,16 @@ from jaxaccum._integers import as_int, positive_int
 
 
 class AccumulationSchedule(Mapping[int, int]):
-    """The window length K of every epoch, as PyTorch Lightning's `{epoch: K}` dictionaries give it.
+    """The window length K for each epoch, in the format of PyTorch Lightning's `{epoch: K}` dictionaries.
 
-    Loop count from 0. The largest key that is not above the epoch wins; before the first key, K is 1. The
-    schedule is an immutable, hashable mapping of its own: the dictionary that it was made from is neither kept nor
-    changed.
+    Epochs count from 0. Each K applies from its epoch until the next key; before the first key, K is 1. The schedule is
+    an immutable, hashable mapping that copies the dictionary it receives.
 
     Args:
       scheduling: epoch -> K, keys in any order.
 
     Raises:
-      TypeError: if `scheduling` is not a mapping, is empty, or holds anything but integers (bools are refused).
+      TypeError: if `scheduling` is not a mapping, is empty, or contains non-integers (a bool is not an integer here).
       ValueError: if an epoch is negative or a K is below 1.
 
     Example:
@@ -52,7 +51,9 @@ class AccumulationSchedule(Mapping[int, int]):
         return max(((start, k) for start, k in self._entries.items() if start <= epoch), default=(0, 1))[1]
 
     def optimizer_steps(self, epochs: int, micro_steps: int) -> int:
-        """How many optimizer steps the first `epochs` epochs make, of `micro_steps` each; the last window may be short.
+        """The number of optimizer steps in the first `epochs` epochs of `micro_steps` micro-steps each.
+
+        The last window of an epoch may be partial.
 
         Raises:
           TypeError: if either is not an integer.

@@ -1,6 +1,6 @@
-"""Flax adapters: windows and tasks of nnx and linen models, and linen's `TrainState` with weights and boundaries.
+"""Flax adapters: windows and tasks for nnx and linen models, and a `TrainState` with weights and boundaries.
 
-Needs flax, which the core does not: `pip install "jaxaccum[flax]"`.
+Requires flax, which the core does not: `pip install "jaxaccum[flax]"`.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -35,21 +35,22 @@ def value_and_grad(
 ) -> Callable[..., tuple[Any, Any]]:
     """`nnx.value_and_grad` over K micro-batches.
 
-    The model's other state (batch statistics, random streams) goes from micro-batch to micro-batch and is updated in
-    the model; a micro-batch of weight 0 leaves it alone.
+    The model's other state (batch statistics, random streams) is carried from one micro-batch to the next and updated
+    in the model. A micro-batch of weight 0 does not change it.
 
     Args:
       fun: `fun(model, *args, **kwargs)` returns the mean loss of a micro-batch, or a `jaxaccum.Weighted`.
       num_micro_batches: K, as for `jaxaccum.value_and_grad`; micro-batch i is rows i, i + K, ... of the batch.
       wrt: the filter of the variables to differentiate, as in nnx.
-      batch_argnums: which arguments of `fun` to split; the model is number 0.
-      key_argnums: random keys; micro-batch i sees `jax.random.fold_in(key, i)`. A typed key elsewhere is refused.
-      has_aux: `fun` returns (loss, aux); aux comes back as from `jaxaccum.value_and_grad`, whose docstring says how to
-        put one entry for each example in the order of the batch.
+      batch_argnums: which arguments of `fun` to split; the model is argument 0.
+      key_argnums: random keys; micro-batch i sees `jax.random.fold_in(key, i)`. A typed key that is neither here nor in
+        the model or the batch raises.
+      has_aux: `fun` returns (loss, aux); aux is returned as by `jaxaccum.value_and_grad`, whose docstring shows how to
+        restore per-example entries to batch order.
       **options: the other options of `jaxaccum.value_and_grad`.
 
     Returns:
-      A function of the same arguments that returns `(loss, grads)` or `((loss, aux), grads)`, the gradients an
+      A function of the same arguments that returns `(loss, grads)` or `((loss, aux), grads)`; `grads` is an
       `nnx.State`.
 
     Example:
@@ -63,7 +64,7 @@ def value_and_grad(
     """
     positions = lambda argnums: (argnums,) if isinstance(argnums, int) else tuple(argnums)
     known = {0, *positions(batch_argnums), *positions(key_argnums)}
-    # The model becomes two arguments, its parameters and its other state, so that all others move up by one.
+    # The model becomes two arguments, its parameters and its other state, which shifts all others by one.
     moved = lambda argnums: argnums + 1 if isinstance(argnums, int) else tuple(i + 1 for i in argnums)
 
     def value_and_grad(model, *args, **kwargs):
@@ -71,7 +72,7 @@ def value_and_grad(
         graphdef, params, state = nnx.split(model, wrt, ...)
 
         def pure(params, state, *args, **kwargs):
-            # Copied, because the carry's variables were made outside of this trace and nnx forbids to write to them.
+            # Copied, because nnx can't mutate the carry's variables, which were created outside of this trace.
             model = nnx.merge(graphdef, params, state, copy=True)
             returned = fun(model, *args, **kwargs)
             _, _, state = nnx.split(model, wrt, ...)
@@ -108,20 +109,21 @@ def linen_value_and_grad(
 
     Args:
       module: the model.
-      fun: `fun(model, batch)`, with `model` the module bound to its variables, returns the mean loss of a micro-batch,
-        or a `jaxaccum.Weighted`.
+      fun: `fun(model, batch)` returns the mean loss of a micro-batch, or a `jaxaccum.Weighted`; `model` is the module
+        bound to its variables.
       num_micro_batches: K, as for `jaxaccum.value_and_grad`; micro-batch i is rows i, i + K, ... of the batch.
-      mutable: the collections that a call changes, such as "batch_stats". They go from micro-batch to micro-batch.
-      rngs: the random streams that a call draws from, such as "dropout". No two micro-batches draw the same.
-      has_aux: `fun` returns (loss, aux); aux comes back as from `jaxaccum.value_and_grad`, whose docstring says how to
-        put one entry for each example in the order of the batch.
+      mutable: the collections that a call changes, such as "batch_stats". They are carried from one micro-batch to the
+        next.
+      rngs: the random streams that a call draws from, such as "dropout". Each micro-batch gets different keys.
+      has_aux: `fun` returns (loss, aux); aux is returned as by `jaxaccum.value_and_grad`, whose docstring shows how to
+        restore per-example entries to batch order.
       **options: the other options of `jaxaccum.value_and_grad`.
 
     Returns:
       A function `f(variables, batch, key=None)` that returns `((loss, variables), grads)`, or
-      `((loss, (variables, aux)), grads)`: the variables with what was mutated, and the gradient with respect to
-      `variables["params"]`. `key` is needed where `rngs` names a stream. Statistics of fp8 layers, the collection
-      `_overwrite_with_gradient`, come back with the variables: of each the largest that a micro-batch gave.
+      `((loss, (variables, aux)), grads)`: the variables with the mutated collections updated, and the gradient with
+      respect to `variables["params"]`. `key` is required if `rngs` names a stream. The returned variables include fp8
+      statistics (the collection `_overwrite_with_gradient`), each the maximum over the micro-batches.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxaccum.flax
@@ -175,15 +177,15 @@ def linen_task(
 
     Args:
       module: the model.
-      fun: `fun(model, batch, train)`, with `model` the module bound to its variables and `train` False in validation,
-        returns what a Task's loss may: a loss, a `jaxaccum.Weighted`, or a pair of either and a dict of metrics. The
-        variables are made by running it.
+      fun: `fun(model, batch, train)` returns a loss, a `jaxaccum.Weighted`, or a pair of either and a dict of metrics,
+        as in a Task. `model` is the module bound to its variables, and `train` is False in validation. `fun` also runs
+        once to initialize the variables.
       optimizer: as for `Task`.
       mutable: the collections that a call changes in training, such as "batch_stats".
       rngs: the random streams that a call draws from in training, such as "dropout".
 
     Returns:
-      A Task whose parameters are `variables["params"]`, and whose model state is all other collections. With fp8 layers
+      A Task whose parameters are `variables["params"]` and whose model state is all other collections. With fp8 layers
       the parameters are a dict of "params" and `_overwrite_with_gradient`, whose statistics are overwritten at each
       optimizer step.
 
@@ -230,15 +232,15 @@ def nnx_task(
 
     Args:
       make: `make(rngs)` returns the model.
-      fun: `fun(model, batch)` returns what a Task's loss may: a loss, a `jaxaccum.Weighted`, or a pair of either and a
-        dict of metrics. The model is in `train()` mode in training, with random streams of the micro-batch's own, and
-        in `eval()` mode in validation.
+      fun: `fun(model, batch)` returns a loss, a `jaxaccum.Weighted`, or a pair of either and a dict of metrics, as in a
+        Task. In training the model is in `train()` mode, with different random streams for each micro-batch. In
+        validation it is in `eval()` mode.
       optimizer: as for `Task`.
       wrt: the filter of the variables to train.
 
     Returns:
-      A Task whose parameters are the `nnx.State` of the variables to train, and whose model state is that of all others
-      except the random streams. `nnx.update(model, state.params, state.model_state)` puts both into a model.
+      A Task whose parameters are the `nnx.State` of the variables to train. Its model state is that of all other
+      variables except the random streams. `nnx.update(model, state.params, state.model_state)` writes both to a model.
 
     Example:
       >>> import jax.numpy as jnp, jaxaccum.flax, optax
@@ -249,7 +251,7 @@ def nnx_task(
       >>> params["kernel"].shape
       (3, 1)
     """
-    # The structure of a model, and of its random streams, is that of any other from the same function.
+    # All models from `make` have the same structure, and so do their random streams.
     graphdef, _, random, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), wrt, nnx.RngState, ...)
     streams, structure = jax.tree.flatten(random)
 
@@ -271,19 +273,19 @@ def nnx_task(
 
 
 def _stream(stream: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:
-    """A leaf of a model's random streams: `key`, or as many keys as a stack of layers has, or a count of 0."""
+    """A leaf of a model's random streams: `key`, split for stacked layers, or a counter of 0."""
     if not prng.is_typed(stream):
         return jnp.zeros(stream.shape, stream.dtype)
     return jax.random.split(key, stream.shape) if stream.shape else key
 
 
 def _has_statistics(params: Tree) -> bool:
-    """Whether the collection of fp8 layers' statistics is beside the parameters."""
+    """Whether `params` contains the collection of fp8 statistics."""
     return isinstance(params, Mapping) and OVERWRITE_WITH_GRADIENT in params
 
 
 def _with_state(returned: Any, model_state: Tree) -> tuple[Any, ...]:
-    """A loss, or a pair of a loss and metrics, with the model's state put second."""
+    """Inserts the model state after the loss: (loss, model_state) or (loss, model_state, metrics)."""
     if isinstance(returned, tuple) and not isinstance(returned, Weighted):
         value, metrics = returned
         return value, model_state, metrics
@@ -293,12 +295,12 @@ def _with_state(returned: Any, model_state: Tree) -> tuple[Any, ...]:
 class TrainState(train_state.TrainState):
     """flax's `TrainState`, whose `apply_gradients` also takes `weight=`, `boundary=` and the optimizer's extra args.
 
-    With a `jaxaccum.MultiSteps` as `tx` a micro-step between boundaries leaves the parameters unread. `step` counts
-    calls, as in flax: micro-steps; the optimizer steps are `opt_state.gradient_step`.
+    If `tx` is a `jaxaccum.MultiSteps`, micro-steps between boundaries do not read the parameters. `step` counts calls,
+    as in flax, and so counts micro-steps; `opt_state.gradient_step` counts optimizer steps.
 
-    Statistics of fp8 layers (`_overwrite_with_gradient`) stay as they are within a window, so that all micro-batches
-    use the same ones. At the boundary each becomes the largest that a micro-batch gave, and the optimizer doesn't see
-    it.
+    With a `MultiSteps` as `tx`, fp8 statistics (`_overwrite_with_gradient`) are constant within a window, so that all
+    micro-batches use the same ones. At the boundary each is replaced by its maximum over the micro-batches. The
+    optimizer does not see them.
 
     Example:
       >>> import jax.numpy as jnp, jaxaccum, jaxaccum.flax, optax
@@ -312,29 +314,29 @@ class TrainState(train_state.TrainState):
 
     @classmethod
     def create(cls, *, apply_fn: Any, params: Any, tx: optax.GradientTransformation, **kwargs: Any) -> "TrainState":
-        """A fresh state; `tx.init` makes its `opt_state`."""
+        """Creates a state, with `opt_state` from `tx.init`."""
         if not (isinstance(tx, MultiSteps) and _has_statistics(params)):
             return super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs)
-        # The statistics of a window have their place in the sums, which flax would not show them to.
+        # The window's sums include the statistics, which flax's `create` would not pass to `tx.init`.
         return cls(step=0, apply_fn=apply_fn, params=params, tx=tx, opt_state=tx.init(params), **kwargs)
 
     def apply_gradients(self, *, grads: Tree, weight: Any = None, boundary: Any = None, **kwargs: Any) -> "TrainState":
-        """One micro-step.
+        """Runs one micro-step.
 
         Args:
           grads: the micro-batch's gradient, a tree like `params`.
-          weight: what the micro-batch counts for; None is 1.
-          boundary: whether it is the window's last; None lets the state's counter decide.
+          weight: the micro-batch's weight; None is 1.
+          boundary: whether this is the last micro-batch of the window; None lets the state's counter decide.
           **kwargs: fields of this dataclass to replace; all others are extra args for the optimizer.
 
         Returns:
           The new state.
 
         Raises:
-          ValueError: if `weight` or `boundary` is given and `tx` holds no `MultiSteps`; if there are statistics of fp8
-            layers and `tx` holds a `MultiSteps` without being one.
-          TypeError: for an extra arg whose name is nearly `weight`, `boundary` or that of a subclass' field, and which
-            no optimizer names.
+          ValueError: if `weight` or `boundary` is given and `tx` contains no `MultiSteps`; if there are fp8 statistics
+            and `tx` contains a `MultiSteps` but is not one itself.
+          TypeError: for an extra arg that looks like a misspelt `weight`, `boundary` or field of a subclass, unless an
+            optimizer has a parameter of that name.
         """
         fields = {name: kwargs.pop(name) for name in list(kwargs) if name in self.__dataclass_fields__}
         own_fields = self.__dataclass_fields__.keys() - train_state.TrainState.__dataclass_fields__.keys()
@@ -351,7 +353,7 @@ class TrainState(train_state.TrainState):
         if isinstance(self.tx, MultiSteps):
             params, opt_state = self.tx.apply(self.params, opt_state, grads, **extra_args)
             return self.replace(step=self.step + 1, params=params, opt_state=opt_state, **fields)
-        # Statistics that flax's fp8 layers keep among the parameters are replaced by their "gradient", not updated.
+        # fp8 statistics among the parameters are replaced by their "gradient", not updated.
         overwrites = _has_statistics(grads)
         if overwrites and has_multi_steps:
             raise ValueError(

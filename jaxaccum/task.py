@@ -1,4 +1,4 @@
-"""What to train, as values: an initialisation, a loss and an optimizer."""
+"""`Task`: the initialization, loss and optimizer that a `Trainer` trains."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,22 +12,23 @@ from jaxaccum._types import Tree
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What a `Trainer` trains: pure functions and an optimizer, no base class.
+    """What a `Trainer` trains: pure functions and an optimizer, without a base class.
 
     Attributes:
-      init: `init(key, batch) -> params`; `batch` is the loader's first one. What it returns is copied.
+      init: `init(key, batch) -> params`; `batch` is the loader's first batch. The result is copied.
       loss: `loss(params, batch, key)` returns the micro-batch's mean loss, a floating scalar, or a `Weighted`; or a
-        pair of either and a dict of metrics, each a scalar or a `Weighted`. A plain loss counts for the number of its
-        examples, the leading length of the batch's leaves; a plain metric counts as the loss does. `key` is the
-        micro-batch's own in training, and None in validation: there a loss draws no dropout mask.
-      optimizer: an optax transformation for one window. How many micro-batches that is, is the Trainer's to say.
-      model_state: whether the model has state that a loss changes, such as batch statistics. Then
+        pair of either and a dict of metrics, each a scalar or a `Weighted`. The weight of a plain loss is its number of
+        examples, the leading length of the batch's leaves. A plain metric has the loss's weight. `key` is different for
+        each micro-batch in training, and None in validation, where the loss must not use dropout.
+      optimizer: an optax transformation, applied once per window. The Trainer sets the number of micro-batches in a
+        window.
+      model_state: whether the model has state that the loss changes, such as batch statistics. Then
         `init(key, batch) -> (params, model_state)`, and `loss(params, model_state, batch, key)` returns
-        `(loss, model_state)` or `(loss, model_state, metrics)`. Within a window it is each device's own; at the
-        boundary its floating leaves are averaged over the devices, and all others must agree.
+        `(loss, model_state)` or `(loss, model_state, metrics)`. Within a window the state is local to each device. At
+        the boundary its floating leaves are averaged over the devices, and all other leaves must agree.
 
     Raises:
-      TypeError: for an argument that is none of these, at construction.
+      TypeError: for an invalid argument, at construction.
 
     Example:
       >>> import jax.numpy as jnp, optax, jaxaccum
@@ -61,7 +62,7 @@ class Task:
 
 
 def initial(task: Task, key: Any, batch: Tree) -> tuple[Tree, Tree]:
-    """(params, model state) as `task.init` makes them; the model state is () where the task has none."""
+    """(params, model state) from `task.init`; the model state is () if the task has none."""
     made = task.init(key, batch)
     if not task.model_state:
         return made, ()
@@ -71,7 +72,7 @@ def initial(task: Task, key: Any, batch: Tree) -> tuple[Tree, Tree]:
 
 
 def evaluate(task: Task, params: Tree, model_state: Tree, batch: Tree, key: Any) -> tuple[Any, Tree, dict[str, Any]]:
-    """(loss, new model state, metrics) of one micro-batch, in one form for every form that a loss may return."""
+    """Evaluates the loss on one micro-batch and normalizes its result to (loss, new model state, metrics)."""
     if task.model_state:
         returned = task.loss(params, model_state, batch, key)
         if not isinstance(returned, tuple) or isinstance(returned, Weighted) or len(returned) not in (2, 3):

@@ -1,4 +1,4 @@
-"""XLA's text of a compiled program, read: what its computations hold and what they call."""
+"""Parses the HLO text of a compiled program."""
 
 import re
 from typing import NamedTuple
@@ -15,14 +15,14 @@ _ARRAY = re.compile(r"\b([a-z]+(\d*)[a-z0-9]*)\[([\d,<=]*)\]")
 
 
 class Instruction(NamedTuple):
-    """One operation.
+    """One HLO instruction.
 
     Attributes:
-      shape: of its result, as XLA prints it.
-      opcode: what it does, for example "all-reduce".
-      operands: the names of the instructions whose results it takes, in the same computation.
-      attributes: the rest of the line, strings taken out.
-      trip_count: how many iterations a loop has, where XLA knows it.
+      shape: the shape of its result, as XLA prints it.
+      opcode: for example "all-reduce".
+      operands: the names of its operands, instructions in the same computation.
+      attributes: the rest of the line, with strings emptied.
+      trip_count: a loop's number of iterations, or None if XLA does not know it.
     """
 
     shape: str
@@ -32,8 +32,8 @@ class Instruction(NamedTuple):
     trip_count: int | None
 
     def calls(self) -> list[tuple[str, str]]:
-        """The computations that it runs, each with the attribute that names it."""
-        if self.opcode.endswith(("-done", "-update")):  # Of something asynchronous, which its start has called.
+        """The computations that it calls, as (attribute, computation)."""
+        if self.opcode.endswith(("-done", "-update")):  # The asynchronous start made the call.
             return []
         return [(how, name) for how, names in _CALL.findall(self.attributes) for name in _names(names)]
 
@@ -42,9 +42,9 @@ class Module(NamedTuple):
     """A compiled program for replicas × partitions devices.
 
     Attributes:
-      replicas, partitions: how many.
-      entry: the name of the computation that a call runs.
-      computations: instructions by name, by the name of their computation.
+      replicas, partitions: the number of each.
+      entry: the name of the entry computation.
+      computations: computation name -> instruction name -> instruction.
     """
 
     replicas: int
@@ -54,16 +54,16 @@ class Module(NamedTuple):
 
 
 def parse(text: str) -> Module:
-    """Reads what XLA prints of a compiled program.
+    """Parses the text of a compiled program.
 
     Args:
-      text: of one module, as `jax.stages.Compiled.as_text` gives it.
+      text: one module, as returned by `jax.stages.Compiled.as_text`.
 
     Returns:
       The module.
 
     Raises:
-      ValueError: if a line is not understood.
+      ValueError: if an instruction can't be parsed, or if there is not exactly one entry computation.
     """
     header, *lines = text.strip().split("\n")
     header = _STRING.sub('""', header)
@@ -91,7 +91,7 @@ def num_bytes(shape: str) -> int:
       shape: as XLA prints it, for example "(f32[2,3]{1,0}, bf16[])".
 
     Returns:
-      Bytes. Types of less than a byte are packed; tokens have none.
+      The size in bytes. Types smaller than a byte are packed; tokens have size 0.
 
     Example:
       >>> num_bytes("(f32[2,3]{1,0:T(8,128)}, bf16[], pred[5]{0}, s4[3]{0}, token[])")

@@ -1,4 +1,4 @@
-"""XLA's replica groups: which devices take part in a collective together, in every syntax that XLA writes."""
+"""Parses XLA's replica groups, in each of its syntaxes."""
 
 import math
 import re
@@ -32,24 +32,24 @@ _MESH = re.compile(
 
 
 def devices(opcode: str, attributes: str, replicas: int, partitions: int) -> Groups:
-    """Which of a program's devices take part together in an instruction.
+    """The groups of devices that participate in an instruction.
 
     Args:
-      opcode: of the instruction, without "-start".
-      attributes: its attributes as XLA prints them, strings taken out.
-      replicas: how many the program has.
-      partitions: how many each replica has. Device r·partitions + p runs partition p of replica r.
+      opcode: the instruction's opcode, without "-start".
+      attributes: its attributes as XLA prints them, with strings emptied.
+      replicas: the program's number of replicas.
+      partitions: the number of partitions per replica. Device r·partitions + p runs partition p of replica r.
 
     Returns:
-      The groups, sorted, of sorted devices; of a collective-permute the pairs (source, target), sorted. No groups for
-      what is no collective.
+      The groups, sorted, each a sorted tuple of devices; for a collective-permute, the sorted (source, target) pairs.
+      Empty if the instruction is not a collective.
 
     Raises:
-      ValueError: if it is a collective that jaxaccum doesn't know, or one written in an unknown way.
+      ValueError: if the collective or its syntax is unknown.
     """
     pairs, groups = (parse(attributes, name) for name in ("source_target_pairs", "replica_groups"))
     if opcode not in KINDS:
-        # What belongs to a start says nothing of its own.
+        # The groups of a "-done" or "-update" are those of its start.
         if (pairs or groups) and not opcode.endswith(("-done", "-update")):
             raise ValueError(
                 f"{opcode} is no collective that jaxaccum knows. Please report it, with the version of jaxlib."
@@ -57,14 +57,14 @@ def devices(opcode: str, attributes: str, replicas: int, partitions: int) -> Gro
         return ()
     if "use_global_device_ids=true" in attributes:
         found = groups or [range(replicas * partitions)]
-    elif "channel_id=" not in attributes:  # The numbers are replicas', and each partition is by itself.
+    elif "channel_id=" not in attributes:  # Replica ids; the groups apply to each partition separately.
         numbered = pairs or groups or [range(replicas)]
         found = [[r * partitions + p for r in group] for p in range(partitions) for group in numbered]
-    elif opcode in ("all-gather", "all-reduce", "reduce-scatter"):  # Replicas' again, with all of their partitions.
+    elif opcode in ("all-gather", "all-reduce", "reduce-scatter"):  # Replica ids; all their partitions participate.
         found = [
             [r * partitions + p for r in group for p in range(partitions)] for group in groups or [range(replicas)]
         ]
-    else:  # Partitions', and each replica is by itself.
+    else:  # Partition ids; the groups apply to each replica separately.
         numbered = pairs or groups or [range(partitions)]
         found = [[r * partitions + p for p in group] for r in range(replicas) for group in numbered]
     strange = [device for group in found for device in group if device >= replicas * partitions]
@@ -75,17 +75,17 @@ def devices(opcode: str, attributes: str, replicas: int, partitions: int) -> Gro
 
 
 def parse(attributes: str, name: str) -> Groups:
-    """The groups that the attribute `name` holds.
+    """Parses the groups in the attribute `name`.
 
     Args:
-      attributes: an instruction's attributes as XLA prints them, strings taken out.
+      attributes: an instruction's attributes as XLA prints them, with strings emptied.
       name: "replica_groups", or "source_target_pairs", whose groups are (source, target).
 
     Returns:
-      The groups, in XLA's order; none at all where it writes `{}` or no attribute, which stands for all devices.
+      The groups, in XLA's order. Empty for `{}` or if the attribute is missing, which means all devices.
 
     Raises:
-      ValueError: if the syntax is not one of XLA's three, or does not hold what it says it holds.
+      ValueError: if the syntax is not one of XLA's three, or if its contents are inconsistent.
 
     Example:
       >>> parse(", replica_groups=[2,4]<=[4,2]T(1,0), use_global_device_ids=true", "replica_groups")
@@ -109,20 +109,20 @@ def parse(attributes: str, name: str) -> Groups:
 
 
 def _lists(match: re.Match[str]) -> Sequence[Sequence[int]]:
-    """`{{0,1},{2,3}}`: the groups, one by one."""
+    """Reads `{{0,1},{2,3}}`, explicit groups."""
     return [_integers(group) for group in re.findall(r"\{([\d,]*)\}", match[0][1:-1])]
 
 
 def _iota(match: re.Match[str]) -> np.ndarray:
-    """`[2,4]<=[4,2]T(1,0)`: the numbers from 0 on as an array, its axes permuted, cut into rows of one group each."""
+    """Reads `[2,4]<=[4,2]T(1,0)`: an iota of shape (4, 2), transposed and reshaped to (2, 4); each row is a group."""
     groups, size = _integers(match[1])
     return _numbered(match[2], match[3]).reshape(groups, size)
 
 
 def _mesh(match: re.Match[str]) -> np.ndarray:
-    """`mesh['a'=4,'b'=2] {'a'}`: the devices of a mesh along some of its axes.
+    """Reads `mesh['a'=4,'b'=2] {'a'}`: groups along some axes of a mesh.
 
-    Of an axis it may be a part: `'a':(2)4` is the middle digit of a's index written in the bases 2, 4 and the rest.
+    An axis may be split: `'a':(2)4` is the middle sub-axis, of size 4, when a is reshaped to (2, 4, rest).
     """
     axes = [(name, int(size)) for name, size in re.findall(rf"({_NAME})=(\d+)", match[1])]
     sizes = dict(axes)
@@ -149,7 +149,7 @@ def _mesh(match: re.Match[str]) -> np.ndarray:
 
 
 def _numbered(dims: str, permutation: str | None) -> np.ndarray:
-    """0, 1, 2... in the shape `dims`, transposed if there is a permutation, flat again."""
+    """An iota of shape `dims`, transposed by `permutation` if given, and flattened."""
     shape = _integers(dims)
     numbers = np.arange(math.prod(shape)).reshape(shape)
     return (numbers.transpose(_integers(permutation)) if permutation else numbers).reshape(-1)

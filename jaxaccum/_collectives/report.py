@@ -1,4 +1,4 @@
-"""`collectives`: reads what a compiled program moves between devices, and whether it does so in every micro-step."""
+"""`collectives`: lists the collectives of a compiled program and where they run."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ from jaxaccum._collectives.replica_groups import Groups
 from jaxaccum._collectives.traffic import Collective, Collectives
 from jaxaccum._devices import placement
 
-# What a computation is to its caller, by the attribute that names it there; any other is a mere call.
+# The control flow that an attribute's computation belongs to; attributes not listed are plain calls.
 _FRAMES = {
     "body": "loop",
     "condition": "loop",
@@ -23,28 +23,28 @@ _FRAMES = {
 
 
 def collectives(compiled: Any, *, mesh: Any = None, data_axis: Any = "data") -> Collectives:
-    """What a compiled program moves between devices: every collective, over which axis, in a loop or outside.
+    """Lists the collectives of a compiled program, with the mesh axes they run over and the loops they are in.
 
-    A sync left in the accumulation loop changes no number, it only costs K times the wire. `print` the result to be
-    told, or assert on it in a test: `assert not jaxaccum.collectives(compiled, mesh=mesh).count(axis="data",
-    in_loop=True)`.
+    A reduction inside the accumulation loop gives the right result, but communicates K times as much as needed. Print
+    the result to find out, or assert on it in a test: `assert not jaxaccum.collectives(compiled,
+    mesh=mesh).count(axis="data", in_loop=True)`.
 
-    XLA's own collectives are seen, fused and asynchronous ones too. What custom kernels, `send` and `recv` move is not.
-    Collectives of one device with itself are left out.
+    All of XLA's own collectives are included, also fused and asynchronous ones. Communication by custom kernels, `send`
+    and `recv` is not, and neither are collectives whose groups have a single device.
 
     Args:
-      compiled: what `jax.jit(f).lower(...).compile()` returns, or `jax.pmap(f)` likewise, or its `as_text()`.
-      mesh: the `jax.sharding.Mesh` that the program runs on; the groups of devices are then named by its axes.
+      compiled: the result of `jax.jit(f).lower(...).compile()`, the same for `jax.pmap(f)`, or its `as_text()`.
+      mesh: the `jax.sharding.Mesh` that the program runs on; device groups are then named by its axes.
       data_axis: the mesh's data axis, a name or a tuple of names.
 
     Returns:
-      A `Collectives`: `all` of them, `count` of those that are so and so, `by_groups`, `by_axes`; `str` of it says
-      whether the sync is deferred.
+      A `Collectives`. It has the fields and methods `all`, `count`, `by_groups` and `by_axes`, and its `str` says
+      whether the reduction is deferred.
 
     Raises:
-      TypeError: if `compiled` is not compiled, or `mesh` is not a mesh.
-      ValueError: if the text is not that of one compiled program, or not understood; if the mesh has another number of
-        devices, or no such axis.
+      TypeError: if `compiled` is not a compiled program, or `mesh` is not a mesh.
+      ValueError: if the text is not that of one compiled program or can't be parsed; if the mesh has a different number
+        of devices or lacks the axis.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxaccum
@@ -66,7 +66,7 @@ def collectives(compiled: Any, *, mesh: Any = None, data_axis: Any = "data") -> 
 
 
 def _text(compiled: Any) -> str:
-    """The text of a compiled program, or of what its text is already."""
+    """The text of a compiled program; `compiled` may already be its text."""
     if isinstance(compiled, jax.stages.Compiled):
         compiled = compiled.as_text()
     if not isinstance(compiled, str):
@@ -85,7 +85,7 @@ def _text(compiled: Any) -> str:
 
 
 def _found(module: hlo.Module, mesh: Any) -> tuple[Collective, ...]:
-    """Every collective that a call of the program can reach, as often as it is called for."""
+    """Every collective reachable from the entry computation, once per call site."""
     own = {
         name: [
             (instruction, _collective(instruction, instructions, module, mesh)) for instruction in instructions.values()
@@ -126,7 +126,7 @@ def _found(module: hlo.Module, mesh: Any) -> tuple[Collective, ...]:
 def _collective(
     instruction: hlo.Instruction, instructions: dict[str, hlo.Instruction], module: hlo.Module, mesh: Any
 ) -> Collective | None:
-    """An instruction as a collective, if it is one and between devices."""
+    """The `Collective` for an instruction; None if it is not a collective or its groups have a single device."""
     kind = instruction.opcode.removesuffix("-start")
     groups = replica_groups.devices(kind, instruction.attributes, module.replicas, module.partitions)
     if all(len(set(group)) == 1 for group in groups):
@@ -137,11 +137,11 @@ def _collective(
 
 
 def _axes(groups: Groups, mesh: Any) -> tuple[str, ...] | None:
-    """The mesh's axes along which the devices of a group differ."""
+    """The mesh axes along which the devices of a group differ; None without a mesh."""
     if mesh is None:
         return None
     differ = [
-        np.ptp(np.unravel_index(group, mesh.devices.shape), axis=1) > 0  # One row of places along each axis.
+        np.ptp(np.unravel_index(group, mesh.devices.shape), axis=1) > 0  # Coordinates: one row per mesh axis.
         for group in groups
     ]
     return tuple(name for name, varies in zip(mesh.axis_names, np.any(differ, axis=0), strict=True) if varies)

@@ -1,4 +1,4 @@
-"""What a program moves between devices, as values: counted by kind, axis and place, and told in words."""
+"""`Collective` and `Collectives`: counts by kind, axis and location, and a summary in words."""
 
 import collections
 import dataclasses
@@ -15,13 +15,13 @@ class Collective:
 
     Attributes:
       kind: one of `KINDS`.
-      groups: which devices take part together, as positions in `mesh.devices.flat`, sorted; of a collective-permute
-        the pairs of source and target.
-      axes: the mesh's axes along which the devices of a group differ; None if no mesh was given.
-      operands: how many arrays it takes.
-      num_bytes: their size on one device; of an all-gather, the size of what it gathers.
-      where: the "loop"s and "conditional"s that it is in, from the outside in.
-      trip_counts: for each of those loops its number of iterations, None where XLA doesn't know it.
+      groups: the groups of participating devices, as sorted positions in `mesh.devices.flat`; for a
+        collective-permute, the (source, target) pairs.
+      axes: the mesh axes along which the devices of a group differ; None if no mesh was given.
+      operands: the number of array operands.
+      num_bytes: the operands' size on one device; for an all-gather, the size of its result.
+      where: the enclosing "loop"s and "conditional"s, outermost first.
+      trip_counts: the number of iterations of each of those loops; None if XLA does not know it.
     """
 
     kind: str
@@ -44,24 +44,24 @@ class Collective:
 
     @property
     def every_iteration(self) -> bool:
-        """Whether it runs in every iteration of a loop: no conditional inside that loop decides."""
+        """Whether it runs in every iteration of a loop, with no conditional inside that loop."""
         return self.where[-1:] == ("loop",)
 
     @property
     def times(self) -> int | None:
-        """How often a call runs it, at most where a conditional decides; None if XLA doesn't know that."""
+        """How often it runs per call, an upper bound inside a conditional; None if XLA does not know."""
         known = [count for count in self.trip_counts if count is not None]
         return math.prod(known) if len(known) == len(self.trip_counts) else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Collectives:
-    """What `collectives` returns; `print` it, or count.
+    """The result of `collectives`; `print` it for a summary.
 
     Attributes:
-      all: every collective, in the order of the program.
-      mesh: the mesh it was given.
-      data_axes: that mesh's data axes; empty without a mesh.
+      all: every collective, in program order.
+      mesh: the mesh that was given, or None.
+      data_axes: the mesh's data axes; empty without a mesh.
     """
 
     all: tuple[Collective, ...]
@@ -76,20 +76,20 @@ class Collectives:
         in_loop: bool | None = None,
         in_conditional: bool | None = None,
     ) -> int:
-        """The number of collectives that are all that is asked for.
+        """The number of collectives that match all conditions.
 
         Args:
           kind: one of "all-reduce", "reduce-scatter", "all-gather", "all-to-all", "ragged-all-to-all",
             "collective-permute", "collective-broadcast".
-          axis: those over this axis of the mesh, or over all of these, alone or together with others.
-          in_loop: those in a loop, or those in none.
-          in_conditional: those in a branch of a conditional, or those in none.
+          axis: a mesh axis, or a tuple of axes that must all match; a collective may run over other axes too.
+          in_loop: True for those inside a loop, False for those outside.
+          in_conditional: True for those in a branch of a conditional, False for those outside.
 
         Returns:
-          How many there are in the program, however often they run.
+          The number of matching collectives in the program, however often they run.
 
         Raises:
-          ValueError: if there is no such kind or axis, or `axis` is given where no mesh was.
+          ValueError: if the kind or axis does not exist, or if `axis` is given without a mesh.
         """
         if kind is not None and kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}.")
@@ -112,7 +112,7 @@ class Collectives:
         return dict(collections.Counter(one.groups for one in self.all))
 
     def by_axes(self) -> dict[tuple[str, ...] | None, int]:
-        """The number of collectives for each set of the mesh's axes; of all, under None, if no mesh was given."""
+        """The number of collectives for each set of mesh axes; without a mesh, the total, under None."""
         return dict(collections.Counter(one.axes for one in self.all))
 
     def __str__(self) -> str:
@@ -128,7 +128,7 @@ class Collectives:
         return "\n".join([f"{_counted(self.all, 'collective')}:", *(f"- {line}" for line in lines), self._verdict()])
 
     def _over(self, one: Collective) -> str:
-        """Over what a collective is, in words."""
+        """The devices or axes of a collective, in words."""
         size = max(map(len, one.groups))
         if one.axes is None:
             return f"over {len(one.groups)} groups of {size} devices" if len(one.groups) > 1 else f"over {size} devices"
@@ -136,7 +136,7 @@ class Collectives:
         return f"over {'' if whole else 'parts of '}{_quoted(one.axes)}"
 
     def _verdict(self) -> str:
-        """Whether the sync is deferred, and what to do if it is not."""
+        """Whether the reduction is deferred, and the remedy if it is not."""
         ours = [one for one in self.all if self.mesh is None or set(self.data_axes) & set(one.axes or ())]
         over = f"Over {_quoted(self.data_axes)}" if self.mesh is not None else "Over all axes (mesh= would name them)"
         if not ours:
@@ -163,7 +163,7 @@ class Collectives:
 
 
 def _place(one: Collective) -> str:
-    """Where a collective is, and how often a call runs it."""
+    """Where a collective is and how often it runs per call, in words."""
     if not one.where:
         return "outside of loops"
     times = {None: "how often is not known", 1: "once a call"}.get(one.times, f"{one.times} times a call")

@@ -1,4 +1,4 @@
-"""Driver 1: an optax transformation that is fed one micro-batch's gradient at a time."""
+"""Driver 1: an optax transformation that receives one micro-batch's gradient per call."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -20,64 +20,69 @@ from jaxaccum._types import Tree
 
 
 class MultiSteps(optax.GradientTransformationExtraArgs):
-    """Sums the gradients of K micro-batches and hands their mean to an optimizer, once a window.
+    """Accumulates the gradients of K micro-batches and passes their mean to an optimizer once per window.
 
-    It stands where `optax.MultiSteps` stands, as a gradient transformation itself: alone, in `optax.chain` and its
-    kin, in flax's `TrainState` and `nnx.Optimizer`. In between boundaries the updates are zeros and the inner
-    optimizer does not run. Put everything that should run once a window (clipping, decay, schedules) inside.
+    A drop-in for `optax.MultiSteps` that is itself a gradient transformation: use it alone, inside `optax.chain`, in
+    flax's `TrainState` or in `nnx.Optimizer`. Between boundaries the updates are zeros and the inner optimizer does
+    not run. Put everything that should run once per window (clipping, decay, schedules) inside it.
 
-    Which call is the boundary is said in one of three ways:
+    There are three boundary modes:
 
-    * not at all: the state's counter decides, in a conditional on the device;
-    * `boundary=` a Python bool, static under jit: two programs, the fastest drive, for a host that counts. The one for
-      False holds no optimizer, the one for True no conditional (with `weight` one, for a window that weighs nothing);
+    * `boundary=None`: the state's counter decides, in a conditional on the device.
+    * `boundary=` a Python bool, static under jit: two programs, for a host that counts micro-steps. This is the fastest
+      mode. The program for False contains no optimizer. The program for True contains no conditional, except with
+      `weight`, where one guards against a window of zero weight.
     * `boundary=` a traced bool: a conditional on the caller's own condition.
 
-    Fields (it is a NamedTuple, and unpacks like every optax transformation):
+    Fields (it is a NamedTuple and unpacks like every optax transformation):
       init: `init(params) -> MultiStepsState`.
       update: `update(grads, state, params=None, *, weight=None, boundary=None, **extra_args) -> (updates, state)`.
-        `weight` is what this micro-batch counts for (a real scalar, by default 1); weight 0 leaves it out, whatever
-        it holds, and a window of weight 0 leaves parameters and inner state untouched. Other extra args go to the inner
-        optimizer, whether it reads them or not, as in optax; a misspelt `weight` or `boundary` is refused.
+        `weight` is the weight of this micro-batch (a real scalar, 1 by default). Weight 0 excludes the micro-batch,
+        even if it is NaN, and a window of zero weight leaves the parameters and the inner state unchanged. Other extra
+        args are passed to the inner optimizer whether it reads them or not, as in optax. A misspelt `weight` or
+        `boundary` raises.
 
     Args:
-      opt: the inner optimizer, which does not accumulate itself. It receives the mean in the accumulator's dtype, or in
-        float32 where that is narrower and the sums are those of several devices, which are added in no less.
-      every_k_schedule: K, an integer of at least 1, which `set_every_k` changes without a recompile; or a function
+      opt: the inner optimizer, which must not accumulate itself. It receives the mean in the accumulator's dtype. If
+        that is narrower than float32 and sums are reduced across devices, it receives the mean in float32, because the
+        reduction is at least float32.
+      every_k_schedule: K, an integer of at least 1, which `set_every_k` changes without recompilation; or a function
         of `gradient_step` (int32 scalar) that returns K.
-      use_grad_mean: False hands the weighted sum to the inner optimizer in place of the mean.
+      use_grad_mean: if False, the inner optimizer receives the weighted sum instead of the mean.
       should_skip_update_fn: as in optax: `fn(grads, gradient_step, params) -> (skip, skip_state)`. A skipped
-        micro-step never happened: it is not counted and closes no window, even where `boundary` says so.
-      accumulator_dtype: a floating dtype for the sums, whatever the gradients'; float64 and complex parameters keep
-        theirs. None: the parameters' dtypes. Sums in bfloat16, of half the size, are rounded stochastically, by the
-        state's counters: they are noisier than float32's, but nothing that is small beside them is lost.
+        micro-step is not counted and does not close a window, even with `boundary=True`.
+      accumulator_dtype: a floating dtype for the sums, whatever the gradients' dtype; float64 and complex parameters
+        keep theirs. None uses the parameters' dtypes. bfloat16 sums take half the memory and are rounded
+        stochastically, seeded by the state's counters: they are noisier than float32 sums, but small addends are not
+        lost.
       axis_name: inside `jax.pmap` or `jax.shard_map`, the name of the mapped data axis, or a tuple of names. Each
-        device sums on its own, and the sums are joined once a window, at the boundary: Σ over devices and micro-steps
-        of w·g over Σ w. Boundaries must fall on the same call on every device. With `use_grad_mean=False`, the mean
-        over devices of their sums.
-      mesh: under jit, a `jax.sharding.Mesh`. Then gradients come from `local_value_and_grad`, with a leading axis for
-        the P devices of the data axis; a weight or an averaged extra arg is a scalar for all or (P,), and local sums
-        are (P, ...), sharded over it. They are joined at the boundary alone. The mesh's other axes are left to jax.
+        device accumulates local sums, which are reduced once per window, at the boundary: Σ w·g / Σ w over devices and
+        micro-steps. All devices must reach the boundary on the same call. With `use_grad_mean=False` the result is the
+        mean of the devices' sums.
+      mesh: under jit, a `jax.sharding.Mesh`. Gradients then come from `local_value_and_grad`, with a leading axis for
+        the P devices of the data axis. A weight or an averaged extra arg is a scalar for all devices, or (P,). Local
+        sums are (P, ...), sharded over the data axis, and reduced only at the boundary. The mesh's other axes are left
+        to jax.
       data_axis: the mesh's data axis, a name or a tuple of names.
-      reduce: "mean" joins the sums on every device. "scatter" (ZeRO), with `mesh`, reduce-scatters them: the inner
-        optimizer's state lives split over the data axis, as `zero_sharding` says, and so does its work; updates and
-        parameters are gathered once a window.
+      reduce: "mean" gives every device the reduced sums. "scatter" (ZeRO) needs `mesh` and reduce-scatters them: the
+        inner optimizer's state and its computation are sharded over the data axis, as given by `zero_sharding`, and
+        updates and parameters are gathered once per window.
       nonfinite: "propagate", or "drop": a micro-batch with a NaN or an infinity in its gradient or averaged extra
         args gets weight 0 and is counted in `state.dropped`.
-      averaged_extra_args: names of scalar extra args that reach the inner optimizer as the window's weighted mean,
-        if it takes them. For arrays and trees a dict of the names, each with a tree of the same shapes and dtypes:
-        `{"value": 0.0, "hessian": params}`; `jax.ShapeDtypeStruct` will do. An extra arg `grad` reaches the inner
-        optimizer as the window's mean gradient. All other extra args are those of the boundary's call.
-      prepare: for `micro_step`, a function of the parameters: the loss sees what it returns, which is kept in the state
-        and made anew at each optimizer step; its transpose runs there too, on the sum. See `cast`, which here needs
-        `where=`, or to be shown the loss by `seeing`.
-      in_place: for `micro_step`, as for `value_and_grad`, but that gradients are formed in float32 in `HostDriven`
-        alone. With `should_skip_update_fn` or `nonfinite="drop"` nothing is added in place: what is added can't be
-        taken out again.
+      averaged_extra_args: names of scalar extra args that the inner optimizer receives as the window's weighted mean,
+        if it takes them. For arrays and trees, a dict from each name to a tree of the same shapes and dtypes:
+        `{"value": 0.0, "hessian": params}`; leaves may be `jax.ShapeDtypeStruct`s. An extra arg `grad` reaches the
+        inner optimizer as the window's mean gradient. All other extra args are those of the boundary call.
+      prepare: for `micro_step`, a function of the parameters. The loss receives its output, which is kept in the state
+        and recomputed at each optimizer step; its transpose also runs there, once, on the sum. See `cast`, which here
+        needs `where=`, or the loss through `seeing`.
+      in_place: for `micro_step`, as for `value_and_grad`, except that only `HostDriven` forms gradients in float32.
+        With `should_skip_update_fn` or `nonfinite="drop"` nothing is added in place, because it could not be removed
+        from the sums.
 
     Raises:
-      TypeError, ValueError: for an argument that is none of these, at construction; from `init`, where the inner
-        optimizer holds another `MultiSteps`, ours or optax's.
+      TypeError, ValueError: for an invalid argument, at construction; from `init`, if the inner optimizer contains
+        another `MultiSteps`, ours or optax's.
 
     Example:
       >>> import jax.numpy as jnp, optax, jaxaccum
@@ -124,7 +129,7 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
                 "averaged_extra_args must be a tuple of names, or a dict of names and what they are like, got "
                 f"{averaged_extra_args!r}."
             )
-        names = [name for name in averaged_extra_args if name != "grad"]  # That is the mean of the gradients anyway.
+        names = [name for name in averaged_extra_args if name != "grad"]  # `grad` is always the mean gradient.
         trees = averaged_extra_args if isinstance(averaged_extra_args, Mapping) else {}
         shapes = {name: Shapes.of(numeric.numbers(name, trees[name])) for name in names if name in trees}
         is_scalar = lambda shapes: shapes == Shapes.of(jax.ShapeDtypeStruct((), shapes.leaves[0].dtype))
@@ -167,16 +172,16 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         boundary: Any = None,
         **extra_args: Any,
     ) -> tuple[Tree, MultiStepsState]:
-        """`update` and `optax.apply_updates` in one: between boundaries the parameters are not even read.
+        """`update` and `optax.apply_updates` in one call. Between boundaries the parameters are not read.
 
-        Under jit donate `params` and `state`, in this order and never the gradients; then nothing is copied.
+        Under jit, donate `params` and `state`, in this order, but not the gradients: then nothing is copied.
 
         Args:
           params: the parameters.
           state: the state.
           grads: one micro-batch's gradient, a tree like the parameters.
-          weight: what the micro-batch counts for; None is 1.
-          boundary: whether it is the window's last; None lets the state's counter decide.
+          weight: the micro-batch's weight; None is 1.
+          boundary: whether this is the last micro-batch of the window; None lets the state's counter decide.
           **extra_args: as for `update`.
 
         Returns:
@@ -197,22 +202,22 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
     def micro_step(
         self, fun: Callable[..., Any], params: Tree, state: MultiStepsState, *args: Any, boundary: Any = None
     ) -> tuple[jax.Array, Tree, MultiStepsState]:
-        """One micro-batch from its loss to the parameters: backward, add, and at a boundary the optimizer step.
+        """Runs one micro-step from the loss: backward pass, accumulation and, at a boundary, the optimizer step.
 
         Args:
-          fun: `fun(params, *args)` returns the micro-batch's mean loss, a floating scalar, or a `Weighted`, whose
-            weight may not depend on the parameters (`value_and_grad` takes one that does).
+          fun: `fun(params, *args)` returns the micro-batch's mean loss, a floating scalar, or a `Weighted`. Its weight
+            must not depend on the parameters (`value_and_grad` supports that).
           params: the parameters.
           state: the state.
-          *args: the micro-batch and whatever else `fun` takes. With `mesh=` the first is a batch of P·N examples, split
-            over the data axis, and all others are common to its devices, but for typed random keys: device p sees
-            `jax.random.fold_in(key, p)`. On one device and with `axis_name=` a key is used as it is: pass each
-            micro-step one of its own, inside a mapped function each device too.
+          *args: the micro-batch and the other arguments of `fun`. With `mesh=` the first is a batch of P·N examples,
+            sharded over the data axis. All others are the same on every device, except typed random keys: device p
+            sees `jax.random.fold_in(key, p)`. On one device and with `axis_name=`, keys are used unchanged: pass a
+            different key to each micro-step and, inside a mapped function, to each device.
           boundary: as for `update`.
 
         Returns:
-          (the micro-batch's mean loss, params, state). With `mesh=` the loss is (P,), one for each device. It is also
-          the `value` of the inner optimizer's extra args, averaged over the window.
+          (the micro-batch's mean loss, params, state). With `mesh=` the loss is (P,), one per device. The inner
+          optimizer receives the loss, averaged over the window, as the extra arg `value`.
 
         Example:
           >>> import jax.numpy as jnp, optax, jaxaccum
@@ -234,20 +239,20 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
     def flush(
         self, state: MultiStepsState, params: Tree | None = None, **extra_args: Any
     ) -> tuple[Tree, MultiStepsState]:
-        """Closes a partial window: an optimizer step on the mean of what it really holds.
+        """Closes a partial window with an optimizer step on the mean of its micro-batches.
 
-        Where nothing is pending, or nothing but weight 0, the updates are zeros and the optimizer does not run.
+        If the window is empty or has zero weight, the updates are zeros and the optimizer does not run.
 
         Args:
           state: the state.
-          params: the parameters, where the inner optimizer needs them.
-          **extra_args: the inner optimizer's extra arguments, other than the averaged ones: those are the window's.
+          params: the parameters, if the inner optimizer needs them.
+          **extra_args: the inner optimizer's extra args, except the averaged ones, which come from the window.
 
         Returns:
           (updates, state).
 
         Raises:
-          TypeError: if `state` is not this transformation's own.
+          TypeError: if `state` is not a `MultiStepsState`, or if `prepare` is set and `params` is missing.
 
         Example:
           >>> import jax.numpy as jnp, optax, jaxaccum
@@ -263,34 +268,34 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
     def redistribute(
         self, state: MultiStepsState, devices: int | None = None, batch: str | None = None
     ) -> MultiStepsState:
-        """`state` with its pending local sums merged or split for another number of devices. For the host.
+        """Moves the pending local sums of `state` to a different number of devices. Call it on the host.
 
-        For a state in mid-window that comes from a checkpoint, or from another mesh. Each sum goes to one device whole:
-        nothing is divided, and the mean of what is pending is what it was. What that weighs beside the micro-steps to
-        come depends on what the weights count, which `batch` says. With `use_grad_mean=False` each micro-step enters
-        the result with the mean over the devices that it ran on, whatever `batch` is.
+        Use it for a mid-window state from a checkpoint or from another mesh. Sums are moved whole or merged, never
+        divided, so the mean of the pending sums is unchanged. How much they weigh relative to later micro-steps depends
+        on what the weights count, which `batch` specifies. With `use_grad_mean=False`, each micro-step contributes its
+        mean over the devices it ran on, whatever `batch` is.
 
         Args:
-          state: from a `MultiSteps` of the same options and any number of devices: with `mesh`, with `axis_name` as
-            `jax.pmap` returns it (every leaf with a leading device axis), or on one device.
-          devices: with `axis_name`, the number of devices; else they are known.
-          batch: needed where a window is open and the number of devices changes.
+          state: from a `MultiSteps` with the same options and any number of devices: with `mesh`, with `axis_name` as
+            returned by `jax.pmap` (every leaf has a leading device axis), or on one device.
+          devices: the number of devices, required with `axis_name` and not allowed otherwise.
+          batch: required if a window is open and the number of devices changes.
 
-            * "per_device": each device's batch stays as large as it was. A micro-step on 8 devices weighs 8, one on a
-              single device weighs 1: as many as their examples.
-            * "global": the batch of all devices stays as large as it was, and the loss is a plain mean, which weighs 1
-              on each device. All sums are scaled by the ratio of the numbers of devices, and a micro-step of before
-              weighs as much as one of after.
-            * "weighted": weights are numbers of examples or tokens, as those of a `Weighted` loss or of `weight=`. They
-              mean the same on any number of devices.
+            * "per_device": the batch per device keeps its size. A micro-step on 8 devices weighs 8, one on a single
+              device weighs 1, in proportion to their examples.
+            * "global": the global batch keeps its size, and the loss is a plain mean, which has weight 1 on each
+              device. All sums are scaled by new devices / old devices, so that micro-steps before and after the change
+              weigh the same.
+            * "weighted": weights are numbers of examples or tokens, as in a `Weighted` loss or `weight=`. They mean the
+              same on any number of devices.
 
         Returns:
-          The state for this transformation, its local sums placed on the mesh. The rest lies where it lay, or, if it
-          came out of a pmap, on the default device.
+          The state for this transformation, with its local sums placed on the mesh. All other leaves stay where they
+          are or, if they come from a pmap, move to the default device.
 
         Raises:
-          TypeError, ValueError: if `state` is no `MultiStepsState`, `devices` is missing or superfluous, or `batch` is
-            missing or none of the three.
+          TypeError, ValueError: if `state` is not a `MultiStepsState`, if `devices` is missing or not allowed, or if
+            `batch` is missing or not one of the three.
 
         Example:
           >>> import jax, jax.numpy as jnp, optax, jaxaccum
@@ -313,11 +318,11 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         return redistribution.redistribute(self._config, state, devices or sync.size(), batch)
 
     def has_updated(self, state: MultiStepsState) -> Any:
-        """A bool scalar: whether the call that returned `state` ran the inner optimizer."""
+        """Whether the call that returned `state` ran the inner optimizer, a bool scalar."""
         return checks.state(state, "has_updated").updated
 
     def gradient_transformation(self) -> optax.GradientTransformationExtraArgs:
-        """This transformation: it needs no conversion. For code written for `optax.MultiSteps`."""
+        """Returns `self`. For compatibility with code written for `optax.MultiSteps`."""
         return self
 
     @property
@@ -327,10 +332,10 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
 
     @classmethod
     def _make(cls, iterable: Iterable[Any]) -> Any:
-        """What `_replace` makes: with a function of its own it is no `MultiSteps` any more."""
+        """Makes `_replace` return a plain transformation: with another `init` or `update` it is not a `MultiSteps`."""
         return optax.GradientTransformationExtraArgs._make(iterable)
 
-    # Identity is configuration: a copy is equal to its original, and two that differ in one option never share a trace.
+    # Equality compares configurations: copies are equal, and instances with different options never share a trace.
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and other._config == self._config
@@ -353,7 +358,7 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         jax.tree_util.register_static(cls)
 
 
-# Without this jax would take an instance for a NamedTuple of two leaves.
+# Otherwise jax would flatten an instance as a NamedTuple with two leaves.
 jax.tree_util.register_static(MultiSteps)
 
 
@@ -367,12 +372,12 @@ def _rebuild(cls: type[MultiSteps], config: tuple) -> MultiSteps:
 
 
 def _is_optax_multi_steps(opt: Any) -> bool:
-    """Whether `opt` is optax's `MultiSteps`, or the transformation that one was converted to."""
+    """Whether `opt` is optax's `MultiSteps` or its `gradient_transformation()`."""
     return isinstance(opt, optax.MultiSteps) or isinstance(getattr(opt.init, "__self__", None), optax.MultiSteps)
 
 
 def _check_extra_args(config: Config, method: str, extra_args: dict[str, Any]) -> None:
-    """Refuses a misspelt `weight` or `boundary`; `flush` has neither."""
+    """Rejects a misspelt `weight` or `boundary`; `flush` takes neither."""
     flushes = method == "flush"
     remedy = "It takes neither weight nor boundary: it closes the window with what that holds." if flushes else ""
     given = [name for name in extra_args if name not in config.averaged_extra_args]
@@ -389,19 +394,19 @@ def _unprepared(config: Config, method: str) -> Config:
 
 
 def _transformation(config: Config) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The two functions of an optax transformation."""
+    """The `init` and `update` functions of `MultiSteps`."""
 
     def init(params: Tree) -> MultiStepsState:
-        """A fresh state, with nothing pending.
+        """Creates a state with an empty window.
 
         Args:
           params: the parameters.
 
         Returns:
-          The state; no two leaves of it and of `params` share a buffer, so that both can be donated.
+          The state. No two leaves of the state and `params` share a buffer, so both can be donated.
 
         Raises:
-          TypeError, ValueError: for parameters that can't be trained so, and where the inner optimizer holds another
+          TypeError, ValueError: for parameters that are not supported, or if the inner optimizer contains another
             `MultiSteps`.
         """
         return stepping.init(config, params)
@@ -420,11 +425,11 @@ def _transformation(config: Config) -> tuple[Callable[..., Any], Callable[..., A
         Args:
           grads: one micro-batch's gradient, a tree like the parameters.
           state: the state.
-          params: the parameters, where the inner optimizer needs them.
-          weight: what the micro-batch counts for, a real scalar; None is 1, and 0 leaves it out.
-          boundary: whether it is the window's last; None lets the state's counter decide.
-          **extra_args: the inner optimizer's. Those named in `averaged_extra_args` reach it as the window's mean, and
-            `grad` as the window's mean gradient.
+          params: the parameters, if the inner optimizer needs them.
+          weight: the micro-batch's weight, a real scalar; None is 1, and 0 excludes the micro-batch.
+          boundary: whether this is the last micro-batch of the window; None lets the state's counter decide.
+          **extra_args: extra args for the inner optimizer. It receives those named in `averaged_extra_args` as the
+            window's mean, and `grad` as the window's mean gradient.
 
         Returns:
           (updates, state). Between boundaries the updates are zeros.

@@ -1,4 +1,4 @@
-"""Checks of what `MultiSteps` receives: each error names the argument, the value and the remedy."""
+"""Argument checks for `MultiSteps`. Each error names the argument, the value and the remedy."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,12 +19,12 @@ from jaxaccum._types import Tree
 
 
 def state(value: Any, method: str, sync: Sync | None = None) -> MultiStepsState:
-    """A state of `MultiSteps`; where `sync` is given, one whose local sums are of its devices.
+    """Checks that `value` is a `MultiStepsState` and, given `sync`, that its local sums match the devices.
 
     Raises:
-      TypeError: if it is none.
-      ValueError: if its local sums are those of other devices.
-      NameError: if `sync` is a mapped axis, and this is not inside of its map.
+      TypeError: if it is not a `MultiStepsState`.
+      ValueError: if its local sums are for a different number of devices.
+      NameError: if `sync` is a mapped axis and the call is outside of its map.
     """
     if not isinstance(value, MultiStepsState):
         raise TypeError(
@@ -44,7 +44,7 @@ def state(value: Any, method: str, sync: Sync | None = None) -> MultiStepsState:
 
 
 def gradients(grads: Tree, acc_grads: Tree, sync: Sync) -> None:
-    """Gradients must form the parameters' tree, shape by shape, and be inexact.
+    """Checks that gradients match the parameters' tree and shapes and are floating or complex.
 
     Raises:
       ValueError: if the tree or a shape differs.
@@ -86,14 +86,14 @@ def gradients(grads: Tree, acc_grads: Tree, sync: Sync) -> None:
 
 
 def inner_state(state: Tree) -> None:
-    """The state of an inner optimizer, which must not accumulate by itself."""
+    """Checks that an inner optimizer's state contains no `MultiSteps` state."""
     is_accumulating = lambda node: isinstance(node, (MultiStepsState, optax.MultiStepsState))
     if any(map(is_accumulating, jax.tree.leaves(state, is_leaf=is_accumulating))):
         raise accumulates()
 
 
 def accumulates() -> ValueError:
-    """The error for an optimizer that accumulates by itself, where it is to do so in one that does."""
+    """The error for an inner optimizer that already accumulates."""
     return ValueError(
         "opt accumulates by itself: it holds a MultiSteps. Pass the optimizer without it, and K once: for a window of "
         "K1·K2 micro-steps make one MultiSteps(opt, K1·K2) with all else inside; for the Trainer pass K as "
@@ -102,7 +102,7 @@ def accumulates() -> ValueError:
 
 
 def boundary(value: Any, sync: Sync) -> Any:
-    """A bool, Python's or numpy's or an array's; traced only if the array is, and then the same on every device."""
+    """Checks `boundary`: a bool from Python, numpy or jax. A traced one must not vary over the data axis."""
     if not is_bool(value):
         raise TypeError(
             f"boundary must be None (the state's counter decides) or one bool, got {value!r}; "
@@ -118,14 +118,14 @@ def boundary(value: Any, sync: Sync) -> Any:
 
 
 def skip(value: Any) -> Any:
-    """The verdict of `should_skip_update_fn`: one bool."""
+    """Checks that `should_skip_update_fn` returned one bool for `skip`."""
     if not is_bool(value):
         raise ValueError(f"should_skip_update_fn must return (skip, skip_state) with skip one bool, got {kind(value)}.")
     return value
 
 
 def every_k_schedule(value: Any) -> int | Callable[[Any], Any]:
-    """An integer K, or a function of `gradient_step` that gives integers; anything else is refused.
+    """Checks K: an integer, or a function of `gradient_step` that returns integers.
 
     Raises:
       TypeError, ValueError: if `value` is neither, or is a function whose result is not one integer of at least 1.
@@ -146,13 +146,13 @@ def every_k_schedule(value: Any) -> int | Callable[[Any], Any]:
     try:
         jax.eval_shape(record, jax.ShapeDtypeStruct((), jnp.int32))
     except jax.errors.ConcretizationTypeError:
-        return value  # A function of the step's value, for use outside jit: its results are checked one by one.
+        return value  # The function needs a concrete step, so it runs outside jit and each result is checked.
     scheduled_k(returned[-1])
     return value
 
 
 def scheduled_k(k: Any) -> Any:
-    """What a schedule function returned: one integer, of at least 1 where the value can be read."""
+    """Checks the result of a schedule function: one integer and, if it is concrete, at least 1."""
     what = "the result of every_k_schedule"
     if not isinstance(k, jax.core.Tracer):
         return positive_int(k, what)
@@ -162,7 +162,7 @@ def scheduled_k(k: Any) -> Any:
 
 
 def averaged(name: str, value: Any, shape: tuple[int, ...] = ()) -> None:
-    """An averaged extra arg: one real number, or one for each device."""
+    """Checks an averaged extra arg: one real number, or one per device."""
     if not is_real(value, shape):
         raise ValueError(
             f"the extra arg {name!r} is averaged over the window and must be one real number{or_one_each(shape)}, got "
@@ -172,7 +172,7 @@ def averaged(name: str, value: Any, shape: tuple[int, ...] = ()) -> None:
 
 
 def averaged_tree(name: str, value: Tree, like: Tree, shape: tuple[int, ...]) -> None:
-    """An averaged extra arg that is no scalar: a tree like the one that `averaged_extra_args` has, of each device."""
+    """Checks a non-scalar averaged extra arg: a tree like the one in `averaged_extra_args`, per device."""
     numbers(name, value)
     got = jax.tree.map(jnp.shape, value)
     want = jax.tree.map(lambda x: (*shape, *x.shape), like)

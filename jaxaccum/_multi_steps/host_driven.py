@@ -1,4 +1,4 @@
-"""For a training loop of one's own: the two programs of a window, and the host's count of its micro-steps."""
+"""`HostDriven`, for custom training loops: two compiled programs, with micro-steps counted on the host."""
 
 import functools
 import weakref
@@ -19,30 +19,30 @@ from jaxaccum._types import Tree
 
 
 class HostDriven:
-    """`MultiSteps.micro_step` as two compiled programs, between which Python picks by counting: the fastest stream.
+    """Runs `MultiSteps.micro_step` as two compiled programs and counts micro-steps on the host to choose between them.
 
-    The first only accumulates: it takes the parameters and the pending sums and returns the sums, so the optimizer's
-    state does not pass through it. The second also runs the optimizer, without a conditional, and clears the sums.
-    Changing K compiles nothing.
+    The first program only accumulates: it takes the parameters and the pending sums and returns the sums. The
+    optimizer's state does not pass through it. The second also runs the optimizer, without a conditional, and clears
+    the sums. Changing K does not recompile either.
 
-    The state that is passed decides where its window stands. For a state that a call returned, the host knows this
-    without waiting for the device; for any other (fresh, restored, copied, or from another step function) it reads
-    `mini_step` and `every_k` from the state, which waits. Several states can take turns, and a call that raises counts
-    for none of them.
+    The position in the window belongs to the state. For a state returned by this object, the host knows the position
+    without waiting for the device. For any other state (new, restored, copied, or from another step function), it
+    waits for the device and reads `mini_step` and `every_k`. States may be interleaved, and a call that raises does not
+    count.
 
-    K is the state's own: what `MultiSteps`, `set_every_k` or a checkpoint put there. Assigning `every_k` on this object
-    writes a new K into the next state that is passed, once into each other state that this object returned before the
-    assignment, and into each state that is new to it and still has the K of `MultiSteps(opt, every_k_schedule)`. A
-    state whose K was changed by `set_every_k`, or comes with another K from a checkpoint, keeps its own. An assignment
-    during a call waits for the next one.
+    K also belongs to the state, as set by `MultiSteps`, `set_every_k` or a checkpoint. Assigning `every_k` on this
+    object writes the new K into the next state passed, once into each other state that this object returned before the
+    assignment, and into each state that it has not seen before and that still has the K of
+    `MultiSteps(opt, every_k_schedule)`. A state with another K, from `set_every_k` or from a checkpoint, keeps it. An
+    assignment during a call takes effect at the next call.
 
     Args:
-      tx: what accumulates.
+      tx: the `MultiSteps`.
       fun: the loss, as for `MultiSteps.micro_step`.
 
     Raises:
-      TypeError, ValueError: if `tx` is no `MultiSteps`, or one that a host can't count for: with `axis_name`, with a
-        function for K, or with `should_skip_update_fn`.
+      TypeError, ValueError: if `tx` is not a `MultiSteps`, if its micro-steps can't be counted on the host (it has
+        `axis_name`, a function for K, or `should_skip_update_fn`), or if `fun` is not callable.
 
     Example:
       >>> import jax.numpy as jnp, optax, jaxaccum
@@ -74,11 +74,11 @@ class HostDriven:
         self._sync = config.sync
         self._mini_step = 0
         self._built = _Assignment(positive_int(config.every_k, "every_k_schedule"))
-        self._assigned = self._last_written = self._built  # what holds now, and what a state has received
+        self._assigned = self._last_written = self._built  # The latest assignment, and the latest written to a state.
         self._every_k = self._built.every_k
         self._positions = _Facts()
         self._ks = _Facts()
-        self._compiled = set()  # (program, signature) where it is known to compile
+        self._compiled = set()  # (program, signature) pairs that are known to compile.
 
         loss = loss_step.without_aux(fun, "HostDriven")
         micro_step = functools.partial(loss_step.micro_step, config, loss, clears=True)
@@ -103,7 +103,7 @@ class HostDriven:
     def every_k(self) -> int:
         """K of the last call's state, or the value assigned since.
 
-        Set to what is pending or less, the next micro-step closes the window.
+        If it is set to the number of pending micro-steps or less, the next micro-step closes the window.
         """
         assigned = self._assigned
         return self._every_k if assigned is self._last_written else assigned.every_k
@@ -114,23 +114,23 @@ class HostDriven:
 
     @property
     def mini_step(self) -> int:
-        """The micro-steps in the open window of the last returned state; 0 where none is pending."""
+        """The number of micro-steps in the open window of the last returned state."""
         return self._mini_step
 
     def __call__(self, params: Tree, state: MultiStepsState, *args: Any) -> tuple[jax.Array, Tree, MultiStepsState]:
-        """One micro-step; a boundary after every K of them.
+        """Runs one micro-step; every K-th one is a boundary.
 
         Args:
           params: the parameters; donated at a boundary.
-          state: the state; its sums are donated in every call, all of it at a boundary. A call that raises before its
-            program starts, as where `fun` or the compiler raises, donates nothing.
-          *args: what `fun` takes besides, for jit.
+          state: the state. Its sums are donated in every call, and all of it at a boundary. A call that raises before
+            its program starts, for instance because `fun` or the compiler raises, donates nothing.
+          *args: the other arguments of `fun`, passed through jit.
 
         Returns:
           (the micro-batch's mean loss, params, state).
 
         Raises:
-          TypeError: if `state` is not that of a `MultiSteps`, and inside `jax.jit`.
+          TypeError: if `state` is not a `MultiStepsState`, or if called inside `jax.jit`.
         """
         state = checks.state(state, "HostDriven", self._sync)
         _check_on_host("HostDriven", (params, state.mini_step, args))
@@ -140,7 +140,7 @@ class HostDriven:
             loss, params, state = self._run(self._close, (params,), state, args, position)
             mini_step = 0
         else:
-            # What only a boundary changes goes around the program.
+            # Leaves that only change at a boundary bypass the program.
             kept = {"inner_opt_state": state.inner_opt_state, "prepared": state.prepared}
             pending = state._replace(inner_opt_state=None, prepared=())
             loss, pending = self._run(self._accumulate, (params, state.prepared), pending, args, position)
@@ -150,7 +150,7 @@ class HostDriven:
         return loss, params, state
 
     def flush(self, params: Tree, state: MultiStepsState) -> tuple[Tree, MultiStepsState]:
-        """Closes a partial window: an optimizer step on the mean of what it holds. Both arguments are donated."""
+        """Closes a partial window with an optimizer step on the mean of its micro-batches. Donates both arguments."""
         state = checks.state(state, "HostDriven.flush", self._sync)
         _check_on_host("HostDriven.flush", (params, state.mini_step))
         state, _, k = self._read(state)
@@ -159,8 +159,8 @@ class HostDriven:
         return params, state
 
     def _read(self, state: MultiStepsState) -> tuple[MultiStepsState, "_Position", "_K"]:
-        """(`state` with the K that is assigned to it, its position, its K)."""
-        assigned = self._assigned  # What is assigned from here on, as by a signal handler, waits for the next call.
+        """Applies a pending assignment of K: (`state`, its position, its K)."""
+        assigned = self._assigned  # Read once: a later assignment, e.g. in a signal handler, waits for the next call.
         position = self._positions.get(state.mini_step)
         k = self._ks.get(state.every_k)
         if k is None and self._last_written is assigned:
@@ -173,16 +173,16 @@ class HostDriven:
         return state, position or _Position(_on_host(state.mini_step), ()), k
 
     def _remember(self, state: MultiStepsState, mini_step: int, k: "_K") -> None:
-        """Notes what the programs made of a state, so that the next call does not read it."""
+        """Records a returned state's position and K, so that the next call does not read them from the device."""
         cleared = () if mini_step else tuple(map(weakref.ref, _sums(state)))
         self._positions.add(state.mini_step, _Position(mini_step, cleared))
         self._ks.add(state.every_k, k)
         self._mini_step, self._every_k, self._last_written = mini_step, k.every_k, k.written
 
     def _run(self, program, given, state, args, position):
-        """`program(*given, state, *args)`, with nothing in the sums of `state` where a window begins."""
+        """Runs `program(*given, state, *args)`, clearing the sums of `state` first if a window starts."""
         if not position.mini_step and not position.holds_cleared(_sums(state)):
-            # Whatever can raise does so here, before the clearing takes the caller's sums.
+            # Raise any error here, before clearing donates the caller's sums.
             numeric.arrays(given[0])
             jax.block_until_ready((given, state, args))
             signature = _signature((given, state, args))
@@ -194,7 +194,7 @@ class HostDriven:
 
 
 class _Assignment(NamedTuple):
-    """One assignment to `HostDriven.every_k`, told from others by its identity."""
+    """One assignment to `HostDriven.every_k`, compared by identity."""
 
     every_k: int
 
@@ -204,7 +204,7 @@ class _K(NamedTuple):
 
     Attributes:
       every_k: its value.
-      written: the last assignment that the state has received or that came before it.
+      written: the latest assignment that was applied to the state or that is older than it.
     """
 
     every_k: int
@@ -212,44 +212,44 @@ class _K(NamedTuple):
 
 
 class _Position(NamedTuple):
-    """Where a state stands in its window.
+    """A state's position in its window.
 
     Attributes:
-      mini_step: the micro-steps in the window.
-      cleared: where that is 0, references to the state's sums if they are known to be 0.
+      mini_step: the number of micro-steps in the window.
+      cleared: if `mini_step` is 0, references to the state's sums if they are known to be 0.
     """
 
     mini_step: int
     cleared: tuple[weakref.ref, ...]
 
     def holds_cleared(self, sums: list[Any]) -> bool:
-        """Whether `sums` are the arrays that are known to be 0."""
+        """Whether `sums` are the arrays known to be 0."""
         if len(sums) != len(self.cleared):
             return False
         return all(ref() is x for ref, x in zip(self.cleared, sums, strict=True))
 
 
 class _Facts:
-    """What the host knows of arrays, for as long as they live. Arrays do not change, so it remains true."""
+    """Host-side facts about arrays, kept for the arrays' lifetime. They stay valid because arrays are immutable."""
 
     def __init__(self):
         self._facts: dict[int, tuple[weakref.ref, Any]] = {}
 
     def add(self, array: jax.Array, fact: Any) -> None:
-        """Notes `fact` of `array`."""
-        key = id(array)  # Arrays have no hash.
+        """Records `fact` about `array`."""
+        key = id(array)  # Arrays are not hashable.
         self._facts[key] = weakref.ref(array, functools.partial(self._facts.pop, key)), fact
 
     def get(self, array: Any) -> Any:
-        """What is known of this very object; None if nothing is."""
+        """The fact recorded about this object, or None."""
         known = self._facts.get(id(array))
         return known[1] if known and known[0]() is array else None
 
 
 def _check_on_host(method: str, tree: Tree) -> None:
-    """Refuses to run inside of `jax.jit`: the host counts calls, and there a call is made once, while tracing."""
+    """Raises inside `jax.jit`, where a call runs once, during tracing, and the host can't count micro-steps."""
     is_tracer = lambda leaf: isinstance(leaf, jax.core.Tracer)
-    # Under an eager vmap or grad there are tracers too, but what is made of no argument is an array.
+    # Eager vmap and grad use tracers too, but there an array created without arguments is concrete.
     if any(map(is_tracer, jax.tree.leaves(tree))) and is_tracer(jnp.zeros(())):
         raise TypeError(
             f"{method} was called with tracers, inside jax.jit or a loop of jax.lax, where the host can't count the "
@@ -258,12 +258,12 @@ def _check_on_host(method: str, tree: Tree) -> None:
 
 
 def _on_host(scalar: Any) -> int:
-    """The value of a state's counter. Waits for the device."""
+    """Reads a state's counter. Waits for the device."""
     return int(scalar)
 
 
 def _signature(args: Any) -> tuple:
-    """What decides whether a program must be traced and compiled anew: all but the values in `args`."""
+    """The cache key for compilation: everything about `args` except their values."""
     leaves, treedef = jax.tree.flatten(args)
     kind = lambda x: (type(x), getattr(x, "shape", None), getattr(x, "dtype", None))
     placed = lambda x: (x.aval, x.sharding, x.committed)

@@ -1,4 +1,4 @@
-"""The call of the inner optimizer: on the exact mean, with the types that it would have had without accumulation."""
+"""Calls the inner optimizer on the exact mean and returns the dtypes it would have without accumulation."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,22 +23,22 @@ def update(
     extra_args: dict[str, Any],
     wide: Any,
 ) -> tuple[Tree, Tree]:
-    """`opt.update` on `mean`, which may be wider than the gradients that it is the mean of.
+    """Calls `opt.update` on `mean`, whose dtypes may be wider than the gradients'.
 
-    Statistics that are overwritten (`_overwrites`) don't reach the optimizer: their update is `New`, their mean.
+    Statistics that are overwritten (see `overwrites`) bypass the optimizer: their update is a `New` with their mean.
 
-    Where the mean is wider, the optimizer's floating state and the parameters are lifted to `wide` for the call, so
-    that the mean is not rounded on its way, and the results are cast back: the state to its own dtypes, the updates to
-    those that `opt` would have given for `grads`.
+    If the mean is wider, the optimizer's floating state and the parameters are cast to `wide` for the call, so that the
+    mean is not rounded. The results are cast back: the state to its own dtypes, and the updates to those that `opt`
+    returns for `grads`.
 
     Args:
       opt: the inner optimizer.
       mean: the window's mean gradient.
-      grads: arrays or shapes with the dtypes that the optimizer would see without accumulation.
+      grads: arrays or shapes with the dtypes of the gradients without accumulation.
       state: the inner optimizer's state.
       params: the parameters, or None.
-      extra_args: the inner optimizer's extra arguments; it sees `mean` in place of an argument `grad`.
-      wide: the dtype to lift to.
+      extra_args: the inner optimizer's extra args; an extra arg `grad` is replaced by `mean`.
+      wide: the dtype to cast to.
 
     Returns:
       (updates, new inner state).
@@ -58,9 +58,9 @@ def update(
 def without_refused(
     opt: optax.GradientTransformationExtraArgs, names: Sequence[str]
 ) -> optax.GradientTransformationExtraArgs:
-    """`opt`, called without those of the extra args `names` that it, or an optimizer inside it, does not take.
+    """`opt`, called without those extra args in `names` that it, or an optimizer inside it, does not accept.
 
-    optax's containers take any extra arg and pass it on, so that only a call can tell.
+    optax's containers accept any extra arg and pass it on, so the only way to find out is to call `opt`.
     """
 
     def update(updates, state, params=None, **extra_args):
@@ -77,12 +77,12 @@ def without_refused(
 
 
 def like_gradients(params: Tree) -> Tree:
-    """A tree with the dtypes of the gradients of `params`: its own, and float0 where there is no gradient."""
+    """A tree with the dtypes of the gradients of `params`; leaves without a gradient are float0."""
     return jax.tree.map(lambda p: p if is_inexact(p) else np.zeros(jnp.shape(p), jax.dtypes.float0), params)
 
 
 def update_shapes(opt, grads: Tree, state: Tree, params: Tree | None, extra_args: dict[str, Any]) -> Tree:
-    """Shapes and dtypes of the updates that `opt` gives for `grads`; nothing is computed."""
+    """Shapes and dtypes of the updates that `opt` returns for `grads`, without computing them."""
     shapes = _shapes(opt, overwrites.optimized(grads), state, overwrites.optimized(params), extra_args)
     is_new = lambda x: isinstance(x, New)
     updates = overwrites.with_new(shapes, overwrites.only(grads))
@@ -94,16 +94,16 @@ def _shapes(opt, grads, state, params, extra_args):
 
 
 def zeros(shapes: Tree) -> Tree:
-    """Updates that change nothing."""
+    """Zero updates."""
     numpy_or_jax = lambda dtype: np if dtype == jax.dtypes.float0 else jnp
     return jax.tree.map(lambda x: numpy_or_jax(x.dtype).zeros(x.shape, x.dtype), shapes)
 
 
 def differences(updates: Tree, params: Tree | None) -> Tree:
-    """`updates` with what to add to the parameter in place of each `New`.
+    """Replaces each `New` in `updates` by its difference from the parameter.
 
     Raises:
-      TypeError: if there is one and no parameters.
+      TypeError: if there is a `New` and `params` is None.
     """
     is_new = lambda x: isinstance(x, New)
     if not any(map(is_new, jax.tree.leaves(updates, is_leaf=is_new))):
@@ -114,7 +114,7 @@ def differences(updates: Tree, params: Tree | None) -> Tree:
 
 
 def apply_updates(params: Tree, updates: Tree) -> Tree:
-    """`optax.apply_updates`; a parameter without gradient (float0, None) stays as it is, `New` is its new value."""
+    """`optax.apply_updates` that keeps parameters without a gradient (float0, None) and overwrites those with `New`."""
 
     def leaf(param, update):
         if isinstance(update, New):
@@ -127,7 +127,7 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
 
 
 def unshared(state: Tree, params: Tree) -> Tree:
-    """`state` with a copy of every array that appears twice in it or in `params`, so that both can be donated."""
+    """Copies every array in `state` that is also elsewhere in it or in `params`, so that both can be donated."""
     seen = {id(leaf) for leaf in jax.tree.leaves(params)}
 
     def leaf(x):
@@ -140,7 +140,7 @@ def unshared(state: Tree, params: Tree) -> Tree:
 
 
 def beside_params(fun: Callable[[Any, Any], Any], state: Tree, params: Tree) -> Tree:
-    """`state` with `fun(leaf, param)` for each leaf that has a parameter's shape, and its path's last part its path."""
+    """Maps `fun(leaf, param)` over the leaves of `state` with a parameter's shape and a path that ends in its path."""
     param_at = dict(jax.tree_util.tree_leaves_with_path(params))
 
     def leaf(path, x):
@@ -152,9 +152,9 @@ def beside_params(fun: Callable[[Any, Any], Any], state: Tree, params: Tree) -> 
 
 
 def branch(pred: Any, close: Callable[[], Tree], stay: Callable[[], Tree]) -> Tree:
-    """`close()` where `pred`, else `stay()`: decided now if `pred` is a Python bool, in a conditional if it is traced.
+    """`close()` if `pred`, else `stay()`; a traced `pred` makes a conditional.
 
-    The barrier keeps XLA:GPU from turning the conditional into selections, which would run both sides.
+    The barrier prevents XLA:GPU from turning the conditional into selects, which would run both branches.
     """
     if isinstance(pred, bool):
         return close() if pred else stay()
@@ -162,7 +162,7 @@ def branch(pred: Any, close: Callable[[], Tree], stay: Callable[[], Tree]) -> Tr
 
 
 def _with_grad(extra_args: dict[str, Any], grads: Tree) -> dict[str, Any]:
-    """`extra_args` with `grads` in place of `grad`, where that is given: a line search needs the window's mean."""
+    """Replaces the extra arg `grad`, if given, by `grads`: a line search needs the window's mean gradient."""
     return extra_args | {"grad": grads} if extra_args.get("grad") is not None else extra_args
 
 

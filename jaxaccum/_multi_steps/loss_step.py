@@ -1,4 +1,4 @@
-"""A micro-step that starts from a loss: its gradient on each device, added, and at a boundary the optimizer step."""
+"""A micro-step from the loss: each device's gradient, its accumulation and, at a boundary, the optimizer step."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -31,12 +31,12 @@ def step(
     clears: bool = False,
     extra_args: dict[str, Any] | None = None,
 ) -> tuple[Weighted, Any, Tree, MultiStepsState]:
-    """One micro-step from its loss to the parameters.
+    """Runs one micro-step from the loss.
 
     Args:
-      config: the transformation.
-      fun: `fun(params, *args)` returns (loss, rest), the loss plain or a `Weighted`.
-      roles: what the arguments are, the parameters number 0.
+      config: the transformation's configuration.
+      fun: `fun(params, *args)` returns (loss, rest); the loss is plain or a `Weighted`.
+      roles: the roles of the arguments; the parameters are argument 0.
       params: the parameters.
       state: the state.
       args: the other arguments.
@@ -46,10 +46,10 @@ def step(
       extra_args: for the inner optimizer.
 
     Returns:
-      (loss, rest, params, state), the former two each device's own: with a mesh they have a leading device axis.
+      (loss, rest, params, state). loss and rest are local to each device: with a mesh they have a leading device axis.
     """
     seen = params if config.prepare is None else once_per_window.seen(config.prepare, params, state.prepared)
-    judges = config.should_skip_update_fn is not None  # It is shown mean gradients.
+    judges = config.should_skip_update_fn is not None  # That function receives mean gradients.
     loss, rest, grads = micro_gradient.on_each(
         fun,
         config.sync,
@@ -91,7 +91,7 @@ def micro_step(
     """`MultiSteps.micro_step`; `clears` as for `stepping.run`."""
 
     def own(params, *args):
-        if isinstance(config.sync, MeshAxis):  # Each device's part of the batch; the rest is common to all of them.
+        if isinstance(config.sync, MeshAxis):  # Only the batch is sharded; the other arguments are replicated.
             batch, *others = args
             args = batch, *prng.fold_typed(others, MappedAxis(config.sync.names).index())
         return fun(params, *args), None
@@ -106,7 +106,7 @@ def micro_step(
 
 
 def without_aux(fun: Callable[..., Any], method: str) -> Callable[..., Any]:
-    """`fun`, a loss for `method`, which takes no aux; what it returns is checked."""
+    """Wraps the loss `fun` to check its return value for `method`, which does not support aux."""
 
     @functools.wraps(fun, updated=())
     def checked(*args):

@@ -1,4 +1,4 @@
-"""Tells a misspelt argument from an extra arg of an optimizer: optax lets pass what nobody reads."""
+"""Detects misspelt arguments among extra args, since optax silently accepts extra args that no optimizer reads."""
 
 import difflib
 import functools
@@ -9,27 +9,27 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-# "weights" and "is_boundary" are as near as this; "height", which an optimizer may well read, is not. Letters that
-# change places count as less alike, but leave the same letters.
+# This cutoff catches "weights" and "is_boundary" but not "height", a plausible extra arg. Transposed letters score
+# lower, so `_nearest` also compares sorted letters.
 _NEAR = 0.84
-# Names as near as that, which nobody writes by mistake. Nor does one number a misspelling: "weight0".
+# Names within the cutoff that are not typos. Names that end in a digit, such as "weight0", are not typos either.
 _OWN_WORDS = frozenset({"at_boundary", "eight", "weighted"})
 
 
 def check(
     method: str, given: Iterable[str], meant: Iterable[str], update: Callable[..., Any], remedy: str = ""
 ) -> None:
-    """Refuses an extra arg whose name is nearly that of an argument, unless the optimizer asks for it by name.
+    """Raises for an extra arg whose name is close to an argument's, unless the optimizer has a parameter of that name.
 
     Args:
-      method: what was called.
+      method: the name of the method called.
       given: the extra args' names.
-      meant: the arguments that one of them could be a misspelling of.
+      meant: the arguments that might be misspelt.
       update: the optimizer's `update`.
-      remedy: what to do; by default the argument's right name.
+      remedy: the end of the error message; by default it suggests the argument's correct name.
 
     Raises:
-      TypeError: for such a name.
+      TypeError: for a misspelt name.
     """
     for name in given:
         near = _nearest(name, tuple(meant))
@@ -50,13 +50,13 @@ def _nearest(name: str, meant: tuple[str, ...]) -> str | None:
 
 
 def _asks_for(update: Callable[..., Any], name: str) -> bool:
-    """Whether an optimizer's `update` has a parameter of that name, or that of one that it is made of."""
+    """Whether `update`, or a function of an optimizer inside it, has a parameter `name`."""
     seen, found = {}, [update]
     while found:
         value = found.pop()
         if id(value) in seen:
             continue
-        seen[id(value)] = value  # Kept alive: a bound method that is gone would leave its id to another one.
+        seen[id(value)] = value  # Kept alive, because the id of a deleted bound method can be reused.
         if name in _extra_args(value):
             return True
         try:
@@ -67,21 +67,21 @@ def _asks_for(update: Callable[..., Any], name: str) -> bool:
 
 
 class _UnknownError(Exception):
-    """What an optimizer is made of can't be known."""
+    """An optimizer's components can't be determined."""
 
 
 def _extra_args(value: Any) -> list[str]:
-    """The parameters of a function, but for the first: an optimizer's gradients, a schedule's step, a mask's tree."""
+    """A function's parameter names except the first (an optimizer's gradients, a schedule's step, a mask's tree)."""
     if not callable(value) or inspect.isclass(value):
         return []
     try:
         return [*inspect.signature(value).parameters][1:]
-    except (TypeError, ValueError):  # Some of those written in C have no signature.
+    except (TypeError, ValueError):  # Some C functions have no signature.
         return []
 
 
 def _held(value: Any) -> Iterable[Any]:
-    """What could be an optimizer, or a part of one, in `value`."""
+    """The objects inside `value` that may be optimizers or parts of one."""
     if isinstance(value, dict):
         return value.values()
     if isinstance(value, (tuple, list)):
@@ -95,20 +95,20 @@ def _held(value: Any) -> Iterable[Any]:
     if inspect.isclass(value):
         return ()
     methods = [getattr(value, name, None) for name in ("update", "__call__")]
-    # A jitted function has what it was made of in `__wrapped__`.
+    # A jitted function keeps the original in `__wrapped__`.
     return (getattr(value, "__wrapped__", None), *filter(inspect.ismethod, methods))
 
 
 def _captured(function: Callable[..., Any]) -> list[Any]:
-    """What a function's closure holds, where optax's containers keep what they contain, and the optimizers it names."""
+    """A function's closure variables, where optax's containers keep their contents, and the global optimizers in it."""
     variables = inspect.getclosurevars(function)
     held = dict(variables.nonlocals)
-    if "inner_factory" in held and "other_hps" in held:  # That of `optax.inject_hyperparams`.
+    if "inner_factory" in held and "other_hps" in held:  # `optax.inject_hyperparams`.
         factory, others = held.pop("inner_factory"), held["other_hps"]
         numbers = inspect.signature(factory).parameters.keys() - others.keys()
         try:
             held["inner"] = factory(**others, **dict.fromkeys(numbers, jnp.ones(())))
-        except Exception as error:  # It may refuse a 1 for a hyperparameter.
+        except Exception as error:  # The factory may reject 1 as a hyperparameter.
             raise _UnknownError from error
     optimizers = [value for value in variables.globals.values() if isinstance(value, optax.GradientTransformation)]
     return [*held.values(), *optimizers]

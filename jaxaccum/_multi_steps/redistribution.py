@@ -1,4 +1,4 @@
-"""Local sums for another number of devices: what a checkpoint holds is merged, or split."""
+"""Redistributes local sums over a different number of devices."""
 
 import functools
 from typing import Any
@@ -20,24 +20,24 @@ BATCHES = ("per_device", "global", "weighted")
 
 
 def redistribute(config: Config, state: MultiStepsState, devices: int, batch: str | None) -> MultiStepsState:
-    """`state` with its local sums merged or split for `devices` devices, laid out as `config` has them.
+    """Moves the local sums of `state` to `devices` devices, in the layout of `config`.
 
-    Each sum goes to one of the new devices whole, and those without an heir start from zero: nothing is divided. Two
-    things are scaled by the ratio of the numbers of devices: where a micro-step's whole batch stays and its loss is a
-    plain mean, all sums, so that the micro-steps of before weigh as much as those of after; in the sum mode, whose
-    result is a mean over devices, those of gradients, so that each micro-step enters with the mean over its own.
+    Each sum moves whole to one new device, and new devices that receive none start from zero. Sums are scaled by new
+    devices / old devices in two cases. With `batch="global"`, all sums are, so that micro-steps before and after the
+    change weigh the same. With `use_grad_mean=False`, whose result is a mean over devices, the gradients' sums are, so
+    that each micro-step contributes its mean over the devices it ran on.
 
     Args:
-      config: the transformation.
+      config: the transformation's configuration.
       state: its state, for any number of devices.
-      devices: the new number.
+      devices: the new number of devices.
       batch: one of `BATCHES`, or None.
 
     Raises:
-      ValueError: if `batch` is None where it makes a difference.
+      ValueError: if `batch` is None and the result depends on it.
     """
     is_stacked = jnp.ndim(state.mini_step) == 1
-    if is_stacked:  # By pmap: every device holds all of it.
+    if is_stacked:  # From pmap: every leaf has a leading device axis.
         shared = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[0]), state)
         local = lambda name: getattr(state, name)
     else:
@@ -74,10 +74,10 @@ def redistribute(config: Config, state: MultiStepsState, devices: int, batch: st
 
 
 def folded(sums: Tree, devices: int, scale: float = 1) -> Tree:
-    """Leaves (P, ...) as (devices, ...): old device p's sum goes to new device p·devices // P, times `scale`.
+    """Folds leaves (P, ...) to (devices, ...): old device p's sum, times `scale`, goes to new device p·devices // P.
 
-    Sums are added and scaled in float32 or wider, and rounded once to the dtype that they are stored in. Of statistics
-    that are overwritten the largest goes on, unscaled.
+    Sums are added and scaled in float32 or wider and rounded once to their own dtype. Statistics that are overwritten
+    are merged by their maximum, unscaled.
     """
 
     def leaf(path, x):
@@ -93,12 +93,12 @@ def folded(sums: Tree, devices: int, scale: float = 1) -> Tree:
 
 
 def _on_host(x: Any) -> jax.Array:
-    """`x` away from the devices that it lay on, which the new ones need not have among them."""
+    """Copies `x` through the host, because its devices may not be among the new ones."""
     return jnp.asarray(np.asarray(x))
 
 
 def _placed(sync: MeshAxis, sums: jax.Array, old: Any) -> jax.Array:
-    """`sums` on the mesh, over the data axis and, where the mesh has the axes, as they lay before over others."""
+    """Places `sums` on the mesh: over the data axis, and over those of the old axes that the mesh has."""
     known = getattr(old, "sharding", None)
     spec = known.spec[1:] if isinstance(known, NamedSharding) else ()
     kept = [

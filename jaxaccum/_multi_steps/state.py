@@ -1,4 +1,4 @@
-"""The state of `MultiSteps`, and the host's hand on its K."""
+"""The state of `MultiSteps`, and `set_every_k`."""
 
 from typing import Any, NamedTuple
 
@@ -10,25 +10,25 @@ from jaxaccum._sums.weighted_sum import Weighted
 
 
 class MultiStepsState(NamedTuple):
-    """State of `MultiSteps`: optax's five fields first, then what exact accumulation needs besides.
+    """State of `MultiSteps`: the five fields of `optax.MultiStepsState`, then those for exact accumulation.
 
-    `acc_grads` and `weight` mean something while `mini_step` is above 0: the next window's first micro-step overwrites
-    them, and nothing ever clears them.
+    `acc_grads` and `weight` are valid only while `mini_step` is above 0. They are not cleared at a boundary: the next
+    window's first micro-step overwrites them.
 
     Attributes:
-      mini_step: int32 scalar, the micro-steps in the window so far; 0 when none is pending.
-      gradient_step: int32 scalar, the optimizer steps made.
+      mini_step: int32 scalar, the number of micro-steps in the open window.
+      gradient_step: int32 scalar, the number of optimizer steps.
       inner_opt_state: the inner optimizer's state.
-      acc_grads: Σ w·g, a tree like the parameters, or with `prepare` like what it returns; None for leaves without
+      acc_grads: Σ w·g, a tree like the parameters or, with `prepare`, like its output; None for leaves without a
         gradient.
-      skip_state: what `should_skip_update_fn` returned last; `()` without one.
+      skip_state: the last `skip_state` from `should_skip_update_fn`; `()` without one.
       weight: float scalar, Σ w.
-      averages: for each name in `averaged_extra_args`, its `Weighted` sum; 0 where none was passed in this window.
-      every_k: int32 scalar, K; None where K is a function of `gradient_step`.
+      averages: for each name in `averaged_extra_args`, its `Weighted` sum; 0 if it was not passed in this window.
+      every_k: int32 scalar, K; None if K is a function of `gradient_step`.
       updated: bool scalar, whether the last call ran the inner optimizer.
-      dropped: int32 scalar, the micro-batches left out as non-finite since `init`.
-      prepared: what `prepare` made of the parameters at the last optimizer step, a tuple of arrays: what it handed on
-        as it was is not kept twice. `()` without one.
+      dropped: int32 scalar, the number of non-finite micro-batches dropped since `init`.
+      prepared: the output of `prepare` at the last optimizer step, a tuple of arrays, without the parameters that it
+        returns unchanged. `()` without one.
     """
 
     mini_step: Any
@@ -45,14 +45,14 @@ class MultiStepsState(NamedTuple):
 
 
 def set_every_k(state: Any, k: int) -> Any:
-    """`state` with K set to `k` in every `MultiStepsState` that it holds. For the host, between steps.
+    """Sets K to `k` in every `MultiStepsState` in `state`. Call it on the host, between steps.
 
-    Compiled steps see other contents in the same leaf, so none compiles again. Where K shrinks in mid-window to no
-    more than what is pending, the window closes at the next micro-step, divided by what it really holds.
+    Only the value of a leaf changes, so nothing recompiles. If the open window already holds `k` or more micro-steps,
+    it closes at the next one and the mean is over all of them.
 
     Args:
-      state: any pytree that holds a `MultiStepsState`: its own, that of a chain or of another wrapper, a flax
-        `TrainState`, an `nnx.Optimizer`.
+      state: any pytree that contains a `MultiStepsState`, such as the state of a chain or of another wrapper, a flax
+        `TrainState` or an `nnx.Optimizer`.
       k: the new K, an integer of at least 1.
 
     Returns:
@@ -60,7 +60,7 @@ def set_every_k(state: Any, k: int) -> Any:
 
     Raises:
       TypeError: if `k` is not an integer.
-      ValueError: if `k` is below 1, if `state` holds no `MultiStepsState`, or if K is a function there.
+      ValueError: if `k` is below 1, if `state` contains no `MultiStepsState`, or if K is a function.
 
     Example:
       >>> import jaxaccum, optax

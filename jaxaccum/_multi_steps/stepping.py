@@ -19,25 +19,25 @@ from jaxaccum._types import Tree
 
 
 class Shapes(NamedTuple):
-    """A tree's structure, shapes and dtypes, in a form to compare and to hash."""
+    """A tree's structure, shapes and dtypes, comparable and hashable."""
 
     treedef: Any
     leaves: tuple[jax.ShapeDtypeStruct, ...]
 
     @classmethod
     def of(cls, tree: Tree) -> "Shapes":
-        """Those of a tree of arrays, of numbers or of `jax.ShapeDtypeStruct`."""
+        """From a tree of arrays, numbers or `jax.ShapeDtypeStruct`s."""
         leaves, treedef = jax.tree.flatten(jax.eval_shape(lambda tree: tree, tree))
         return cls(treedef, tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves))
 
     @property
     def tree(self) -> Tree:
-        """A tree of `jax.ShapeDtypeStruct`."""
+        """A tree of `jax.ShapeDtypeStruct`s."""
         return self.treedef.unflatten(self.leaves)
 
 
 class Config(NamedTuple):
-    """What tells one `MultiSteps` from another; its arguments are documented there."""
+    """The configuration of a `MultiSteps`, which documents the fields."""
 
     opt: optax.GradientTransformation
     every_k: int | Callable[[Any], Any]
@@ -54,30 +54,30 @@ class Config(NamedTuple):
 
     @property
     def inner(self) -> optax.GradientTransformationExtraArgs:
-        """`opt`, taking extra args. Made when asked for: a new closure each time, it must not enter comparisons."""
+        """`opt` with support for extra args. Not a field, because it is a new closure each time and breaks equality."""
         return optax.with_extra_args_support(self.opt)
 
     @property
     def called(self) -> optax.GradientTransformationExtraArgs:
-        """`inner`, to which averaged extra args, and `grad` in a flush, can be passed whether it takes them or not."""
+        """`inner`, ignoring averaged extra args and `grad` if it does not take them."""
         return inner_update.without_refused(self.inner, (*self.averaged_extra_args, "grad"))
 
 
 class Output(NamedTuple):
-    """What a call returns beside the state: made from the updates at a boundary, and without any in between."""
+    """What a call returns beside the state: `close(updates)` at a boundary, `stay()` otherwise."""
 
     close: Callable[[Tree], Tree]
     stay: Callable[[], Tree]
 
 
 class _Window(NamedTuple):
-    """What is pending.
+    """The pending sums.
 
     Attributes:
-      sums: of the gradients.
-      averages: the sums of the extra args.
-      count: the micro-steps.
-      may_be_empty: whether all of it may weigh nothing.
+      sums: the gradients' sums.
+      averages: the sums of the averaged extra args.
+      count: the number of micro-steps.
+      may_be_empty: whether the total weight may be 0.
     """
 
     sums: Weighted
@@ -87,12 +87,12 @@ class _Window(NamedTuple):
 
 
 class _Selection(NamedTuple):
-    """What becomes of a micro-batch; each is a Python bool where that can be known, else traced.
+    """What happens to a micro-batch. Each field is a Python bool if known at trace time, else traced.
 
     Attributes:
-      accepted: it counts as a micro-step; False where `should_skip_update_fn` says so.
-      keep: it enters the sums; None where nothing could leave it out.
-      closed: the window ends with it.
+      accepted: whether it counts as a micro-step; False if `should_skip_update_fn` skips it.
+      keep: whether it is added to the sums; None if it always is.
+      closed: whether it closes the window.
     """
 
     accepted: Any
@@ -101,7 +101,7 @@ class _Selection(NamedTuple):
 
 
 def init(config: Config, params: Tree) -> MultiStepsState:
-    """A state with nothing pending; no two leaves of it and of `params` share a buffer."""
+    """A state with an empty window. No two leaves of the state and `params` share a buffer."""
     numeric.available("accumulator_dtype", config.accumulator_dtype)
     numeric.arrays(params)
     placement.placed(params, config.sync)
@@ -135,13 +135,13 @@ def init(config: Config, params: Tree) -> MultiStepsState:
 
 
 def _inner_state(config: Config, params: Tree) -> Tree:
-    """The inner optimizer's fresh state, laid out as its updates will leave it."""
+    """The inner optimizer's initial state, in the layout that its updates keep."""
     params = overwrites.optimized(params)
     state = config.opt.init(params)
     checks.inner_state(state)
     if not isinstance(config.sync, MeshAxis):
         return state
-    # Under jit optax's zeros forget on which explicit axes the parameters lie.
+    # Under jit, optax's zeros lose the parameters' sharding over Explicit axes.
     return config.sync.spread(inner_update.beside_params(config.sync.like, state, params))
 
 
@@ -159,20 +159,21 @@ def run(
     weighted: bool = False,
     clears: bool = False,
 ) -> tuple[Tree, MultiStepsState]:
-    """Adds one micro-batch's gradient and, at a boundary, hands the window's mean to the inner optimizer.
+    """Adds one micro-batch's gradient and, at a boundary, runs the inner optimizer on the window's mean.
 
     Args:
-      config: the transformation.
-      grads: the micro-batch's mean gradient g, or w·g where `weighted`; a leaf may be `Added`.
-      state: its state.
-      params: the parameters, where the inner optimizer or the output needs them.
+      config: the transformation's configuration.
+      grads: the micro-batch's mean gradient g, or w·g if `weighted`. A leaf may be `Added`.
+      state: the state.
+      params: the parameters, if the inner optimizer or the output needs them.
       weight: w, a scalar; None is 1.
-      boundary: None, a Python bool or a traced one.
-      extra_args: for the inner optimizer; the averaged ones are this micro-batch's.
-      output: what to make of the updates.
-      like: of the dtypes that the gradients would have without accumulation; None: `grads`.
-      weighted: whether `grads` has its weight already.
-      clears: whether the sums are 0 where a window begins, and are to be where it ends; `boundary` is a Python bool.
+      boundary: None, a Python bool or a traced bool.
+      extra_args: for the inner optimizer; the averaged ones are this micro-batch's values.
+      output: makes the result from the updates.
+      like: a tree with the gradients' dtypes without accumulation; None is `grads`.
+      weighted: whether `grads` is already multiplied by the weight.
+      clears: whether the sums are 0 when a window starts and must be cleared when it closes. If True, `boundary` must
+        be a Python bool.
 
     Returns:
       (the output, the new state).
@@ -202,7 +203,7 @@ def run(
         averages[name] = Weighted(add(averages[name].total, value), add(averages[name].weight, one))
 
     closed = _both(closed, accepted)
-    # A window can be empty only if its last micro-batch can be left out.
+    # A window can be empty only if its last micro-batch can be excluded.
     window = _Window(
         Weighted(acc_grads, total_weight), {n: averages[n] for n in averaged}, state.mini_step + 1, keep is not None
     )
@@ -214,7 +215,7 @@ def run(
     if clears and closed:
         acc_grads, total_weight = weighted_sum.cleared((acc_grads, total_weight))
     elif applied is True:
-        acc_grads = state.acc_grads  # As good as the new ones, and need not be written.
+        acc_grads = state.acc_grads  # The sums are invalid after a boundary, so the write can be skipped.
     mini_step, total_weight, averages, dropped = weighted_sum.select(
         accepted,
         (mini_step, total_weight, averages, dropped),
@@ -238,7 +239,7 @@ def run(
 def flush(
     config: Config, state: MultiStepsState, params: Tree | None, extra_args: dict[str, Any]
 ) -> tuple[Tree, MultiStepsState]:
-    """Closes the window with what it holds; does nothing where it holds nothing."""
+    """Closes a partial window; does nothing if the window is empty."""
     if params is None and config.prepare is not None:
         raise TypeError("flush needs params here: with prepare= the sums are carried back to them. Pass params.")
     grads = inner_update.like_gradients(params if params is not None else config.sync.one(state.acc_grads))
@@ -261,13 +262,13 @@ def flush(
 
 
 def cleared(state: MultiStepsState, clear: Callable[[Tree], Tree] = weighted_sum.cleared) -> MultiStepsState:
-    """`state` with nothing in its sums."""
+    """`state` with `acc_grads` and `weight` set to 0."""
     acc_grads, weight = clear((state.acc_grads, state.weight))
     return state._replace(acc_grads=acc_grads, weight=weight)
 
 
 def updates_output(config, like, state, params, extra_args) -> Output:
-    """The optax contract: the updates at a boundary, zeros of the same types in between; `like()` is a gradient."""
+    """The updates at a boundary, zeros of the same types otherwise, as in optax; `like()` is a tree like gradients."""
 
     def stay():
         args = like(), state.inner_opt_state, params, extra_args | _like_averages(config, extra_args)
@@ -277,16 +278,16 @@ def updates_output(config, like, state, params, extra_args) -> Output:
 
 
 def apply_output(params: Tree) -> Output:
-    """The new parameters at a boundary, the old ones in between."""
+    """The new parameters at a boundary, the old ones otherwise."""
     return Output(lambda updates: inner_update.apply_updates(params, updates), lambda: params)
 
 
 def _emit(config, state, params, grads, window, extra_args, output, closed):
-    """(output, inner state, prepared parameters, whether an optimizer step was made) of a window.
+    """Runs the optimizer step if `closed`: (output, inner state, prepared parameters, whether a step was made).
 
-    All but the last are unchanged if it is not `closed`. `grads` is like the parameters' gradients.
+    `grads` has the dtypes of the gradients without accumulation.
     """
-    # Where every device holds a state of its own, all copies equal, jax counts as varying what comes of it.
+    # If each device has its own copy of the state, jax treats results as varying, even though the copies are equal.
     held = jax.tree.leaves((state.mini_step, state.inner_opt_state, params))
     same = config.sync.local if any(config.sync.varies(leaf) for leaf in held) else lambda tree: tree
     branch = lambda pred, close, stay: inner_update.branch(pred, lambda: same(close()), lambda: same(stay()))
@@ -323,10 +324,10 @@ def _emit(config, state, params, grads, window, extra_args, output, closed):
 
 
 def _carried_back(config, params, window):
-    """(local sums of what `prepare` returned as those of the parameters, the axes that each is summed over by that)."""
+    """Applies the transpose of `prepare` to the local sums: (the sums, the axes over which each is now reduced)."""
     if config.prepare is None:
         return window.sums.total, None
-    # Inside a mapped axis they must vary over it as the sums do.
+    # Inside a mapped axis, the parameters must vary over it, like the sums.
     own = params if isinstance(config.sync, MeshAxis) else config.sync.local(params)
     once_per_window.check(config.prepare, own)
     _, transpose = once_per_window.once(config.prepare, own)
@@ -361,14 +362,14 @@ def _select(config, state, grads, params, weight, boundary, averaged):
 
 
 def _both(a: Any, b: Any) -> Any:
-    """`a and b`, known if one of them decides it."""
+    """`a and b`, a Python bool if either operand determines it."""
     if isinstance(a, bool):
         return b if a else False
     return a if b is True else (False if b is False else jnp.logical_and(a, b))
 
 
 def _no_averages(config: Config) -> dict[str, Weighted]:
-    """The sums of the averaged extra args before the first micro-batch."""
+    """Zero sums for the averaged extra args."""
     sum_dtype = lambda x: weighted_sum.promoted(x.dtype, weighted_sum.weight_dtype())
     zeros = lambda shapes: jax.tree.map(lambda x: jnp.zeros(x.shape, sum_dtype(x)), shapes.tree)
     totals = {name: _zero() for name in config.averaged_extra_args}
@@ -377,7 +378,7 @@ def _no_averages(config: Config) -> dict[str, Weighted]:
 
 
 def _like_averages(config: Config, extra_args: dict[str, Any]) -> dict[str, Tree]:
-    """Zeros like what `_average` gives for those of `extra_args` that are averaged."""
+    """Zeros like the result of `_average` for each averaged extra arg in `extra_args`."""
     trees = {name: shapes.tree for name, shapes in config.averaged_shapes}
 
     def zeros(name):
@@ -388,7 +389,7 @@ def _like_averages(config: Config, extra_args: dict[str, Any]) -> dict[str, Tree
 
 
 def _average(sums: Weighted, value: Tree) -> Tree:
-    """The window's mean of an extra arg, never narrower than `value`; NaN where nothing was summed."""
+    """The window's mean of an extra arg, at least as wide as `value`; NaN if the total weight is 0."""
     leaf = lambda mean, x: jnp.where(sums.weight == 0, jnp.nan, mean).astype(_mean_dtype(x))
     return jax.tree.map(leaf, weighted_sum.mean(sums, sums.total), value)
 

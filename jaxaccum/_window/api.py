@@ -1,4 +1,4 @@
-"""Driver 2: a whole window inside one jitted step, a drop-in for `jax.value_and_grad`."""
+"""Driver 2: a drop-in for `jax.value_and_grad` that runs a whole window in one jitted step."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -40,73 +40,72 @@ def value_and_grad(
     data_axis: Any = "data",
     reduce: str = "mean",
 ) -> Callable[..., tuple[Any, Tree]]:
-    """`jax.value_and_grad` over K micro-batches: the big batch's loss and gradient in one micro-batch's memory.
+    """`jax.value_and_grad` over K micro-batches: the full batch's loss and gradient in one micro-batch's memory.
 
     Args:
       fun: `fun(*args, **kwargs)` returns the mean loss of a micro-batch, a floating scalar, or a `Weighted`. The
-        window's loss and gradient are the mean over micro-batches, or Σ total / Σ weight. Where the weight depends on
-        the parameters, the gradient is that of the quotient, for which the window's forward passes run twice.
+        window's loss and gradient are the mean over micro-batches, or Σ total / Σ weight. If the weight depends on the
+        parameters, the gradient is that of the quotient, and the window's forward passes run twice.
       num_micro_batches: K, an integer of at least 1. With `stacked` it may be a traced integer scalar, up to the
-        batch's leading length; absent micro-batches then cost nothing, and no K compiles again.
+        batch's leading length. Micro-batches from K on then cost nothing, and changing K does not recompile.
       argnums: the arguments to differentiate, as in jax.
-      has_aux: `fun` returns (loss, aux); aux comes back with a leading micro-batch axis, of length K, or with a
-        traced K of the batch's leading length with zeros from K on. aux of shape (K, N, ...), an entry for each
-        example, is in the order of the batch again as `jnp.moveaxis(aux, 0, 1).reshape(K * N, ...)`.
-      batch_argnums: the arguments to split: their leaves are (K·N, ...), and micro-batch i is rows i, i + K, i + 2K and
-        so on. A batch whose rows are split over P devices stays where it is, under plain jit too, if P divides N. If P
-        doesn't, this raises on Explicit axes of a mesh; on Auto axes, which a trace can't see, XLA gathers the batch
-        and every device computes all of it. Under plain jit the gradient is reduced in every micro-step; with `mesh` it
-        is reduced once.
-      stacked: batch leaves are (K_max, N, ...) instead, and micro-batch i is row i; split them over devices along N.
-      key_argnums: random keys; micro-batch i sees `jax.random.fold_in(key, i)`. A typed key that is neither here nor
-        among the batch, the carry and the parameters is refused: all micro-batches would draw the same mask. A raw
-        uint32 key, or one that `fun` closes over, can't be told from other data, and is shared.
-      carry_argnums: mutable model state, such as batch statistics, handed from micro-batch to micro-batch: `fun`
-        returns (loss, new_carry), or (loss, (new_carry, aux)), and so does the result.
-      prepare: a function of the differentiated argument; `fun` sees what it returns. It runs forward once and
-        backward once a window, however large K is. See `cast`. "auto" finds what of `fun` depends on that argument
-        alone, casts of matrices above all, and takes it out of the micro-batches: each gradient is formed as it is
-        without. A `jax.custom_vjp` must have a backward pass that is linear in its cotangents, as that of a
-        straight-through estimator: any other is refused in a function, and left in `fun` by "auto".
-      in_place: whether gradients are added to their sums inside of the backward pass. With None, the default, this
-        happens for a plain loss in two ways: the gradients of layers that the loss stacks and scans with `jax.lax.scan`
-        are added one by one, which saves a tree of gradients; and where the loss multiplies by a weight in half
-        precision outside of loops, the weight's gradient is formed in float32, not rounded, so that the product can add
-        it. True also adds those of layers for a `Weighted` loss, and raises where a cast of the layers prevents it.
-        False does neither.
-      unroll: how many micro-batches are one iteration of the loop over them: with 2 the sums are read and written half
-        as often and compilers join products, in up to twice the memory; what compiles is twice as large. Only for a K
-        that is not traced.
-      accumulator_dtype: the dtype of the sums; float64 and complex parameters keep theirs. None: the parameters'. Sums
-        in bfloat16, of half the size, are rounded stochastically, by the micro-step and its loss: they are noisier than
-        float32's, but nothing that is small beside them is lost.
-      grad_dtype: the dtype of the returned gradients; None: the parameters', as jax gives.
+      has_aux: `fun` returns (loss, aux). aux is returned with a leading micro-batch axis of length K. With a traced K
+        the axis has the batch's leading length, with zeros from K on. aux with one entry per example, (K, N, ...), is
+        restored to batch order by `jnp.moveaxis(aux, 0, 1).reshape(K * N, ...)`.
+      batch_argnums: the arguments to split. Their leaves are (K·N, ...), and micro-batch i is rows i, i + K, i + 2K,
+        and so on. If the batch is sharded by rows over P devices and P divides N, no rows move, under plain jit too.
+        If P does not divide N, this raises on Explicit mesh axes; on Auto axes, which are invisible to a trace, XLA
+        gathers the batch and every device computes all of it. Under plain jit the gradient is reduced in every
+        micro-step; with `mesh` it is reduced once.
+      stacked: batch leaves are (K_max, N, ...) instead, and micro-batch i is row i. Shard them over devices along N.
+      key_argnums: random keys; micro-batch i sees `jax.random.fold_in(key, i)`. A typed key raises if it is neither
+        here nor in the batch, the carry or the parameters, since all micro-batches would draw the same mask. A raw
+        uint32 key, or a key that `fun` closes over, is indistinguishable from other data and is shared.
+      carry_argnums: mutable model state, such as batch statistics, carried from one micro-batch to the next. `fun`
+        returns (loss, new_carry) or (loss, (new_carry, aux)), and so does the returned function.
+      prepare: a function of the differentiated argument; `fun` receives its output. It runs forward once and backward
+        once per window, whatever K is. See `cast`. "auto" finds the computation in `fun` that depends on that argument
+        alone, mostly casts of matrices, and hoists it out of the loop over micro-batches; each gradient is computed as
+        without it. A `jax.custom_vjp` must have a backward pass that is linear in its cotangents, like a
+        straight-through estimator. Any other raises in a `prepare` function, and is not hoisted by "auto".
+      in_place: whether the backward pass adds gradients to their sums directly. With None, the default, it does so for
+        a plain loss in two cases. If the loss stacks layers and scans them with `jax.lax.scan`, the layers' gradients
+        are added one by one, which saves a tree of gradients. If the loss multiplies by a half-precision weight outside
+        of loops, the weight's gradient is formed in float32 without rounding, so that the product can add to the sum.
+        True also adds the layers' gradients for a `Weighted` loss, and raises if a cast of the layers prevents it.
+        False disables both.
+      unroll: the number of micro-batches per loop iteration. With 2, sums are read and written half as often and the
+        compiler can merge products, for up to twice the memory and twice the program size. K must not be traced.
+      accumulator_dtype: the dtype of the sums; float64 and complex parameters keep theirs. None uses the parameters'
+        dtypes. bfloat16 sums take half the memory and are rounded stochastically, seeded by the micro-step and its
+        loss: they are noisier than float32 sums, but small addends are not lost.
+      grad_dtype: the dtype of the returned gradients. None uses the parameters' dtypes, as in jax.
       axis_name: inside `jax.pmap` or `jax.shard_map`, the name of the mapped data axis, or a tuple of names. Each of
-        the P devices sums over its own batch of K·N, and the sums are joined once, after the loop: loss and gradient
-        are those of all P·K·N examples, as on one device with P·K micro-batches, whose keys are numbered alike: device
-        p's micro-batch i is number p·K + i. Floating leaves of the carry come back as their mean over the devices;
-        others must agree, except typed keys: device p > 0 starts from `jax.random.fold_in(key, p)`, and the keys of
-        device 0 come back. aux stays each device's own.
-      mesh: under jit, a `jax.sharding.Mesh`. Then the batch is a global array of P·K·N examples (stacked: (K_max, P·N,
-        ...)), split over the data axis, and everything else is as with `axis_name`: each device splits its own rows.
-        aux comes back as (K, P, ...); one entry for each example, (K, P, N, ...), is in the order of the batch as
+        the P devices sums over its own batch of K·N, and the sums are reduced once, after the loop. Loss and gradient
+        are those of all P·K·N examples, as on one device with P·K micro-batches. Keys match too: micro-batch i of
+        device p has number p·K + i. Floating leaves of the carry are returned as their mean over the devices. Other
+        leaves must agree, except typed keys: device p > 0 starts from `jax.random.fold_in(key, p)`, and the keys of
+        device 0 are returned. aux is local to each device.
+      mesh: under jit, a `jax.sharding.Mesh`. The batch is then a global array of P·K·N examples (stacked: (K_max, P·N,
+        ...)), sharded over the data axis, and each device splits its own rows. Everything else is as with `axis_name`.
+        aux is returned as (K, P, ...). With one entry per example, (K, P, N, ...), it is restored to batch order by
         `jnp.moveaxis(aux, 0, 2).reshape(P * N * K, ...)`. The mesh's other axes, for tensor parallelism or fsdp, are
         left to jax, whether Auto or Explicit.
       data_axis: the mesh's data axis, a name or a tuple of names; P is its size.
-      reduce: "mean" gives every device the whole gradient. "scatter" (ZeRO), with `mesh`, reduce-scatters it: each
-        device gets a part, laid out as `zero_sharding` says. Update in global code, with an optimizer state laid out
-        so too, and gather the new parameters.
+      reduce: "mean" returns the whole gradient on every device. "scatter" (ZeRO) needs `mesh` and reduce-scatters it:
+        each device gets a shard, laid out as given by `zero_sharding`. Apply the update in global code with an
+        optimizer state in the same layout, and gather the new parameters.
 
     Returns:
-      A function of the same arguments that returns what `jax.value_and_grad` does. Micro-batches of weight 0 are left
-      out, even if they are NaN; where all are, loss and gradient are 0. For statistics of fp8 layers, which flax keeps
-      under `_overwrite_with_gradient` and whose "gradient" is their new value, it is the largest that a micro-batch
-      gave.
+      A function of the same arguments that returns what `jax.value_and_grad` does. Micro-batches of weight 0 are
+      excluded, even if they are NaN. If all weights are 0, loss and gradient are 0. For fp8 statistics, which flax
+      keeps under `_overwrite_with_gradient` and whose "gradient" is their new value, it returns the maximum over the
+      micro-batches.
 
     Raises:
-      TypeError, ValueError: for arguments that contradict each other, at construction; when called, for a batch that
-        does not divide into K, for leaves of different lengths, for a traced K without `stacked`, and for a typed key
-        that micro-batches would share.
+      TypeError, ValueError: at construction, for an invalid or contradictory argument and for a traced K without
+        `stacked`; when called, for a batch that is not divisible by K, for leaves of different lengths, and for a typed
+        key that micro-batches would share.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxaccum
@@ -162,7 +161,7 @@ def value_and_grad(
 
 
 def _window_of(window, sync, grad_dtype, args, kwargs, traced):
-    """What `value_and_grad` returns; `traced` takes the place of arguments by number."""
+    """The result of `value_and_grad`; `traced` maps argument numbers to their replacements."""
     args = [traced.get(i, arg) for i, arg in enumerate(args)]
     params = window.differentiated(args)
     if isinstance(sync, MeshAxis):
@@ -177,7 +176,7 @@ def _window_of(window, sync, grad_dtype, args, kwargs, traced):
 
 
 def _on_mesh(window, sync, args, kwargs):
-    """(joined sums, zero of the loss's dtype, carry, aux) of the windows of all devices of the data axis."""
+    """Runs each device's window: (reduced sums, a zero of the loss's dtype, carry, aux)."""
     splitting.check_devices(args, window.roles.batch, window.k, window.stacked, sync.size())
 
     def body(k, *args, **kwargs):
@@ -197,7 +196,7 @@ def _on_mesh(window, sync, args, kwargs):
 
 
 def _num_micro_batches(value: Any, stacked: bool) -> Any:
-    """K of one window: a Python int, or a traced integer scalar where the batch is stacked."""
+    """Checks K: a Python int or, if the batch is stacked, a traced integer scalar."""
     if not isinstance(value, jax.core.Tracer):
         return positive_int(value, "num_micro_batches")
     if value.shape or not jnp.issubdtype(value.dtype, jnp.integer):

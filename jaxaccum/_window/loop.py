@@ -1,4 +1,4 @@
-"""The window of one device: the sums of loss and gradient over its micro-batches, before any synchronisation."""
+"""One device's window: local sums of loss and gradient over its micro-batches, before any reduction."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from jaxaccum._types import Tree
 
 
 class Window(NamedTuple):
-    """What a window is made of; `value_and_grad` documents its arguments."""
+    """The configuration of a window; see `value_and_grad` for the fields."""
 
     fun: Callable[..., Any]
     k: Any
@@ -33,26 +33,26 @@ class Window(NamedTuple):
     unroll: int
 
     def differentiated(self, args: Sequence[Tree]) -> Tree:
-        """The arguments to differentiate: one, or a tuple."""
+        """The differentiated arguments: one, or a tuple."""
         return args[self.argnums] if isinstance(self.argnums, int) else tuple(args[i] for i in self.argnums)
 
     def run(
         self, device: OneDevice | MappedAxis, args: Sequence[Tree], kwargs: dict[str, Tree]
     ) -> tuple[Weighted, Tree, jax.Array, tuple[Tree, ...], Tree]:
-        """The window on this device.
+        """Runs the window on this device.
 
         Args:
-          device: where it runs.
-          args: the positional arguments of `fun`, its batch that of the whole window.
-          kwargs: the keyword arguments.
+          device: the device's place in the data axis.
+          args: the positional arguments of `fun`, with the whole window's batch.
+          kwargs: the keyword arguments of `fun`.
 
         Returns:
-          (local sums of loss and gradient; for each gradient, the axes over which it is summed already; a zero of the
-          loss's dtype; the carry, averaged over the devices; aux).
+          (local sums of loss and gradient, the axes over which each gradient is already reduced, a zero of the loss's
+          dtype, the carry averaged over the devices, aux).
         """
         params = weighted_sum.arrays(self.differentiated(args))
         micro_batches = splitting.split(args, self.roles.batch, self.k, self.stacked)
-        # As leaves, since a loop compares trees, and not every class of a tree can be compared.
+        # As leaves, because loops compare tree structures and not every pytree class supports comparison.
         leaves, carry_structure = jax.tree.flatten(tuple(args[i] for i in self.roles.carry))
         carry = prng.fold_beyond_first(device.local(list(map(_strong, leaves))), device.index())
 
@@ -65,7 +65,7 @@ class Window(NamedTuple):
             value, new_carry, aux = self.unpack(returned)
             return value, (_carried(new_carry, old_carry), aux)
 
-        # Cast to varying before anything is computed from them, so that no gradient is reduced on its way back.
+        # Cast to varying before any use, so that the backward pass does not reduce the gradients.
         seen = params = device.local(params)
         transpose, reduced = (lambda sums, count: sums), jax.tree.map(lambda _: (), params)
         first = (jnp.zeros((), jnp.int32), micro_batches.take(0), carry)
@@ -97,11 +97,11 @@ class Window(NamedTuple):
         return sums, reduced, like, carry_structure.unflatten(device.averaged(carry)), aux
 
     def _start(self, seen: Tree) -> Weighted:
-        """Sums of no micro-batch."""
+        """Zero sums."""
         return Weighted((_zero(), weighted_sum.zeros(seen, self.accumulator_dtype)), _zero())
 
     def _mean(self, device, loss, seen, carry, micro_batches) -> jax.Array:
-        """The window's loss over all devices, by forward passes alone."""
+        """The window's mean loss over all devices, from forward passes alone."""
 
         def micro_step(state, micro_batch):
             sums, carry = state
@@ -115,7 +115,7 @@ class Window(NamedTuple):
         return device.local(traced_loss.mean(device.joined(sums)))
 
     def _sum(self, device, gradient, seen, sums, carry, micro_batches):
-        """(sums of loss and gradient, a zero of the loss's dtype, the last carry, aux) over the micro-batches."""
+        """Sums over the micro-batches: (sums of loss and gradient, a zero of the loss's dtype, the last carry, aux)."""
         packing = sum_packing.of(sums.total[1], gradient.inside)
         changed = lambda sums, change: Weighted((sums.total[0], change(sums.total[1])), sums.weight)
         dtypes = []
@@ -126,7 +126,7 @@ class Window(NamedTuple):
             dtypes.append(value.total.dtype)
             keep = traced_loss.keep(value.weight)
             weight = jnp.ones_like(sums.weight) if value.weight is None else value.weight
-            # The loss tells one window from the next.
+            # The loss's bits make the rounding differ between windows.
             bits = jax.lax.bitcast_convert_type(value.total.astype(jnp.float32), jnp.uint32)
             counters = (device.index(), micro_batch[0], bits)
             new = Weighted((value.total, packing.pack(grads)), weight)
@@ -137,7 +137,7 @@ class Window(NamedTuple):
         return changed(sums, packing.unpack), jnp.zeros((), dtypes[0]), carry, aux
 
     def _loop(self, micro_step, start, micro_batches):
-        """(the last state, rows) of `micro_step(state, (i, micro-batch i)) -> (state, row)` over the window."""
+        """Loops `micro_step(state, (i, micro-batch i)) -> (state, row)` over the window: (the last state, rows)."""
         k, length = self.k, micro_batches.length
         take = lambda i: (i, micro_batches.take(i))
         if self.unroll > 1 and k != length:
@@ -150,7 +150,7 @@ class Window(NamedTuple):
         return _loop(micro_step, start, take, k, length)
 
     def unpack(self, returned: Any) -> tuple[Any, tuple[Tree, ...], Tree]:
-        """What `fun` returned as (loss, new carry, aux), with () and None for what it does not return."""
+        """Normalizes the result of `fun` to (loss, new carry, aux), with () for no carry and None for no aux."""
         has_aux, carry_argnums = self.has_aux, self.carry_argnums
         has_carry = carry_argnums is not None
         if not has_aux and not has_carry:
@@ -185,7 +185,7 @@ class Window(NamedTuple):
 
 
 def _only(traced, seen, index, batch, carry):
-    """The same as `Window._sum` for a window of one micro-batch, which needs no sums."""
+    """`Window._sum` for a window of one micro-batch, without a loop."""
     value, (new_carry, aux), grads = micro_gradient.of(traced, False, None)(seen, None, index, batch, carry)
     one = jnp.ones((), weighted_sum.weight_dtype())
     weight = one if value.weight is None else jnp.asarray(value.weight).astype(one.dtype)
@@ -198,8 +198,8 @@ def _only(traced, seen, index, batch, carry):
 
 
 def _loop(micro_step, start, take, k, length):
-    """`lax.scan` over the first k of `length` micro-batches, k traced; rows of absent ones are zero."""
-    # Traced once, to know the types of what it returns before the loop that needs them.
+    """`lax.scan` over the first k of `length` micro-batches for a traced k; the other rows are zero."""
+    # Traced once beforehand, because the loop needs the output types.
     closed, (_, aux_shapes) = jax.make_jaxpr(micro_step, return_shape=True)(start, take(jnp.zeros((), jnp.int32)))
     avals = closed.out_avals[len(closed.out_avals) - len(jax.tree.leaves(aux_shapes)) :]
     aux = jax.tree.unflatten(jax.tree.structure(aux_shapes), [layout.zeros(length, aval) for aval in avals])
@@ -220,13 +220,13 @@ def _zero() -> jax.Array:
 
 
 def _strong(x: Any) -> jax.Array:
-    """`x` as an array without a weak type, which a loop would widen by tracing its body again."""
+    """`x` as an array without a weak type, which would make a loop trace its body twice."""
     x = jnp.asarray(x)
     return jax.lax.convert_element_type(x, x.dtype) if jax.typeof(x).weak_type else x
 
 
 def _carried(new: tuple[Tree, ...], old: tuple[Tree, ...]) -> list[jax.Array]:
-    """The leaves of the new model state, which must be those of the old one, of their shapes and dtypes."""
+    """The leaves of the new carry, checked to match the old one's tree, shapes and dtypes."""
     flat = jax.tree_util.tree_leaves_with_path
     types = lambda tree: [(path, jnp.shape(x), jnp.result_type(x)) for path, x in flat(tree)]
     if types(new) != types(old):

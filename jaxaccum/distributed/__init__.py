@@ -1,6 +1,6 @@
-"""Many processes: none waits for ever for one that is gone, and what their hosts decide is the same on all.
+"""Multi-process training: exits instead of deadlocking when a process dies, and checks that hosts agree.
 
-Builds on `jax.distributed`, and needs jax alone. `import jaxaccum` does not load it.
+Builds on `jax.distributed` and requires only jax. `import jaxaccum` does not import this module.
 """
 
 import atexit
@@ -35,32 +35,33 @@ def initialize(
     exit_timeout: float = 300.0,
     **options: Any,
 ) -> None:
-    """`jax.distributed.initialize`, after which the end of one process is the end of all, and never a hang.
+    """Calls `jax.distributed.initialize`, and makes all processes exit when one of them dies instead of deadlocking.
 
-    This process exits with code 1, whatever it is doing, waiting in a collective included, and says on stderr which
-    process is the reason and what to do, when another one
+    This process exits with code 1, even while it waits in a collective, and reports the responsible process and a
+    remedy on stderr, when another process
 
-    - is killed or stopped, or its machine is gone: `peer_timeout` seconds later, and a few to tell the others;
-    - ends by an exception that nothing catches: a second or two later;
-    - still runs `exit_timeout` seconds after this one has come to its end, by `sys.exit` with a code too.
+    - is killed or stopped, or its machine fails: after `peer_timeout` seconds, plus a few to notify the others;
+    - ends with an uncaught exception: after a second or two;
+    - is still running `exit_timeout` seconds after this one finished, by `sys.exit` with a code too.
 
-    Under SLURM and Open MPI, on Kubernetes and on a TPU pod it takes no argument. It installs two threads, which twice
-    a second write an entry to the store of jax's coordination service and read those of all processes; a
-    `sys.excepthook` around the present one; and a function that waits for the other processes at exit. It makes stdout
-    line-buffered, switches jax's preemption service off, since with it SIGTERM would end nothing, and lets an abort
-    take 6 seconds, except on process 0.
+    On SLURM, Open MPI, Kubernetes and TPU pods no argument is required. With several processes it starts two threads,
+    which write this process's entry to jax's coordination service about twice a second and read the entries of all
+    processes. It also wraps `sys.excepthook` and registers an exit handler that waits for the other processes. It makes
+    stdout line-buffered, disables jax's preemption service, which would keep SIGTERM from ending the process, and
+    delays aborts by 6 seconds, except on process 0.
 
     Args:
-      coordinator_address: host and port of process 0. None, here and below: as the cluster says.
-      num_processes: how many processes there are. With one, nothing is installed.
-      process_id: the number of this one, from 0.
-      peer_timeout: seconds, above 0. A call that keeps Python's lock for longer passes for a death.
-      exit_timeout: seconds, above 0, between the end of the first process and that of the last.
+      coordinator_address: host and port of process 0. Here and below, None detects the value from the cluster.
+      num_processes: the number of processes. With one, nothing is installed.
+      process_id: this process's index, from 0.
+      peer_timeout: seconds, above 0, of silence after which a process counts as dead. A call that holds Python's GIL
+        for longer also counts as a death.
+      exit_timeout: seconds, above 0, that the first process to finish waits for the last.
       **options: for `jax.distributed.initialize`, such as `local_device_ids` and `initialization_timeout`.
 
     Raises:
-      ValueError: if a timeout is not above 0 and finite, or an argument is missing where there is no cluster to ask.
-      RuntimeError: from jax, if it was called before, or after the first computation.
+      ValueError: if a timeout is not positive and finite, or if an argument is missing and can't be detected.
+      RuntimeError: from jax, if already initialized or if called after the first computation.
 
     Example:
       >>> import jaxaccum.distributed
@@ -70,7 +71,7 @@ def initialize(
     _check_timeout("exit_timeout", exit_timeout)
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        # jax's own timeouts come after ours, since it ends a process by an abort that names none.
+        # jax's own timeouts are longer than ours, because it aborts without naming the process at fault.
         jax.distributed.initialize(
             coordinator_address,
             num_processes,
@@ -89,7 +90,7 @@ def initialize(
     if num_processes == 1:
         return
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # Who is made to end flushes nothing, and the end of a log matters.
+        sys.stdout.reconfigure(line_buffering=True)  # `os._exit` does not flush.
     if process:
         _slow_down_aborts()
     watch = Watch(process, num_processes, peer_timeout, exit_timeout)
@@ -98,24 +99,26 @@ def initialize(
 
 
 def agree(name: str, value: Any, *, timeout: float = 300.0) -> Any:
-    """`value`, if every process calls this with the same one.
+    """Checks that all processes pass the same `value`, and returns it.
 
-    For what each host decides on its own and a collective relies on: K, the number of micro-steps of an epoch, whether
-    to stop. If it differed, some processes would wait in a boundary that the others never reach; here all raise. Every
-    process calls it equally often, for instance at each epoch's start. It takes milliseconds, and no device.
+    Use it for host-side decisions that collectives depend on: K, the number of micro-steps per epoch, whether to stop.
+    If these differ, some processes wait at a boundary that the others never reach, which is a deadlock; this function
+    raises on all processes instead. Every process must call it the same number of times, for example at the start of
+    each epoch. It takes milliseconds and does not use devices.
 
     Args:
-      name: what to call it in an error.
-      value: numbers, strings, lists and dictionaries of Python, as in JSON.
+      name: the name of the value in error messages.
+      value: Python numbers, strings, lists and dictionaries, as in JSON.
       timeout: seconds, above 0, that the first process waits for the last.
 
     Returns:
-      `value`; at once, where there is one process.
+      `value`; immediately, if there is only one process.
 
     Raises:
-      TypeError: if JSON can't hold `value`.
-      ValueError: on all processes, if their values or names differ: it says whose are which.
-      TimeoutError: if a process has not come in time: it says which.
+      TypeError: if `value` can't be serialized to JSON.
+      ValueError: on all processes, if their values or names differ. The message lists the processes for each value.
+        Also if `timeout` is not positive and finite.
+      TimeoutError: if a process does not call this in time. The message names it.
 
     Example:
       >>> import jaxaccum.distributed
@@ -151,10 +154,10 @@ def agree(name: str, value: Any, *, timeout: float = 300.0) -> Any:
 
 
 def check_same(answers: Sequence[str]) -> None:
-    """Whether all processes, whose answers these are in order, gave the same one.
+    """Checks that the processes' answers, in process order, are all equal.
 
     Raises:
-      ValueError: if not; it says whose are which.
+      ValueError: if they differ. The message lists the processes for each answer.
     """
     processes = defaultdict(list)
     for process, answer in enumerate(answers):
@@ -179,16 +182,16 @@ def _fail(
     error: BaseException,
     trace: TracebackType | None,
 ) -> None:
-    """Shows the exception and ends this process, which would otherwise wait at exit for others that wait for it."""
+    """Prints the exception and ends this process, which would otherwise deadlock with the others at exit."""
     excepthook(kind, error, trace)
     watch.fail(traceback.format_exception_only(error)[0].partition("\n")[0].rstrip("."))
 
 
 def _slow_down_aborts() -> None:
-    """Lets an abort take some seconds, in which the watch can name the reason.
+    """Delays aborts by a few seconds, so that the watch can report the reason first.
 
-    jax aborts within milliseconds of the loss of process 0. The signal's handler becomes libc's own `sleep`, which
-    takes the signal's number for seconds: 6. That is safe wherever the abort comes from, and holds up its thread alone.
+    jax aborts within milliseconds of losing process 0. This installs libc's `sleep` as the SIGABRT handler, which takes
+    the signal number, 6, as seconds. That is safe in any thread and blocks only the aborting one.
     """
     libc = ctypes.CDLL(None)
     libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p

@@ -1,4 +1,4 @@
-"""What the processes tell each other, and which of them is the end of all. Pure: knows no thread and no store."""
+"""The failure detector: decides from the processes' entries which one failed. Pure logic, without threads or I/O."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,13 +10,13 @@ _AGAIN = "then start all processes again, from the last checkpoint if there is o
 
 
 class Entry(NamedTuple):
-    """What a process tells the others, written anew with every beat.
+    """What a process reports to the others, rewritten with every heartbeat.
 
     Attributes:
-      beat: counts up while the process lives.
-      where: its host and process id, for people.
-      finished: whether it has come to its end, and waits for the others to.
-      blame: the number of a process, as text -> a sentence on why it is the end of all. Empty while all is well.
+      beat: a counter that increases while the process is alive.
+      where: its host and process id, for error messages.
+      finished: whether it has finished and is waiting for the others.
+      blame: process index, as text -> why that process makes all processes exit. Empty if there is no failure.
     """
 
     beat: int
@@ -26,29 +26,29 @@ class Entry(NamedTuple):
 
 
 class News(NamedTuple):
-    """The store as it was last read.
+    """The store's contents at the last read.
 
     Attributes:
-      reads: how often it has been read.
-      entries: process -> its entry, for those that have written one.
+      reads: the number of reads so far.
+      entries: process -> entry, for the processes that have written one.
     """
 
     reads: int
     entries: Mapping[int, Entry]
 
     def of(self, process: int) -> Entry:
-        """The entry of `process`, one without a beat if it has written none."""
+        """The entry of `process`, or one with beat 0 if it has written none."""
         return self.entries.get(process, Entry(0, "not heard of yet", False, {}))
 
 
 class Judge:
-    """Decides, round by round, whether a process is the end of all, and which.
+    """Decides in each round whether a process has failed, and which.
 
-    Silence is counted in rounds, not read off a clock: after a pause of all machines nobody has been silent for long.
+    Silence is measured in rounds, not by a clock, so that suspending all machines is not mistaken for a failure.
 
     Args:
-      process: this process' number.
-      num_processes: how many there are.
+      process: this process's index.
+      num_processes: the number of processes.
       interval: seconds between rounds.
       peer_timeout: seconds of silence after which a process counts as dead.
       exit_timeout: seconds that this process, once it has finished, waits for the others.
@@ -65,16 +65,17 @@ class Judge:
         self._roll_call: _RollCall | None = None
 
     def round(self, news: News, failure: str | None, finished: bool, store_is_gone: Callable[[], bool]) -> Blame:
-        """One round.
+        """Runs one round.
 
         Args:
-          news: the store as it was last read.
-          failure: the exception that ends this process, in a line, if there is one.
-          finished: whether this process has come to its end.
-          store_is_gone: asks whether the store's process certainly is, which takes time; called only if it is silent.
+          news: the store's contents at the last read.
+          failure: the exception that ends this process, in one line, or None.
+          finished: whether this process has finished.
+          store_is_gone: whether the process that hosts the store is definitely gone. Slow, so it is called only if the
+            store is silent.
 
         Returns:
-          Who is to blame; empty if nobody is.
+          The processes to blame, with reasons; empty if there are none.
         """
         store_silence = self._store_silence.after(news.reads)
         silent = [p for p, silence in self._silence.items() if silence.after(news.of(p).beat) >= self._patience]
@@ -97,8 +98,8 @@ class Judge:
             return {"0": f"{name(0)}, with jax's coordination service, {lost}"}
         if silent:
             return {str(other): f"{name(other)} {lost}" for other in silent}
-        # A collective fails as soon as a peer has died, long before that one counts as dead. So this process is to
-        # blame for its exception only when all others have been heard of since.
+        # A collective fails as soon as a peer dies, long before the peer counts as dead. So this process is blamed for
+        # its exception only after all others have sent a heartbeat since.
         if self._roll_call and self._roll_call.is_complete(news, self._others):
             failed = f"{name(self._process)} failed with {failure}. See the traceback in its log, {_AGAIN}"
             return {str(self._process): failed}
@@ -112,27 +113,27 @@ class Judge:
 
 
 class _Silence:
-    """For how many rounds a count has not moved."""
+    """Counts the rounds in which a counter has not changed."""
 
     def __init__(self):
         self._count, self._rounds = 0, 0
 
     def after(self, count: int) -> int:
-        """The rounds of silence, this one included, in which it stands at `count`."""
+        """Records the counter's value in this round and returns the number of rounds without a change."""
         self._rounds = self._rounds + 1 if count == self._count else 0
         self._count = count
         return self._rounds
 
 
 class _RollCall:
-    """Whether processes have been heard of since the roll call began."""
+    """Checks whether processes have sent a heartbeat since the roll call began."""
 
     def __init__(self, news: News):
-        self._first_read = news.reads + 2  # The next one may have begun before.
+        self._first_read = news.reads + 2  # The next read may have started before the roll call.
         self._before: News | None = None
 
     def is_complete(self, news: News, processes: Sequence[int]) -> bool:
-        """Whether every one of `processes` has."""
+        """Whether all of `processes` have sent a heartbeat since."""
         if self._before is None and news.reads >= self._first_read:
             self._before = news
         before = self._before

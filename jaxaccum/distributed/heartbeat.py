@@ -1,4 +1,4 @@
-"""Two threads beside the main one, which end this process when another one is gone."""
+"""Two background threads that end this process when another one fails."""
 
 import contextlib
 import functools
@@ -15,15 +15,15 @@ _ENTRIES = "jaxaccum/processes/"
 
 
 class Watch:
-    """Keeps in touch with the other processes while the main thread computes.
+    """Exchanges heartbeats with the other processes while the main thread computes.
 
-    The main thread may hang in a collective that nothing interrupts, so two others are at work. One talks to the store,
-    and hangs too if the process that hosts it is stopped. The other judges what was read, and whether anything was, and
-    ends this process when somebody is to blame.
+    The main thread can hang in a collective that can't be interrupted, so two other threads do the work. One reads and
+    writes the store, and hangs if the process that hosts the store is stopped. The other evaluates what was read, or
+    that nothing was, and ends this process when a process has failed.
 
     Args:
-      process: this process' number.
-      num_processes: how many there are.
+      process: this process's index.
+      num_processes: the number of processes.
       peer_timeout: seconds of silence after which a process counts as dead.
       exit_timeout: seconds that this process, once it has finished, waits for the others.
     """
@@ -46,12 +46,12 @@ class Watch:
         self._judging.start()
 
     def fail(self, reason: str) -> None:
-        """Ends this process because of an exception, and with it all others. Returns only if the watch was over."""
+        """Ends all processes because of an exception in this one. Returns only if the watch has already ended."""
         self._failure = reason
         self._judging.join()
 
     def finish(self) -> None:
-        """Waits until every process has called this; then the watch is over."""
+        """Waits until every process has called this, then ends the watch."""
         self._finished = True
         self._beat_now.set()
         while self._judging.is_alive() and not self._all_finished.wait(self._interval):
@@ -62,12 +62,12 @@ class Watch:
         self._talking.join()
 
     def _talk(self) -> None:
-        """Writes this process' entry and reads those of all, at every beat."""
+        """Writes this process's entry and reads all entries, at every heartbeat."""
         beat = 0
         while not self._stop.is_set():
             beat += 1
             entry = Entry(beat, self._where, self._finished, self._blame)
-            with contextlib.suppress(RuntimeError):  # The judge sees that there is no news.
+            with contextlib.suppress(RuntimeError):  # The judge notices the missing reads.
                 coordination.write(f"{_ENTRIES}{self._process}", json.dumps(entry))
                 entries = {int(key): Entry(*json.loads(value)) for key, value in coordination.read(_ENTRIES).items()}
                 self._news = News(self._news.reads + 1, entries)
@@ -77,22 +77,22 @@ class Watch:
             self._beat_now.clear()
 
     def _judge_all(self) -> None:
-        """Ends this process as soon as somebody is to blame."""
+        """Runs the judge's rounds, and ends this process as soon as a process is to blame."""
         store_is_gone = functools.partial(coordination.is_gone, self._interval)
         while not self._stop.wait(self._interval):
             if not coordination.is_open():
-                return  # The script has called jax.distributed.shutdown itself, which has waited for all processes.
+                return  # The script called jax.distributed.shutdown, which waits for all processes.
             self._blame = self._judge.round(self._news, self._failure, self._finished, store_is_gone)
             if self._blame:
                 self._leave()
 
     def _leave(self) -> None:
-        """Says who is to blame, lets the others read it, and ends this process, whatever the main thread is doing."""
+        """Reports the blame on stderr and to the other processes, then ends this process without the main thread."""
         self._beat_now.set()
         reasons = " ".join(self._blame.values())
         with contextlib.suppress(OSError):
             os.write(2, f"\njaxaccum: process {self._process} of {self._num_processes} ends: {reasons}\n".encode())
-        # The store ends with process 0, which therefore stays until the living have said that they leave.
+        # The store ends with process 0, which therefore waits until the other live processes have announced their exit.
         rounds, leaving = 2, {self._process}
         if self._process == 0:
             rounds, leaving = 4, {process for process in range(self._num_processes) if str(process) not in self._blame}

@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other on their hosts, so that all of them do the same."""
+"""Host-side communication between the processes of a run, which keeps them in lockstep."""
 
 import dataclasses
 import itertools
@@ -9,17 +9,17 @@ from typing import Any, NoReturn
 from jaxaccum._jax import coordination
 from jaxaccum.distributed import check_same
 
-_PATIENCE = 1800.0  # Seconds that a process may be behind another; one that is dead ends all of them long before.
+_PATIENCE = 1800.0  # Seconds that a process may lag behind; a dead process ends the run much earlier.
 _SHELF = 100
 _gatherings = itertools.count()
 
 
 @dataclasses.dataclass
 class Wishes:
-    """What may come to one process alone, and concerns all.
+    """Events on one process that concern all of them.
 
     Attributes:
-      signal: the number of one that it was sent, or None.
+      signal: the number of a signal that it received, or None.
       stop: whether it wants training to stop.
     """
 
@@ -28,18 +28,18 @@ class Wishes:
 
 
 class Processes:
-    """The processes of `jax.distributed`; without it, this one alone, which has nothing to wait for.
+    """The processes of `jax.distributed`; without it, this process alone, which never waits.
 
-    They tell each other things by `gather`, which all of them call in the same order, with the wishes of each. It takes
-    the host a millisecond or two, and no device. One that can't go on says so in the place of its next `gather`.
+    All processes call `gather` in the same order, and it also exchanges their wishes. It takes the host a millisecond
+    or two and does not use devices. A process that can't continue announces it in place of its next `gather`.
 
     Attributes:
-      index: this process' number.
-      count: how many there are.
-      left: whether this one, or another one, has left the run: then `gather` tells and hears nothing any more.
-      own: this process' wishes.
-      wishes: those of all: a signal that any of them was sent, and whether any wants to stop. With several processes
-        they are as of the last `gather`.
+      index: this process's index.
+      count: the number of processes.
+      left: whether any process has left the run; `gather` then no longer communicates.
+      own: this process's wishes.
+      wishes: the combined wishes: a signal that any process received, and whether any wants to stop. With several
+        processes, as of the last `gather`.
     """
 
     def __init__(self):
@@ -47,22 +47,24 @@ class Processes:
         self.begin()
 
     def begin(self) -> None:
-        """Begins a run, in which nobody wishes for anything yet."""
+        """Starts a run without any wishes."""
         self._common: BaseException | None = None
         self.left = False
         self.own = Wishes()
         self.wishes = self.own if self.count == 1 else Wishes()
 
     def gather(self, about: str, value: Any = None) -> list[Any]:
-        """The values of all processes, in order.
+        """Gathers the values of all processes, in order, and updates `wishes`.
+
+        After a process has left the run, it returns this process's value alone.
 
         Args:
-          about: the place in the program, to see that all of them are in the same.
-          value: what JSON can hold.
+          about: the place in the program, to check that all processes are at the same one.
+          value: a JSON-serializable value.
 
         Raises:
-          RuntimeError: if another process has left the run, or is in another place.
-          TimeoutError: if one has not come in half an hour.
+          RuntimeError: if another process has left the run or is at a different place.
+          TimeoutError: if a process does not arrive within half an hour.
         """
         if self.count == 1 or self.left:
             return [value]
@@ -84,14 +86,14 @@ class Processes:
         return [value for _, value, _ in entries]
 
     def share_wishes(self) -> None:
-        """Tells the others what hooks and signals may have asked this one for, and hears theirs."""
+        """Exchanges the wishes that hooks and signals have set."""
         self.gather("the end of a hook")
 
     def agree(self, name: str, values: dict[str, Any]) -> None:
-        """Checks that every process has the same `values`, by name.
+        """Checks that every process has the same `values`.
 
         Raises:
-          ValueError: on all processes, if not: it says which differ, and whose are which.
+          ValueError: on all processes, if values differ. The message lists them by process.
         """
         if self.count == 1:
             return
@@ -101,23 +103,23 @@ class Processes:
         self.together(lambda: check_same(answers))
 
     def together(self, check: Callable[[], Any]) -> Any:
-        """`check()`, which raises on all processes or on none: an error after which they are still together."""
+        """Runs `check()`, which raises on all processes or on none, so that they stay in lockstep after an error."""
         try:
             return check()
         except Exception as error:
             self.fail(error)
 
     def fail(self, error: BaseException) -> NoReturn:
-        """Raises `error`, which all processes meet in the same place."""
+        """Raises `error`, which all processes must raise at the same place."""
         self._common = error
         raise error
 
     def are_together(self, error: BaseException) -> bool:
-        """Whether all processes met `error`, or one of their own, in the same place."""
+        """Whether all processes raised `error`, or their own version of it, at the same place."""
         return self.count == 1 or error is self._common
 
     def leave(self, error: BaseException) -> None:
-        """Tells the others, where they wait for this process, that it ends with `error`, unless all have met it."""
+        """Tells the waiting processes that this one ends with `error`, unless all of them raised it."""
         if not self.left and not self.are_together(error):
             self.left = True
             number, text = next(_gatherings), json.dumps({"left": repr(error)})
@@ -127,7 +129,7 @@ class Processes:
                 self._tell(number, [text])
 
     def _exchanged(self, text: str) -> list[Any]:
-        """What all processes have written in this place. Process 0 reads it, and tells the others."""
+        """The entries of all processes. Process 0 collects them and sends them to the others."""
         number = next(_gatherings)
         directory = _directory(number)
         if not self.index:
@@ -137,18 +139,18 @@ class Processes:
         return [told["texts"][i] for i in told["whose"]]
 
     def _entries(self, directory: str) -> list[str]:
-        """Those of all processes but 0, in order."""
+        """The entries of all processes except 0, in order."""
         found = coordination.read(directory)
         others = range(1, self.count)
         return [found.get(str(i)) or _waited_for(f"{directory}{i}", i, _PATIENCE) for i in others]
 
     def _tell(self, number: int, entries: Sequence[str]) -> list[Any]:
-        """Writes `entries` for all to read, each text but once, and returns what they hold."""
+        """Publishes `entries` to all processes, without duplicates, and returns them decoded."""
         texts = list(dict.fromkeys(entries))
         told = {"texts": [json.loads(text) for text in texts], "whose": [texts.index(text) for text in entries]}
         coordination.write(f"{_directory(number)}all", json.dumps(told))
         if number % _SHELF == 1 and number > _SHELF:
-            coordination.forget(_shelf(number - _SHELF))  # All have read what is there: they have written since.
+            coordination.forget(_shelf(number - _SHELF))  # All have read it, since they have written later entries.
         return [told["texts"][i] for i in told["whose"]]
 
 
@@ -163,7 +165,7 @@ def _waited_for(key: str, process: int, patience: float) -> str:
 
 
 def said(values: Sequence[Any] | Mapping[int, Any]) -> str:
-    """Values by process, in words."""
+    """The value of each process, in words."""
     pairs = values.items() if isinstance(values, Mapping) else enumerate(values)
     return ", ".join(f"{value} on process {process}" for process, value in pairs)
 
@@ -173,5 +175,5 @@ def _directory(number: int) -> str:
 
 
 def _shelf(number: int) -> str:
-    """The directory of some neighbouring directories, which are forgotten together."""
+    """The parent directory of consecutive gatherings, which are deleted together."""
     return f"jaxaccum/gatherings/{number // _SHELF}/"

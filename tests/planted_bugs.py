@@ -62,6 +62,7 @@ OWN = {
     "trainer/input/batch_limits.py": ("test_loaders.py", "test_validation.py"),
     "trainer/input/strategies.py": ("test_batches.py", "test_feed.py", "test_trainer.py"),
     "loggers/__init__.py": ("test_loggers.py",),
+    "loggers/records.py": ("test_loggers.py", "test_trainer.py"),
     "_gradient/sum_packing.py": ("test_packing.py", "test_overwrites.py"),
     "_gradient/wide_products.py": ("test_products.py",),
     "_gradient/once_per_window.py": ("test_reduction.py", "test_prepare.py", "test_prepared_steps.py"),

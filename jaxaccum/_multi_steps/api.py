@@ -403,7 +403,7 @@ def _transformation(config: Config) -> tuple[Callable[..., Any], Callable[..., A
           params: the parameters.
 
         Returns:
-          The state, with nothing pending. No two leaves of the state and `params` share a buffer, so both can be donated.
+          The state, with nothing pending. No two leaves of it and of `params` share a buffer, so both can be donated.
 
         Raises:
           TypeError, ValueError: for parameters that are not supported, or if the inner optimizer contains another

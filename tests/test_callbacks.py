@@ -11,22 +11,12 @@ import numpy as np
 import optax
 import pytest
 import tqdm
-from training import Recorder, ones, single, slope
+from training import Recorder, Unsized, ones, single, slope
 
 import jaxaccum
 from jaxaccum.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint, ProgressBar
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
-
-
-class Unsized:
-    """Batches without a length."""
-
-    def __init__(self, batches):
-        self.batches = batches
-
-    def __iter__(self):
-        return iter(self.batches)
 
 
 def losing(values):

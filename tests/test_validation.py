@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training import Recorder, assert_same, loader, ones, single, slope, task, trainer
+from training import Recorder, Unsized, assert_same, loader, ones, single, slope, task, trainer
 
 import jaxaccum
 from jaxaccum.callbacks import Callback, EarlyStopping, ModelCheckpoint
@@ -28,18 +28,6 @@ class Validations(Callback):
 
     def load_state_dict(self, state_dict):
         self.at = state_dict["at"]
-
-
-class Unsized:
-    """Batches without a length, or with one that lies."""
-
-    def __init__(self, batches, length=None):
-        self.batches = batches
-        if length is not None:
-            self.__class__ = type("Sized", (Unsized,), {"__len__": lambda self: length})
-
-    def __iter__(self):
-        return iter(self.batches)
 
 
 def validations(batches, **options):

@@ -58,6 +58,18 @@ def ones(*sizes):
     return [np.ones(n, np.float32) for n in sizes]
 
 
+class Unsized:
+    """Batches without a length, or with one that lies."""
+
+    def __init__(self, batches, length=None):
+        self.batches = batches
+        if length is not None:
+            self.__class__ = type("Sized", (Unsized,), {"__len__": lambda self: length})
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
 class Recorder(Callback):
     """Keeps what `look(trainer)` gives after each micro-step."""
 

@@ -62,10 +62,12 @@ def numbers(name: str, tree: Tree) -> Tree:
 
 
 def path_name(path: Any) -> str:
+    """A leaf's path, for an error message."""
     return jax.tree_util.keystr(path)
 
 
 def is_floating(dtype: Any) -> bool:
+    """Whether `dtype` names a floating dtype; False for what is no dtype."""
     try:
         return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
     except TypeError:
@@ -79,11 +81,13 @@ def scalar_dtype(value: Any) -> Any:
 
 
 def is_real(value: Any, shape: tuple[int, ...]) -> bool:
+    """Whether `value` is one real number, or an array of them of `shape`."""
     dtype = value.dtype if shape and getattr(value, "shape", None) == shape else scalar_dtype(value)
     return any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)) if dtype else False
 
 
 def is_bool(value: Any) -> bool:
+    """Whether `value` is one bool."""
     return scalar_dtype(value) == jnp.bool_
 
 

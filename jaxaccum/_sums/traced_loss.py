@@ -206,4 +206,5 @@ def check_total(value: Any, without_aux: str | None = None) -> None:
 
 
 def or_one_each(shape: tuple[int, ...]) -> str:
+    """The end of an error message: that one value for each device is accepted too, if it is."""
     return f", or an array of shape {shape} with one for each device" if shape else ""

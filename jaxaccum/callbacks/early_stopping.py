@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxaccum._integers import positive_int
 from jaxaccum.callbacks.base import Callback, TrainerView
-from jaxaccum.callbacks.monitor import monitored
+from jaxaccum.callbacks.monitor import check_mode, monitored, needs_validation, worst
 from jaxaccum.task import Task
 
 
@@ -32,20 +32,16 @@ class EarlyStopping(Callback):
     """
 
     def __init__(self, monitor: str, min_delta: float = 0.0, patience: int = 3, mode: str = "min"):
-        if mode not in ("min", "max"):
-            raise ValueError(f"mode must be 'min' or 'max', got {mode!r}.")
+        check_mode(mode)
         self.monitor, self.min_delta, self.mode = monitor, abs(min_delta), mode
         self.patience = positive_int(patience, "patience")
         self._is_restored = False
         self._reset()
 
     def _reset(self) -> None:
-        self.best = self._worst()
+        self.best = worst(self.mode)
         self.wait = 0
         self.stopped_epoch: int | None = None
-
-    def _worst(self) -> float:
-        return math.inf if self.mode == "min" else -math.inf
 
     def on_fit_start(self, trainer: TrainerView, task: Task) -> None:
         if not (trainer.is_resuming and self._is_restored):
@@ -57,15 +53,15 @@ class EarlyStopping(Callback):
             trainer.should_stop = True
 
     def on_validation_end(self, trainer: TrainerView, task: Task) -> None:
-        if self.monitor.startswith("val_"):
+        if needs_validation(self.monitor):
             self._look(trainer)
 
     def on_train_epoch_end(self, trainer: TrainerView, task: Task) -> None:
-        if not self.monitor.startswith("val_"):
+        if not needs_validation(self.monitor):
             self._look(trainer)
 
     def on_train_end(self, trainer: TrainerView, task: Task) -> None:
-        if self.best == self._worst() and not trainer.should_stop:
+        if self.best == worst(self.mode) and not trainer.should_stop:
             warnings.warn(
                 f"EarlyStopping(monitor={self.monitor!r}) had nothing to look at in this run. What was logged: "
                 f"{sorted(trainer.callback_metrics)}. Pass one of these, or have a validation fall due before the "

@@ -8,7 +8,7 @@ from typing import Any
 from jaxaccum import _extras, _paths
 from jaxaccum._integers import as_int, positive_int
 from jaxaccum.callbacks.base import Callback, TrainerView
-from jaxaccum.callbacks.monitor import monitored
+from jaxaccum.callbacks.monitor import check_mode, monitored, needs_validation, worst
 
 
 class ModelCheckpoint(Callback):
@@ -66,8 +66,7 @@ class ModelCheckpoint(Callback):
         given = {name: positive_int(value, name) for name, value in intervals.items() if value is not None}
         if len(given) > 1:
             raise ValueError(f"ModelCheckpoint saves at one interval, got {given}; add another ModelCheckpoint.")
-        if mode not in ("min", "max"):
-            raise ValueError(f"mode must be 'min' or 'max', got {mode!r}.")
+        check_mode(mode)
         save_top_k = as_int(save_top_k, "save_top_k", "an int of at least -1")
         if save_top_k < -1 or (monitor is None and save_top_k > 1):
             raise ValueError(f"save_top_k must be -1, 0 or 1, or with a monitor more, got {save_top_k}.")
@@ -117,7 +116,7 @@ class ModelCheckpoint(Callback):
             return _divides(self.every_n_micro_steps, trainer.micro_step, micro_steps) or (
                 not in_window and _divides(self.every_n_train_steps, trainer.global_step)
             )
-        by_validation = (self.monitor or "").startswith("val_")
+        by_validation = needs_validation(self.monitor)
         if moment == "validation":
             return by_validation and _divides(self.every_n_epochs, trainer.current_epoch + 1)
         return not by_validation and _divides(self.every_n_epochs, trainer.current_epoch)
@@ -131,12 +130,12 @@ class ModelCheckpoint(Callback):
         if self.monitor is None:
             return None
         value = monitored(trainer, self.monitor)
-        return self._worst() if value is None or math.isnan(value) else value
+        return worst(self.mode) if value is None or math.isnan(value) else value
 
     def known_score(self, trainer: TrainerView) -> float | None:
         """Returns the monitored value if it is available."""
         value = None if self.monitor is None else trainer.callback_metrics.get(self.monitor)
-        return self._worst() if value is not None and math.isnan(value) else value
+        return worst(self.mode) if value is not None and math.isnan(value) else value
 
     def wants(self, score: float | None) -> bool:
         """Whether a checkpoint with this score would be kept."""
@@ -185,12 +184,9 @@ class ModelCheckpoint(Callback):
         newest_first = list(reversed(saved.items()))
         if self.monitor is not None:
             sign = 1 if self.mode == "min" else -1
-            worst = self._worst()
-            newest_first.sort(key=lambda entry: sign * (worst if entry[1] is None else entry[1]))
+            lowest = worst(self.mode)
+            newest_first.sort(key=lambda entry: sign * (lowest if entry[1] is None else entry[1]))
         return [name for name, _ in newest_first][: None if self.save_top_k == -1 else self.save_top_k]
-
-    def _worst(self) -> float:
-        return math.inf if self.mode == "min" else -math.inf
 
 
 def _divides(interval: int | None, count: int, last: int = 1) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 from jaxaccum._integers import positive_int
 from jaxaccum._schedule import AccumulationSchedule
 from jaxaccum.callbacks import Callback, EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
+from jaxaccum.callbacks.monitor import needs_validation
 from jaxaccum.loggers import JSONLLogger
 
 
@@ -55,7 +56,7 @@ def check_monitors(callbacks: Sequence[Callback], validates: bool) -> None:
     """Raises ValueError if a callback monitors a validation result but the run doesn't validate."""
     for callback in callbacks:
         monitor = callback.monitor if isinstance(callback, (EarlyStopping, ModelCheckpoint)) else None
-        if not validates and (monitor or "").startswith("val_"):
+        if not validates and needs_validation(monitor):
             raise ValueError(
                 f"{type(callback).__name__}(monitor={monitor!r}) needs a validation: pass fit a val_loader, and "
                 "limit_val_batches other than 0."

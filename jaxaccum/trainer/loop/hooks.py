@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxaccum.callbacks import Callback, EarlyStopping, GradientAccumulationScheduler, ProgressBar, TrainerView
+from jaxaccum.callbacks.monitor import needs_validation
 from jaxaccum.task import Task
 
 
@@ -32,7 +33,7 @@ class Hooks:
             for name, those in filling.items()
         }
         stops = (callback for callback in callbacks if isinstance(callback, EarlyStopping))
-        self.watch_validation = any(callback.monitor.startswith("val_") for callback in stops)
+        self.watch_validation = any(needs_validation(callback.monitor) for callback in stops)
         keep_k = (GradientAccumulationScheduler, ProgressBar)
         self.may_set_k = any(type(callback) not in keep_k for callback in filling["on_train_epoch_start"])
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxaccum import checkpoint
 from jaxaccum.callbacks import Callback, ModelCheckpoint, TrainerView
+from jaxaccum.callbacks.monitor import needs_validation
 from jaxaccum.checkpoint import Checkpoint, orbax_io
 from jaxaccum.distributed.process_group import Processes
 from jaxaccum.trainer.input.progress import Counters
@@ -217,7 +218,7 @@ class RunCheckpoints:
             return
         if moment == "micro_step" and not run.at.validated:
             # The upcoming validation computes the values that these rank by.
-            self._postponed = {policy for policy in due if (policy.monitor or "").startswith("val_")}
+            self._postponed = {policy for policy in due if needs_validation(policy.monitor)}
             due -= self._postponed
         elif moment == "validation":
             due, self._postponed = due | self._postponed, set()

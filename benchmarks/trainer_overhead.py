@@ -31,6 +31,7 @@ import optax
 from _measure import environment, parser, publish
 
 import jaxaccum
+from jaxaccum.distributed.process_group import Processes
 from jaxaccum.trainer.input.strategies import Strategy
 from jaxaccum.trainer.programs.compiled import Programs
 
@@ -55,7 +56,7 @@ def bare(loader: list[Any], k: int) -> float:
     """Seconds for each micro-step of a loop that does nothing else."""
     strategy = Strategy("single", 1)
     programs = Programs(TASK, strategy, TASK.optimizer, "propagate", seed=0)
-    params, opt_state, model_state, pending = state = programs.initial(loader[0])
+    params, opt_state, model_state, pending = state = programs.initial(loader[0], Processes())
     (piece,) = strategy.pieces(loader[:1])
     accumulate, step = programs._accumulate, programs._step
     start = 0.0

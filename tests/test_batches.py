@@ -16,7 +16,7 @@ import pytest
 from training import Recorder, assert_same, loader, task, trainer
 
 import jaxaccum
-from jaxaccum.trainer.input import process_shards, strategies
+from jaxaccum.trainer.input import batches, process_shards
 from jaxaccum.trainer.input.strategies import Strategy
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -45,7 +45,7 @@ def test_a_wider_float_than_jax_has_is_named():
     if np.dtype(np.longdouble).itemsize == 8:
         pytest.skip("it is a float64 on this machine")
     with pytest.raises(TypeError, match=r"batch\['x'\] is a ndarray.*gives dtype float"):
-        strategies.arrays({"x": np.ones(4, np.longdouble)})
+        batches.arrays({"x": np.ones(4, np.longdouble)})
 
 
 @dataclasses.dataclass
@@ -190,7 +190,7 @@ def test_init_sees_arrays_and_hooks_the_loaders_own_batch():
 def test_what_jax_takes_stays_as_it_is(leaf):
     """Catches a copy, a Python number that takes on a strong type, and a key that NumPy can't read."""
     batch = {"x": (leaf, np.ones(4, np.float32))}
-    assert strategies.arrays(batch) is batch
+    assert batches.arrays(batch) is batch
     jax.block_until_ready(jax.jit(lambda batch: batch)(batch))
 
 
@@ -210,7 +210,7 @@ def test_what_jax_takes_stays_as_it_is(leaf):
 def test_what_numpy_makes_numbers_of_is_converted(leaf, dtype):
     """Catches an array in the other byte order, which jax refuses, and values or dtypes that change on the way."""
     other = np.ones(4, np.float32)
-    got = strategies.arrays({"x": leaf, "other": other})
+    got = batches.arrays({"x": leaf, "other": other})
     assert type(got["x"]) is np.ndarray and got["x"].dtype == dtype and got["x"].dtype.isnative
     assert got["x"].astype(np.float32).tolist() == [1.0] * 4
     assert got["other"] is other
@@ -230,8 +230,8 @@ def test_what_numpy_makes_numbers_of_is_converted(leaf, dtype):
 )
 def test_the_length_of_a_batch_is_that_of_most_leaves(shapes, want):
     """Catches a first leaf that is a class weight, a key or a scalar, and a tie that the order does not settle."""
-    assert strategies.length([np.zeros(shape) for shape in shapes]) == want
-    assert strategies.length([Tensor(np.zeros(shape)) for shape in shapes]) == want
+    assert batches.length([np.zeros(shape) for shape in shapes]) == want
+    assert batches.length([Tensor(np.zeros(shape)) for shape in shapes]) == want
 
 
 def test_samples_seen_counts_the_examples_of_most_leaves():

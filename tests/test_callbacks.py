@@ -163,7 +163,7 @@ def test_the_learning_rate_is_logged_with_every_record():
     ]:
         t = single(log_every_n_steps=1, callbacks=monitor, accumulate_grad_batches=2, gradient_clip_val=9.0)
         t.fit(slope(optimizer), ones(*[2] * 6))
-        assert [record["lr"] for record in t._running.records.history] == rates
+        assert [record["lr"] for record in t._running.metrics.records.history] == rates
 
 
 def test_a_learning_rate_that_is_nowhere_is_missed_before_training():

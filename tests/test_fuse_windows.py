@@ -89,10 +89,12 @@ def test_a_fused_run_is_the_run(strategy, x64, partial_window):
         assert ours.starts == theirs.starts and ours.ends == theirs.ends
         for one, other in zip(ours.outputs, theirs.outputs, strict=True):
             assert one == pytest.approx(other, rel=100 * tolerance, nan_ok=True)
-        for one, other in zip(fused._running.records.history, plain._running.records.history, strict=True):
+        for one, other in zip(
+            fused._running.metrics.records.history, plain._running.metrics.records.history, strict=True
+        ):
             assert one == pytest.approx(other, rel=100 * tolerance)
         assert (fused.current_epoch, fused.window_step) == (plain.current_epoch, plain.window_step) == (2, 0)
-        made = fused._running.programs
+        made = fused._running.setup.programs
         assert (made._accumulate._cache_size(), made._step._cache_size()) == (0, 0)
 
 
@@ -107,7 +109,7 @@ def test_a_fused_windows_devices_meet_once_outside_its_loop(strategy):
     t = trainer(strategy=strategy, devices=2, accumulate_grad_batches=3, fuse_windows=True)
     state = t.fit(masked(), micro_batches(strategy, 3))
     (piece,) = t._strategy.pieces(micro_batches(strategy, 1))
-    programs = t._running.programs
+    programs = t._running.setup.programs
     window = jaxaccum.collectives(programs._window.lower(state, [piece] * 3, None).compile())
     step = jaxaccum.collectives(programs._step.lower(state, *piece, None).compile())
     assert window.count() == step.count() > 0 and window.count(in_loop=True) == 0
@@ -118,7 +120,7 @@ def test_each_number_of_micro_steps_compiles_once():
     ks = {0: 4, 1: 2, 2: 4, 3: 1, 4: 3}
     t = single(accumulate_grad_batches=ks, max_epochs=6, fuse_windows=True)
     t.fit(slope(), ones(*[2] * 12))
-    made = t._running.programs
+    made = t._running.setup.programs
     assert (made._window._cache_size(), made._accumulate._cache_size(), made._step._cache_size()) == (3, 0, 1)
 
 
@@ -133,8 +135,8 @@ def test_a_window_that_cannot_be_stacked_runs_as_it_does_without(strategy, sizes
     with jax.enable_x64(True):
         fused = run(True)
         assert_close(fused.fit(task(), loader(*sizes)), run(False).fit(task(), loader(*sizes)), 1e-12)
-    assert fused._running.programs._window._cache_size() == 1
-    assert fused._running.programs._accumulate._cache_size() > 0
+    assert fused._running.setup.programs._window._cache_size() == 1
+    assert fused._running.setup.programs._accumulate._cache_size() > 0
 
 
 def test_hooks_are_told_when_the_state_is_ahead_of_the_counters():

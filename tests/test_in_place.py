@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxaccum
+from jaxaccum.distributed.process_group import Processes
 from jaxaccum.trainer.input import strategies
 from jaxaccum.trainer.programs import compiled
 
@@ -278,7 +279,7 @@ def test_the_trainer(strategy, loss, leaves):
     task = jaxaccum.Task(lambda key, batch: params(), lambda p, x, key: loss(p, x), optax.sgd(0.1))
     devices = strategies.Strategy(strategy, "auto")
     programs = compiled.Programs(task, devices, task.optimizer, "propagate", 0)
-    state = programs.initial(np.asarray(batch()))
+    state = programs.initial(np.asarray(batch()), Processes())
     (piece,) = devices.pieces([np.asarray(batch())])
     # On several devices one may have no share of a piece, so a plain loss has a weight there.
     expected = leaves if strategy == "single" else 0

@@ -68,7 +68,7 @@ def test_a_logger_that_fails_costs_the_run_nothing(method, error):
         t.fit(slope(), ones(2, 2, 2))
     assert len(caught) == 1 and t.current_epoch == 2
     assert before.steps == after.steps == [1, 2, 3, 4, 5, 6] and before.flushes == after.flushes == 1
-    assert [record["step"] for record in t._running.records.history] == before.steps
+    assert [record["step"] for record in t._running.metrics.records.history] == before.steps
 
 
 def test_each_kind_of_failure_is_told_once():
@@ -114,7 +114,7 @@ def test_a_logger_that_changes_its_dict_changes_no_others():
     got = []
     t = single(logger=[Pops(), seen])
     t.fit(slope(), ones(2))
-    assert got[0]["train_loss"] == t._running.records.history[0]["train_loss"] == 0
+    assert got[0]["train_loss"] == t._running.metrics.records.history[0]["train_loss"] == 0
 
 
 @pytest.mark.parametrize(("logger", "name"), [(JSONLLogger, "metrics.jsonl"), (CSVLogger, "metrics.csv")])
@@ -361,7 +361,7 @@ def test_the_first_window_and_each_epochs_last_one_are_recorded(options, steps):
     said = Recorder(lambda t: (t.global_step, t.should_log))
     t = single(accumulate_grad_batches=2, max_epochs=2, callbacks=said, **options)
     t.fit(slope(), ones(*[2] * 9))
-    assert [record["step"] for record in t._running.records.history] == steps
+    assert [record["step"] for record in t._running.metrics.records.history] == steps
     assert [step for step, should_log in said.seen if should_log] == steps
 
 
@@ -481,12 +481,12 @@ def test_progress_bar_metrics_are_the_newest_that_are_ready():
     assert t.progress_bar_metrics == {"train_loss": 0.0}
     means = [OnDevice(float(i)) for i in range(1000)]
     for i, mean in enumerate(means):
-        t._running.close_window({"loss": mean})
+        t._running.metrics.close_window({"loss": mean})
         if i >= 100:
             means[i - 100].ready = True
             assert t.progress_bar_metrics == {"train_loss": i - 100}
     means[-1].ready = True
-    assert t.progress_bar_metrics == {"train_loss": 999.0} and not t._running.unfinished
+    assert t.progress_bar_metrics == {"train_loss": 999.0} and not t._running.metrics._unfinished
 
 
 def test_few_means_are_kept_however_far_the_device_is_behind():
@@ -495,8 +495,8 @@ def test_few_means_are_kept_however_far_the_device_is_behind():
     _ = t.progress_bar_metrics
     means = [OnDevice(float(i + 1)) for i in range(10_000)]
     for mean in means:
-        t._running.close_window({"loss": mean})
-    assert len(t._running.unfinished) <= 256
+        t._running.metrics.close_window({"loss": mean})
+    assert len(t._running.metrics._unfinished) <= 256
     assert t.progress_bar_metrics == {"train_loss": 0.0}
     for finished, least in [(1, 1), (9_900, 9_000)]:
         for mean in means[:finished]:

@@ -71,7 +71,7 @@ def saved(folder):
 def test_a_resume_at_any_micro_step_is_exact(tmp_path, strategy, sizes, at):
     """Catches whatever a checkpoint forgets: pending sums, K, keys, model state, logs, counters, hooks yet to come."""
     batches, the_task = loader(*sizes), task(dropout=0.3, model_state=True)
-    logged = lambda t: t._running.records.history
+    logged = lambda t: t._running.metrics.records.history
 
     def run(*callbacks):
         return trainer(
@@ -131,7 +131,7 @@ def test_a_resume_on_other_devices_ends_at_the_same_parameters(tmp_path, before,
             got = resumed.fit(the_task, batches, ckpt_path=path)
             assert_close((got.params, got.opt_state), (want.params, want.opt_state), 1e-12)
             assert (resumed.global_step, resumed.samples_seen) == (unbroken.global_step, unbroken.samples_seen)
-            ours, theirs = (t._running.records.history for t in (resumed, unbroken))
+            ours, theirs = (t._running.metrics.records.history for t in (resumed, unbroken))
             for record, other in zip(ours, theirs[-len(ours) :], strict=True):
                 assert record["train_loss"] == pytest.approx(other["train_loss"], rel=1e-12)
                 assert record["effective_batch_size"] == other["effective_batch_size"]

@@ -158,7 +158,7 @@ def test_row_13_ddp_is_one_device_with_p_times_k(x64, sizes):
         assert eight.effective_batch_size == one.effective_batch_size == 8 * 16
         logged = lambda t: [
             {name: value for name, value in record.items() if name not in ("micro_step", "accumulate_grad_batches")}
-            for record in t._running.records.history
+            for record in t._running.metrics.records.history
         ]
         for ours, theirs in zip(logged(eight), logged(one), strict=True):
             assert ours == pytest.approx(theirs, rel=100 * tolerance)
@@ -360,7 +360,7 @@ def test_nothing_compiles_when_k_changes():
     for strategy in ("single", "ddp", "zero"):
         t = trainer(strategy=strategy, accumulate_grad_batches={0: 4, 1: 2, 2: 8, 3: 3, 4: 5}, max_epochs=5)
         t.fit(slope(), ones(*[2] * 64))
-        programs = t._running.programs
+        programs = t._running.setup.programs
         assert (programs._accumulate._cache_size(), programs._step._cache_size()) == (1, 1)
 
 
@@ -371,9 +371,9 @@ def test_a_second_fit_of_the_same_task_compiles_nothing():
     run = lambda: trainer(strategy="zero", devices=2, accumulate_grad_batches=2)
     t, the_task = run(), task(optax.adam(0.1))
     first = t.fit(the_task, batches[:1] * 4)
-    made = t._running.programs
+    made = t._running.setup.programs
     assert_same(t.fit(the_task, batches[:1] * 4), first)
-    assert t._running.programs is made and (made._start._cache_size(), made._step._cache_size()) == (1, 1)
+    assert t._running.setup.programs is made and (made._start._cache_size(), made._step._cache_size()) == (1, 1)
     for another, wide in ((the_task, batches[1:] * 4), (task(optax.sgd(0.1)), batches[1:] * 4)):
         assert_same(t.fit(another, wide), run().fit(another, wide))
 
@@ -383,7 +383,7 @@ def test_the_accumulating_program_takes_parameters_and_pending_sums_alone():
     t = single(accumulate_grad_batches=2)
     state = t.fit(task(optax.adam(0.1)), loader(4, 4))
     moments = len(jax.tree.leaves(state.opt_state))
-    lowered = t._running.programs._accumulate.lower(
+    lowered = t._running.setup.programs._accumulate.lower(
         state.params, state.pending, loader(4)[0], t._strategy.constant((0, 1, 1), np.int32)
     )
     taken = len(jax.tree.leaves(lowered.args_info))
@@ -396,7 +396,7 @@ def test_devices_meet_once_a_window(strategy):
     t = trainer(strategy=strategy, accumulate_grad_batches=2)
     state = t.fit(task(optax.adam(0.1), model_state=True), loader(8, 8, 8, 8))
     (piece,) = t._strategy.pieces(loader(8) * t._strategy.group)
-    programs = t._running.programs
+    programs = t._running.setup.programs
     accumulate = programs._accumulate.lower(state.params, state.pending, *piece).compile()
     step = programs._step.lower(state, *piece, None).compile()
     assert jaxaccum.collectives(accumulate).count() == 0
@@ -632,7 +632,7 @@ def test_the_history_of_a_long_run_is_thinned(monkeypatch):
     monkeypatch.setattr(records, "KEPT", 20)
     t = single(max_epochs=2, log_every_n_steps=1, val_check_interval=1)
     t.fit(slope(), ones(*[2] * 50), ones(2))
-    history = t._running.records.history
+    history = t._running.metrics.records.history
     assert 10 <= len(history) <= 20
     for name in ("train_loss", "val_loss"):
         steps = [record["step"] for record in history if name in record]

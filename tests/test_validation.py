@@ -289,7 +289,7 @@ def test_validate_takes_a_checkpoint(tmp_path, which, model_state):
     got = single(callbacks=saves()).validate(the_task, val, ckpt_path=path)
     if want is None:
         assert got["val_loss"] == pytest.approx(
-            min(r["val_loss"] for r in t._running.records.history if "val_loss" in r)
+            min(r["val_loss"] for r in t._running.metrics.records.history if "val_loss" in r)
         )
     else:
         assert got == t.validate(the_task, val, want)

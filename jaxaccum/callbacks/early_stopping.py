@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxaccum._integers import positive_int
 from jaxaccum.callbacks.base import Callback, TrainerView
-from jaxaccum.callbacks.monitor import check_mode, monitored, needs_validation, worst
+from jaxaccum.callbacks.monitor import Monitor, check_mode
 from jaxaccum.task import Task
 
 
@@ -34,12 +34,13 @@ class EarlyStopping(Callback):
     def __init__(self, monitor: str, min_delta: float = 0.0, patience: int = 3, mode: str = "min"):
         check_mode(mode)
         self.monitor, self.min_delta, self.mode = monitor, abs(min_delta), mode
+        self.monitored = Monitor(monitor, mode, warns=True)
         self.patience = positive_int(patience, "patience")
         self._is_restored = False
         self._reset()
 
     def _reset(self) -> None:
-        self.best = worst(self.mode)
+        self.best = self.monitored.worst
         self.wait = 0
         self.stopped_epoch: int | None = None
 
@@ -53,15 +54,15 @@ class EarlyStopping(Callback):
             trainer.should_stop = True
 
     def on_validation_end(self, trainer: TrainerView, task: Task) -> None:
-        if needs_validation(self.monitor):
+        if self.monitored.needs_validation:
             self._look(trainer)
 
     def on_train_epoch_end(self, trainer: TrainerView, task: Task) -> None:
-        if not needs_validation(self.monitor):
+        if not self.monitored.needs_validation:
             self._look(trainer)
 
     def on_train_end(self, trainer: TrainerView, task: Task) -> None:
-        if self.best == worst(self.mode) and not trainer.should_stop:
+        if self.best == self.monitored.worst and not trainer.should_stop:
             warnings.warn(
                 f"EarlyStopping(monitor={self.monitor!r}) had nothing to look at in this run. What was logged: "
                 f"{sorted(trainer.callback_metrics)}. Pass one of these, or have a validation fall due before the "
@@ -70,7 +71,7 @@ class EarlyStopping(Callback):
             )
 
     def _look(self, trainer: TrainerView) -> None:
-        value = monitored(trainer, self.monitor)
+        value = self.monitored.value(trainer)
         if value is None:  # The run stopped in its first window, before there was a value.
             return
         gain = self.best - value if self.mode == "min" else value - self.best

@@ -8,7 +8,7 @@ from typing import Any
 from jaxaccum import _extras, _paths
 from jaxaccum._integers import as_int, positive_int
 from jaxaccum.callbacks.base import Callback, TrainerView
-from jaxaccum.callbacks.monitor import check_mode, monitored, needs_validation, worst
+from jaxaccum.callbacks.monitor import Monitor, check_mode
 
 
 class ModelCheckpoint(Callback):
@@ -75,6 +75,7 @@ class ModelCheckpoint(Callback):
         self.every_n_train_steps = given.get("every_n_train_steps")
         self.every_n_epochs = given.get("every_n_epochs") if given else 1
         self.monitor, self.mode, self.save_top_k, self.save_last = monitor, mode, save_top_k, save_last
+        self.monitored = None if monitor is None else Monitor(monitor, mode)
         self._saved: dict[str, float | None] = {}  # Folder name -> monitored value, oldest first.
 
     @property
@@ -116,7 +117,7 @@ class ModelCheckpoint(Callback):
             return _divides(self.every_n_micro_steps, trainer.micro_step, micro_steps) or (
                 not in_window and _divides(self.every_n_train_steps, trainer.global_step)
             )
-        by_validation = needs_validation(self.monitor)
+        by_validation = self.monitored is not None and self.monitored.needs_validation
         if moment == "validation":
             return by_validation and _divides(self.every_n_epochs, trainer.current_epoch + 1)
         return not by_validation and _divides(self.every_n_epochs, trainer.current_epoch)
@@ -127,15 +128,17 @@ class ModelCheckpoint(Callback):
         Raises:
           ValueError: if the value is missing and will never be available.
         """
-        if self.monitor is None:
+        if self.monitored is None:
             return None
-        value = monitored(trainer, self.monitor)
-        return worst(self.mode) if value is None or math.isnan(value) else value
+        value = self.monitored.value(trainer)
+        return self.monitored.worst if value is None or math.isnan(value) else value
 
     def known_score(self, trainer: TrainerView) -> float | None:
         """Returns the monitored value if it is available."""
-        value = None if self.monitor is None else trainer.callback_metrics.get(self.monitor)
-        return worst(self.mode) if value is not None and math.isnan(value) else value
+        if self.monitored is None:
+            return None
+        value = trainer.callback_metrics.get(self.monitored.name)
+        return self.monitored.worst if value is not None and math.isnan(value) else value
 
     def wants(self, score: float | None) -> bool:
         """Whether a checkpoint with this score would be kept."""
@@ -182,10 +185,9 @@ class ModelCheckpoint(Callback):
     def ranked(self, saved: dict[str, float | None]) -> list[str]:
         """Returns the top `save_top_k` of the checkpoints in `saved`, best first; the newest wins ties."""
         newest_first = list(reversed(saved.items()))
-        if self.monitor is not None:
-            sign = 1 if self.mode == "min" else -1
-            lowest = worst(self.mode)
-            newest_first.sort(key=lambda entry: sign * (lowest if entry[1] is None else entry[1]))
+        if self.monitored is not None:
+            sign, worst = (1 if self.mode == "min" else -1), self.monitored.worst
+            newest_first.sort(key=lambda entry: sign * (worst if entry[1] is None else entry[1]))
         return [name for name, _ in newest_first][: None if self.save_top_k == -1 else self.save_top_k]
 
 

@@ -1,38 +1,58 @@
 """The value that a callback monitors: its name, its current value, and which values are better."""
 
 import math
+from typing import Any, NamedTuple
 
 from jaxaccum.callbacks.base import TrainerView
 
 
-def monitored(trainer: TrainerView, monitor: str) -> float | None:
-    """Returns the monitored value; None if the first window or validation may still provide it.
+class Monitor(NamedTuple):
+    """A monitored value. The Trainer reads it from a callback's `monitored` attribute.
 
-    Raises:
-      ValueError: if the value is missing and will not become available.
+    Attributes:
+      name: its name in `trainer.callback_metrics`.
+      mode: "min" or "max": whether lower or higher is better.
+      warns: whether the callback itself warns of a run without a value.
     """
-    metrics, kind = trainer.callback_metrics, monitor.partition("_")[0]
-    if monitor in metrics:
-        return float(metrics[monitor])
-    if kind in ("train", "val") and not any(name.startswith(f"{kind}_") for name in metrics):
-        return None
-    raise ValueError(
-        f"monitor={monitor!r} is not among what is logged: {sorted(metrics)}. Pass one of these, or have a callback "
-        "log it with trainer.log before it is looked at."
-    )
 
+    name: str
+    mode: str
+    warns: bool = False
 
-def needs_validation(monitor: str | None) -> bool:
-    """Whether the monitored value is a result of validation."""
-    return monitor is not None and monitor.startswith("val_")
+    @classmethod
+    def of(cls, callback: Any) -> "Monitor | None":
+        """Returns what a callback monitors, or None."""
+        found = getattr(callback, "monitored", None)
+        return found if isinstance(found, Monitor) else None
+
+    @property
+    def needs_validation(self) -> bool:
+        """Whether the value is a result of validation."""
+        return self.name.startswith("val_")
+
+    @property
+    def worst(self) -> float:
+        """The value that every other one improves on."""
+        return math.inf if self.mode == "min" else -math.inf
+
+    def value(self, trainer: TrainerView) -> float | None:
+        """Returns the value; None if the first window or validation may still provide it.
+
+        Raises:
+          ValueError: if the value is missing and will not become available.
+        """
+        metrics, kind = trainer.callback_metrics, self.name.partition("_")[0]
+        if self.name in metrics:
+            return float(metrics[self.name])
+        if kind in ("train", "val") and not any(name.startswith(f"{kind}_") for name in metrics):
+            return None
+        raise ValueError(
+            f"monitor={self.name!r} is not among what is logged: {sorted(metrics)}. Pass one of these, or have a "
+            "callback log it with trainer.log before it is looked at."
+        )
 
 
 def check_mode(mode: str) -> None:
     """Raises ValueError if `mode` is neither "min" nor "max"."""
     if mode not in ("min", "max"):
         raise ValueError(f"mode must be 'min' or 'max', got {mode!r}.")
-
-
-def worst(mode: str) -> float:
-    """Returns the value that every other one improves on."""
-    return math.inf if mode == "min" else -math.inf

@@ -42,10 +42,11 @@ class ProgressBar(Callback):
         self._draws = jax.process_index() == 0 and sys.stderr is not None
         self._begin_epoch(trainer)  # A run may resume in the middle of an epoch.
 
-    def on_train_epoch_start(self, trainer: TrainerView, task: Task) -> None:
-        self._begin_epoch(trainer)
-        if self._bar is not None:
-            self._draw(trainer, begins_epoch=True)
+    def on_train_batch_start(self, trainer: TrainerView, task: Task, batch: Any, batch_idx: int) -> None:
+        if not batch_idx:
+            self._begin_epoch(trainer)
+            if self._bar is not None:
+                self._draw(trainer, begins_epoch=True)
 
     def on_train_batch_end(
         self, trainer: TrainerView, task: Task, outputs: Mapping[str, float], batch: Any, batch_idx: int

@@ -1,6 +1,7 @@
 """Sets K by epoch."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from jaxaccum._schedule import AccumulationSchedule
 from jaxaccum.callbacks.base import Callback, TrainerView
@@ -26,3 +27,9 @@ class GradientAccumulationScheduler(Callback):
 
     def on_train_epoch_start(self, trainer: TrainerView, task: Task) -> None:
         trainer.accumulate_grad_batches = self.schedule(trainer.current_epoch)
+
+
+def offered_schedule(callback: Any) -> AccumulationSchedule | None:
+    """Returns the schedule of K that a callback offers as `schedule`; None without one."""
+    found = getattr(callback, "schedule", None)
+    return found if isinstance(found, AccumulationSchedule) else None

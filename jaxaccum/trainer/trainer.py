@@ -15,16 +15,16 @@ from jaxaccum._integers import positive_int
 from jaxaccum._types import Tree
 from jaxaccum.callbacks import Callback, ProgressBar
 from jaxaccum.checkpoint import Checkpoint, orbax_io
-from jaxaccum.loggers import figure, records
+from jaxaccum.distributed.process_group import Processes
+from jaxaccum.loggers import figure
 from jaxaccum.task import Task
-from jaxaccum.trainer.input import arguments
-from jaxaccum.trainer.input.loader import TrainLoader, ValLoader
-from jaxaccum.trainer.input.options import Options
-from jaxaccum.trainer.input.progress import Counters
+from jaxaccum.trainer.input.loader import Start, TrainLoader, ValLoader
 from jaxaccum.trainer.input.strategies import Strategy
-from jaxaccum.trainer.loop import run_checkpoint, run_state, saving
+from jaxaccum.trainer.loop import arguments, run_checkpoint, run_state, saving
+from jaxaccum.trainer.loop.counters import Counters
 from jaxaccum.trainer.loop.hooks import Hooks
 from jaxaccum.trainer.loop.loop import Loop
+from jaxaccum.trainer.loop.options import Options
 from jaxaccum.trainer.loop.run_state import Run
 from jaxaccum.trainer.loop.saving import RunCheckpoints
 from jaxaccum.trainer.loop.signals import Signals
@@ -151,7 +151,7 @@ class Trainer:
             nonfinite=nonfinite,
             detect_anomaly=detect_anomaly,
         )
-        self._strategy = Strategy(strategy, devices)
+        self._strategy, self._processes = Strategy(strategy, devices), Processes()
         root = _paths.absolute(default_root_dir or ".")
         self._loggers, self._folder = arguments.loggers(logger, root), root / "checkpoints"
         self._run: Run | None = None
@@ -217,7 +217,7 @@ class Trainer:
           FloatingPointError: with `detect_anomaly`.
           RuntimeError: if another process has left the run.
         """
-        processes = self._strategy.processes
+        processes = self._processes
         processes.begin()
         signals = Signals(processes)
         try:
@@ -226,7 +226,7 @@ class Trainer:
             loop = Loop(run, hooks, checkpoints, signals)
             checkpoints.check()
             loop.check_validation()
-            run.records.begin(run.resumed_at)
+            run.metrics.records.begin(run.at.resumed if run.is_resuming else None)
         except BaseException as error:
             processes.leave(error)
             raise
@@ -246,7 +246,7 @@ class Trainer:
                 raise
             finally:
                 with contextlib.closing(checkpoints):  # Runs even if the flush raises.
-                    run.records.flush(waits=not processes.left)
+                    run.metrics.records.flush(waits=not processes.left)
         return run.state
 
     def validate(
@@ -294,7 +294,7 @@ class Trainer:
         Raises:
           ImportError: if matplotlib is missing.
         """
-        return figure.draw(self._running.records.history, None if self._strategy.processes.index else path)
+        return figure.draw(self._running.metrics.records.history, None if self._processes.index else path)
 
     def log(self, name: str, value: float) -> None:
         """Adds a value to `callback_metrics` and to the next record.
@@ -306,7 +306,7 @@ class Trainer:
         Raises:
           TypeError: if the value is not a real number.
         """
-        self._running.metrics[name] = self._running.logged[name] = records.loggable(name, value)
+        self._running.metrics.log(name, value)
 
     @property
     def state(self) -> FitState:
@@ -337,11 +337,11 @@ class Trainer:
     @property
     def should_stop(self) -> bool:
         """Whether to stop training after the current micro-step. Callbacks may set it; each `fit` resets it."""
-        return self._strategy.processes.own.stop
+        return self._processes.own.stop
 
     @should_stop.setter
     def should_stop(self, stop: bool) -> None:
-        self._strategy.processes.own.stop = bool(stop)
+        self._processes.own.stop = bool(stop)
 
     @property
     def current_epoch(self) -> int:
@@ -389,12 +389,12 @@ class Trainer:
         N is the size of the first loader batch. With several processes it is the mean over their first batches, or with
         "dp" the sum.
         """
-        return self._running.examples * self._strategy.group * self.accumulate_grad_batches
+        return self._running.setup.examples * self._strategy.group * self.accumulate_grad_batches
 
     @property
     def num_training_batches(self) -> int | float:
         """The expected number of micro-steps per epoch; infinite if the loader has no length."""
-        return self._running.epoch_micro_steps
+        return self._running.setup.epoch_micro_steps
 
     @property
     def estimated_stepping_batches(self) -> int | float:
@@ -407,8 +407,7 @@ class Trainer:
 
         Reading it waits for the devices to finish that window.
         """
-        metrics = self._running.train_metrics() | self._running.metrics
-        return {name: float(records.number(value)) for name, value in metrics.items()}
+        return self._running.metrics.all()
 
     @property
     def progress_bar_metrics(self) -> dict[str, float]:
@@ -416,7 +415,7 @@ class Trainer:
 
         Reading it does not wait.
         """
-        return self._running.finished_metrics()
+        return self._running.metrics.finished()
 
     @property
     def should_log(self) -> bool:
@@ -431,7 +430,7 @@ class Trainer:
         self, task: Task, train_loader: Iterable[Tree], val_loader: Iterable[Tree] | None, ckpt_path: Any
     ) -> tuple[Run, RunCheckpoints]:
         """Returns a run, fresh or restored from a checkpoint, and its checkpoints."""
-        options, processes = self._options, self._strategy.processes
+        options, processes = self._options, self._processes
         if not isinstance(task, Task):
             raise TypeError(f"task must be a jaxaccum.Task, got {task!r}.")
         if options.max_epochs is None and options.max_steps == -1:
@@ -441,7 +440,14 @@ class Trainer:
         validates = val_loader is not None and options.limit_val_batches != 0
         arguments.check_monitors(self._callbacks, validates)
         checkpoints = RunCheckpoints(self, self._callbacks, self._folder, processes)
-        loader = TrainLoader(train_loader, options, keeps_state=bool(checkpoints.folders))
+        loader = TrainLoader(
+            train_loader,
+            limit_train_batches=options.limit_train_batches,
+            overfit_batches=options.overfit_batches,
+            epochs=options.epochs,
+            steps=options.steps,
+            keeps_state=bool(checkpoints.folders),
+        )
         loader.agree(processes)
         options.agree(
             processes,
@@ -450,51 +456,42 @@ class Trainer:
             val_loader=validates,
             ModelCheckpoint=[str(folder) for folder in checkpoints.folders],
         )
-        found = self._found(ckpt_path)
+        found = None if ckpt_path is None else self._resumed(ckpt_path)
         seed = options.seed
         # The loader is first read here, once the position in the run is known.
         if found is None:
-            loader.begin(Counters())
+            loader.begin(Start())
         else:
             seed = found.notes["seed"]
             run_checkpoint.begin(found, loader, self._strategy)
-        run = run_state.begin(
+        validated = ValLoader(val_loader, options.val_limit) if val_loader is not None and validates else None
+        self._run = run = run_state.begin(
             task,
             options,
             self._strategy,
+            processes,
             self._evaluation_of(task),
-            loader,
-            ValLoader(val_loader, options.val_limit) if val_loader is not None and validates else None,
+            (loader, validated),
             self._loggers,
             seed,
             last=self._run,
         )
-        self._run = run
         if found is not None:
             checkpoints.restore(found, run)
         return run, checkpoints
 
-    def _found(self, ckpt_path: str | os.PathLike[str] | None) -> Checkpoint | None:
-        """Returns the checkpoint to resume from; None for a fresh start."""
-        if ckpt_path is None:
+    def _resumed(self, ckpt_path: str | os.PathLike[str]) -> Checkpoint | None:
+        """Returns the checkpoint to resume from; None, with a warning, for "last" if there is none."""
+        orbax_io.remove_cut_off(saving.folders_of(self._callbacks, self._folder), self._processes)
+        try:
+            return saving.find(ckpt_path, self._callbacks, self._folder, self._processes)
+        except saving.NoLastCheckpointError as error:
+            warnings.warn(f"{error} The run starts afresh.", stacklevel=4)
             return None
-        processes = self._strategy.processes
-        folders = saving.folders_of(self._callbacks, self._folder)
-        orbax_io.remove_cut_off(folders, processes)
-        found = saving.find(ckpt_path, self._callbacks, self._folder, processes)
-        if found is None:
-            warnings.warn(
-                f"ckpt_path='last' finds no checkpoint in {', '.join(map(str, folders))}: the run starts afresh.",
-                stacklevel=4,
-            )
-        return found
 
     def _saved(self, task: Task, val_loader: ValLoader, ckpt_path: str | os.PathLike[str]) -> FitState:
         """Returns the parameters and the model state of a checkpoint."""
-        found = saving.find(ckpt_path, self._callbacks, self._folder, self._strategy.processes)
-        if found is None:
-            folders = saving.folders_of(self._callbacks, self._folder)
-            raise FileNotFoundError(f"ckpt_path='last' finds no checkpoint in {', '.join(map(str, folders))}.")
+        found = saving.find(ckpt_path, self._callbacks, self._folder, self._processes)
         for batch in val_loader.first(1):
             return run_checkpoint.weights(found, *_task.initial(task, jax.random.key(found.notes["seed"]), batch))
         raise ValueError("val_loader gave no batch.")
@@ -502,7 +499,7 @@ class Trainer:
     def _evaluation_of(self, task: Task) -> Evaluation:
         """Returns the validation programs for `task`, reusing those of the last call for the same task."""
         if self._evaluation is None or self._evaluation.task is not task:
-            self._evaluation = Evaluation(task, self._strategy)
+            self._evaluation = Evaluation(task, self._strategy, self._processes)
         return self._evaluation
 
     @property

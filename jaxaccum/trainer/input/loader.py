@@ -9,8 +9,6 @@ from jaxaccum._types import Tree
 from jaxaccum.checkpoint import json_state
 from jaxaccum.distributed.process_group import Processes, said
 from jaxaccum.trainer.input import batch_limits
-from jaxaccum.trainer.input.options import Options
-from jaxaccum.trainer.input.progress import Counters
 
 ONE_SHOT = (
     "It is an iterator, which gives its batches once, but there are several epochs: pass something that can be "
@@ -98,12 +96,29 @@ class Reader:
         return json_state.dumps({"state": self._position.get(), "is_over": self.is_over}, self._position.owner)
 
 
+class Start(NamedTuple):
+    """Where in a run to start reading.
+
+    Attributes:
+      epoch: the epoch.
+      batches: the number of loader batches already read in this epoch, over all processes.
+      all_batches: the number already read in the run, over all processes.
+      ends_epoch: whether the epoch has no more batches.
+    """
+
+    epoch: int = 0
+    batches: int = 0
+    all_batches: int = 0
+    ends_epoch: bool = False
+
+
 class TrainLoader:
     """The training batches of a run, epoch by epoch. Nothing is fetched before `begin`.
 
     Args:
       loader: an iterable of batches. `set_epoch` of the loader, its sampler or its dataset is called before each epoch.
-      options: the options of the run.
+      limit_train_batches, overfit_batches: as for the `Trainer`.
+      epochs, steps: the maximum numbers of epochs and of optimizer steps in the run; may be infinite.
       keeps_state: whether checkpoints will save the loader's position.
 
     Attributes:
@@ -115,11 +130,21 @@ class TrainLoader:
 
     first: Tree
 
-    def __init__(self, loader: Iterable[Tree], options: Options, keeps_state: bool):
+    def __init__(
+        self,
+        loader: Iterable[Tree],
+        *,
+        limit_train_batches: int | float,
+        overfit_batches: int | float,
+        epochs: int | float,
+        steps: int | float,
+        keeps_state: bool,
+    ):
         _check_iterable(loader, "train_loader")
-        if options.overfit_batches:
-            loader = FirstBatches(loader, options.overfit_batches)
-        self._loader, self._options, self._keeps_state = loader, options, keeps_state
+        if overfit_batches:
+            loader = FirstBatches(loader, overfit_batches)
+        self._loader, self._limit_train_batches, self._keeps_state = loader, limit_train_batches, keeps_state
+        self._epochs, self._steps = epochs, steps
         self._position = Position.of(loader)
         self._begun: Reader | None = None
         self._stream: Iterator[Tree] | None = None
@@ -134,16 +159,16 @@ class TrainLoader:
     @property
     def epoch_batches(self) -> int | None:
         """The expected number of batches per epoch; None if unknown."""
-        return batch_limits.expected(self._loader, self._options.limit_train_batches, "limit_train_batches")
+        return batch_limits.expected(self._loader, self._limit_train_batches, "limit_train_batches")
 
     @property
     def _limit(self) -> int | None:
-        return batch_limits.limit(self._loader, self._options.limit_train_batches, "limit_train_batches")
+        return batch_limits.limit(self._loader, self._limit_train_batches, "limit_train_batches")
 
     def epoch_bounds(self, group: int) -> tuple[int | float, int | float]:
         """Returns lower and upper bounds on the micro-steps per epoch, with `group` batches per micro-step."""
         limit, loader = self._limit, self._loader
-        if self.is_stream and limit is None and self._options.epochs != 1:
+        if self.is_stream and limit is None and self._epochs != 1:
             return math.inf, math.inf  # Only `max_steps` ends the run.
         if isinstance(loader, FirstBatches):
             loader = loader.batches
@@ -167,11 +192,11 @@ class TrainLoader:
                 f"processes equally many, for example with limit_train_batches={min(known.values())}."
             )
 
-    def begin(self, at: Counters, state: str | None = None, own: Callable[[int], int] = int) -> None:
+    def begin(self, at: Start, state: str | None = None, own: Callable[[int], int] = int) -> None:
         """Creates the iterator for the epoch in which the run starts or resumes, and fetches `first`.
 
         Args:
-          at: the position in the run.
+          at: where to start.
           state: the saved result of `Reader.get_state`, or None.
           own: maps a number of loader batches over all processes to the number from this process's loader.
 
@@ -179,7 +204,7 @@ class TrainLoader:
           ValueError: if there is no batch, or if there would be none in the next epoch.
         """
         set_epoch(self._loader, at.epoch)
-        is_in_epoch = at.batch_idx > 0 and not at.ends_epoch
+        is_in_epoch = at.batches > 0 and not at.ends_epoch
         saved = _position(state)
         # A loader's state is restored before `iter`, an iterator's state after it.
         loader = None if saved is None or isinstance(self._loader, Iterator) else self._position
@@ -251,10 +276,9 @@ class TrainLoader:
             first = next(batches, _NOTHING)
         return batches, first
 
-    def _check_first(self, at: Counters) -> None:
+    def _check_first(self, at: Start) -> None:
         """Raises ValueError if there is no first batch, or if the next epoch would have none."""
-        options = self._options
-        if self.is_stream and self._limit is None and options.epochs != 1 and math.isinf(options.steps):
+        if self.is_stream and self._limit is None and self._epochs != 1 and math.isinf(self._steps):
             raise ValueError(f"train_loader={self._loader!r} would be empty in epoch 1. {ONE_SHOT}")
         if self.first is _NOTHING:
             after = f" after the {at.batches} that the checkpoint was trained on" if at.batches else ""

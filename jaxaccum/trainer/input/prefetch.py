@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from jaxaccum._types import Tree
-from jaxaccum.distributed.process_group import said
+from jaxaccum.distributed.process_group import Processes, said
 from jaxaccum.trainer.input import process_shards
-from jaxaccum.trainer.input.strategies import Loaded, Piece, Strategy, signature
+from jaxaccum.trainer.input.batches import Loaded, signature
+from jaxaccum.trainer.input.strategies import Piece, Strategy
 
 AHEAD = 2  # Number of micro-steps to prefetch while one runs.
 
@@ -34,7 +35,9 @@ class MicroStep(NamedTuple):
     loader_state: Any
 
 
-def micro_steps(batches: Iterable[Tree], strategy: Strategy, *, may_differ: bool = False) -> Iterator[MicroStep]:
+def micro_steps(
+    batches: Iterable[Tree], strategy: Strategy, processes: Processes, *, may_differ: bool = False
+) -> Iterator[MicroStep]:
     """Yields the micro-steps of an epoch.
 
     Each one is held back until it is known whether another follows, so that the last one is known even if the loader
@@ -47,10 +50,11 @@ def micro_steps(batches: Iterable[Tree], strategy: Strategy, *, may_differ: bool
     Args:
       batches: the epoch's loader batches.
       strategy: groups the batches and places them on the devices.
+      processes: the processes of the run.
       may_differ: whether processes may have different numbers of micro-steps; if False, that is an error.
     """
     groups = _Groups(batches, strategy)
-    met = _Met(groups, strategy, may_differ) if strategy.processes.count > 1 else None
+    met = _Met(groups, strategy, processes, may_differ) if processes.count > 1 else None
     ahead: collections.deque[MicroStep] = collections.deque()
     for group, loader_state in met or groups:
         if len(ahead) > AHEAD:
@@ -68,9 +72,9 @@ def micro_steps(batches: Iterable[Tree], strategy: Strategy, *, may_differ: bool
             step = step._replace(last=True, loader_state=groups.state())  # The state after the loader was exhausted.
         yield step
         if ahead:
-            strategy.processes.gather("a micro-step")
+            processes.gather("a micro-step")
     if groups.error is not None:
-        strategy.processes.fail(groups.error)
+        processes.fail(groups.error)
 
 
 def fused(micro_steps: Iterable[MicroStep], every_k: int, pending: int) -> Iterator[list[MicroStep]]:
@@ -111,11 +115,12 @@ class _Met:
     Args:
       groups: the groups of this process.
       strategy: the devices.
+      processes: the processes of the run.
       may_differ: whether processes may have different numbers of groups.
     """
 
-    def __init__(self, groups: "_Groups", strategy: Strategy, may_differ: bool):
-        self._groups, self._strategy, self._may_differ = groups, strategy, may_differ
+    def __init__(self, groups: "_Groups", strategy: Strategy, processes: Processes, may_differ: bool):
+        self._groups, self._strategy, self._processes, self._may_differ = groups, strategy, processes, may_differ
         self._group: list[Loaded] = []
         self._offers: list[dict[str, Any]] = []
         self._like: Tree = None
@@ -131,7 +136,7 @@ class _Met:
                 "examples": sum(batch.examples for batch in self._group),
                 "error": None if error is None else repr(error),
             }
-            self._offers = self._strategy.processes.gather("a loader batch", own)
+            self._offers = self._processes.gather("a loader batch", own)
             if not self._goes_on(number):
                 return
             yield self._group, loader_state
@@ -157,7 +162,7 @@ class _Met:
     def pieces(self) -> list[Piece]:
         """Returns the pieces of the current micro-step."""
         make = lambda: process_shards.pieces(self._strategy, self._arrays(), self._offers, self._like)
-        return self._strategy.processes.together(make)
+        return self._processes.together(make)
 
     def _arrays(self) -> list[Tree]:
         return [batch.arrays for batch in self._group]

@@ -15,7 +15,8 @@ import numpy as np
 
 from jaxaccum._jax import prng
 from jaxaccum._types import Tree
-from jaxaccum.trainer.input.strategies import Piece, Place, Strategy, length, rows, signature, stacked
+from jaxaccum.trainer.input.batches import length, rows, signature, stacked
+from jaxaccum.trainer.input.strategies import Piece, Place, Strategy
 
 
 def offer(strategy: Strategy, batches: Sequence[Tree]) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def pieces(strategy: Strategy, batches: Sequence[Tree], offers: Sequence[dict[st
     own, size = strategy.own, strategy.size
     shares = _rounds(strategy, batches)
     _check_trees(offers)
-    mine = range(own * strategy.processes.index, own * (strategy.processes.index + 1))
+    mine = range(own * strategy.process_index, own * (strategy.process_index + 1))
     found: list[tuple[Tree, Place]] = []
     for number in range(max(len(offered["rounds"]) for offered in offers)):
         kinds = [kind for offered in offers for kind in _kinds(offered, number, own)]

@@ -4,8 +4,9 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from jaxaccum.callbacks import Callback, EarlyStopping, GradientAccumulationScheduler, ProgressBar, TrainerView
-from jaxaccum.callbacks.monitor import needs_validation
+from jaxaccum.callbacks import Callback, TrainerView
+from jaxaccum.callbacks.monitor import Monitor
+from jaxaccum.callbacks.scheduler import offered_schedule
 from jaxaccum.task import Task
 
 
@@ -18,7 +19,7 @@ class Hooks:
       callbacks: the callbacks, in the order in which they run.
 
     Attributes:
-      watch_validation: whether an `EarlyStopping` monitors a validation result; it warns itself if there was none.
+      warn_of_no_validation: whether a callback itself warns if there was no validation.
       may_set_k: whether a callback may set K at an epoch's start, other than by the Trainer's schedule.
     """
 
@@ -32,10 +33,9 @@ class Hooks:
             name: [functools.partial(getattr(callback, name), trainer, task) for callback in those]
             for name, those in filling.items()
         }
-        stops = (callback for callback in callbacks if isinstance(callback, EarlyStopping))
-        self.watch_validation = any(needs_validation(callback.monitor) for callback in stops)
-        keep_k = (GradientAccumulationScheduler, ProgressBar)
-        self.may_set_k = any(type(callback) not in keep_k for callback in filling["on_train_epoch_start"])
+        monitors = [monitor for monitor in map(Monitor.of, callbacks) if monitor is not None]
+        self.warn_of_no_validation = any(monitor.needs_validation and monitor.warns for monitor in monitors)
+        self.may_set_k = any(offered_schedule(callback) is None for callback in filling["on_train_epoch_start"])
 
     def call(self, name: str, *args: Any) -> None:
         """Calls a hook on all callbacks that override it."""

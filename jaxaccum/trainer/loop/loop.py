@@ -1,17 +1,21 @@
 """The training loop: epochs, calls on the devices, and validations and checkpoints between calls."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
+import numpy as np
 
+from jaxaccum._sums import weighted_sum
+from jaxaccum.distributed.process_group import said
 from jaxaccum.trainer.input.prefetch import MicroStep, fused, micro_steps
+from jaxaccum.trainer.loop import validation
 from jaxaccum.trainer.loop.hooks import Hooks
 from jaxaccum.trainer.loop.run_state import Run
 from jaxaccum.trainer.loop.saving import RunCheckpoints
 from jaxaccum.trainer.loop.signals import Signals
-from jaxaccum.trainer.loop.validation import Validation
-from jaxaccum.trainer.loop.windows import Windows
+from jaxaccum.trainer.programs import step_outputs
+from jaxaccum.trainer.programs.step_outputs import Outputs
 
 
 class Loop:
@@ -24,94 +28,223 @@ class Loop:
       signals: end the run after the current micro-step.
 
     Raises:
-      ValueError: as `Validation`.
+      ValueError: if the validation interval is a fraction of an epoch of unknown length, or if no validation can be
+        due.
     """
 
     def __init__(self, run: Run, hooks: Hooks, checkpoints: RunCheckpoints, signals: Signals):
         self._run, self._hooks, self._checkpoints, self._signals = run, hooks, checkpoints, signals
-        self._validation = Validation(run, hooks, checkpoints, signals)
-        self._windows = Windows(run, hooks, self._validation)
-        self._epochs, self._steps = run.options.epochs, run.options.steps
+        self._setup, self._options, self._processes = run.setup, run.setup.options, run.setup.processes
+        self._interval: validation.Interval | None = None
+        if run.setup.val_loader is not None:
+            self._interval = validation.Interval(run.setup)
+            self._interval.check_falls_due(hooks.may_set_k)
+            self._interval.check_lasts(run.setup.val_loader)
 
     def check_validation(self) -> None:
-        """Runs the sanity-check validation, see `Validation.check`."""
-        self._validation.check()
+        """Validates on the first batches, to find errors before training; records nothing."""
+        setup, count = self._setup, self._options.num_sanity_val_steps
+        if setup.val_loader is None or not count:
+            return
+        params, _, model_state, _ = self._run.state
+        batches = setup.val_loader.first(None if count == -1 else count * setup.strategy.group)
+        setup.evaluation.run(params, model_state, batches)
 
     def train(self) -> None:
         """Trains to the end of the run and saves it."""
-        self._windows.record_if_due()
-        if self._run.at.batch_idx:  # Resuming in the middle or at the end of an epoch.
-            self._train_epoch()
-        while not self._are_over():
-            self._train_epoch()
+        self._run.metrics.record_window(self._run.at)  # A hook that raised may have left it to the resumed run.
+        for _ in self._epochs():
+            self._begin_epoch()
+            self._validate_if_due()
+            for call in self._calls():
+                self._run_on_devices(call)
+                self._checkpoints.save_if_due(self._run, "micro_step", len(call))
+                self._validate_if_due()
+            self._end_epoch()
         if not self._run.at.batch_idx:
             self._checkpoints.save_at_end(self._run)
-        if not self._hooks.watch_validation:
-            self._validation.warn_if_none()
+        if self._interval is not None and not self._hooks.warn_of_no_validation:
+            self._warn_if_never_validated()
 
-    def _are_over(self) -> bool:
-        """Whether the run has reached its last epoch or optimizer step, or was asked to stop."""
+    def _epochs(self) -> Iterator[int]:
+        """Yields the run's epochs; first the rest of one, if the run resumes in its middle or at its end."""
         at = self._run.at
-        return at.global_step >= self._steps or at.epoch >= self._epochs or self._run.strategy.processes.wishes.stop
+        if at.batch_idx:
+            yield at.epoch
+        while not self._is_over():
+            yield at.epoch
 
-    def _train_epoch(self) -> None:
-        """Trains the rest of an epoch, or until the run is over."""
-        run, at, processes = self._run, self._run.at, self._run.strategy.processes
+    def _is_over(self) -> bool:
+        """Whether the run has reached its last epoch or optimizer step, or was asked to stop."""
+        at, options = self._run.at, self._options
+        return at.global_step >= options.steps or at.epoch >= options.epochs or self._processes.wishes.stop
+
+    def _begin_epoch(self) -> None:
+        """Sets K, unless the run resumes in the epoch."""
+        run, at = self._run, self._run.at
         if not at.batch_idx:
-            self._begin()
-        processes.agree(f"epoch {at.epoch}", {"accumulate_grad_batches": at.every_k, "micro_step": at.micro_step})
-        self._validation.run_if_due()
-        is_over = at.batch_idx and (at.ends_epoch or self._are_over())
-        before = at.batches
-        for call in () if is_over else self._calls():
+            at.every_k = self._options.accumulate_grad_batches(at.epoch)
+            run.takes_k = True
+            self._hooks.call("on_train_epoch_start")
+            run.takes_k = False
+        counters = {"accumulate_grad_batches": at.every_k, "micro_step": at.micro_step}
+        self._processes.agree(f"epoch {at.epoch}", counters)
+
+    def _calls(self) -> Iterator[Sequence[MicroStep]]:
+        """Yields the epoch's remaining micro-steps in lists, one list per call on the devices, until the run is over.
+
+        Raises:
+          ValueError: if there are none.
+        """
+        at, before = self._run.at, self._run.at.batches
+        if at.batch_idx and (at.ends_epoch or self._is_over()):
+            return
+        for call in self._remaining():
             self._signals.leave_if_told()
-            if processes.wishes.stop and at.batches != before:
-                break  # A hook of the last micro-step requested it, in any process.
-            self._windows.train(call)
-            self._checkpoints.save_if_due(run, "micro_step", len(call))
-            self._validation.run_if_due()
+            if self._processes.wishes.stop and at.batches != before:
+                return  # A hook of the last micro-step requested it, in any process.
+            yield call
             self._signals.leave_if_told()
-            if self._are_over():
-                break
-        if at.batches == before and not is_over:
+            if self._is_over():
+                return
+        if at.batches == before:
             passed = f" after the {before} that the checkpoint was trained on" if before else ""
             raise ValueError(
                 f"train_loader gave no batch in epoch {at.epoch}{passed}. Pass something that can be iterated again, "
                 "such as a list; or, for an iterator, options that ask for no more batches than it has."
             )
+
+    def _remaining(self) -> Iterator[Sequence[MicroStep]]:
+        """Returns the epoch's remaining micro-steps, prefetched, in lists."""
+        at, setup, options = self._run.at, self._setup, self._options
+        batches = setup.loader.epoch(at.epoch)
+        if self._interval is not None:
+            self._interval.begin_epoch()
+        if setup.loader.is_stream:  # Don't consume more batches than `max_steps` needs.
+            left = (options.steps - at.global_step) * at.every_k - at.window_step
+            batches.stop_after(left * setup.strategy.group)
+        steps = micro_steps(batches, setup.strategy, self._processes)
+        return fused(steps, at.every_k, at.window_step) if options.fuse_windows else zip(steps)
+
+    def _run_on_devices(self, call: Sequence[MicroStep]) -> None:
+        """Makes one call on the devices: a single micro-step, or the rest of a window."""
+        run, at = self._run, self._run.at
+        for batch_idx, micro_step in enumerate(call, at.batch_idx):
+            self._hooks.call("on_train_batch_start", micro_step.batch, batch_idx)
+        window_step = at.window_step + len(call)
+        boundary = call[-1].last or window_step >= at.every_k
+        with jax.profiler.StepTraceAnnotation("train", step_num=at.micro_step):
+            share = self._share(window_step) if boundary else None
+            run.state, outputs, means = self._setup.programs.run(run.state, call, boundary, share)
+        # Nothing fails between here and the hooks, so the counters match the state even if a hook raises.
+        run.uncounted.extend(zip(call, outputs, strict=True))
+        try:
+            while run.uncounted:
+                batch_idx = at.batch_idx
+                micro_step, outputs = self._count(means)
+                if self._options.detect_anomaly:
+                    self._refuse_anomaly(outputs)
+                self._hooks.call("on_train_batch_end", outputs, micro_step.batch, batch_idx)
+        finally:
+            while run.uncounted:  # A hook raised, but all of them have been dispatched.
+                self._count(means)
+        if boundary:
+            run.metrics.record_window(at)
+
+    def _count(self, means: dict[str, jax.Array] | None) -> tuple[MicroStep, Outputs]:
+        """Counts and returns the next dispatched micro-step; at a boundary also counts an optimizer step."""
+        run = self._run
+        micro_step, outputs = run.uncounted.popleft()
+        run.loader_state = micro_step.loader_state
+        run.at.count(micro_step.examples, micro_step.count, micro_step.last)
+        if self._interval is not None:
+            self._interval.count(run.at)
+        if means is not None and not run.uncounted:
+            self._close_window(means)
+        return micro_step, outputs
+
+    def _close_window(self, means: dict[str, jax.Array]) -> None:
+        run = self._run
+        run.metrics.close_window(means)
+        run.at.close_window()
+        run.at.recorded = not run.record_is_due
+
+    def _share(self, window_step: int) -> jax.Array | None:
+        """Returns the factor for the gradient of a window of this many micro-steps; None unless windows are divided by
+        K.
+        """
+        if not self._options.divides_by_k:
+            return None
+        return self._setup.strategy.constant(window_step / self._run.at.every_k, weighted_sum.weight_dtype())
+
+    def _refuse_anomaly(self, outputs: Mapping[str, float]) -> None:
+        """Raises FloatingPointError if the micro-step was dropped. Waits for the device."""
+        at, processes = self._run.at, self._processes
+        dropped = bool(np.any(step_outputs.own(self._run.state.pending.sums.dropped)))
+        found = processes.gather("an anomaly", [dropped, outputs["loss"] if dropped else None])
+        losses = {process: loss for process, (dropped, loss) in enumerate(found) if dropped}
+        if losses:
+            error = FloatingPointError(
+                f"micro-step {at.batch_idx - 1} of epoch {at.epoch} has a NaN or an infinity in its loss "
+                f"({said(losses) if len(found) > 1 else losses[0]}) or in its gradient. It was left out of its window; "
+                "nonfinite='drop' leaves out all such micro-batches and goes on."
+            )
+            processes.fail(error)
+
+    def _validate_if_due(self) -> None:
+        """Runs a validation if one is due. The pending sums are not affected."""
+        run, setup = self._run, self._setup
+        if run.at.validated or setup.val_loader is None:
+            return
+        self._hooks.call("on_validation_start")
+        params, _, model_state, _ = run.state
+        results = setup.evaluation.run(params, model_state, setup.val_loader, self._signals.leave_if_told)
+        run.metrics.results |= results
+        self._hooks.call("on_validation_epoch_end")
+        self._hooks.call("on_validation_end")
+        self._processes.share_wishes()
+        # A run resumed from a checkpoint before this line repeats the validation and its record.
+        run.metrics.record(run.at, results)
+        run.at.validated = True
+        self._checkpoints.save_if_due(run, "validation")
+
+    def _end_epoch(self) -> None:
+        """Ends an epoch, or the run in the middle of one."""
+        run, at = self._run, self._run.at
         if not at.ends_epoch:
             self._checkpoints.save_at_end(run)
-        self._windows.flush_if_asked()
+        self._flush_if_asked()
         self._hooks.call("on_train_epoch_end")
-        if run.logged:
-            run.record({})
+        if run.metrics.logged:
+            run.metrics.record(at, {})
         if at.ends_epoch:
-            self._validation.end_epoch()
-            at.epoch, at.batch_idx, at.batches, at.ends_epoch = at.epoch + 1, 0, 0, False
+            if self._interval is not None:
+                self._interval.end_epoch(at)
+            at.end_epoch()
             self._checkpoints.save_if_due(run, "epoch")
-        processes.share_wishes()
+        self._processes.share_wishes()
 
-    def _begin(self) -> None:
-        """Sets K for the epoch."""
+    def _flush_if_asked(self) -> None:
+        """Closes a window that a stop left open, with `flush_on_stop`."""
         run = self._run
-        run.at.every_k = run.options.accumulate_grad_batches(run.at.epoch)
-        run.takes_k = True
-        self._hooks.call("on_train_epoch_start")
-        run.takes_k = False
+        if self._options.flush_on_stop and run.at.window_step:
+            run.state, means = self._setup.programs.flush(run.state, self._share(run.at.window_step))
+            self._close_window(means)
+            run.metrics.record_window(run.at)
 
-    def _calls(self) -> Iterator[Sequence[MicroStep]]:
-        """Returns the epoch's remaining micro-steps in lists, one list per call on the devices."""
-        run, at = self._run, self._run.at
-        batches = run.loader.epoch(at.epoch)
-        self._validation.begin_epoch()
-        if run.loader.is_stream:  # Don't consume more batches than `max_steps` needs.
-            batches.stop_after(((self._steps - at.global_step) * at.every_k - at.window_step) * run.strategy.group)
-        steps = micro_steps(batches, run.strategy)
-        return fused(steps, at.every_k, at.window_step) if run.options.fuse_windows else zip(steps)
+    def _warn_if_never_validated(self) -> None:
+        """Warns if the run never validated, unless it was stopped."""
+        run = self._run
+        if not run.metrics.has_validation and not self._processes.wishes.stop:
+            warnings.warn(
+                f"no validation fell due in the {run.at.micro_step} micro-steps of this run: "
+                f"val_check_interval={self._options.val_check_interval} was never reached. {validation.REMEDY}",
+                stacklevel=4,
+            )
 
     def end_by(self, error: BaseException) -> None:
         """Saves the state after the last complete micro-step when `error` ends the run; not for a second signal."""
-        run, processes = self._run, self._run.strategy.processes
+        run, processes = self._run, self._processes
         processes.leave(error)  # Tells the other processes unless they met the same error.
         if self._signals.came_again(error):
             return
@@ -124,6 +257,6 @@ class Loop:
                 warnings.warn(f"the run could not be saved when it met {error!r}: {failure!r}.", stacklevel=2)
         if isinstance(error, (KeyboardInterrupt, SystemExit)) and processes.are_together(error):
             try:
-                self._windows.flush_if_asked()
+                self._flush_if_asked()
             except Exception as failure:
                 error.add_note(f"The open window could not be flushed: {failure!r}.")

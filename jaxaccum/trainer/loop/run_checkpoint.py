@@ -16,12 +16,12 @@ from jaxaccum._multi_steps import redistribution, stepping
 from jaxaccum._multi_steps.state import MultiStepsState
 from jaxaccum._sums import weighted_sum
 from jaxaccum._types import Tree
-from jaxaccum.callbacks import Callback, ModelCheckpoint
+from jaxaccum.callbacks import Callback
+from jaxaccum.callbacks.policy import CheckpointPolicy
 from jaxaccum.checkpoint import Checkpoint, json_state
-from jaxaccum.distributed.process_group import Processes
 from jaxaccum.trainer.input.loader import TrainLoader
-from jaxaccum.trainer.input.progress import Counters
 from jaxaccum.trainer.input.strategies import Strategy
+from jaxaccum.trainer.loop.counters import Counters
 from jaxaccum.trainer.loop.run_state import Run
 from jaxaccum.trainer.programs.compiled import FitState, Pending, Programs
 
@@ -33,18 +33,18 @@ def arrays(state: FitState) -> dict[str, jax.Array]:
 
 def notes(run: Run, callbacks: Sequence[Callback]) -> dict[str, Any]:
     """Returns everything in a run that is not an array, as JSON types. Waits for the last window's means."""
-    strategy = run.strategy
+    strategy, metrics = run.setup.strategy, run.metrics
     number = lambda x: np.asarray(x).item()
     told = [(callback.state_key, callback.state_dict()) for callback in callbacks]
     return {
         "counters": dataclasses.asdict(run.at),
-        "seed": run.seed,
+        "seed": run.setup.programs.seed,
         "devices": strategy.size,
         "group": strategy.batches,
-        "loaders": strategy.processes.gather("a checkpoint's notes", run.loader_state),
-        "means": {name: number(mean) for name, mean in run.means.items()},
-        "metrics": {name: number(metric) for name, metric in run.metrics.items()},
-        "logged": {name: number(value) for name, value in run.logged.items()},
+        "loaders": run.setup.processes.gather("a checkpoint's notes", run.loader_state),
+        "means": {name: number(mean) for name, mean in metrics.window.items()},
+        "metrics": {name: number(result) for name, result in metrics.results.items()},
+        "logged": {name: number(value) for name, value in metrics.logged.items()},
         "callbacks": [(name, json_state.dumps(state, name)) for name, state in told if state],
     }
 
@@ -63,13 +63,13 @@ def begin(checkpoint: Checkpoint, loader: TrainLoader, strategy: Strategy) -> No
       ValueError: in all processes, if their loaders would need different positions.
     """
     own_batches = functools.partial(_own_batches, checkpoint=checkpoint, strategy=strategy)
-    loader.begin(place(checkpoint, strategy), _loader_state(checkpoint, strategy.processes), own_batches)
+    loader.begin(place(checkpoint, strategy).start, _loader_state(checkpoint, strategy), own_batches)
 
 
-def _loader_state(checkpoint: Checkpoint, processes: Processes) -> str | None:
+def _loader_state(checkpoint: Checkpoint, strategy: Strategy) -> str | None:
     """Returns the state of this process's loader; None without one, or if the number of processes changed."""
     states = checkpoint.notes["loaders"]
-    return states[processes.index] if len(states) == processes.count else None
+    return states[strategy.process_index] if len(states) == strategy.process_count else None
 
 
 def restore(checkpoint: Checkpoint, run: Run, callbacks: Sequence[Callback]) -> list[tuple[str, Any]]:
@@ -86,29 +86,24 @@ def restore(checkpoint: Checkpoint, run: Run, callbacks: Sequence[Callback]) -> 
     Raises:
       ValueError: if the checkpoint is of another task; the message names the first array that differs.
     """
-    noted, strategy = checkpoint.notes, run.strategy
-    run.state = _placed(checkpoint, run.state, noted["devices"], strategy, run.programs)
+    noted, strategy, metrics = checkpoint.notes, run.setup.strategy, run.metrics
+    run.state = _placed(checkpoint, run.state, noted["devices"], strategy, run.setup.programs)
     # Dtypes and shardings match the programs' outputs, so that nothing recompiles.
     on_device = lambda number: strategy.placed(np.asarray(number, weighted_sum.weight_dtype()), strategy.common)
-    run.means = {name: on_device(mean) for name, mean in noted["means"].items()}
-    run.metrics, run.logged = noted["metrics"], noted["logged"]
-    run.loader_state = _loader_state(checkpoint, strategy.processes)
+    metrics.window = {name: on_device(mean) for name, mean in noted["means"].items()}
+    metrics.results, metrics.logged = noted["metrics"], noted["logged"]
+    run.loader_state = _loader_state(checkpoint, strategy)
     waiting = [(name, json_state.loads(text)) for name, text in noted["callbacks"]]
     for callback in callbacks:
         own = next((entry for entry in waiting if entry[0] == callback.state_key), None)
         if own is not None:
             waiting.remove(own)
             callback.load_state_dict(own[1])
-    run.at = place(checkpoint, strategy)
-    run.resumed_at = {
-        "step": run.at.global_step,
-        "micro_step": run.at.micro_step,
-        "records": run.at.records,
-    }
+    run.at, run.is_resuming = place(checkpoint, strategy), True
     return waiting
 
 
-def ranked(policy: ModelCheckpoint, notes: Mapping[str, Any]) -> list[str] | None:
+def ranked(policy: CheckpointPolicy, notes: Mapping[str, Any]) -> list[str] | None:
     """Returns the checkpoints that a policy with this key had kept, best first; None if `notes` have none."""
     states = (json_state.loads(text) for key, text in notes["callbacks"] if key == policy.state_key)
     state = next(states, None)
@@ -135,17 +130,17 @@ def _own_batches(batches: int, checkpoint: Checkpoint, strategy: Strategy) -> in
     Raises:
       ValueError: in all processes, if the batches don't divide evenly over the devices.
     """
-    processes = strategy.processes
-    if processes.count == 1 or strategy.name == "dp":
+    processes = strategy.process_count
+    if processes == 1 or strategy.name == "dp":
         return batches
-    is_as_it_was = (len(checkpoint.notes["loaders"]), checkpoint.notes["group"]) == (processes.count, strategy.batches)
+    is_as_it_was = (len(checkpoint.notes["loaders"]), checkpoint.notes["group"]) == (processes, strategy.batches)
     if batches % strategy.batches and not is_as_it_was:
         raise ValueError(
             f"{checkpoint.path} was saved after {batches} loader batches, which are not equally many of each of the "
-            f"{strategy.batches} devices of {processes.count} processes. Go on with one process, with as many "
+            f"{strategy.batches} devices of {processes} processes. Go on with one process, with as many "
             f"processes and devices as before, or from a checkpoint after a multiple of {strategy.batches}."
         )
-    return -(-batches // processes.count)
+    return -(-batches // processes)
 
 
 def weights(checkpoint: Checkpoint, params: Tree, model_state: Tree) -> FitState:
@@ -174,7 +169,7 @@ def _placed(checkpoint: Checkpoint, like: FitState, before: int, strategy: Strat
         state = state._replace(pending=state.pending._replace(sums=_cleared(state.pending.sums)))
     if before != strategy.size:
         state = state._replace(pending=_redistributed(state.pending, before, strategy, programs))
-    if strategy.processes.count == 1:
+    if strategy.process_count == 1:
         return jax.device_put(state, jax.tree.map(lambda x: x.sharding, like), may_alias=False)
     return jax.tree.map(lambda x, lies: strategy.placed(x, lies.sharding), state, like)
 
@@ -199,7 +194,7 @@ def _redistributed(pending: Pending, before: int, strategy: Strategy, programs: 
         return x if alone else jnp.broadcast_to(x, (now, *x.shape))
 
     model_state = pending.model_state if before == 1 else topology.averaged(pending.model_state)
-    if strategy.processes.count == 1:
+    if strategy.process_count == 1:
         sums = programs.redistribute(pending.sums)
     else:  # On the host; the sums are placed on the devices later, with the rest.
         names = ("acc_grads", "weight", "averages", "dropped")

@@ -1,4 +1,4 @@
-"""Saves a run's checkpoints asynchronously, as its `ModelCheckpoint`s request, and finds them again."""
+"""Saves a run's checkpoints asynchronously, as its policies request, and finds them again."""
 
 import contextlib
 import dataclasses
@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from jaxaccum import checkpoint
-from jaxaccum.callbacks import Callback, ModelCheckpoint, TrainerView
-from jaxaccum.callbacks.monitor import needs_validation
+from jaxaccum.callbacks import Callback, TrainerView
+from jaxaccum.callbacks.policy import CheckpointPolicy
 from jaxaccum.checkpoint import Checkpoint, orbax_io
 from jaxaccum.distributed.process_group import Processes
-from jaxaccum.trainer.input.progress import Counters
 from jaxaccum.trainer.loop import run_checkpoint
+from jaxaccum.trainer.loop.counters import Counters
 from jaxaccum.trainer.loop.run_state import Run
 
 TakeArrays = Callable[[], Mapping[str, Any]]
 TakeNotes = Callable[[], dict[str, Any]]
-Wanting = Sequence[tuple[ModelCheckpoint, float | None]]
+Wanting = Sequence[tuple[CheckpointPolicy, float | None]]
 
 
 class FolderCheckpoints:
@@ -36,7 +36,7 @@ class FolderCheckpoints:
       processes: the processes of the run. Each has its own instance, and all make the same calls.
     """
 
-    def __init__(self, folder: Path, policies: Sequence[ModelCheckpoint], processes: Processes):
+    def __init__(self, folder: Path, policies: Sequence[CheckpointPolicy], processes: Processes):
         self.folder, self.policies, self._processes = folder, policies, processes
         self._writer = orbax_io.Writer()
         self._written: Path | None = None  # The newest checkpoint; `_at` is the run's position then.
@@ -183,12 +183,12 @@ class RunCheckpoints:
 
     def __init__(self, trainer: TrainerView, callbacks: Sequence[Callback], folder: Path, processes: Processes):
         self._trainer, self._callbacks = trainer, callbacks
-        policies: dict[Path, list[ModelCheckpoint]] = {}
+        policies: dict[Path, list[CheckpointPolicy]] = {}
         for policy in policies_of(callbacks):
             policies.setdefault(Path(os.path.realpath(policy.open(folder))), []).append(policy)
         self._folders = [FolderCheckpoints(folder, those, processes) for folder, those in policies.items()]
         self._policies = [policy for folder in self._folders for policy in folder.policies]
-        self._postponed: set[ModelCheckpoint] = set()
+        self._postponed: set[CheckpointPolicy] = set()
 
     @property
     def folders(self) -> list[Path]:
@@ -218,7 +218,7 @@ class RunCheckpoints:
             return
         if moment == "micro_step" and not run.at.validated:
             # The upcoming validation computes the values that these rank by.
-            self._postponed = {policy for policy in due if needs_validation(policy.monitor)}
+            self._postponed = {policy for policy in due if policy.monitored and policy.monitored.needs_validation}
             due -= self._postponed
         elif moment == "validation":
             due, self._postponed = due | self._postponed, set()
@@ -254,14 +254,14 @@ class RunCheckpoints:
             folder.save(wanting, run.at, lambda: run_checkpoint.arrays(run.state), functools.partial(self._notes, run))
 
     def _notes(self, run: Run) -> dict[str, Any]:
-        run.records.write()  # A resumed run won't make these records again.
+        run.metrics.records.write()  # A resumed run won't make these records again.
         postponed = [policy.state_key for policy in self._policies if policy in self._postponed]
         return run_checkpoint.notes(run, self._callbacks) | {"postponed": postponed}
 
 
-def policies_of(callbacks: Sequence[Callback]) -> list[ModelCheckpoint]:
-    """Returns the `ModelCheckpoint`s among the callbacks."""
-    return [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
+def policies_of(callbacks: Sequence[Callback]) -> list[CheckpointPolicy]:
+    """Returns the callbacks that are checkpoint policies."""
+    return [callback for callback in callbacks if isinstance(callback, CheckpointPolicy)]
 
 
 def folders_of(callbacks: Sequence[Callback], default: Path) -> list[Path]:
@@ -269,23 +269,24 @@ def folders_of(callbacks: Sequence[Callback], default: Path) -> list[Path]:
     return list(dict.fromkeys(policy.folder(default) for policy in policies_of(callbacks)))
 
 
+class NoLastCheckpointError(FileNotFoundError):
+    """There is no checkpoint for "last"."""
+
+
 def find(
     ckpt_path: str | os.PathLike[str], callbacks: Sequence[Callback], folder: Path, processes: Processes
-) -> Checkpoint | None:
+) -> Checkpoint:
     """Finds the checkpoint for `ckpt_path`: a path, "last" or "best".
 
     Args:
       ckpt_path: the argument of `Trainer.fit` or `Trainer.validate`.
-      callbacks: their `ModelCheckpoint`s define the folders to search and the ranking.
+      callbacks: their checkpoint policies define the folders to search and the ranking.
       folder: the default folder.
       processes: the processes, all of which must be able to read the checkpoint.
 
-    Returns:
-      The checkpoint; None for "last" if there is none.
-
     Raises:
-      ValueError: for "last" or "best" without a `ModelCheckpoint`, or for "best" without one that has a monitor.
-      OSError: if it can't be read, or if none of the existing ones can; for "best" also if there is none.
+      ValueError: for "last" or "best" without a policy, or for "best" without one that has a monitor.
+      OSError: if there is none, or if none of the existing ones can be read.
     """
     if ckpt_path not in ("last", "best"):
         return checkpoint.load(ckpt_path)
@@ -295,10 +296,13 @@ def find(
             f"ckpt_path={ckpt_path!r} is a checkpoint of a ModelCheckpoint, but callbacks hold none: add one, or pass "
             "the path of a checkpoint."
         )
-    folders = folders_of(callbacks, folder)
     if ckpt_path == "last":
-        return orbax_io.newest(folders, processes)
-    policy = next((policy for policy in policies if policy.monitor is not None), None)
+        folders = folders_of(callbacks, folder)
+        found = orbax_io.newest(folders, processes)
+        if found is None:
+            raise NoLastCheckpointError(f"ckpt_path='last' finds no checkpoint in {', '.join(map(str, folders))}.")
+        return found
+    policy = next((policy for policy in policies if policy.monitored is not None), None)
     if policy is None:
         raise ValueError("ckpt_path='best' needs a ModelCheckpoint with a monitor, but none of the callbacks has one.")
     found = orbax_io.best(policy.folder(folder), processes, functools.partial(run_checkpoint.ranked, policy))

@@ -16,6 +16,7 @@ from jaxaccum._multi_steps.api import MultiSteps
 from jaxaccum._multi_steps.state import MultiStepsState
 from jaxaccum._sums import numeric, weighted_sum
 from jaxaccum._types import Tree
+from jaxaccum.distributed.process_group import Processes
 from jaxaccum.task import Task
 from jaxaccum.trainer.input import process_shards
 from jaxaccum.trainer.input.prefetch import MicroStep
@@ -78,26 +79,31 @@ class Programs:
     def __init__(
         self, task: Task, strategy: Strategy, optimizer: optax.GradientTransformation, nonfinite: str, seed: int
     ):
-        self._task, self._strategy, self._sync, self._seed = task, strategy, strategy.sync, seed
+        self._task, self._strategy, self._sync, self.seed = task, strategy, strategy.sync, seed
         self._objective = functools.partial(objective.objective, task, strategy, seed)
         # The host tracks K and passes `boundary` with every call.
         self._tx = MultiSteps(optimizer, 1, nonfinite=nonfinite, **self._sync.options())
         self._kind: Any = None
 
-    def initial(self, batch: Tree) -> FitState:
+    def fits(self, task: Task, seed: int) -> bool:
+        """Whether these are the programs for this task and seed."""
+        return self._task is task and self.seed == seed
+
+    def initial(self, batch: Tree, processes: Processes) -> FitState:
         """Initialises the state of a run on the devices, and compiles the programs if needed.
 
         Args:
           batch: a loader batch, for `task.init`.
+          processes: the processes of the run.
         """
         batch = self._strategy.read(batch).arrays
         # An index that no loader batch has.
-        key = jax.random.fold_in(jax.random.key(self._seed), np.uint32(2**32 - 1))
+        key = jax.random.fold_in(jax.random.key(self.seed), np.uint32(2**32 - 1))
         made = self._strategy.of_first(_task.initial(self._task, key, batch))
         # Copied, because steps donate them and the caller may keep the arrays that init returned.
         params, model_state = self._strategy.placed(made, self._strategy.common)
         numeric.differentiable(params)
-        piece, *_ = self._first_pieces(batch)
+        piece, *_ = self._first_pieces(batch, processes)
         args = params, model_state, *piece
         shardings = self._shardings(*args[:2], *jax.eval_shape(self._begin, *args))
         kind = jax.tree.flatten(shardings)
@@ -107,12 +113,12 @@ class Programs:
         opt_state, pending = self._start(*args)
         return FitState(params, opt_state, model_state, pending)
 
-    def _first_pieces(self, batch: Tree) -> list[Piece]:
+    def _first_pieces(self, batch: Tree, processes: Processes) -> list[Piece]:
         strategy = self._strategy
-        if strategy.processes.count == 1:
+        if processes.count == 1:
             return strategy.pieces([batch])
-        offers = strategy.processes.gather("the first batch", process_shards.offer(strategy, [batch]))
-        return strategy.processes.together(lambda: process_shards.pieces(strategy, [batch], offers, batch))
+        offers = processes.gather("the first batch", process_shards.offer(strategy, [batch]))
+        return processes.together(lambda: process_shards.pieces(strategy, [batch], offers, batch))
 
     def _begin(self, params, model_state, batch, place):
         """Returns (optimizer state, empty pending state)."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxaccum._sums.weighted_sum import Weighted
 from jaxaccum._types import Tree
+from jaxaccum.distributed.process_group import Processes
 from jaxaccum.task import Task
 from jaxaccum.trainer.input.prefetch import micro_steps
 from jaxaccum.trainer.input.strategies import Strategy
@@ -22,10 +23,11 @@ class Evaluation:
     Args:
       task: the task.
       strategy: the strategy and its devices.
+      processes: the processes of the run.
     """
 
-    def __init__(self, task: Task, strategy: Strategy):
-        self.task, self._strategy = task, strategy
+    def __init__(self, task: Task, strategy: Strategy, processes: Processes):
+        self.task, self._strategy, self._processes = task, strategy, processes
         self._losses = functools.partial(objective.losses, task, strategy)
         self._add = jax.jit(self._added, donate_argnums=0, out_shardings=strategy.local)
 
@@ -43,13 +45,13 @@ class Evaluation:
         Raises:
           ValueError: if there are no batches.
         """
-        strategy = self._strategy
-        if strategy.processes.count == 1:
+        strategy, processes = self._strategy, self._processes
+        if processes.count == 1:
             params, model_state = jax.device_put((params, model_state), strategy.common)
         elif not _spans((params, model_state)):
             params, model_state = strategy.placed((params, model_state), strategy.common)
         sums: Logs | None = None
-        for micro_step in micro_steps(batches, strategy, may_differ=True):
+        for micro_step in micro_steps(batches, strategy, processes, may_differ=True):
             look()
             for piece in micro_step.pieces:
                 sums = self._zeros(params, model_state, *piece) if sums is None else sums
@@ -60,7 +62,7 @@ class Evaluation:
                 "or limit_val_batches=0 for no validation."
             )
         own = {name: step_outputs.summed([part]) for name, part in sums.items()}
-        of_all = strategy.processes.gather("a validation's end", own)
+        of_all = processes.gather("a validation's end", own)
         parts = {name: [Weighted(*sums_of_one[name]) for sums_of_one in of_all] for name in own}
         return {f"val_{name}": _mean(part) for name, part in parts.items()}
 

@@ -6,17 +6,18 @@ from typing import Any
 
 from jaxaccum._integers import positive_int
 from jaxaccum._schedule import AccumulationSchedule
-from jaxaccum.callbacks import Callback, EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
-from jaxaccum.callbacks.monitor import needs_validation
+from jaxaccum.callbacks import Callback
+from jaxaccum.callbacks.monitor import Monitor
+from jaxaccum.callbacks.scheduler import offered_schedule
 from jaxaccum.loggers import JSONLLogger
 
 
 def callbacks(value: Any) -> tuple[Callback, ...]:
-    """Returns the callbacks as a tuple; at most one may be a `GradientAccumulationScheduler`."""
+    """Returns the callbacks as a tuple; at most one of them may set K by a schedule."""
     found = (value,) if isinstance(value, Callback) else value
     if not isinstance(found, Sequence) or not all(isinstance(callback, Callback) for callback in found):
         raise TypeError(f"callbacks must be a jaxaccum.callbacks.Callback or a sequence of them, got {value!r}.")
-    if sum(isinstance(callback, GradientAccumulationScheduler) for callback in found) > 1:
+    if sum(offered_schedule(callback) is not None for callback in found) > 1:
         raise ValueError(f"callbacks hold more than one GradientAccumulationScheduler: {found!r}; merge them into one.")
     return tuple(found)
 
@@ -27,15 +28,13 @@ def schedule(accumulate_grad_batches: Any, callbacks: Sequence[Callback]) -> Acc
         given = AccumulationSchedule(accumulate_grad_batches)
     else:
         given = AccumulationSchedule({0: positive_int(accumulate_grad_batches, "accumulate_grad_batches")})
-    for callback in callbacks:
-        if isinstance(callback, GradientAccumulationScheduler):
-            if given != {0: 1}:
-                raise ValueError(
-                    f"accumulate_grad_batches={accumulate_grad_batches!r} and a GradientAccumulationScheduler both say "
-                    "what K is: give one of them."
-                )
-            return callback.schedule
-    return given
+    offered = next(filter(None, map(offered_schedule, callbacks)), None)
+    if offered is not None and given != {0: 1}:
+        raise ValueError(
+            f"accumulate_grad_batches={accumulate_grad_batches!r} and a GradientAccumulationScheduler both say what K "
+            "is: give one of them."
+        )
+    return given if offered is None else offered
 
 
 def loggers(value: Any, root: Path) -> tuple[Any, ...]:
@@ -55,9 +54,9 @@ def loggers(value: Any, root: Path) -> tuple[Any, ...]:
 def check_monitors(callbacks: Sequence[Callback], validates: bool) -> None:
     """Raises ValueError if a callback monitors a validation result but the run doesn't validate."""
     for callback in callbacks:
-        monitor = callback.monitor if isinstance(callback, (EarlyStopping, ModelCheckpoint)) else None
-        if not validates and needs_validation(monitor):
+        monitor = Monitor.of(callback)
+        if monitor is not None and monitor.needs_validation and not validates:
             raise ValueError(
-                f"{type(callback).__name__}(monitor={monitor!r}) needs a validation: pass fit a val_loader, and "
+                f"{type(callback).__name__}(monitor={monitor.name!r}) needs a validation: pass fit a val_loader, and "
                 "limit_val_batches other than 0."
             )

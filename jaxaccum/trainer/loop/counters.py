@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+from jaxaccum.trainer.input.loader import Start
+
 
 @dataclasses.dataclass
 class Counters:
@@ -48,6 +50,46 @@ class Counters:
     def of_notes(cls, notes: dict[str, Any]) -> "Counters":
         """Reads the counters of a checkpoint. Version 0.1 counted towards a validation within each epoch only."""
         return cls(**{"toward_validation": notes["batch_idx"], **notes})
+
+    def count(self, examples: int, batches: int, ends_epoch: bool) -> None:
+        """Counts a micro-step.
+
+        Args:
+          examples: its number of examples.
+          batches: its number of loader batches.
+          ends_epoch: whether it is the epoch's last.
+        """
+        self.records = 0
+        self.batch_idx += 1
+        self.micro_step += 1
+        self.window_step += 1
+        self.samples_seen += examples
+        self.window_samples += examples
+        self.batches += batches
+        self.all_batches += batches
+        self.ends_epoch = ends_epoch
+
+    def close_window(self) -> None:
+        """Counts an optimizer step."""
+        self.global_step += 1
+        self.window_step = 0
+        self.effective_batch, self.window_samples = self.window_samples, 0
+
+    def end_epoch(self) -> None:
+        """Counts an epoch."""
+        self.epoch += 1
+        self.batch_idx = self.batches = 0
+        self.ends_epoch = False
+
+    @property
+    def start(self) -> Start:
+        """Where a train loader starts to continue from here."""
+        return Start(self.epoch, self.batches, self.all_batches, self.ends_epoch)
+
+    @property
+    def resumed(self) -> dict[str, int]:
+        """What the loggers need to know of a checkpoint's position."""
+        return {"step": self.global_step, "micro_step": self.micro_step, "records": self.records}
 
     @property
     def arrays(self) -> tuple[int, int, int]:

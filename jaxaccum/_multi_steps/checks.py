@@ -1,6 +1,6 @@
 """Argument checks for `MultiSteps`. Each error names the argument, the value and the remedy."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,9 +10,10 @@ import optax
 from jaxaccum._devices import placement
 from jaxaccum._devices.topology import Sync
 from jaxaccum._integers import positive_int
+from jaxaccum._multi_steps.conditions import known
 from jaxaccum._multi_steps.state import MultiStepsState
 from jaxaccum._schedule import AccumulationSchedule
-from jaxaccum._sums.numeric import is_bool, is_real, kind, known, numbers, path_name
+from jaxaccum._sums.numeric import is_bool, is_real, kind, path_name
 from jaxaccum._sums.traced_loss import or_one_each
 from jaxaccum._sums.weighted_sum import is_inexact
 from jaxaccum._types import Tree
@@ -161,6 +162,24 @@ def scheduled_k(k: Any) -> Any:
     return k
 
 
+def averaged_extra_args(value: Any) -> dict[str, Tree]:
+    """Checks the argument `averaged_extra_args`; returns a tree for each name, a number for one given by name alone.
+
+    Raises:
+      TypeError: if it is neither a tuple nor a dict, a name is not a string, or a tree has other leaves than numbers.
+    """
+    if not isinstance(value, (tuple, list, Mapping)) or not all(isinstance(name, str) for name in value):
+        raise TypeError(
+            f"averaged_extra_args must be a tuple of names, or a dict of names and what they are like, got {value!r}."
+        )
+    if not isinstance(value, Mapping):
+        return dict.fromkeys(value, 0.0)
+    for name, tree in value.items():
+        if name != "grad":
+            _numbers(name, tree)
+    return dict(value)
+
+
 def averaged(name: str, value: Any, shape: tuple[int, ...] = ()) -> None:
     """Checks an averaged extra arg: one real number, or one per device."""
     if not is_real(value, shape):
@@ -173,10 +192,21 @@ def averaged(name: str, value: Any, shape: tuple[int, ...] = ()) -> None:
 
 def averaged_tree(name: str, value: Tree, like: Tree, shape: tuple[int, ...]) -> None:
     """Checks a non-scalar averaged extra arg: a tree like the one in `averaged_extra_args`, per device."""
-    numbers(name, value)
+    _numbers(name, value)
     got = jax.tree.map(jnp.shape, value)
     want = jax.tree.map(lambda x: (*shape, *x.shape), like)
     if jax.tree.structure(value) != jax.tree.structure(like) or got != want:
         raise ValueError(
             f"the extra arg {name!r} must have the tree and shapes that averaged_extra_args gives: {want}, not {got}."
         )
+
+
+def _numbers(name: str, tree: Tree) -> None:
+    """Checks that an averaged extra arg has at least one leaf and only numeric leaves."""
+    leaves = jax.tree.leaves(tree)
+    for leaf in leaves:
+        has_dtype = hasattr(leaf, "dtype") and not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
+        if not (has_dtype or isinstance(leaf, (int, float, complex))):
+            raise TypeError(f"averaged_extra_args: {name!r} must be arrays or numbers, got {kind(leaf)}.")
+    if not leaves:
+        raise TypeError(f"averaged_extra_args: {name!r} must be arrays or numbers, got {tree!r}.")

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jaxaccum._devices.topology import MappedAxis
 from jaxaccum._integers import positive_int
 from jaxaccum._jax import prng
-from jaxaccum._multi_steps import checks, inner_update, loss_step, stepping
-from jaxaccum._multi_steps.api import MultiSteps
-from jaxaccum._multi_steps.state import MultiStepsState, set_every_k
+from jaxaccum._multi_steps import checks, inner_update, loss_step
+from jaxaccum._multi_steps.accumulation import Boundary
+from jaxaccum._multi_steps.api import MultiSteps, config_of
+from jaxaccum._multi_steps.state import MultiStepsState, set_every_k, with_cleared_sums
 from jaxaccum._sums import numeric, weighted_sum
 from jaxaccum._types import Tree
 
@@ -62,7 +63,7 @@ class HostDriven:
             raise TypeError(f"tx must be a jaxaccum.MultiSteps, got {tx!r}.")
         if not callable(fun):
             raise TypeError(f"fun must be callable, got {fun!r}.")
-        config = tx._config
+        config = config_of(tx)
         reasons = {
             "axis_name": isinstance(config.sync, MappedAxis),
             "a function for every_k_schedule": callable(config.every_k),
@@ -80,19 +81,19 @@ class HostDriven:
         self._ks = _Facts()
         self._compiled = set()  # (program, signature) pairs that are known to compile.
 
-        loss = loss_step.without_aux(fun, "HostDriven")
-        micro_step = functools.partial(loss_step.micro_step, config, loss, clears=True)
+        micro_step = loss_step.micro_step(config, fun, "HostDriven")
 
         def accumulate(params, prepared, pending, *args):
-            loss, _, pending = micro_step(params, pending._replace(prepared=prepared), args, boundary=False)
+            pending = pending._replace(prepared=prepared)
+            loss, _, pending = micro_step(params, pending, args, Boundary(False, clears=True))
             return loss, pending._replace(prepared=())
 
         def close(params, state, *args):
-            return micro_step(params, state, args, boundary=True)
+            return micro_step(params, state, args, Boundary(True, clears=True))
 
         def flush(params, state):
             updates, state = tx.flush(state, params)
-            return inner_update.apply_updates(params, updates), stepping.cleared(state)
+            return inner_update.apply_updates(params, updates), with_cleared_sums(state)
 
         self._accumulate = jax.jit(accumulate, donate_argnums=2)
         self._close = jax.jit(close, donate_argnums=(0, 1))
@@ -189,7 +190,7 @@ class HostDriven:
             if (program, signature) not in self._compiled:
                 program.lower(*given, state, *args).compile()
                 self._compiled.add((program, signature))
-            state = stepping.cleared(state, self._clear)
+            state = with_cleared_sums(state, self._clear)
         return program(*given, state, *args)
 
 

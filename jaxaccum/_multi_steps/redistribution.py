@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxaccum._devices import layout
 from jaxaccum._devices.topology import MeshAxis, OneDevice
+from jaxaccum._multi_steps.config import Config
 from jaxaccum._multi_steps.state import MultiStepsState
-from jaxaccum._multi_steps.stepping import Config
 from jaxaccum._sums import overwrites
 from jaxaccum._types import Tree
 

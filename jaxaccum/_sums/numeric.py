@@ -9,11 +9,6 @@ from jaxaccum._sums.weighted_sum import is_inexact
 from jaxaccum._types import Tree
 
 
-def known(flag: Any) -> Any:
-    """Converts `flag` to a Python bool, unless it is traced."""
-    return flag if isinstance(flag, jax.core.Tracer) else bool(flag)
-
-
 def floating(name: str, dtype: Any) -> None:
     """Checks that a dtype argument is floating or None."""
     if not (dtype is None or is_floating(dtype)):
@@ -47,18 +42,6 @@ def differentiable(params: Tree, what: str = "the argument that argnums names") 
                 f"{what} holds {jnp.result_type(leaf)} at {path_name(path) or 'its root'}, which has no gradient; pass "
                 "it as another argument."
             )
-
-
-def numbers(name: str, tree: Tree) -> Tree:
-    """Checks that `tree`, an averaged extra arg, has at least one leaf and only numeric leaves; returns it."""
-    leaves = jax.tree.leaves(tree)
-    for leaf in leaves:
-        has_dtype = hasattr(leaf, "dtype") and not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
-        if not (has_dtype or isinstance(leaf, (int, float, complex))):
-            raise TypeError(f"averaged_extra_args: {name!r} must be arrays or numbers, got {kind(leaf)}.")
-    if not leaves:
-        raise TypeError(f"averaged_extra_args: {name!r} must be arrays or numbers, got {tree!r}.")
-    return tree
 
 
 def path_name(path: Any) -> str:

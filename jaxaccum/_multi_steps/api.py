@@ -12,15 +12,7 @@ from jaxaccum._devices.topology import MappedAxis
 from jaxaccum._gradient import in_place_sums, once_per_window
 from jaxaccum._integers import positive_int
 from jaxaccum._jax import prng
-from jaxaccum._multi_steps import (
-    accumulation,
-    checks,
-    closing,
-    initial_state,
-    loss_step,
-    misspelling,
-    redistribution,
-)
+from jaxaccum._multi_steps import accumulation, checks, closing, initial_state, loss_step, misspelling, redistribution
 from jaxaccum._multi_steps.accumulation import Boundary, MicroBatch
 from jaxaccum._multi_steps.closing import Call
 from jaxaccum._multi_steps.config import Config, Shapes
@@ -134,14 +126,14 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         if nonfinite not in ("propagate", "drop"):
             raise ValueError(f"nonfinite must be 'propagate' or 'drop', got {nonfinite!r}.")
         trees = checks.averaged_extra_args(averaged_extra_args)
-        trees.pop("grad", None)  # It is always the mean gradient.
-        shapes = {name: Shapes.of(tree) for name, tree in trees.items()}
+        # `grad` is always the mean gradient.
+        shapes = {name: Shapes.of(tree) for name, tree in trees.items() if name != "grad"}
         if should_skip_update_fn is not None and not callable(should_skip_update_fn):
             raise TypeError(f"should_skip_update_fn must be None or a function, got {should_skip_update_fn!r}.")
         numeric.floating("accumulator_dtype", accumulator_dtype)
-        once_per_window.checked(prepare)
-        in_place_sums.checked(in_place)
-        sync = placement.sync(axis_name, mesh, data_axis, should_skip_update_fn, reduce=reduce)
+        once_per_window.check_argument(prepare)
+        in_place_sums.check_argument(in_place)
+        sync = placement.select_sync(axis_name, mesh, data_axis, should_skip_update_fn, reduce=reduce)
         if should_skip_update_fn is not None or nonfinite == "drop":
             if in_place:
                 raise ValueError(

@@ -20,13 +20,7 @@ from jaxaccum._types import Tree
 
 
 def state(value: Any, method: str, sync: Sync | None = None) -> MultiStepsState:
-    """Checks that `value` is a `MultiStepsState` and, given `sync`, that its local sums match the devices.
-
-    Raises:
-      TypeError: if it is not a `MultiStepsState`.
-      ValueError: if its local sums are for a different number of devices.
-      NameError: if `sync` is a mapped axis and the call is outside of its map.
-    """
+    """Checks that `value` is a `MultiStepsState` and, given `sync`, that its local sums match the devices."""
     if not isinstance(value, MultiStepsState):
         raise TypeError(
             f"{method} takes the MultiStepsState that init returned, got a {type(value)}; in a chain's state "
@@ -45,12 +39,7 @@ def state(value: Any, method: str, sync: Sync | None = None) -> MultiStepsState:
 
 
 def gradients(grads: Tree, acc_grads: Tree, sync: Sync) -> None:
-    """Checks that gradients match the parameters' tree and shapes and are floating or complex.
-
-    Raises:
-      ValueError: if the tree or a shape differs.
-      TypeError: if a gradient is not floating or complex.
-    """
+    """Checks that gradients match the parameters' tree and shapes and are floating or complex."""
     hint = (
         f" With mesh=, gradients have a leading axis for the {sync.shape[0]} devices of the data axis, as "
         "jaxaccum.local_value_and_grad gives them."
@@ -61,9 +50,8 @@ def gradients(grads: Tree, acc_grads: Tree, sync: Sync) -> None:
     want = dict(jax.tree_util.tree_leaves_with_path(acc_grads, is_leaf=is_none))
     got = dict(jax.tree_util.tree_leaves_with_path(grads, is_leaf=is_none))
     if want.keys() != got.keys():
-        missing, extra = (
-            ", ".join(map(path_name, keys)) for keys in (want.keys() - got.keys(), got.keys() - want.keys())
-        )
+        missing = ", ".join(map(path_name, want.keys() - got.keys()))
+        extra = ", ".join(map(path_name, got.keys() - want.keys()))
         raise ValueError(
             "grads must have the tree of the parameters that init was given"
             + (f"; missing: {missing}" if missing else "")
@@ -126,11 +114,7 @@ def skip(value: Any) -> Any:
 
 
 def every_k_schedule(value: Any) -> int | Callable[[Any], Any]:
-    """Checks K: an integer, or a function of `gradient_step` that returns integers.
-
-    Raises:
-      TypeError, ValueError: if `value` is neither, or is a function whose result is not one integer of at least 1.
-    """
+    """Checks K: an integer, or a function of `gradient_step` that returns one."""
     if isinstance(value, AccumulationSchedule):
         raise TypeError(
             f"every_k_schedule={value!r} gives K by epoch, but MultiSteps counts optimizer steps. Start with "
@@ -163,21 +147,16 @@ def scheduled_k(k: Any) -> Any:
 
 
 def averaged_extra_args(value: Any) -> dict[str, Tree]:
-    """Checks the argument `averaged_extra_args`; returns a tree for each name, a number for one given by name alone.
-
-    Raises:
-      TypeError: if it is neither a tuple nor a dict, a name is not a string, or a tree has other leaves than numbers.
-    """
+    """Checks `averaged_extra_args`; returns a dict from each name to a tree, 0.0 for one given by name alone."""
     if not isinstance(value, (tuple, list, Mapping)) or not all(isinstance(name, str) for name in value):
         raise TypeError(
             f"averaged_extra_args must be a tuple of names, or a dict of names and what they are like, got {value!r}."
         )
-    if not isinstance(value, Mapping):
-        return dict.fromkeys(value, 0.0)
-    for name, tree in value.items():
+    trees = dict(value) if isinstance(value, Mapping) else dict.fromkeys(value, 0.0)
+    for name, tree in trees.items():
         if name != "grad":
             _numbers(name, tree)
-    return dict(value)
+    return trees
 
 
 def averaged(name: str, value: Any, shape: tuple[int, ...] = ()) -> None:

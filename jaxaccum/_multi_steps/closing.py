@@ -135,7 +135,7 @@ def _optimizer_step(config, state, call, mean, like):
     prepared = ()
     if config.prepare is not None:
         new_params = config.sync.whole(inner_update.apply_updates(call.params, updates))
-        _, prepared = once_per_window.made(config.prepare, new_params)
+        _, prepared = once_per_window.compute(config.prepare, new_params)
     return config.sync.whole(call.result(updates)), config.sync.spread(inner), prepared
 
 
@@ -154,7 +154,7 @@ def _carried_back(config, params, window):
         return window.sums.total, None
     # Inside a mapped axis, the parameters must vary over it, like the sums.
     own = params if isinstance(config.sync, MeshAxis) else config.sync.local(params)
-    once_per_window.check(config.prepare, own)
-    _, transpose = once_per_window.once(config.prepare, own)
+    once_per_window.check_linear(config.prepare, own)
+    _, transpose = once_per_window.with_transpose(config.prepare, own)
     carried = config.sync.each(lambda sums: transpose(sums, window.count), window.sums.total)
-    return carried, once_per_window.gathered(config.prepare, own, config.sync.names)
+    return carried, once_per_window.gathered_axes(config.prepare, own, config.sync.names)

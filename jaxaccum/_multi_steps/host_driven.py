@@ -201,24 +201,14 @@ class _Assignment(NamedTuple):
 
 
 class _K(NamedTuple):
-    """A state's K.
-
-    Attributes:
-      every_k: its value.
-      written: the latest assignment that was applied to the state or that is older than it.
-    """
+    """A state's K, and the latest assignment that was applied to the state or that is older than it."""
 
     every_k: int
     written: _Assignment
 
 
 class _Position(NamedTuple):
-    """A state's position in its window.
-
-    Attributes:
-      mini_step: the number of micro-steps in the window.
-      cleared: if `mini_step` is 0, references to the state's sums if they are known to be 0.
-    """
+    """A state's number of micro-steps in its window, and references to its sums if they are known to be 0."""
 
     mini_step: int
     cleared: tuple[weakref.ref, ...]

@@ -31,8 +31,8 @@ def init(config: Config, params: Tree) -> MultiStepsState:
     seen, prepared = params, ()
     if config.prepare is not None:
         numeric.differentiable(params)
-        once_per_window.check(config.prepare, params)
-        seen, prepared = once_per_window.made(config.prepare, params)
+        once_per_window.check_linear(config.prepare, params)
+        seen, prepared = once_per_window.compute(config.prepare, params)
     local = config.sync.local
     state = MultiStepsState(
         mini_step=jnp.zeros((), jnp.int32),

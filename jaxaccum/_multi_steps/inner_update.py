@@ -33,19 +33,11 @@ class InnerOptimizer(NamedTuple):
     extra_args: dict[str, Any]
 
     def update(self, mean: Tree, grads: Tree, wide: Any) -> tuple[Tree, Tree]:
-        """Calls the optimizer on `mean`, whose dtypes may be wider than the gradients'.
+        """Calls the optimizer on `mean`: (updates, new state). The update of a statistic is a `New` with its mean.
 
-        If they are, the optimizer's floating state and the parameters are cast to `wide` for the call, so that the mean
-        is not rounded. The results are cast back: the state to its own dtypes, and the updates to those that the
-        optimizer returns for `grads`.
-
-        Args:
-          mean: the window's mean gradient.
-          grads: arrays or shapes with the dtypes of the gradients without accumulation.
-          wide: the dtype to cast to.
-
-        Returns:
-          (updates, new inner state). The update of a statistic is a `New` with its mean.
+        If the dtypes of `mean` are wider than those of `grads`, the gradients without accumulation, floating state and
+        the parameters are cast to `wide` for the call, so that the mean is not rounded. The results are cast back: the
+        state to its own dtypes, the updates to those that the optimizer returns for `grads`.
         """
         statistics = overwrites.only(mean)
         mean, grads, params = map(overwrites.optimized, (mean, grads, self.params))
@@ -59,14 +51,13 @@ class InnerOptimizer(NamedTuple):
 
     def zero_updates(self, grads: Tree) -> Tree:
         """Zeros like the updates for `grads`, which are not computed."""
-        is_new = lambda x: isinstance(x, New)
         shapes = overwrites.with_new(self._shapes(overwrites.optimized(grads)), overwrites.only(grads))
 
         def zeros(x):
-            x = x.value if is_new(x) else x
+            x = x.value if _is_new(x) else x
             return (np if x.dtype == jax.dtypes.float0 else jnp).zeros(x.shape, x.dtype)
 
-        return jax.tree.map(zeros, shapes, is_leaf=is_new)
+        return jax.tree.map(zeros, shapes, is_leaf=_is_new)
 
     def _call(self, grads, state, params):
         replaced = {"grad": grads} if self.extra_args.get("grad") is not None else {}
@@ -110,25 +101,28 @@ def differences(updates: Tree, params: Tree | None) -> Tree:
     Raises:
       TypeError: if there is a `New` and `params` is None.
     """
-    is_new = lambda x: isinstance(x, New)
-    if not any(map(is_new, jax.tree.leaves(updates, is_leaf=is_new))):
+    if not any(map(_is_new, jax.tree.leaves(updates, is_leaf=_is_new))):
         return updates
     if params is None:
         raise TypeError(f"update needs params here: those under {overwrites.NAME!r} are overwritten. Pass params.")
-    return jax.tree.map(lambda u, p: u.value - p if is_new(u) else u, updates, params, is_leaf=is_new)
+    return jax.tree.map(lambda u, p: u.value - p if _is_new(u) else u, updates, params, is_leaf=_is_new)
 
 
 def apply_updates(params: Tree, updates: Tree) -> Tree:
     """`optax.apply_updates` that keeps parameters without a gradient (float0, None) and overwrites those with `New`."""
 
     def leaf(param, update):
-        if isinstance(update, New):
+        if _is_new(update):
             return update.value.astype(param.dtype)
         if update is None or update.dtype == jax.dtypes.float0:
             return param
         return optax.apply_updates(param, update)
 
     return jax.tree.map(leaf, params, updates, is_leaf=lambda leaf: leaf is None)
+
+
+def _is_new(update: Any) -> bool:
+    return isinstance(update, New)
 
 
 def _lift(tree: Tree, wide: Any) -> Tree:

@@ -46,7 +46,7 @@ class LossStep(NamedTuple):
         loss and rest are local to each device: with a mesh they have a leading device axis.
         """
         config = self.config
-        seen = params if config.prepare is None else once_per_window.seen(config.prepare, params, state.prepared)
+        seen = params if config.prepare is None else once_per_window.restore(config.prepare, params, state.prepared)
         judges = config.should_skip_update_fn is not None  # That function receives mean gradients.
         loss, rest, grads = micro_gradient.on_each(
             self.fun,

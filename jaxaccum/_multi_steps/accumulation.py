@@ -64,8 +64,9 @@ def add(
     checks.gradients(grads, state.acc_grads, config.sync)
     placement.local_gradients(grads, config.sync)
     averaged_args.check(config, averaged)
-    closed = boundary.reached(config, state)
+    reached = boundary.reached(config, state)
     accepted, skip_state = _accepted(config, state, grads, call.params)
+    closes = conditions.both(reached, accepted)
     keep, dropped = _kept(config, state, weight, (grads, averaged))
 
     first = None if boundary.clears else state.mini_step == 0
@@ -80,24 +81,23 @@ def add(
     )
     one = jnp.ones_like(state.weight)
     total_weight = weighted_sum.add(state.weight, one, weight, keep=keep, first=first)
-    averages = {name: state.averages[name] for name in averaged}
     values = {name: Weighted(value, one) for name, value in averaged.items()}
-    averages = weighted_sum.add(averages, values, weight, keep=keep)
+    passed = weighted_sum.add({name: state.averages[name] for name in values}, values, weight, keep=keep)
 
-    closed = conditions.both(closed, accepted)
     window = Window(
         sums=Weighted(acc_grads, total_weight),
-        averages=averages,
+        averages=passed,
         count=state.mini_step + 1,
         may_be_empty=keep is not None,  # A window can be empty only if its last micro-batch can be excluded.
         like=config.sync.one(grads) if micro_batch.like is None else micro_batch.like,
     )
-    result, new, applied = closing.close(config, state, window, call, closed)
+    result, new, applied = closing.close(config, state, window, call, closes)
 
-    mini_step = weighted_sum.select(closed, jnp.zeros_like(state.mini_step), state.mini_step + 1)
-    averages = state.averages | averages
-    averages = weighted_sum.select(closed, jax.tree.map(jnp.zeros_like, averages), averages)
-    if boundary.clears and closed:
+    averages = state.averages | passed
+    mini_step, averages = weighted_sum.select(
+        closes, jax.tree.map(jnp.zeros_like, (state.mini_step, averages)), (state.mini_step + 1, averages)
+    )
+    if boundary.clears and closes:
         acc_grads, total_weight = weighted_sum.cleared((acc_grads, total_weight))
     elif applied is True:
         acc_grads = state.acc_grads  # The sums are invalid after a boundary, so the write can be skipped.

@@ -13,7 +13,7 @@ from jaxaccum._integers import positive_int
 from jaxaccum._multi_steps.conditions import known
 from jaxaccum._multi_steps.state import MultiStepsState
 from jaxaccum._schedule import AccumulationSchedule
-from jaxaccum._sums.numeric import is_bool, is_real, kind, path_name
+from jaxaccum._sums.numeric import is_real, kind, path_name, scalar_dtype
 from jaxaccum._sums.traced_loss import or_one_each
 from jaxaccum._sums.weighted_sum import is_inexact
 from jaxaccum._types import Tree
@@ -92,7 +92,7 @@ def accumulates() -> ValueError:
 
 def boundary(value: Any, sync: Sync) -> Any:
     """Checks `boundary`: a bool from Python, numpy or jax. A traced one must not vary over the data axis."""
-    if not is_bool(value):
+    if not _is_bool(value):
         raise TypeError(
             f"boundary must be None (the state's counter decides) or one bool, got {value!r}; "
             "for example boundary=(batch_index + 1) % k == 0."
@@ -108,7 +108,7 @@ def boundary(value: Any, sync: Sync) -> Any:
 
 def skip(value: Any) -> Any:
     """Checks that `should_skip_update_fn` returned one bool for `skip`."""
-    if not is_bool(value):
+    if not _is_bool(value):
         raise ValueError(f"should_skip_update_fn must return (skip, skip_state) with skip one bool, got {kind(value)}.")
     return value
 
@@ -178,6 +178,10 @@ def averaged_tree(name: str, value: Tree, like: Tree, shape: tuple[int, ...]) ->
         raise ValueError(
             f"the extra arg {name!r} must have the tree and shapes that averaged_extra_args gives: {want}, not {got}."
         )
+
+
+def _is_bool(value: Any) -> bool:
+    return scalar_dtype(value) == jnp.bool_
 
 
 def _numbers(name: str, tree: Tree) -> None:

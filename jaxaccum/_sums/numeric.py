@@ -11,7 +11,11 @@ from jaxaccum._types import Tree
 
 def floating(name: str, dtype: Any) -> None:
     """Checks that a dtype argument is floating or None."""
-    if not (dtype is None or is_floating(dtype)):
+    try:
+        is_floating = dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        is_floating = False  # It is no dtype.
+    if not is_floating:
         raise TypeError(f"{name} must be a floating dtype or None, got {dtype!r}.")
 
 
@@ -49,14 +53,6 @@ def path_name(path: Any) -> str:
     return jax.tree_util.keystr(path)
 
 
-def is_floating(dtype: Any) -> bool:
-    """Whether `dtype` names a floating dtype; False for what is no dtype."""
-    try:
-        return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
-    except TypeError:
-        return False
-
-
 def scalar_dtype(value: Any) -> Any:
     """The dtype of a number or a bool; None for anything else, such as a string, which jax reads as a dtype."""
     is_scalar = isinstance(value, (bool, int, float, complex)) or getattr(value, "shape", None) == ()
@@ -67,11 +63,6 @@ def is_real(value: Any, shape: tuple[int, ...]) -> bool:
     """Whether `value` is one real number, or an array of them of `shape`."""
     dtype = value.dtype if shape and getattr(value, "shape", None) == shape else scalar_dtype(value)
     return any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)) if dtype else False
-
-
-def is_bool(value: Any) -> bool:
-    """Whether `value` is one bool."""
-    return scalar_dtype(value) == jnp.bool_
 
 
 def kind(value: Any) -> str:

@@ -255,12 +255,14 @@ def _on_host(scalar: Any) -> int:
 
 def _signature(args: Any) -> tuple:
     """The cache key for compilation: everything about `args` except their values."""
+
+    def kind(x):
+        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
+            return (x.aval, x.sharding, x.committed)
+        return type(x), getattr(x, "shape", None), getattr(x, "dtype", None)
+
     leaves, treedef = jax.tree.flatten(args)
-    kind = lambda x: (type(x), getattr(x, "shape", None), getattr(x, "dtype", None))
-    placed = lambda x: (x.aval, x.sharding, x.committed)
-    is_placed = lambda x: isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
-    kinds = tuple(placed(x) if is_placed(x) else kind(x) for x in leaves)
-    return jax.sharding.get_abstract_mesh(), treedef, kinds
+    return jax.sharding.get_abstract_mesh(), treedef, tuple(map(kind, leaves))
 
 
 def _sums(state: MultiStepsState) -> list[Any]:

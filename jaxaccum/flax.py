@@ -3,7 +3,7 @@
 Requires flax, which the core does not: `pip install "jaxaccum[flax]"`.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -135,13 +135,11 @@ def linen_value_and_grad(
       >>> sorted(variables), grads["scale"].shape
       (['batch_stats', 'params'], (1,))
     """
-    mutable = (mutable,) if isinstance(mutable, str) else tuple(mutable)
-    rngs = (rngs,) if isinstance(rngs, str) else tuple(rngs)
+    mutable, rngs = _names(mutable), _names(rngs)
     apply = linen.apply(fun, module, mutable=list(mutable))
 
     def pure(differentiated, state, constants, batch, key):
-        streams = {name: jax.random.fold_in(key, i) for i, name in enumerate(rngs)}
-        returned, state = apply({**differentiated, **state, **constants}, batch, rngs=streams)
+        returned, state = apply({**differentiated, **state, **constants}, batch, rngs=_streams(key, rngs))
         return (returned[0], (state, returned[1])) if has_aux else (returned, state)
 
     window = api.value_and_grad(
@@ -197,13 +195,11 @@ def linen_task(
       >>> params["kernel"].shape, model_state
       ((3, 1), {})
     """
-    mutable = (mutable,) if isinstance(mutable, str) else tuple(mutable)
-    rngs = (rngs,) if isinstance(rngs, str) else tuple(rngs)
-    streams = lambda key, names: {name: jax.random.fold_in(key, i) for i, name in enumerate(names)}
+    mutable, rngs = _names(mutable), _names(rngs)
 
     def init(key, batch):
         make = linen.init(lambda model, batch: fun(model, batch, True), module)
-        variables = dict(jax.jit(make)(streams(key, ("params", *rngs)), batch))
+        variables = dict(jax.jit(make)(_streams(key, ("params", *rngs)), batch))
         params = variables.pop("params")
         if OVERWRITE_WITH_GRADIENT in variables:
             params = {"params": params, OVERWRITE_WITH_GRADIENT: variables.pop(OVERWRITE_WITH_GRADIENT)}
@@ -215,7 +211,7 @@ def linen_task(
         variables = {**(params if _has_statistics(params) else {"params": params}), **model_state}
         if not train:
             return _with_state(apply(variables, batch, False), model_state)
-        returned, changed = apply(variables, batch, True, rngs=streams(key, rngs))
+        returned, changed = apply(variables, batch, True, rngs=_streams(key, rngs))
         return _with_state(returned, {**model_state, **changed})
 
     return Task(init, loss, optimizer, model_state=True)
@@ -270,6 +266,15 @@ def nnx_task(
         return _with_state(returned, nnx.split(model, wrt, nnx.RngState, ...)[3])
 
     return Task(init, loss, optimizer, model_state=True)
+
+
+def _names(value: str | Iterable[str]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _streams(key: jax.Array, names: Sequence[str]) -> dict[str, jax.Array]:
+    """A key for each of a linen model's random streams."""
+    return {name: jax.random.fold_in(key, i) for i, name in enumerate(names)}
 
 
 def _stream(stream: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:

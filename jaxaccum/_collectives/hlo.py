@@ -54,13 +54,7 @@ class Module(NamedTuple):
 
 
 def parse(text: str) -> Module:
-    """Parses the text of a compiled program.
-
-    Args:
-      text: one module, as returned by `jax.stages.Compiled.as_text`.
-
-    Returns:
-      The module.
+    """Parses the text of one compiled program, as returned by `jax.stages.Compiled.as_text`.
 
     Raises:
       ValueError: if an instruction can't be parsed, or if there is not exactly one entry computation.
@@ -85,13 +79,9 @@ def parse(text: str) -> Module:
 
 
 def num_bytes(shape: str) -> int:
-    """The size of an array, or of all the arrays of a tuple.
+    """The size of an array, or of all the arrays of a tuple, from its shape as XLA prints it.
 
-    Args:
-      shape: as XLA prints it, for example "(f32[2,3]{1,0}, bf16[])".
-
-    Returns:
-      The size in bytes. Types smaller than a byte are packed; tokens have size 0.
+    Types smaller than a byte are packed; tokens have size 0.
 
     Example:
       >>> num_bytes("(f32[2,3]{1,0:T(8,128)}, bf16[], pred[5]{0}, s4[3]{0}, token[])")

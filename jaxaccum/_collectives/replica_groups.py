@@ -32,17 +32,10 @@ _MESH = re.compile(
 
 
 def devices(opcode: str, attributes: str, replicas: int, partitions: int) -> Groups:
-    """The groups of devices that participate in an instruction.
+    """The groups of devices that participate in an instruction, sorted; empty if it is not a collective.
 
-    Args:
-      opcode: the instruction's opcode, without "-start".
-      attributes: its attributes as XLA prints them, with strings emptied.
-      replicas: the program's number of replicas.
-      partitions: the number of partitions per replica. Device r·partitions + p runs partition p of replica r.
-
-    Returns:
-      The groups, sorted, each a sorted tuple of devices; for a collective-permute, the sorted (source, target) pairs.
-      Empty if the instruction is not a collective.
+    A group is a sorted tuple; for a collective-permute, a (source, target) pair. Device r·partitions + p runs partition
+    p of replica r. `opcode` has no "-start", and the strings in `attributes` are emptied.
 
     Raises:
       ValueError: if the collective or its syntax is unknown.
@@ -75,14 +68,9 @@ def devices(opcode: str, attributes: str, replicas: int, partitions: int) -> Gro
 
 
 def parse(attributes: str, name: str) -> Groups:
-    """Parses the groups in the attribute `name`.
+    """Parses the groups in the attribute `name`: "replica_groups", or "source_target_pairs".
 
-    Args:
-      attributes: an instruction's attributes as XLA prints them, with strings emptied.
-      name: "replica_groups", or "source_target_pairs", whose groups are (source, target).
-
-    Returns:
-      The groups, in XLA's order. Empty for `{}` or if the attribute is missing, which means all devices.
+    They are in XLA's order; empty for `{}` or if the attribute is missing, which means all devices.
 
     Raises:
       ValueError: if the syntax is not one of XLA's three, or if its contents are inconsistent.

@@ -12,20 +12,13 @@ from jaxaccum._jax import varying
 
 
 def dimension(leaf: Any, mesh: Mesh, names: tuple[str, ...]) -> int | None:
-    """The dimension of `leaf` to shard over the data axes.
+    """The dimension of `leaf`, an array or its shape and dtype, to shard over the data axes `names`.
 
-    It is the first one whose length their size divides and that isn't known to be sharded over another axis.
-
-    Args:
-      leaf: an array, or its shape and dtype.
-      mesh: the mesh.
-      names: its data axes.
-
-    Returns:
-      The dimension; None if there is none, for example for a scalar: `leaf` is then replicated.
+    It is the first one whose length their size divides and that isn't known to be sharded over another axis. None if
+    there is none, for example for a scalar: `leaf` is then replicated.
     """
     size = math.prod(mesh.shape[name] for name in names)
-    free = [not _names(entry) - set(names) for entry in layout(leaf)]
+    free = [set(_in_order(entry)) <= set(names) for entry in layout(leaf)]
     fits = (d for d, n in enumerate(leaf.shape) if free[d] and n and n % size == 0)
     return next(fits, None)
 
@@ -85,7 +78,10 @@ def reduce_scatter(local: jax.Array, mesh: Mesh, names: tuple[str, ...]) -> jax.
     others = [name for name in mesh.axis_names if name not in names and mesh.shape[name] > 1]
     if not is_explicit(mesh) and others:
         return lay(jnp.sum(local, axis=0), mesh, names, split)
-    scatter = lambda x: jax.lax.psum_scatter(x[0], names, scatter_dimension=split, tiled=True)
+
+    def scatter(x):
+        return jax.lax.psum_scatter(x[0], names, scatter_dimension=split, tiled=True)
+
     out = [names if d == split else entry for d, entry in enumerate(spec)]
     mapped = jax.shard_map(scatter, mesh=mesh, in_specs=P(names, *spec), out_specs=P(*out), check_vma=False)
     return jax.jit(mapped)(local)
@@ -136,7 +132,3 @@ def _padded(spec: Any, ndim: int) -> tuple[Any, ...]:
 
 def _in_order(entry: Any) -> tuple[str, ...]:
     return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
-
-
-def _names(entry: Any) -> set[str]:
-    return set(_in_order(entry))

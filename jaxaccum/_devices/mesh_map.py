@@ -1,6 +1,7 @@
 """Runs a window of local sums on each index of a mesh's data axes; all other axes stay automatic."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from jaxaccum._devices.topology import MeshAxis
 from jaxaccum._types import Tree
 
 
-def run(
+def on_data_axes(
     fun: Callable[..., Any],
     sync: MeshAxis,
     args: Sequence[Tree],
@@ -24,17 +25,8 @@ def run(
 ) -> Tree:
     """Runs `fun(*args, **kwargs)` on each index of the data axes, inside `jax.shard_map`.
 
-    Args:
-      fun: the function; it receives its shard of the arguments in `split`, and all other arguments whole.
-      sync: the mesh and its data axes. All other axes stay automatic: the model decides where they communicate.
-      args: positional arguments; leaves that are not arrays are passed through.
-      kwargs: keyword arguments; likewise.
-      split: the positions of the arguments to split over the data axes.
-      split_dim: the dimension to split.
-      out_specs: the specs of the results over the data axes.
-
-    Returns:
-      The results, as arrays on the mesh.
+    `fun` receives its shard, along dimension `split_dim`, of the positional arguments in `split`, and all others whole;
+    leaves that are not arrays are passed through. `out_specs` are the specs of the results over the data axes.
     """
     mesh, axes = sync.mesh, sync.names
     shared = P(*[None] * split_dim, axes)
@@ -42,22 +34,21 @@ def run(
     spec_of = [shared if i in split else P() for i, arg in enumerate(args) for _ in jax.tree.leaves(arg)]
     spec_of += [P()] * (len(leaves) - len(spec_of))
     is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
-    # On explicit axes jax doesn't reshard arguments implicitly.
-    lay = (lambda x, spec: layout.reshard(x, mesh, axes, spec)) if layout.is_explicit(mesh) else lambda x, spec: x
-    arrays = [lay(leaf, spec) for leaf, spec, array in zip(leaves, spec_of, is_array, strict=True) if array]
+    arrays = list(itertools.compress(leaves, is_array))
+    specs = list(itertools.compress(spec_of, is_array))
+    if layout.is_explicit(mesh):  # There jax doesn't reshard arguments implicitly.
+        arrays = [layout.reshard(x, mesh, axes, spec) for x, spec in zip(arrays, specs, strict=True)]
 
     def body(arrays):
-        iterator = iter(arrays)
-        args, kwargs = treedef.unflatten(
-            next(iterator) if array else leaf for leaf, array in zip(leaves, is_array, strict=True)
-        )
+        given = iter(arrays)
+        full = [next(given) if array else leaf for leaf, array in zip(leaves, is_array, strict=True)]
+        args, kwargs = treedef.unflatten(full)
         with _explained():
             return fun(*args, **kwargs)
 
-    in_specs = ([spec for spec, array in zip(spec_of, is_array, strict=True) if array],)
     # check_vma would reject losses written for plain jit, for example one that starts a loop from a constant.
     options = {"axis_names": set(axes), "check_vma": False}
-    mapped = jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_specs, **options)
+    mapped = jax.shard_map(body, mesh=mesh, in_specs=(specs,), out_specs=out_specs, **options)
     return jax.jit(mapped)(arrays)
 
 

@@ -1,4 +1,4 @@
-"""Converts `axis_name=`, `mesh=` and `data_axis=` to a topology, and checks arrays against it."""
+"""Converts `axis_name=`, `mesh=` and `data_axis=` to a `Sync`, and checks arrays against it."""
 
 import dataclasses
 from typing import Any
@@ -11,8 +11,10 @@ from jaxaccum._sums.weighted_sum import is_inexact
 from jaxaccum._types import Tree
 
 
-def sync(axis_name: Any, mesh: Any, data_axis: Any, should_skip_update_fn: Any = None, *, reduce: str = "mean") -> Sync:
-    """Returns the topology that the public arguments select, and checks those arguments."""
+def select_sync(
+    axis_name: Any, mesh: Any, data_axis: Any, should_skip_update_fn: Any = None, *, reduce: str = "mean"
+) -> Sync:
+    """Returns the `Sync` that the public arguments select, and checks those arguments."""
     if reduce not in ("mean", "scatter"):
         raise ValueError(f"reduce must be 'mean' or 'scatter' (ZeRO), got {reduce!r}.")
     if reduce == "scatter" and mesh is None:
@@ -36,7 +38,7 @@ def sync(axis_name: Any, mesh: Any, data_axis: Any, should_skip_update_fn: Any =
 
 
 def mesh_axis(mesh: Any, data_axis: Any) -> MeshAxis:
-    """The topology of a mesh's data axes; raises if the mesh lacks them."""
+    """Checks that the mesh has the data axes, and returns them as a `MeshAxis`."""
     if not isinstance(mesh, jax.sharding.Mesh):
         raise TypeError(f"mesh must be a jax.sharding.Mesh, for example jax.make_mesh((8,), ('data',)), got {mesh!r}.")
     names = _names("data_axis", data_axis)

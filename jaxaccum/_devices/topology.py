@@ -20,46 +20,12 @@ from jaxaccum._sums import overwrites
 from jaxaccum._types import Tree
 
 
-@dataclasses.dataclass(frozen=True)
-class OneDevice:
-    """A single device: the local sums are the total.
-
-    Attributes:
-      names: the data axes; empty here.
-      shape: the shape of a per-device scalar.
-    """
-
-    names: tuple[str, ...] = ()
-    shape: tuple[int, ...] = ()
-
-    def options(self) -> dict[str, Any]:
-        """The public arguments that select this topology."""
-        return {}
-
-    def size(self) -> int:
-        """The number of devices."""
-        return 1
-
-    def index(self) -> Any:
-        """This device's index."""
-        return 0
-
-    def local(self, tree: Tree) -> Tree:
-        """Converts `tree`, the same on all devices, to a local tree."""
-        return tree
+class _Defaults:
+    """What the types share. The layout methods suit code that sees one device; `MeshAxis` has its own."""
 
     def each(self, fun: Callable[[Tree], Tree], tree: Tree) -> Tree:
         """Applies `fun` to each device's part of a local tree."""
         return fun(tree)
-
-    def joined(self, tree: Tree, reduced: Tree = None) -> Tree:
-        """Sums a local tree over the devices."""
-        del reduced
-        return tree
-
-    def averaged(self, tree: Tree) -> Tree:
-        """Averages the inexact leaves of a local tree over the devices; all other leaves must be equal."""
-        return tree
 
     def one(self, tree: Tree) -> Tree:
         """A local tree as one device sees it; only its shapes and dtypes are needed."""
@@ -98,12 +64,49 @@ class OneDevice:
 
 
 @dataclasses.dataclass(frozen=True)
-class MappedAxis:
+class OneDevice(_Defaults):
+    """A single device: the local sums are the total.
+
+    Attributes:
+      names: the data axes; empty here.
+      shape: the shape of a per-device scalar.
+    """
+
+    names: tuple[str, ...] = ()
+    shape: tuple[int, ...] = ()
+
+    def options(self) -> dict[str, Any]:
+        """The public arguments that select this topology."""
+        return {}
+
+    def size(self) -> int:
+        """The number of devices."""
+        return 1
+
+    def index(self) -> Any:
+        """This device's index."""
+        return 0
+
+    def local(self, tree: Tree) -> Tree:
+        """Converts `tree`, the same on all devices, to a local tree."""
+        return tree
+
+    def joined(self, tree: Tree, reduced: Tree = None) -> Tree:
+        """Sums a local tree over the devices."""
+        del reduced
+        return tree
+
+    def averaged(self, tree: Tree) -> Tree:
+        """Averages the inexact leaves of a local tree over the devices; all other leaves must be equal."""
+        return tree
+
+
+@dataclasses.dataclass(frozen=True)
+class MappedAxis(_Defaults):
     """The devices of a mapped axis, inside `jax.pmap` or `jax.shard_map`.
 
-    Under shard_map with `check_vma=True`, jax's types track which values vary over the axis. If the parameters don't
-    vary, jax reduces their gradient in every micro-step and returns the sum over the devices. If they are cast to
-    varying, their gradient stays local. Under pmap, or without `check_vma`, no cast is needed.
+    Under shard_map with `check_vma=True`, jax's types track which values vary over the axis, and jax reduces the
+    gradient of parameters that don't vary, in every micro-step. Cast to varying, their gradient stays local.
 
     Attributes:
       names: the mapped axes.
@@ -141,18 +144,10 @@ class MappedAxis:
 
         return jax.tree.map(leaf, tree)
 
-    def each(self, fun: Callable[[Tree], Tree], tree: Tree) -> Tree:
-        """Applies `fun` to each device's part of a local tree."""
-        return fun(tree)
-
     def joined(self, tree: Tree, reduced: Tree = None) -> Tree:
-        """Sums a local tree over the devices, in float32 or wider.
+        """Sums a local tree over the devices, in float32 or wider; takes the maximum of overwritten statistics.
 
-        Overwritten statistics are reduced with a maximum.
-
-        Args:
-          tree: local sums.
-          reduced: for each leaf, the names of the axes it is already summed over; None if there are none.
+        `reduced` has the names of the axes that each leaf is already summed over; None if there are none.
         """
 
         def leaf(path, x, done=()):
@@ -178,31 +173,6 @@ class MappedAxis:
 
         return jax.tree.map(leaf, self.local(tree))
 
-    def one(self, tree: Tree) -> Tree:
-        """A local tree as one device sees it."""
-        return tree
-
-    def spread(self, tree: Tree) -> Tree:
-        """Returns `tree`: joined sums are replicated."""
-        return tree
-
-    def whole(self, tree: Tree) -> Tree:
-        """Returns `tree`: joined sums are replicated."""
-        return tree
-
-    def settled(self, state: Tree) -> Tree:
-        """Places `state` where a step leaves it."""
-        return state
-
-    def own(self, tree: Tree) -> Tree:
-        """Places each device's part of a local tree on that device."""
-        return tree
-
-    def like(self, tree: Tree, params: Tree) -> Tree:
-        """Returns `tree`: joined sums have the layout of the parameters."""
-        del params
-        return tree
-
     def varies(self, leaf: Any) -> bool:
         """Whether jax's types show that `leaf` differs between devices."""
         return any(name in varying.axes(leaf) for name in self.names)
@@ -214,7 +184,7 @@ class MappedAxis:
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshAxis:
+class MeshAxis(_Defaults):
     """The data axis of a mesh under jit: a local value is a global array with a sharded leading device axis.
 
     Attributes:
@@ -246,11 +216,14 @@ class MeshAxis:
 
     def local(self, tree: Tree) -> Tree:
         """Copies `tree` to each device: leaves (P, ...), with the layout of the other dimensions kept."""
-        expand = lambda tree: jax.tree.map(lambda x: x[None], tree)
-        options = {"mesh": self.mesh, "axis_names": set(self.names), "check_vma": False}
-        # jit, since only under jit can a result be sharded over axes that are not manual.
         if layout.is_explicit(self.mesh):
             tree = jax.tree.map(lambda x: layout.reshard(x, self.mesh, self.names, P()), tree)
+
+        def expand(tree):
+            return jax.tree.map(lambda x: x[None], tree)
+
+        options = {"mesh": self.mesh, "axis_names": set(self.names), "check_vma": False}
+        # jit, since only under jit can a result be sharded over axes that are not manual.
         return jax.jit(jax.shard_map(expand, in_specs=P(), out_specs=P(self.names), **options))(tree)
 
     def each(self, fun: Callable[[Tree], Tree], tree: Tree) -> Tree:
@@ -276,19 +249,23 @@ class MeshAxis:
 
     def one(self, tree: Tree) -> Tree:
         """The shapes and dtypes of a local tree as one device sees it."""
-        stored = lambda tree: jax.tree.map(lambda total, x: total.astype(x.dtype), self.joined(tree), tree)
+
+        def stored(tree):
+            return jax.tree.map(lambda total, x: total.astype(x.dtype), self.joined(tree), tree)
+
         return jax.eval_shape(stored, tree)
 
     def spread(self, tree: Tree) -> Tree:
         """Lays out `tree` like joined sums: under ZeRO, each array is sharded over the data axes if possible."""
-        dimension = lambda x: layout.dimension(x, self.mesh, self.names)
-        lay = lambda x: layout.lay(x, self.mesh, self.names, dimension(x))
+
+        def lay(x):
+            return layout.lay(x, self.mesh, self.names, layout.dimension(x, self.mesh, self.names))
+
         return jax.tree.map(lay, tree) if self.scatter else tree
 
     def whole(self, tree: Tree) -> Tree:
         """Lays out `tree`, computed from joined sums, like the parameters: replicated over the data axes."""
-        lay = lambda x: layout.lay(x, self.mesh, self.names, None)
-        return jax.tree.map(lay, tree) if self.scatter else tree
+        return jax.tree.map(lambda x: layout.lay(x, self.mesh, self.names, None), tree) if self.scatter else tree
 
     def own(self, tree: Tree) -> Tree:
         """Places each device's part of a local tree on that device.
@@ -317,16 +294,6 @@ class MeshAxis:
             return tree
         spec = lambda p: jax.typeof(p).sharding.spec
         return jax.tree.map(lambda x, p: layout.reshard(x, self.mesh, self.mesh.axis_names, spec(p)), tree, params)
-
-    def varies(self, leaf: Any) -> bool:
-        """Always False: under jit every array is global."""
-        del leaf
-        return False
-
-    def is_reduced(self, leaf: Any) -> bool:
-        """Always False: a missing device axis is detected by shape instead."""
-        del leaf
-        return False
 
 
 Sync = OneDevice | MappedAxis | MeshAxis

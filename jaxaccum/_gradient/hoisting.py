@@ -67,7 +67,10 @@ def split(loss: Callable[..., Tree], params: Tree, *args: Any) -> tuple[Callable
     """
     # Overwritten statistics have no gradient to transpose, so nothing computed from them is hoisted.
     linear, statistics = overwrites.without(params), overwrites.only(params)
-    divided = lambda linear, statistics, *args: loss(overwrites.either(linear, statistics), *args)
+
+    def divided(linear, statistics, *args):
+        return loss(overwrites.either(linear, statistics), *args)
+
     closed, shapes = jax.make_jaxpr(divided, return_shape=True)(linear, statistics, *args)
     leaves, treedef = jax.tree.structure(linear).num_leaves, jax.tree.structure(shapes)
     inputs = len(closed.jaxpr.invars)
@@ -183,7 +186,7 @@ def _run_before(jits: jaxprs.Jits, plan: _Plan, consts: Sequence[Any], inputs: S
     nested = []
     for i, eqn in enumerate(plan.jaxpr.eqns):
         if i in plan.before:
-            values.write(eqn.outvars, jaxprs.run(eqn, values.read(eqn.invars)))
+            values.write(eqn.outvars, jaxprs.bind(eqn, values.read(eqn.invars)))
         if i in plan.nested:
             nested += _call_before(jits, eqn, plan.nested[i], values.read(eqn.invars, plan.nested[i].reads))
     return [*values.read(plan.crossing), *nested]
@@ -191,11 +194,14 @@ def _run_before(jits: jaxprs.Jits, plan: _Plan, consts: Sequence[Any], inputs: S
 
 def _call_before(jits: jaxprs.Jits, eqn: core.JaxprEqn, plan: _Plan, operands: list[Any]) -> Sequence[Any]:
     """Computes the crossing values of an equation's body."""
-    run = lambda operands: _run_before(jits, plan, _consts(eqn), operands)
+
+    def body(operands):
+        return _run_before(jits, plan, _consts(eqn), operands)
+
     if jaxprs.is_plain_jit(eqn):
-        return jits.call(eqn, "before", run, operands)
+        return jits.call(eqn, "before", body, operands)
     with jaxprs.located(eqn):
-        return (jax.vmap(run) if eqn.primitive.name == "scan" else run)(operands)
+        return (jax.vmap(body) if eqn.primitive.name == "scan" else body)(operands)
 
 
 def _run_after(
@@ -211,7 +217,7 @@ def _run_after(
             own, nested = nested[: _count(inner)], nested[_count(inner) :]
             values.write(eqn.outvars, _call_after(jits, eqn, inner, values.read(eqn.invars, inner.uses), own))
         elif i in plan.after:
-            values.write(eqn.outvars, jaxprs.run(eqn, values.read(eqn.invars)))
+            values.write(eqn.outvars, jaxprs.bind(eqn, values.read(eqn.invars)))
     return values.read(plan.jaxpr.outvars)
 
 
@@ -219,7 +225,10 @@ def _call_after(
     jits: jaxprs.Jits, eqn: core.JaxprEqn, plan: _Plan, operands: list[Any], made: list[Any]
 ) -> Sequence[Any]:
     """Computes the results of an equation from its body's crossing values."""
-    body = lambda operands, made: _run_after(jits, plan, _consts(eqn), operands, made)
+
+    def body(operands, made):
+        return _run_after(jits, plan, _consts(eqn), operands, made)
+
     if jaxprs.is_plain_jit(eqn):
         return jits.call(eqn, "after", lambda both: body(*both), (operands, made))
     with jaxprs.located(eqn):

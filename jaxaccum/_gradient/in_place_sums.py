@@ -35,7 +35,7 @@ def _stacks(jaxpr: core.Jaxpr) -> list[set[core.Var]]:
     return [set(stack) for stack in found if all(atom in inputs and uses[atom] == 1 for atom in stack)]
 
 
-def checked(value: Any) -> None:
+def check_argument(value: Any) -> None:
     """Checks `in_place`: True, False, or None for the default rules."""
     if not (value is None or isinstance(value, bool)):
         raise TypeError(f"in_place must be True, False or None, got {value!r}.")

@@ -187,7 +187,7 @@ def on_each(
     if not isinstance(sync, MeshAxis):
         others = lambda params: [params if i == position else arg for i, arg in enumerate(args)]
         of_params = lambda params, sums: on_device(sync, sums, starts, *others(params), **(kwargs or {}))
-        value, rest, grads = eager.run(of_params, args[position], sums)
+        value, rest, grads = eager.call_compiled(of_params, args[position], sums)
         return (value if weights[-1] is None else Weighted(value.total, weights[-1])), rest, grads
 
     def body(sums, starts, *args, **kwargs):
@@ -200,6 +200,6 @@ def on_each(
     placement.placed(args[position], sync)
     split = (0, *(i + 2 for i in (*own, *roles.batch)))
     options = {"split": split, "split_dim": 0, "out_specs": P(sync.names)}
-    on_mesh = lambda *args: mesh_map.run(body, sync, args, kwargs or {}, **options)
-    value, rest, grads = eager.run(on_mesh, sums, starts, *args)
+    on_mesh = lambda *args: mesh_map.on_data_axes(body, sync, args, kwargs or {}, **options)
+    value, rest, grads = eager.call_compiled(on_mesh, sums, starts, *args)
     return (value if weights[-1] is None else Weighted(value.total, weights[-1])), rest, grads

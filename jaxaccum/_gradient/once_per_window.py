@@ -15,7 +15,7 @@ from jaxaccum._types import Tree
 _GATHERS = ("all_gather", "all_gather_invariant")
 
 
-def once(prepare: Callable[[Tree], Tree], params: Tree) -> tuple[Tree, Callable[[Tree, Any], Tree]]:
+def with_transpose(prepare: Callable[[Tree], Tree], params: Tree) -> tuple[Tree, Callable[[Tree, Any], Tree]]:
     """Returns `prepare(params)` and its transpose, which maps gradients of the result to gradients of the parameters.
 
     A VJP is linear in its cotangents, so it commutes with the sum over the window. If a leaf's last operation in
@@ -33,7 +33,7 @@ def once(prepare: Callable[[Tree], Tree], params: Tree) -> tuple[Tree, Callable[
       the parameters are narrower.
 
     Example:
-      >>> seen, transpose = once(lambda p: (2 * p).astype(jnp.bfloat16), jnp.ones(()))
+      >>> seen, transpose = with_transpose(lambda p: (2 * p).astype(jnp.bfloat16), jnp.ones(()))
       >>> print(seen.dtype, transpose(jnp.array(0.75 + 2**-10), 1))
       bfloat16 1.5019531
     """
@@ -60,7 +60,7 @@ def once(prepare: Callable[[Tree], Tree], params: Tree) -> tuple[Tree, Callable[
     return jax.tree.unflatten(jax.tree.structure(shapes), values), transpose
 
 
-def check(prepare: Callable[[Tree], Tree], params: Tree) -> None:
+def check_linear(prepare: Callable[[Tree], Tree], params: Tree) -> None:
     """Raises if the transpose of `prepare` can't be shown to commute with the sum over the window.
 
     Args:
@@ -90,17 +90,17 @@ def check(prepare: Callable[[Tree], Tree], params: Tree) -> None:
         )
 
 
-def made(prepare: Callable[[Tree], Tree], params: Tree) -> tuple[Tree, tuple[jax.Array, ...]]:
+def compute(prepare: Callable[[Tree], Tree], params: Tree) -> tuple[Tree, tuple[jax.Array, ...]]:
     """Returns (`prepare(params)`, its leaves that are not unchanged parameters: the ones to keep)."""
     closed, treedef, origins = _origins(prepare, params)
     leaves = core.jaxpr_as_fun(closed)(*jax.tree.leaves(params))
     return treedef.unflatten(leaves), tuple(x for x, i in zip(leaves, origins, strict=True) if i is None)
 
 
-def seen(prepare: Callable[[Tree], Tree], params: Tree, made: tuple[jax.Array, ...]) -> Tree:
-    """Rebuilds `prepare(params)` from the parameters and the leaves that `made` kept."""
+def restore(prepare: Callable[[Tree], Tree], params: Tree, kept: tuple[jax.Array, ...]) -> Tree:
+    """Rebuilds `prepare(params)` from the parameters and the leaves that `compute` kept."""
     _, treedef, origins = _origins(prepare, params)
-    leaves, others = jax.tree.leaves(params), iter(made)
+    leaves, others = jax.tree.leaves(params), iter(kept)
     return treedef.unflatten(next(others) if i is None else leaves[i] for i in origins)
 
 
@@ -113,7 +113,7 @@ def _origins(prepare, params):
     return closed, jax.tree.structure(shapes), origins
 
 
-def gathered(prepare: Callable[[Tree], Tree], params: Tree, names: tuple[str, ...]) -> Tree:
+def gathered_axes(prepare: Callable[[Tree], Tree], params: Tree, names: tuple[str, ...]) -> Tree:
     """The mapped axes that `prepare` gathers each parameter over; its transpose sums over them.
 
     Args:
@@ -173,11 +173,11 @@ def _evaluate(closed: core.ClosedJaxpr, inputs: Sequence[tuple[Any, Any]]) -> li
         if jaxprs.is_plain_jit(eqn):
             return _evaluate(eqn.params["jaxpr"], operands)
         values, wide = zip(*operands, strict=True) if operands else ((), ())
-        results = _gathered(eqn, *values) if eqn.primitive.name in _GATHERS else jaxprs.run(eqn, values)
+        results = _gather_wide(eqn, *values) if eqn.primitive.name in _GATHERS else jaxprs.bind(eqn, values)
         if eqn.primitive.name == "convert_element_type" and _floating(wide[0], results[0]):
             before = wide
         elif eqn.primitive.name in jaxprs.MOVES and len({x.dtype for x in wide}) == 1:
-            before = jaxprs.run(eqn, wide)
+            before = jaxprs.bind(eqn, wide)
         else:
             before = results
         return list(zip(results, before, strict=True))
@@ -185,20 +185,20 @@ def _evaluate(closed: core.ClosedJaxpr, inputs: Sequence[tuple[Any, Any]]) -> li
     return jaxprs.evaluate(closed.jaxpr, closed.consts, inputs, pairs, lambda x: (x, x))
 
 
-def _gathered(eqn: core.JaxprEqn, x: Any) -> list[Any]:
+def _gather_wide(eqn: core.JaxprEqn, x: Any) -> list[Any]:
     """Gathers `x`; the transpose sums over the devices in float32 or wider."""
-    run = lambda x: jaxprs.run(eqn, [x])[0]
 
-    @jax.custom_vjp
-    def gather(x):
-        return run(x)
+    def narrow(x):
+        return jaxprs.bind(eqn, [x])[0]
+
+    gather = jax.custom_vjp(narrow)
 
     def backward(x, cotangent):
-        _, pull_back = jax.vjp(run, layout.wide(x))
+        _, pull_back = jax.vjp(narrow, layout.wide(x))
         (gradient,) = pull_back(layout.wide(cotangent))
         return (gradient.astype(x.dtype),)
 
-    gather.defvjp(lambda x: (run(x), x), backward)
+    gather.defvjp(lambda x: (narrow(x), x), backward)
     return [gather(x)]
 
 
@@ -223,7 +223,7 @@ def _at_least_float32(dtype: Any) -> Any:
     return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
 
 
-def checked(value: Any, *, auto: bool = False) -> None:
+def check_argument(value: Any, *, auto: bool = False) -> None:
     """Checks `prepare`: None, a function of the parameters, or "auto" if `auto` allows it."""
     if isinstance(value, str) and not (auto and value == "auto"):
         takes = '"auto", None or a function' if auto else "None or a function"

@@ -92,18 +92,18 @@ def _evaluate(jits: jaxprs.Jits, jaxpr: core.Jaxpr, consts: Sequence[Any], input
 
 def _results(jits: jaxprs.Jits, eqn: core.JaxprEqn, operands: Sequence[_Value]) -> list[_Value]:
     if all(x.wide is None for x in operands):
-        return [_Value(x) for x in jaxprs.run(eqn, [x.array for x in operands])]
+        return [_Value(x) for x in jaxprs.bind(eqn, [x.array for x in operands])]
     if jaxprs.is_checkpoint(eqn):
-        body = lambda operands: _evaluate(jits, eqn.params["jaxpr"], [], operands)
+        body = functools.partial(_evaluate, jits, eqn.params["jaxpr"], [])
         with jaxprs.located(eqn):
             return jaxprs.checkpointed(eqn, body)(operands)
     if jaxprs.is_plain_jit(eqn):
-        body = eqn.params["jaxpr"]
-        return jits.call(eqn, None, lambda operands: _evaluate(jits, body.jaxpr, body.consts, operands), operands)
+        closed = eqn.params["jaxpr"]
+        return jits.call(eqn, None, lambda operands: _evaluate(jits, closed.jaxpr, closed.consts, operands), operands)
     if _is_weighing(eqn, operands):
         return [_Value(_product(eqn, operands))]
     arrays, wide = [x.array for x in operands], [x.wide for x in operands]
-    results = jaxprs.run(eqn, arrays)
+    results = jaxprs.bind(eqn, arrays)
     if any(x is None for x in wide) or not wide:
         return [_Value(x) for x in results]
     if eqn.primitive.name == "convert_element_type" and _is_half(results[0].dtype):
@@ -111,7 +111,7 @@ def _results(jits: jaxprs.Jits, eqn: core.JaxprEqn, operands: Sequence[_Value]) 
     if eqn.primitive.name not in jaxprs.MOVES:
         return [_Value(x) for x in results]
     uncast = all(x is y for x, y in zip(arrays, wide, strict=True))
-    return [_Value(*pair) for pair in zip(results, results if uncast else jaxprs.run(eqn, wide), strict=True)]
+    return [_Value(*pair) for pair in zip(results, results if uncast else jaxprs.bind(eqn, wide), strict=True)]
 
 
 def _is_weighing(eqn: core.JaxprEqn, operands: Sequence[_Value]) -> bool:
@@ -132,20 +132,22 @@ def _is_half_product(eqn: core.JaxprEqn) -> bool:
 def _product(eqn: core.JaxprEqn, operands: Sequence[_Value]) -> jax.Array:
     """Multiplies an activation and a weight; the weight's uncast value receives the gradient."""
     side = 0 if operands[0].wide is not None else 1  # the weight's operand index
-    run = lambda activation, weight: jaxprs.run(eqn, (weight, activation) if side == 0 else (activation, weight))[0]
+
+    def multiply(activation, weight):
+        return jaxprs.bind(eqn, (weight, activation) if side == 0 else (activation, weight))[0]
 
     @jax.custom_vjp
     def product(activation, weight, wide):
         del wide
-        return run(activation, weight)
+        return multiply(activation, weight)
 
     def forward(activation, weight, wide):
         del wide
-        return run(activation, weight), (activation, weight)
+        return multiply(activation, weight), (activation, weight)
 
     def backward(residuals, cotangent):
         activation, weight = residuals
-        _, pull_back = jax.vjp(lambda activation: run(activation, weight), activation)
+        _, pull_back = jax.vjp(lambda activation: multiply(activation, weight), activation)
         # None for the cast weight: `wide` receives its gradient.
         return *pull_back(cotangent), None, _weight_gradient(eqn, side, activation, cotangent)
 
@@ -163,11 +165,15 @@ def _weight_gradient(eqn: core.JaxprEqn, side: int, activation: jax.Array, cotan
     # The product's dimensions are the batched ones, then the left operand's, then the right operand's.
     at = len(batched[side]) + (len(own) if side == 0 else 0)
     dimensions = (other, range(at, at + len(other))), (batched[1 - side], range(len(batched[side])))
-    product = lambda x, y: jax.lax.dot_general(
-        x, y, dimensions, precision=eqn.params["precision"], preferred_element_type=jnp.float32
-    )
-    # The CPU doesn't support this product for all shapes, and computes in float32 anyway.
-    on_cpu = lambda x, y: product(x.astype(jnp.float32), y.astype(jnp.float32))
+
+    def product(x, y):
+        return jax.lax.dot_general(
+            x, y, dimensions, precision=eqn.params["precision"], preferred_element_type=jnp.float32
+        )
+
+    def on_cpu(x, y):  # The CPU doesn't support this product for all shapes, and computes in float32 anyway.
+        return product(x.astype(jnp.float32), y.astype(jnp.float32))
+
     gradient = jax.lax.platform_dependent(activation, cotangent, cpu=on_cpu, default=product)
     pairs = sorted(zip(contracted[1 - side], contracted[side], strict=True))
     order = [*batched[side], *(dimension for _, dimension in pairs), *own]

@@ -45,11 +45,7 @@ def write(key: str, value: str) -> None:
 
 
 def read(directory: str) -> dict[str, str]:
-    """Reads all entries below `directory`, which ends with a slash; keys are relative to it.
-
-    Raises:
-      RuntimeError: as for `write`.
-    """
+    """Reads all entries below `directory`, which ends with a slash; keys are relative to it. Raises as `write`."""
     return {key.removeprefix(directory): value for key, value in _client().key_value_dir_get(directory)}
 
 
@@ -57,17 +53,13 @@ def wait(key: str, timeout: float) -> str:
     """Waits until a process has set `key`, and returns its value.
 
     Raises:
-      RuntimeError: if no process sets it within `timeout` seconds; also as for `write`.
+      RuntimeError: if no process sets it within `timeout` seconds, or as `write`.
     """
     return _client().blocking_key_value_get(key, round(1000 * timeout))
 
 
 def forget(directory: str) -> None:
-    """Removes all entries below `directory`, which ends with a slash.
-
-    Raises:
-      RuntimeError: as for `write`.
-    """
+    """Removes all entries below `directory`, which ends with a slash. Raises as `write`."""
     _client().key_value_delete(directory)
 
 

@@ -19,16 +19,13 @@ _MOST = 64
 _LARGE = 2**20  # bytes
 
 
-def run(fun: Callable[..., Any], *args: Any) -> Any:
+def call_compiled(fun: Callable[..., Any], *args: Any) -> Any:
     """Runs `fun(*args)` as one compiled program if called outside jit and all other transformations.
 
-    To jax, a closure is a new function in each call, so a loop in it would recompile each time. Here `fun` is traced in
-    each call, so it may close over values that change, and an equal program is compiled only once.
-    Arrays in the closure are not traced, so code may branch on them; they become inputs of the program.
-
-    Args:
-      fun: a pure function of the arrays in `args`.
-      *args: trees; leaves that are neither arrays nor floats are passed through.
+    To jax, a closure is a new function in each call, so a loop in it would recompile each time. Here `fun`, a pure
+    function of the arrays in `args`, is traced in each call, so it may close over values that change, and an equal
+    program is compiled only once. Arrays in the closure are not traced, so code may branch on them; they become inputs
+    of the program. Leaves of `args` that are neither arrays nor floats are passed through.
     """
     if not trace_state_clean() or jax.config.values["jax_disable_jit"]:
         return fun(*args)
@@ -42,7 +39,7 @@ def run(fun: Callable[..., Any], *args: Any) -> Any:
         return fun(*treedef.unflatten(full))
 
     closed, shapes = jax.make_jaxpr(of_arrays, return_shape=True)(arrays)
-    program = functools.partial(_evaluate, closed.jaxpr)
+    program = functools.partial(_evaluate, closed.jaxpr)  # Without the constants, which the cache would keep alive.
     if not closed.effects and all(map(_can_be_told, jaxprs.equations(closed.jaxpr))):
         program = _compiled(program, closed, arrays)
     return jax.tree.unflatten(jax.tree.structure(shapes), program(closed.consts, arrays))

@@ -62,7 +62,7 @@ def checkpointed(eqn: core.JaxprEqn, body: Callable[..., Any]) -> Callable[..., 
     return jax.checkpoint(body, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
 
 
-def run(eqn: core.JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
+def bind(eqn: core.JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
     """Evaluates one equation."""
     with located(eqn):
         results = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
@@ -104,18 +104,17 @@ def evaluate(
     results: Callable[[core.JaxprEqn, list[Any]], Sequence[Any]],
     entry: Callable[[Any], Any],
 ) -> list[Any]:
-    """Evaluates `jaxpr` equation by equation on abstract entries instead of arrays.
+    """Evaluates `jaxpr` equation by equation on entries of any type instead of arrays.
 
-    Args:
-      jaxpr: the jaxpr.
-      consts: its constants, arrays.
-      inputs: the entries of its inputs.
-      results: `results(eqn, operands)` returns the entries of an equation's results.
-      entry: `entry(x)` returns the entry of a constant or a literal.
+    `inputs` are the entries of its inputs, `entry(x)` that of a constant or a literal, and `results(eqn, operands)`
+    those of an equation's results.
     """
     values = dict(zip(jaxpr.invars, inputs, strict=True))
     values |= dict(zip(jaxpr.constvars, map(entry, consts), strict=True))
-    read = lambda atom: entry(atom.val) if isinstance(atom, core.Literal) else values[atom]
+
+    def read(atom):
+        return entry(atom.val) if isinstance(atom, core.Literal) else values[atom]
+
     for eqn in jaxpr.eqns:
         operands = [read(atom) for atom in eqn.invars]
         values.update(zip(eqn.outvars, results(eqn, operands), strict=True))

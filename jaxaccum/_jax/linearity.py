@@ -68,7 +68,7 @@ def _jvp(eqn: core.JaxprEqn) -> core.Jaxpr:
     def tangents_of(operands, tangents):
         given = iter(tangents)
         every = [next(given) if _is_inexact(atom) else zero(atom) for atom in eqn.invars]
-        return jax.jvp(lambda *operands: list(jaxprs.run(eqn, operands)), operands, every)[1]
+        return jax.jvp(lambda *operands: list(jaxprs.bind(eqn, operands)), operands, every)[1]
 
     return jax.make_jaxpr(tangents_of)(operands, [atom.aval for atom in eqn.invars if _is_inexact(atom)]).jaxpr
 
@@ -79,7 +79,7 @@ def _is_linear(eqn: core.JaxprEqn) -> bool:
 
     def backward(operands, cotangents):
         given = iter(cotangents)
-        _, pull_back = jax.vjp(lambda *operands: list(jaxprs.run(eqn, operands)), *operands)
+        _, pull_back = jax.vjp(lambda *operands: list(jaxprs.bind(eqn, operands)), *operands)
         none = lambda var: np.zeros(var.aval.shape, jax.dtypes.float0)
         pairs = zip(eqn.outvars, floats, strict=True)
         grads = pull_back([next(given) if is_float else none(var) for var, is_float in pairs])

@@ -44,8 +44,7 @@ def fold_beyond_first(tree: Tree, device: Any) -> Tree:
     """
     if isinstance(device, int) and device == 0:
         return tree
-    leaf = lambda x: jnp.where(device == 0, x, fold(x, device)) if is_typed(x) else x
-    return jax.tree.map(leaf, tree)
+    return jax.tree.map(lambda x: jnp.where(device == 0, x, fold(x, device)) if is_typed(x) else x, tree)
 
 
 def refuse_shared(
@@ -53,9 +52,7 @@ def refuse_shared(
 ) -> None:
     """Raises if a typed key is outside the positional arguments `known`: parameters, batch, carry and `key_argnums`.
 
-    Raises:
-      ValueError: if all micro-batches, or whatever `what` names, would share a key and draw the same masks. The error
-        names the leaf.
+    All micro-batches, or `what`, would share it and draw the same masks.
     """
     others = {f"args[{i}]": arg for i, arg in enumerate(args) if i not in known}
     others |= {f"kwargs[{name!r}]": arg for name, arg in kwargs.items()}
@@ -71,11 +68,7 @@ def refuse_shared(
 
 
 def refuse_rngs(args: Sequence[Tree]) -> None:
-    """Raises if an argument of a micro-step is an `nnx.Rngs`: the traced loss can't update its counts.
-
-    Raises:
-      TypeError: if one of `args` is an `nnx.Rngs`.
-    """
+    """Raises if an argument of a micro-step is an `nnx.Rngs`: the traced loss can't update its counts."""
     nnx = sys.modules.get("flax.nnx")  # A user with an Rngs has imported flax.nnx.
     if nnx is not None and any(isinstance(arg, nnx.Rngs) for arg in args):
         raise TypeError(

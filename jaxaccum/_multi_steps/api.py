@@ -12,9 +12,11 @@ from jaxaccum._devices.topology import MappedAxis
 from jaxaccum._gradient import in_place_sums, once_per_window
 from jaxaccum._integers import positive_int
 from jaxaccum._jax import prng
-from jaxaccum._multi_steps import checks, loss_step, misspelling, redistribution, stepping
+from jaxaccum._multi_steps import accumulation, checks, closing, initial_state, loss_step, misspelling, redistribution
+from jaxaccum._multi_steps.accumulation import Boundary, MicroBatch
+from jaxaccum._multi_steps.closing import Call
+from jaxaccum._multi_steps.config import Config, Shapes
 from jaxaccum._multi_steps.state import MultiStepsState
-from jaxaccum._multi_steps.stepping import Config, Shapes
 from jaxaccum._sums import numeric
 from jaxaccum._types import Tree
 
@@ -123,22 +125,15 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
             raise TypeError(f"use_grad_mean must be True or False, got {use_grad_mean!r}.")
         if nonfinite not in ("propagate", "drop"):
             raise ValueError(f"nonfinite must be 'propagate' or 'drop', got {nonfinite!r}.")
-        is_collection = isinstance(averaged_extra_args, (tuple, list, Mapping))
-        if not is_collection or not all(isinstance(name, str) for name in averaged_extra_args):
-            raise TypeError(
-                "averaged_extra_args must be a tuple of names, or a dict of names and what they are like, got "
-                f"{averaged_extra_args!r}."
-            )
-        names = [name for name in averaged_extra_args if name != "grad"]  # `grad` is always the mean gradient.
-        trees = averaged_extra_args if isinstance(averaged_extra_args, Mapping) else {}
-        shapes = {name: Shapes.of(numeric.numbers(name, trees[name])) for name in names if name in trees}
-        is_scalar = lambda shapes: shapes == Shapes.of(jax.ShapeDtypeStruct((), shapes.leaves[0].dtype))
+        trees = checks.averaged_extra_args(averaged_extra_args)
+        # `grad` is always the mean gradient.
+        shapes = {name: Shapes.of(tree) for name, tree in trees.items() if name != "grad"}
         if should_skip_update_fn is not None and not callable(should_skip_update_fn):
             raise TypeError(f"should_skip_update_fn must be None or a function, got {should_skip_update_fn!r}.")
         numeric.floating("accumulator_dtype", accumulator_dtype)
-        once_per_window.checked(prepare)
-        in_place_sums.checked(in_place)
-        sync = placement.sync(axis_name, mesh, data_axis, should_skip_update_fn, reduce=reduce)
+        once_per_window.check_argument(prepare)
+        in_place_sums.check_argument(in_place)
+        sync = placement.select_sync(axis_name, mesh, data_axis, should_skip_update_fn, reduce=reduce)
         if should_skip_update_fn is not None or nonfinite == "drop":
             if in_place:
                 raise ValueError(
@@ -152,11 +147,11 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
             should_skip_update_fn=should_skip_update_fn,
             accumulator_dtype=None if accumulator_dtype is None else jnp.dtype(accumulator_dtype),
             nonfinite=nonfinite,
-            averaged_extra_args=tuple(names),
+            averaged_extra_args=tuple(shapes),
             sync=sync,
             prepare=prepare,
             in_place=in_place,
-            averaged_shapes=tuple((name, tree) for name, tree in shapes.items() if not is_scalar(tree)),
+            averaged_shapes=tuple((name, tree) for name, tree in shapes.items() if not tree.is_scalar),
         )
         self = super().__new__(cls, *_transformation(config))
         self._config = config
@@ -188,16 +183,10 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
           (params, state).
         """
         _check_extra_args(self._config, "apply", extra_args)
-        return stepping.run(
-            _unprepared(self._config, "apply"),
-            grads,
-            checks.state(state, "apply", self._config.sync),
-            params,
-            weight,
-            boundary,
-            extra_args,
-            stepping.apply_output(params),
-        )
+        config = _unprepared(self._config, "apply")
+        state = checks.state(state, "apply", config.sync)
+        call = Call(params, extra_args, applies=True)
+        return accumulation.add(config, state, MicroBatch(grads, weight), Boundary(boundary), call)
 
     def micro_step(
         self, fun: Callable[..., Any], params: Tree, state: MultiStepsState, *args: Any, boundary: Any = None
@@ -232,9 +221,7 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         state = checks.state(state, "micro_step", self._config.sync)
         numeric.arrays(params)
         prng.refuse_rngs(args)
-        return loss_step.micro_step(
-            self._config, loss_step.without_aux(fun, "micro_step"), params, state, args, boundary
-        )
+        return loss_step.micro_step(self._config, fun, "micro_step")(params, state, args, Boundary(boundary))
 
     def flush(
         self, state: MultiStepsState, params: Tree | None = None, **extra_args: Any
@@ -263,7 +250,7 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
           -2.0
         """
         _check_extra_args(self._config, "flush", extra_args)
-        return stepping.flush(self._config, checks.state(state, "flush", self._config.sync), params, extra_args)
+        return closing.flush(self._config, checks.state(state, "flush", self._config.sync), params, extra_args)
 
     def redistribute(
         self, state: MultiStepsState, devices: int | None = None, batch: str | None = None
@@ -328,7 +315,7 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
     @property
     def inner_opt(self) -> optax.GradientTransformationExtraArgs:
         """The inner optimizer."""
-        return self._config.inner
+        return self._config.inner_opt
 
     @classmethod
     def _make(cls, iterable: Iterable[Any]) -> Any:
@@ -360,6 +347,11 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
 
 # Otherwise jax would flatten an instance as a NamedTuple with two leaves.
 jax.tree_util.register_static(MultiSteps)
+
+
+def config_of(tx: MultiSteps) -> Config:
+    """The configuration of `tx`, for drivers built on it."""
+    return tx._config
 
 
 def _rebuild(cls: type[MultiSteps], config: tuple) -> MultiSteps:
@@ -409,7 +401,7 @@ def _transformation(config: Config) -> tuple[Callable[..., Any], Callable[..., A
           TypeError, ValueError: for parameters that are not supported, or if the inner optimizer contains another
             `MultiSteps`.
         """
-        return stepping.init(config, params)
+        return initial_state.init(config, params)
 
     def update(
         grads: Tree,
@@ -434,9 +426,9 @@ def _transformation(config: Config) -> tuple[Callable[..., Any], Callable[..., A
         Returns:
           (updates, state). Between boundaries the updates are zeros.
         """
-        checked = checks.state(state, "update", config.sync)
+        state = checks.state(state, "update", config.sync)
         _check_extra_args(_unprepared(config, "update"), "update", extra_args)
-        output = stepping.updates_output(config, lambda: config.sync.one(grads), checked, params, extra_args)
-        return stepping.run(config, grads, checked, params, weight, boundary, extra_args, output)
+        call = Call(params, extra_args, applies=False)
+        return accumulation.add(config, state, MicroBatch(grads, weight), Boundary(boundary), call)
 
     return init, update

@@ -1,6 +1,6 @@
 """Argument checks for `MultiSteps`. Each error names the argument, the value and the remedy."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,22 +10,17 @@ import optax
 from jaxaccum._devices import placement
 from jaxaccum._devices.topology import Sync
 from jaxaccum._integers import positive_int
+from jaxaccum._multi_steps.conditions import known
 from jaxaccum._multi_steps.state import MultiStepsState
 from jaxaccum._schedule import AccumulationSchedule
-from jaxaccum._sums.numeric import is_bool, is_real, kind, known, numbers, path_name
+from jaxaccum._sums.numeric import is_real, kind, path_name, scalar_dtype
 from jaxaccum._sums.traced_loss import or_one_each
 from jaxaccum._sums.weighted_sum import is_inexact
 from jaxaccum._types import Tree
 
 
 def state(value: Any, method: str, sync: Sync | None = None) -> MultiStepsState:
-    """Checks that `value` is a `MultiStepsState` and, given `sync`, that its local sums match the devices.
-
-    Raises:
-      TypeError: if it is not a `MultiStepsState`.
-      ValueError: if its local sums are for a different number of devices.
-      NameError: if `sync` is a mapped axis and the call is outside of its map.
-    """
+    """Checks that `value` is a `MultiStepsState` and, given `sync`, that its local sums match the devices."""
     if not isinstance(value, MultiStepsState):
         raise TypeError(
             f"{method} takes the MultiStepsState that init returned, got a {type(value)}; in a chain's state "
@@ -44,12 +39,7 @@ def state(value: Any, method: str, sync: Sync | None = None) -> MultiStepsState:
 
 
 def gradients(grads: Tree, acc_grads: Tree, sync: Sync) -> None:
-    """Checks that gradients match the parameters' tree and shapes and are floating or complex.
-
-    Raises:
-      ValueError: if the tree or a shape differs.
-      TypeError: if a gradient is not floating or complex.
-    """
+    """Checks that gradients match the parameters' tree and shapes and are floating or complex."""
     hint = (
         f" With mesh=, gradients have a leading axis for the {sync.shape[0]} devices of the data axis, as "
         "jaxaccum.local_value_and_grad gives them."
@@ -60,9 +50,8 @@ def gradients(grads: Tree, acc_grads: Tree, sync: Sync) -> None:
     want = dict(jax.tree_util.tree_leaves_with_path(acc_grads, is_leaf=is_none))
     got = dict(jax.tree_util.tree_leaves_with_path(grads, is_leaf=is_none))
     if want.keys() != got.keys():
-        missing, extra = (
-            ", ".join(map(path_name, keys)) for keys in (want.keys() - got.keys(), got.keys() - want.keys())
-        )
+        missing = ", ".join(map(path_name, want.keys() - got.keys()))
+        extra = ", ".join(map(path_name, got.keys() - want.keys()))
         raise ValueError(
             "grads must have the tree of the parameters that init was given"
             + (f"; missing: {missing}" if missing else "")
@@ -103,7 +92,7 @@ def accumulates() -> ValueError:
 
 def boundary(value: Any, sync: Sync) -> Any:
     """Checks `boundary`: a bool from Python, numpy or jax. A traced one must not vary over the data axis."""
-    if not is_bool(value):
+    if not _is_bool(value):
         raise TypeError(
             f"boundary must be None (the state's counter decides) or one bool, got {value!r}; "
             "for example boundary=(batch_index + 1) % k == 0."
@@ -119,17 +108,13 @@ def boundary(value: Any, sync: Sync) -> Any:
 
 def skip(value: Any) -> Any:
     """Checks that `should_skip_update_fn` returned one bool for `skip`."""
-    if not is_bool(value):
+    if not _is_bool(value):
         raise ValueError(f"should_skip_update_fn must return (skip, skip_state) with skip one bool, got {kind(value)}.")
     return value
 
 
 def every_k_schedule(value: Any) -> int | Callable[[Any], Any]:
-    """Checks K: an integer, or a function of `gradient_step` that returns integers.
-
-    Raises:
-      TypeError, ValueError: if `value` is neither, or is a function whose result is not one integer of at least 1.
-    """
+    """Checks K: an integer, or a function of `gradient_step` that returns one."""
     if isinstance(value, AccumulationSchedule):
         raise TypeError(
             f"every_k_schedule={value!r} gives K by epoch, but MultiSteps counts optimizer steps. Start with "
@@ -161,6 +146,19 @@ def scheduled_k(k: Any) -> Any:
     return k
 
 
+def averaged_extra_args(value: Any) -> dict[str, Tree]:
+    """Checks `averaged_extra_args`; returns a dict from each name to a tree, 0.0 for one given by name alone."""
+    if not isinstance(value, (tuple, list, Mapping)) or not all(isinstance(name, str) for name in value):
+        raise TypeError(
+            f"averaged_extra_args must be a tuple of names, or a dict of names and what they are like, got {value!r}."
+        )
+    trees = dict(value) if isinstance(value, Mapping) else dict.fromkeys(value, 0.0)
+    for name, tree in trees.items():
+        if name != "grad":
+            _numbers(name, tree)
+    return trees
+
+
 def averaged(name: str, value: Any, shape: tuple[int, ...] = ()) -> None:
     """Checks an averaged extra arg: one real number, or one per device."""
     if not is_real(value, shape):
@@ -173,10 +171,25 @@ def averaged(name: str, value: Any, shape: tuple[int, ...] = ()) -> None:
 
 def averaged_tree(name: str, value: Tree, like: Tree, shape: tuple[int, ...]) -> None:
     """Checks a non-scalar averaged extra arg: a tree like the one in `averaged_extra_args`, per device."""
-    numbers(name, value)
+    _numbers(name, value)
     got = jax.tree.map(jnp.shape, value)
     want = jax.tree.map(lambda x: (*shape, *x.shape), like)
     if jax.tree.structure(value) != jax.tree.structure(like) or got != want:
         raise ValueError(
             f"the extra arg {name!r} must have the tree and shapes that averaged_extra_args gives: {want}, not {got}."
         )
+
+
+def _is_bool(value: Any) -> bool:
+    return scalar_dtype(value) == jnp.bool_
+
+
+def _numbers(name: str, tree: Tree) -> None:
+    """Checks that an averaged extra arg has at least one leaf and only numeric leaves."""
+    leaves = jax.tree.leaves(tree)
+    for leaf in leaves:
+        has_dtype = hasattr(leaf, "dtype") and not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
+        if not (has_dtype or isinstance(leaf, (int, float, complex))):
+            raise TypeError(f"averaged_extra_args: {name!r} must be arrays or numbers, got {kind(leaf)}.")
+    if not leaves:
+        raise TypeError(f"averaged_extra_args: {name!r} must be arrays or numbers, got {tree!r}.")

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jaxaccum._devices.topology import MappedAxis
 from jaxaccum._integers import positive_int
 from jaxaccum._jax import prng
-from jaxaccum._multi_steps import checks, inner_update, loss_step, stepping
-from jaxaccum._multi_steps.api import MultiSteps
-from jaxaccum._multi_steps.state import MultiStepsState, set_every_k
+from jaxaccum._multi_steps import checks, inner_update, loss_step
+from jaxaccum._multi_steps.accumulation import Boundary
+from jaxaccum._multi_steps.api import MultiSteps, config_of
+from jaxaccum._multi_steps.state import MultiStepsState, set_every_k, with_cleared_sums
 from jaxaccum._sums import numeric, weighted_sum
 from jaxaccum._types import Tree
 
@@ -62,7 +63,7 @@ class HostDriven:
             raise TypeError(f"tx must be a jaxaccum.MultiSteps, got {tx!r}.")
         if not callable(fun):
             raise TypeError(f"fun must be callable, got {fun!r}.")
-        config = tx._config
+        config = config_of(tx)
         reasons = {
             "axis_name": isinstance(config.sync, MappedAxis),
             "a function for every_k_schedule": callable(config.every_k),
@@ -80,19 +81,19 @@ class HostDriven:
         self._ks = _Facts()
         self._compiled = set()  # (program, signature) pairs that are known to compile.
 
-        loss = loss_step.without_aux(fun, "HostDriven")
-        micro_step = functools.partial(loss_step.micro_step, config, loss, clears=True)
+        micro_step = loss_step.micro_step(config, fun, "HostDriven")
 
         def accumulate(params, prepared, pending, *args):
-            loss, _, pending = micro_step(params, pending._replace(prepared=prepared), args, boundary=False)
+            pending = pending._replace(prepared=prepared)
+            loss, _, pending = micro_step(params, pending, args, Boundary(False, clears=True))
             return loss, pending._replace(prepared=())
 
         def close(params, state, *args):
-            return micro_step(params, state, args, boundary=True)
+            return micro_step(params, state, args, Boundary(True, clears=True))
 
         def flush(params, state):
             updates, state = tx.flush(state, params)
-            return inner_update.apply_updates(params, updates), stepping.cleared(state)
+            return inner_update.apply_updates(params, updates), with_cleared_sums(state)
 
         self._accumulate = jax.jit(accumulate, donate_argnums=2)
         self._close = jax.jit(close, donate_argnums=(0, 1))
@@ -189,7 +190,7 @@ class HostDriven:
             if (program, signature) not in self._compiled:
                 program.lower(*given, state, *args).compile()
                 self._compiled.add((program, signature))
-            state = stepping.cleared(state, self._clear)
+            state = with_cleared_sums(state, self._clear)
         return program(*given, state, *args)
 
 
@@ -200,24 +201,14 @@ class _Assignment(NamedTuple):
 
 
 class _K(NamedTuple):
-    """A state's K.
-
-    Attributes:
-      every_k: its value.
-      written: the latest assignment that was applied to the state or that is older than it.
-    """
+    """A state's K, and the latest assignment that was applied to the state or that is older than it."""
 
     every_k: int
     written: _Assignment
 
 
 class _Position(NamedTuple):
-    """A state's position in its window.
-
-    Attributes:
-      mini_step: the number of micro-steps in the window.
-      cleared: if `mini_step` is 0, references to the state's sums if they are known to be 0.
-    """
+    """A state's number of micro-steps in its window, and references to its sums if they are known to be 0."""
 
     mini_step: int
     cleared: tuple[weakref.ref, ...]
@@ -264,12 +255,14 @@ def _on_host(scalar: Any) -> int:
 
 def _signature(args: Any) -> tuple:
     """The cache key for compilation: everything about `args` except their values."""
+
+    def kind(x):
+        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
+            return (x.aval, x.sharding, x.committed)
+        return type(x), getattr(x, "shape", None), getattr(x, "dtype", None)
+
     leaves, treedef = jax.tree.flatten(args)
-    kind = lambda x: (type(x), getattr(x, "shape", None), getattr(x, "dtype", None))
-    placed = lambda x: (x.aval, x.sharding, x.committed)
-    is_placed = lambda x: isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
-    kinds = tuple(placed(x) if is_placed(x) else kind(x) for x in leaves)
-    return jax.sharding.get_abstract_mesh(), treedef, kinds
+    return jax.sharding.get_abstract_mesh(), treedef, tuple(map(kind, leaves))
 
 
 def _sums(state: MultiStepsState) -> list[Any]:

@@ -2,111 +2,100 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
-
-import jax
+from typing import Any, NamedTuple
 
 from jaxaccum._devices.topology import MappedAxis, MeshAxis
 from jaxaccum._gradient import micro_gradient, once_per_window, splitting
 from jaxaccum._gradient.roles import Roles
 from jaxaccum._jax import prng
-from jaxaccum._multi_steps import stepping
+from jaxaccum._multi_steps import accumulation
+from jaxaccum._multi_steps.accumulation import Boundary, MicroBatch
+from jaxaccum._multi_steps.closing import Call
+from jaxaccum._multi_steps.config import Config
 from jaxaccum._multi_steps.state import MultiStepsState
-from jaxaccum._multi_steps.stepping import Config
 from jaxaccum._sums import traced_loss, weighted_sum
 from jaxaccum._sums.weighted_sum import Weighted
 from jaxaccum._types import Tree
 
 
-def step(
-    config: Config,
-    fun: Callable[..., tuple[Any, Any]],
-    roles: Roles,
-    params: Tree,
-    state: MultiStepsState,
-    args: Sequence[Any],
-    boundary: Any,
-    *,
-    own: Sequence[int] = (),
-    clears: bool = False,
-    extra_args: dict[str, Any] | None = None,
-) -> tuple[Weighted, Any, Tree, MultiStepsState]:
-    """Runs one micro-step from the loss.
+class LossStep(NamedTuple):
+    """Micro-steps of one loss.
 
-    Args:
-      config: the transformation's configuration.
+    Attributes:
+      config: the configuration of the `MultiSteps`.
       fun: `fun(params, *args)` returns (loss, rest); the loss is plain or a `Weighted`.
       roles: the roles of the arguments; the parameters are argument 0.
-      params: the parameters.
-      state: the state.
-      args: the other arguments.
-      boundary: as for `MultiSteps.update`.
       own: as for `micro_gradient.on_each`.
-      clears: as for `stepping.run`.
-      extra_args: for the inner optimizer.
-
-    Returns:
-      (loss, rest, params, state). loss and rest are local to each device: with a mesh they have a leading device axis.
     """
-    seen = params if config.prepare is None else once_per_window.seen(config.prepare, params, state.prepared)
-    judges = config.should_skip_update_fn is not None  # That function receives mean gradients.
-    loss, rest, grads = micro_gradient.on_each(
-        fun,
-        config.sync,
-        roles,
-        (seen, *args),
-        own=own,
-        sums=None if config.in_place is False else state.acc_grads,
-        in_place=config.in_place,
-        starts=False if clears else state.mini_step == 0,
-        mean=judges,
-    )
-    if "value" in config.averaged_extra_args:
-        extra_args = {"value": traced_loss.mean(loss), **(extra_args or {})}
-    params, state = stepping.run(
-        config,
-        grads,
-        state,
-        params,
-        loss.weight,
-        boundary,
-        extra_args or {},
-        stepping.apply_output(params),
-        like=weighted_sum.arrays(params),
-        weighted=loss.weight is not None and not judges,
-        clears=clears,
-    )
-    return loss, rest, params, state
+
+    config: Config
+    fun: Callable[..., tuple[Any, Any]]
+    roles: Roles
+    own: Sequence[int] = ()
+
+    def __call__(
+        self,
+        params: Tree,
+        state: MultiStepsState,
+        args: Sequence[Any],
+        boundary: Boundary,
+        extra_args: dict[str, Any] | None = None,
+    ) -> tuple[Weighted, Any, Tree, MultiStepsState]:
+        """Runs one micro-step: (loss, rest, params, state).
+
+        loss and rest are local to each device: with a mesh they have a leading device axis.
+        """
+        config = self.config
+        seen = params if config.prepare is None else once_per_window.restore(config.prepare, params, state.prepared)
+        judges = config.should_skip_update_fn is not None  # That function receives mean gradients.
+        loss, rest, grads = micro_gradient.on_each(
+            self.fun,
+            config.sync,
+            self.roles,
+            (seen, *args),
+            own=self.own,
+            sums=None if config.in_place is False else state.acc_grads,
+            in_place=config.in_place,
+            starts=False if boundary.clears else state.mini_step == 0,
+            mean=judges,
+        )
+        extra_args = extra_args or {}
+        if "value" in config.averaged_extra_args:
+            extra_args = {"value": traced_loss.mean(loss)} | extra_args
+        micro_batch = MicroBatch(
+            grads=grads,
+            weight=loss.weight,
+            weighted=loss.weight is not None and not judges,
+            like=weighted_sum.arrays(params),
+        )
+        params, state = accumulation.add(config, state, micro_batch, boundary, Call(params, extra_args, applies=True))
+        return loss, rest, params, state
 
 
-def micro_step(
-    config: Config,
-    fun: Callable[..., Any],
-    params: Tree,
-    state: MultiStepsState,
-    args: Sequence[Any],
-    boundary: Any,
-    clears: bool = False,
-) -> tuple[jax.Array, Tree, MultiStepsState]:
-    """`MultiSteps.micro_step`; `clears` as for `stepping.run`."""
+def micro_step(config: Config, fun: Callable[..., Any], method: str) -> Callable[..., tuple[Any, Tree, Any]]:
+    """`MultiSteps.micro_step` for one loss, called as `(params, state, args, boundary)`; `method` is for errors."""
+    fun = _without_aux(fun, method)
 
-    def own(params, *args):
+    def on_device(params, *args):
         if isinstance(config.sync, MeshAxis):  # Only the batch is sharded; the other arguments are replicated.
             batch, *others = args
             args = batch, *prng.fold_typed(others, MappedAxis(config.sync.names).index())
         return fun(params, *args), None
 
-    roles = Roles(params=(0,), batch=(1,), keys=(), carry=())
-    if isinstance(config.sync, MeshAxis):
-        given = params, *args
-        roles.check(given)
-        splitting.check_devices(given, roles.batch, 1, False, config.sync.size())
-    loss, _, params, state = step(config, own, roles, params, state, args, boundary, clears=clears)
-    return traced_loss.mean(loss), params, state
+    step = LossStep(config, on_device, Roles(params=(0,), batch=(1,), keys=(), carry=()))
+
+    def micro_step(params, state, args, boundary):
+        if isinstance(config.sync, MeshAxis):
+            step.roles.check((params, *args))
+            splitting.check_devices((params, *args), step.roles.batch, 1, False, config.sync.size())
+        loss, _, params, state = step(params, state, args, boundary)
+        return traced_loss.mean(loss), params, state
+
+    return micro_step
 
 
-def without_aux(fun: Callable[..., Any], method: str) -> Callable[..., Any]:
-    """Wraps the loss `fun` to check its return value for `method`, which does not support aux."""
+def _without_aux(fun: Callable[..., Any], method: str) -> Callable[..., Any]:
+    """The loss `fun`, whose value is checked for `method`, which does not support aux."""
 
     @functools.wraps(fun, updated=())
     def checked(*args):

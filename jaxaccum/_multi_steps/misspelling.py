@@ -19,17 +19,10 @@ _OWN_WORDS = frozenset({"at_boundary", "eight", "weighted"})
 def check(
     method: str, given: Iterable[str], meant: Iterable[str], update: Callable[..., Any], remedy: str = ""
 ) -> None:
-    """Raises for an extra arg whose name is close to an argument's, unless the optimizer has a parameter of that name.
+    """Raises for a name in `given` that is close to one in `meant`, unless the optimizer has a parameter of that name.
 
-    Args:
-      method: the name of the method called.
-      given: the extra args' names.
-      meant: the arguments that might be misspelt.
-      update: the optimizer's `update`.
-      remedy: the end of the error message; by default it suggests the argument's correct name.
-
-    Raises:
-      TypeError: for a misspelt name.
+    `method` is the name of the method called, and `update` the optimizer's. `remedy` ends the error message; by default
+    it suggests the correct name.
     """
     for name in given:
         near = _nearest(name, tuple(meant))

@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxaccum._devices import layout
 from jaxaccum._devices.topology import MeshAxis, OneDevice
+from jaxaccum._multi_steps.config import Config
 from jaxaccum._multi_steps.state import MultiStepsState
-from jaxaccum._multi_steps.stepping import Config
 from jaxaccum._sums import overwrites
 from jaxaccum._types import Tree
 
@@ -20,33 +20,20 @@ BATCHES = ("per_device", "global", "weighted")
 
 
 def redistribute(config: Config, state: MultiStepsState, devices: int, batch: str | None) -> MultiStepsState:
-    """Moves the local sums of `state` to `devices` devices, in the layout of `config`.
+    """Moves the local sums of `state` to `devices` devices, in the layout of `config`; see `MultiSteps.redistribute`.
 
-    Each sum moves whole to one new device, and new devices that receive none start from zero. Sums are scaled by new
-    devices / old devices in two cases. With `batch="global"`, all sums are, so that micro-steps before and after the
-    change weigh the same. With `use_grad_mean=False`, whose result is a mean over devices, the gradients' sums are, so
-    that each micro-step contributes its mean over the devices it ran on.
-
-    Args:
-      config: the transformation's configuration.
-      state: its state, for any number of devices.
-      devices: the new number of devices.
-      batch: one of `BATCHES`, or None.
-
-    Raises:
-      ValueError: if `batch` is None and the result depends on it.
+    Sums are scaled by new devices / old devices in two cases. With `batch="global"`, all sums are, so that micro-steps
+    before and after the change weigh the same. With `use_grad_mean=False`, whose result is a mean over devices, the
+    gradients' sums are, so that each micro-step contributes its mean over the devices it ran on.
     """
-    is_stacked = jnp.ndim(state.mini_step) == 1
-    if is_stacked:  # From pmap: every leaf has a leading device axis.
-        shared = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[0]), state)
-        local = lambda name: getattr(state, name)
-    else:
-        shared = state
-        is_one = jnp.ndim(state.weight) == 0
-        local = lambda name: jax.tree.map(lambda x: x[None], getattr(state, name)) if is_one else getattr(state, name)
+    is_stacked = jnp.ndim(state.mini_step) == 1  # From pmap: every leaf has a leading device axis.
+    shared = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[0]), state) if is_stacked else state
+    local = {name: getattr(state, name) for name in ("acc_grads", "weight", "averages", "dropped")}
+    if jnp.ndim(state.weight) == 0:
+        local = jax.tree.map(lambda x: x[None], local)
 
-    before = np.size(local("weight"))
-    if batch is None and before != devices and np.any(shared.mini_step) and np.any(local("weight")):
+    before = np.size(local["weight"])
+    if batch is None and before != devices and np.any(shared.mini_step) and np.any(local["weight"]):
         raise ValueError(
             f"batch must be given: {before} devices hold the sums of an open window, which go on with {devices}, and "
             "the state can't tell what their weights count. batch='per_device' if each device's batch stays as large "
@@ -61,10 +48,9 @@ def redistribute(config: Config, state: MultiStepsState, devices: int, batch: st
         "averages": ratio if batch == "global" else 1,
         "dropped": 1,
     }
-    moved = {name: folded(jax.tree.map(_on_host, local(name)), devices, scale) for name, scale in scales.items()}
+    moved = {name: folded(jax.tree.map(_through_host, local[name]), devices, scale) for name, scale in scales.items()}
     if isinstance(config.sync, MeshAxis):
-        place = functools.partial(_placed, config.sync)
-        moved = {name: jax.tree.map(place, sums, local(name)) for name, sums in moved.items()}
+        moved = jax.tree.map(functools.partial(_placed, config.sync), moved, local)
     if isinstance(config.sync, OneDevice):
         moved = jax.tree.map(lambda x: x[0], moved)
     if isinstance(config.sync, OneDevice | MeshAxis):
@@ -92,8 +78,8 @@ def folded(sums: Tree, devices: int, scale: float = 1) -> Tree:
     return jax.tree.map_with_path(leaf, sums)
 
 
-def _on_host(x: Any) -> jax.Array:
-    """Copies `x` through the host, because its devices may not be among the new ones."""
+def _through_host(x: Any) -> jax.Array:
+    """Copies `x` by way of the host, because its devices may not be among the new ones."""
     return jnp.asarray(np.asarray(x))
 
 

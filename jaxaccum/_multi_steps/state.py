@@ -1,12 +1,15 @@
-"""The state of `MultiSteps`, and `set_every_k`."""
+"""The state of `MultiSteps`, and what the host changes in it."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxaccum._integers import positive_int
+from jaxaccum._sums import weighted_sum
 from jaxaccum._sums.weighted_sum import Weighted
+from jaxaccum._types import Tree
 
 
 class MultiStepsState(NamedTuple):
@@ -42,6 +45,12 @@ class MultiStepsState(NamedTuple):
     updated: Any
     dropped: Any
     prepared: Any = ()
+
+
+def with_cleared_sums(state: MultiStepsState, clear: Callable[[Tree], Tree] = weighted_sum.cleared) -> MultiStepsState:
+    """`state` with `acc_grads` and `weight` set to 0."""
+    acc_grads, weight = clear((state.acc_grads, state.weight))
+    return state._replace(acc_grads=acc_grads, weight=weight)
 
 
 def set_every_k(state: Any, k: int) -> Any:

@@ -9,14 +9,13 @@ from jaxaccum._sums.weighted_sum import is_inexact
 from jaxaccum._types import Tree
 
 
-def known(flag: Any) -> Any:
-    """Converts `flag` to a Python bool, unless it is traced."""
-    return flag if isinstance(flag, jax.core.Tracer) else bool(flag)
-
-
 def floating(name: str, dtype: Any) -> None:
     """Checks that a dtype argument is floating or None."""
-    if not (dtype is None or is_floating(dtype)):
+    try:
+        is_floating = dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        is_floating = False  # It is no dtype.
+    if not is_floating:
         raise TypeError(f"{name} must be a floating dtype or None, got {dtype!r}.")
 
 
@@ -49,29 +48,9 @@ def differentiable(params: Tree, what: str = "the argument that argnums names") 
             )
 
 
-def numbers(name: str, tree: Tree) -> Tree:
-    """Checks that `tree`, an averaged extra arg, has at least one leaf and only numeric leaves; returns it."""
-    leaves = jax.tree.leaves(tree)
-    for leaf in leaves:
-        has_dtype = hasattr(leaf, "dtype") and not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
-        if not (has_dtype or isinstance(leaf, (int, float, complex))):
-            raise TypeError(f"averaged_extra_args: {name!r} must be arrays or numbers, got {kind(leaf)}.")
-    if not leaves:
-        raise TypeError(f"averaged_extra_args: {name!r} must be arrays or numbers, got {tree!r}.")
-    return tree
-
-
 def path_name(path: Any) -> str:
     """A leaf's path, for an error message."""
     return jax.tree_util.keystr(path)
-
-
-def is_floating(dtype: Any) -> bool:
-    """Whether `dtype` names a floating dtype; False for what is no dtype."""
-    try:
-        return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
-    except TypeError:
-        return False
 
 
 def scalar_dtype(value: Any) -> Any:
@@ -84,11 +63,6 @@ def is_real(value: Any, shape: tuple[int, ...]) -> bool:
     """Whether `value` is one real number, or an array of them of `shape`."""
     dtype = value.dtype if shape and getattr(value, "shape", None) == shape else scalar_dtype(value)
     return any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)) if dtype else False
-
-
-def is_bool(value: Any) -> bool:
-    """Whether `value` is one bool."""
-    return scalar_dtype(value) == jnp.bool_
 
 
 def kind(value: Any) -> str:

@@ -118,8 +118,8 @@ def value_and_grad(
     """
     if not callable(fun):
         raise TypeError(f"fun must be callable, got {fun!r}.")
-    once_per_window.checked(prepare, auto=True)
-    in_place_sums.checked(in_place)
+    once_per_window.check_argument(prepare, auto=True)
+    in_place_sums.check_argument(in_place)
     if prepare is not None and not isinstance(argnums, int):
         raise ValueError(f"prepare takes one differentiated argument, got argnums={argnums!r}; put them in one tree.")
     numeric.floating("accumulator_dtype", accumulator_dtype)
@@ -141,7 +141,7 @@ def value_and_grad(
         raise ValueError(
             f"unroll={unroll!r} needs a num_micro_batches that is not traced: leave it at 1, or pass an int."
         )
-    sync = placement.sync(axis_name, mesh, data_axis, reduce=reduce)
+    sync = placement.select_sync(axis_name, mesh, data_axis, reduce=reduce)
 
     def value_and_grad(*args, **kwargs):
         numeric.available("accumulator_dtype", accumulator_dtype)
@@ -155,7 +155,7 @@ def value_and_grad(
         placement.placed(params, sync)
         with window.roles.hints(args, kwargs, window.k, stacked):
             traced = {i: args[i] for i in window.roles.all()}
-            return eager.run(functools.partial(_window_of, window, sync, grad_dtype, args, kwargs), traced)
+            return eager.call_compiled(functools.partial(_window_of, window, sync, grad_dtype, args, kwargs), traced)
 
     return value_and_grad
 
@@ -191,7 +191,7 @@ def _on_mesh(window, sync, args, kwargs):
     out_specs = P(sync.names), P(), P(), P(None, sync.names)
     split = [i + 1 for i in window.roles.batch]
     options = {"split": split, "split_dim": 1 if window.stacked else 0, "out_specs": out_specs}
-    sums, *rest = mesh_map.run(body, sync, (window.k, *args), kwargs, **options)
+    sums, *rest = mesh_map.on_data_axes(body, sync, (window.k, *args), kwargs, **options)
     return sync.joined(sums), *rest
 
 

@@ -74,10 +74,10 @@ class Window(NamedTuple):
         else:
             visible = self.prepare.seeing(loss, params, *first) if isinstance(self.prepare, Cast) else self.prepare
             if visible is not None:
-                once_per_window.check(visible, params)
+                once_per_window.check_linear(visible, params)
         if visible is not None:
-            reduced = once_per_window.gathered(visible, params, device.names)
-            seen, transpose = once_per_window.once(visible, params)
+            reduced = once_per_window.gathered_axes(visible, params, device.names)
+            seen, transpose = once_per_window.with_transpose(visible, params)
             seen = device.local(seen)
 
         traced, mean = traced_loss.trace(loss, seen, *first), None

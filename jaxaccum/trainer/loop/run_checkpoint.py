@@ -12,8 +12,8 @@ import numpy as np
 from jaxaccum._devices import topology
 from jaxaccum._devices.topology import OneDevice
 from jaxaccum._jax import prng
-from jaxaccum._multi_steps import redistribution, stepping
-from jaxaccum._multi_steps.state import MultiStepsState
+from jaxaccum._multi_steps import redistribution
+from jaxaccum._multi_steps.state import MultiStepsState, with_cleared_sums
 from jaxaccum._sums import weighted_sum
 from jaxaccum._types import Tree
 from jaxaccum.callbacks import Callback
@@ -175,7 +175,7 @@ def _placed(checkpoint: Checkpoint, like: FitState, before: int, strategy: Strat
 
 
 def _cleared(sums: MultiStepsState) -> MultiStepsState:
-    return stepping.cleared(sums, functools.partial(jax.tree.map, np.zeros_like))
+    return with_cleared_sums(sums, functools.partial(jax.tree.map, np.zeros_like))
 
 
 def _redistributed(pending: Pending, before: int, strategy: Strategy, programs: Programs) -> Pending:

@@ -11,9 +11,11 @@ import optax
 
 from jaxaccum import task as _task
 from jaxaccum._gradient import sum_packing
-from jaxaccum._multi_steps import inner_update, loss_step, stepping
-from jaxaccum._multi_steps.api import MultiSteps
-from jaxaccum._multi_steps.state import MultiStepsState
+from jaxaccum._multi_steps import inner_update
+from jaxaccum._multi_steps.accumulation import Boundary
+from jaxaccum._multi_steps.api import MultiSteps, config_of
+from jaxaccum._multi_steps.loss_step import LossStep
+from jaxaccum._multi_steps.state import MultiStepsState, with_cleared_sums
 from jaxaccum._sums import numeric, weighted_sum
 from jaxaccum._types import Tree
 from jaxaccum.distributed.process_group import Processes
@@ -230,7 +232,7 @@ class Programs:
         sums = state.pending.sums._replace(inner_opt_state=state.opt_state)
         updates, sums = self._tx.flush(sums, state.params, **share)
         params = inner_update.apply_updates(state.params, updates)
-        pending = state.pending._replace(sums=stepping.cleared(sums)._replace(inner_opt_state=None))
+        pending = state.pending._replace(sums=with_cleared_sums(sums)._replace(inner_opt_state=None))
         return self._closed(params, sums.inner_opt_state, pending), self._means(pending.logs)
 
     def _closed(self, params, opt_state, pending):
@@ -247,9 +249,8 @@ class Programs:
 
     def _micro_step(self, params, sums, *args, boundary, extra_args=None):
         """Adds a piece and returns (loss, (model state, logs), params, sums); sums are 0 at a window's start."""
-        config = self._tx._config
-        options = {"own": objective.OWN, "boundary": boundary, "clears": True, "extra_args": extra_args}
-        return loss_step.step(config, self._objective, objective.ROLES, params, sums, args, **options)
+        step = LossStep(config_of(self._tx), self._objective, objective.ROLES, objective.OWN)
+        return step(params, sums, args, Boundary(boundary, clears=True), extra_args)
 
     def _add(self, params, opt_state, pending, batch, place, boundary, **extra_args):
         """Adds a piece and returns (params, opt_state, pending, logs); runs the optimizer at a boundary."""

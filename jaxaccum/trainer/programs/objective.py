@@ -70,7 +70,7 @@ def losses(task: Task, strategy: Strategy, params: Tree, model_state: Tree, batc
     if isinstance(sync, OneDevice):
         return on_device(*args)
     body = lambda *args: jax.tree.map(lambda x: x[None], on_device(*args))
-    return mesh_map.run(body, sync, args, {}, split=(2,), split_dim=0, out_specs=P(sync.names))
+    return mesh_map.on_data_axes(body, sync, args, {}, split=(2,), split_dim=0, out_specs=P(sync.names))
 
 
 def _device(strategy: Strategy) -> OneDevice | MappedAxis:

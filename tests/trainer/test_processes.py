@@ -5,17 +5,16 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import flags
 import numpy as np
+import process_worker
 import pytest
 from process_worker import SIZES, ZERO, Positioned, Records, fit, of_process
 from training import loader
 
 from jaxaccum.callbacks import ModelCheckpoint
 
-WORKER = Path(__file__).with_name("process_worker.py")
 pytestmark = [pytest.mark.usefixtures("compiled_once"), pytest.mark.skipif(os.name != "posix", reason="sends signals")]
 
 
@@ -49,7 +48,7 @@ def together(folder, alone):
     processes = []
     try:
         for i in "01":
-            command = [sys.executable, "-W", "error", str(WORKER), address, "2", i, str(folder)]
+            command = [sys.executable, "-W", "error", process_worker.__file__, address, "2", i, str(folder)]
             with open(folder / f"{i}.out", "w") as out, open(folder / f"{i}.err", "w") as err:
                 processes.append(subprocess.Popen(command, stdout=out, stderr=err, env=environment))
         codes = [process.wait(timeout=400) for process in processes]

@@ -1,27 +1,15 @@
 """The hard guarantee: a run that goes on from a checkpoint is the run that never ended, bit for bit."""
 
-import argparse
-import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
-
-import flags
 import jax
 import pytest
+from killed_runs import killed_and_resumed, life
 from training import assert_close, assert_same, loader, task, trainer
 
 import jaxaccum
 from jaxaccum.callbacks import Callback, ModelCheckpoint
 
 SCHEDULE = {0: 3, 1: 2}
-WORKER = Path(__file__).with_name("resume_worker.py")
 pytestmark = pytest.mark.usefixtures("compiled_once")
-MOMENTS = ["micro_step", "save", "validation", "epoch_end"]
 
 
 class Tally(Callback):
@@ -147,31 +135,6 @@ def test_model_states_that_have_parted_go_on_from_their_mean(tmp_path):
         assert_close(got, want, 1e-6)
 
 
-def life(folder, devices, epochs, death=None):
-    """A process that trains until it is done, when it says what it ended with, or until it is killed: then None."""
-    arguments = [str(folder), str(devices), str(epochs), *map(str, death or ())]
-    environment = {**os.environ, "XLA_FLAGS": flags.forced(devices), "JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"}
-    environment["JAX_COMPILATION_CACHE_DIR"] = str(folder.parent / "compiled")
-    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    command = [sys.executable, str(WORKER), *arguments]
-    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=300)
-    if done.returncode == -signal.SIGKILL:
-        return None
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-def killed_and_resumed(folder, devices, kills, seed):
-    """What a run ends with after so many kills at random moments, and in which moments they were."""
-    dice = random.Random(seed)
-    # Every moment in turn, then a delay that takes the kill to any place in it or beyond.
-    deaths = [(MOMENTS[i % 4], dice.randint(1, 4), dice.uniform(0, 0.04)) for i in range(kills)]
-    ended = [life(folder, devices, epochs=2 * kills + 4, death=death) for death in deaths]
-    assert ended == [None] * kills, "the run was over before its kills were: it needs more epochs"
-    cut_off = len(list((folder / "checkpoints").glob("*orbax*")))
-    return life(folder, devices, epochs=2 * kills + 4), cut_off
-
-
 @pytest.mark.parametrize(("devices", "kills"), [(1, 4), (4, 1)])
 def test_a_run_killed_at_random_moments_ends_as_if_it_never_was(tmp_path, devices, kills):
     """Catches a micro-batch that is seen twice or never, and a checkpoint that can't be relied on."""
@@ -183,23 +146,6 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_never_was(tmp_path, device
     batches = list(range(7 * devices))
     assert [sorted(epoch) for epoch in want["epochs"]] == [batches] * (2 * kills + 4) and want["paths"] == [True, True]
     assert len({tuple(epoch) for epoch in want["epochs"]}) > 1
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description="Kills a run at random moments, more often than the suite has time for."
-    )
-    parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--devices", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as root:
-        for name in ("unbroken", "killed"):
-            (Path(root) / name).mkdir()
-        want = life(Path(root) / "unbroken", options.devices, 2 * options.kills + 4)
-        got, cut_off = killed_and_resumed(Path(root) / "killed", options.devices, options.kills, options.seed)
-    print(f"{options.kills} kills, {cut_off} checkpoints cut off, the same in the end: {got == want}", got)
-    sys.exit(got != want)
 
 
 @pytest.mark.parametrize("devices", [1, 4])

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 
 
@@ -27,7 +27,7 @@ def test_the_readmes_links_lead_somewhere(path):
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"`(test_\w+)`", README))))
 def test_the_readmes_tests_exist(name):
     """Catches a guarantee whose test was renamed or deleted."""
-    assert any(f"def {name}(" in file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
+    assert any(f"def {name}(" in file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
 
 
 def test_the_first_block_is_the_two_commands():

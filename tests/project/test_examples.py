@@ -11,7 +11,7 @@ from pathlib import Path
 import flags
 import numpy as np
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 # They run for longer than they compile: convolutions that are not optimised at all take minutes.
 IN_LESS_OF_A_HURRY = f"{flags.HURRY} --xla_backend_optimization_level=1"
 

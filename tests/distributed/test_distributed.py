@@ -8,13 +8,13 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+import distributed_worker
 import pytest
 
 import jaxaccum.distributed
 
-WORKER = Path(__file__).parent / "distributed_worker.py"
+WORKER = distributed_worker.__file__
 
 
 def run(tmp_path, num_processes, *, stopped=None, **task):

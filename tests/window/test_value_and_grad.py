@@ -256,3 +256,23 @@ def test_unrolled_loops_are_those_of_a_known_length():
         jaxaccum.value_and_grad(loss, 3, stacked=True, unroll=2)(jnp.ones(3), x)
     with pytest.raises(ValueError, match="unroll"):
         jaxaccum.value_and_grad(loss, 3, unroll=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"in_place": True}, {"has_aux": True}], ids=str)
+def test_one_micro_batch_needs_no_sums(options):
+    """Catches a loop of one iteration, sums in float32 of parameters in bfloat16, and a conditional."""
+
+    def fun(w, x):
+        value = jaxaccum.Weighted(jnp.sum((x @ w) ** 2), jnp.sum(x[:, 0] > 0))
+        return (value, x[0]) if "has_aux" in options else value
+
+    w, x = jnp.ones((8, 8), jnp.bfloat16), jnp.ones((4, 8), jnp.bfloat16)
+    f = jaxaccum.value_and_grad(fun, 1, **options)
+    text = jax.jit(f).lower(w, x).as_text()
+    assert not any(word in text for word in ("stablehlo.while", "stablehlo.case", "stablehlo.if"))
+    hand = jax.value_and_grad(lambda w, x: jnp.sum((x @ w) ** 2) / 4)
+    got, want = f(w, x), hand(w, x)
+    np.testing.assert_allclose(jax.tree.leaves(got[0])[0], want[0], rtol=1e-2)
+    np.testing.assert_allclose(got[1].astype(jnp.float32), want[1].astype(jnp.float32), rtol=1e-2)
+    value, grads = f(w, x * jnp.nan)
+    assert jax.tree.leaves(value)[0] == 0 and not grads.any()

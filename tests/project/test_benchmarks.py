@@ -11,7 +11,7 @@ from pathlib import Path
 import flags
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 TINY = ["--layers", "1", "--width", "32", "--heads", "2", "--vocabulary", "128", "--length", "16"]
 

@@ -1,4 +1,4 @@
-"""The README states only what is tested: its code runs, and its links lead to tests that exist."""
+"""The READMEs state only what is tested: their code runs, and their links lead to tests that exist."""
 
 import pathlib
 import re
@@ -7,6 +7,12 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
+LINKS = [
+    (readme, path, text)
+    for readme in ("README.md", "jaxaccum/README.md", "tests/README.md", "benchmarks/README.md")
+    for text, path in re.findall(r"\[([^\]]+)\]\(([^)#]+)", (ROOT / readme).read_text())
+    if not path.startswith("http")
+]
 
 
 def test_the_readmes_code_runs(capsys):
@@ -18,16 +24,24 @@ def test_the_readmes_code_runs(capsys):
     assert int(namespace["state"].gradient_step) == 16 // 8 + 16 // 4
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(([^)#]+)\)", README))))
-def test_the_readmes_links_lead_somewhere(path):
+@pytest.mark.parametrize(("readme", "path"), sorted({link[:2] for link in LINKS}))
+def test_the_readmes_links_lead_somewhere(readme, path):
     """Catches a file that was moved or renamed."""
-    assert (ROOT / path).exists()
+    assert (ROOT / readme).parent.joinpath(path).exists()
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(test_\w+)`", README))))
-def test_the_readmes_tests_exist(name):
-    """Catches a guarantee whose test was renamed or deleted."""
-    assert any(f"def {name}(" in file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
+@pytest.mark.parametrize(("readme", "path", "name"), [link for link in LINKS if re.fullmatch(r"`test_\w+`", link[2])])
+def test_the_readmes_tests_exist(readme, path, name):
+    """Catches a guarantee whose test was renamed, moved or deleted."""
+    assert f"def {name.strip('`')}(" in (ROOT / readme).parent.joinpath(path).read_text()
+
+
+def test_each_guarantee_has_a_test():
+    """Catches a row of the tables that names none."""
+    rows = re.findall(
+        r"^\| guarantee \| test \|\n\|---\|---\|\n((?:\|.*\n)+)", (ROOT / "tests/README.md").read_text(), re.M
+    )
+    assert rows and all("(" in row.rsplit(" | ", 1)[1] for table in rows for row in table.splitlines())
 
 
 def test_the_first_block_is_the_two_commands():

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 import tqdm
-from training import Recorder, Unsized, ones, single, slope
+from training import Logged, Recorder, Unsized, ones, single, slope
 
 import jaxaccum
 from jaxaccum.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint, ProgressBar
@@ -161,9 +161,9 @@ def test_the_learning_rate_is_logged_with_every_record():
         (LearningRateMonitor(schedule), optax.sgd(schedule)),
         (LearningRateMonitor(), optax.inject_hyperparams(optax.sgd)(schedule)),
     ]:
-        t = single(log_every_n_steps=1, callbacks=monitor, accumulate_grad_batches=2, gradient_clip_val=9.0)
-        t.fit(slope(optimizer), ones(*[2] * 6))
-        assert [record["lr"] for record in t._running.records.history] == rates
+        log, options = Logged(), {"accumulate_grad_batches": 2, "gradient_clip_val": 9.0}
+        single(log_every_n_steps=1, callbacks=monitor, logger=log, **options).fit(slope(optimizer), ones(*[2] * 6))
+        assert [record["lr"] for record in log.records] == rates
 
 
 def test_a_learning_rate_that_is_nowhere_is_missed_before_training():

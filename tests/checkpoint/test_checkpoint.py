@@ -88,7 +88,7 @@ def test_the_best_are_kept_and_the_newest(tmp_path, options, want):
     assert sorted(set(micro_steps(tmp_path))) == want
     if options.get("save_top_k") != 0:
         best = max if options.get("mode") == "max" else min
-        assert saves._saved[saves.best_model_path.name] == best(v for v in values if not math.isnan(v))
+        assert saves.state_dict()["saved"][saves.best_model_path.name] == best(v for v in values if not math.isnan(v))
 
 
 def test_what_is_outdated_goes_only_when_the_new_one_is_complete(tmp_path, monkeypatch):
@@ -450,7 +450,8 @@ def test_policies_of_one_folder_share_their_checkpoints(tmp_path, monkeypatch, o
     t = single(max_epochs=5, callbacks=[Ranks([3, 1, 2, 5, 4]), *[best, last, every][::order]])
     state = t.fit(the_task, batches)
     assert len(set(starts)) == len(starts) == 20  # each even micro-step, and no epoch's or run's end besides
-    assert best.best_model_path.name == "epoch=1-micro_step=16" and best._saved[best.best_model_path.name] == 1
+    name = "epoch=1-micro_step=16"
+    assert best.best_model_path.name == name and best.state_dict()["saved"][name] == 1
     assert micro_steps(tmp_path) == [4, 8, 12, 16, 20, 24, 28, 32, 36, 40]
     for policy in (best, last, every):
         assert policy.last_model_path.name == "epoch=4-micro_step=40" and policy.last_model_path.is_dir()
@@ -690,7 +691,7 @@ def test_a_checkpoint_has_the_value_of_its_own_state(tmp_path, interval, scores)
     the_task = jaxaccum.Task(lambda key, batch: -jnp.ones(()) + 0.01, loss, count)
     saves = ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=-1, **interval)
     single(max_epochs=2, callbacks=saves).fit(the_task, ones(2, 2, 2), ones(2))
-    got = {int(name.rpartition("=")[2]): score for name, score in saves._saved.items()}
+    got = {int(name.rpartition("=")[2]): score for name, score in saves.state_dict()["saved"].items()}
     assert got.keys() == scores.keys() and got[6] == 0.5 and saves.best_model_path.name.endswith("6")
 
 

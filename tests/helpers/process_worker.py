@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from training import loader, task, trainer
+from training import Logged, loader, task, trainer
 
 import jaxaccum.distributed
 from jaxaccum.callbacks import Callback, ModelCheckpoint
@@ -88,16 +88,6 @@ def raises(error):
     raise error
 
 
-class Records:
-    """A logger."""
-
-    def __init__(self):
-        self.records = []
-
-    def write_scalars(self, step, scalars):
-        self.records.append([step, scalars])
-
-
 def fit(folder, callbacks=(), batches=None, val=None, ckpt_path=None, dropout=0.3, **options):
     """(what a run ended with, or the error that it ended by; its Trainer)."""
     options = {"accumulate_grad_batches": SCHEDULE, "max_epochs": 2, "log_every_n_steps": 1, **options}
@@ -116,8 +106,8 @@ def fit(folder, callbacks=(), batches=None, val=None, ckpt_path=None, dropout=0.
 def cases(folder):
     """Each case, by name."""
     batches, val = mine(loader(*SIZES)), mine(loader(4, 4, 4, 4, 4, seed=1))
-    records, every = Records(), ModelCheckpoint(folder / "ddp", every_n_micro_steps=4, save_top_k=-1)
-    yield "ddp", fit(folder, every, Positioned(batches), val, logger=records) | {"records": records.records}
+    log, every = Logged(), ModelCheckpoint(folder / "ddp", every_n_micro_steps=4, save_top_k=-1)
+    yield "ddp", fit(folder, every, Positioned(batches), val, logger=log) | {"records": log.records}
     yield "2 to 2", fit(folder, batches=Positioned(batches), ckpt_path=folder / "ddp" / "epoch=0-micro_step=4")
     yield "1 to 2", fit(folder, ckpt_path=folder / "single" / "epoch=0-micro_step=8")
     yield "1 to 2, in the middle of a group", fit(folder, ckpt_path=folder / "single" / "epoch=0-micro_step=10")

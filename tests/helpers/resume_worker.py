@@ -129,13 +129,14 @@ def main(folder, devices, epochs, *death):
     val_loader = Slow(batches[: 3 * int(devices)])
     state = t.fit(task(dropout=0.3, model_state=True), Shuffled(batches), val_loader, ckpt_path="last")
     digest = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(state)))
+    scores = saves[1].state_dict()["saved"]
     ended = {
         "digest": digest.hexdigest(),
         "counts": dies.counts,
         "counters": vars(t._at),
         "epochs": seen.epochs,
         "metrics": Path(path).read_text(),
-        "best": [saves[1]._saved[name] for name in saves[1].ranked(saves[1]._saved)],
+        "best": [scores[name] for name in saves[1].ranked(scores)],
         "paths": [policy.last_model_path.is_dir() and policy.best_model_path.is_dir() for policy in saves],
     }
     print(json.dumps(ended))

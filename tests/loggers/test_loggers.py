@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from training import Recorder, ones, single, slope
+from training import Logged, Recorder, ones, single, slope
 
 import jaxaccum
 from jaxaccum import loggers
@@ -329,21 +329,18 @@ def fitted():
 
 def test_logging_does_not_wait_for_the_device():
     """Catches a record that is fetched in the step that makes it."""
-    written = []
-
-    class Logger:
-        def write_scalars(self, step, scalars):
-            written.append(step)
+    log = Logged()
+    written = lambda: tuple(record["step"] for record in log.records)
 
     class Reads(jaxaccum.callbacks.Callback):
         seen = ()
 
         def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
-            self.seen += (tuple(written),)
+            self.seen += (written(),)
 
     reads = Reads()
-    single(logger=Logger(), log_every_n_steps=1, callbacks=reads).fit(slope(), ones(2, 2, 2, 2))
-    assert reads.seen == ((), (), (1,), (1, 2)) and written == [1, 2, 3, 4]
+    single(logger=log, log_every_n_steps=1, callbacks=reads).fit(slope(), ones(2, 2, 2, 2))
+    assert reads.seen == ((), (), (1,), (1, 2)) and written() == (1, 2, 3, 4)
 
 
 @pytest.mark.parametrize(
@@ -359,9 +356,9 @@ def test_logging_does_not_wait_for_the_device():
 def test_the_first_window_and_each_epochs_last_one_are_recorded(options, steps):
     """Catches a short run that logs nothing, and a should_log that doesn't know of it."""
     said = Recorder(lambda t: (t.global_step, t.should_log))
-    t = single(accumulate_grad_batches=2, max_epochs=2, callbacks=said, **options)
-    t.fit(slope(), ones(*[2] * 9))
-    assert [record["step"] for record in t._running.records.history] == steps
+    log = Logged()
+    single(accumulate_grad_batches=2, max_epochs=2, callbacks=said, logger=log, **options).fit(slope(), ones(*[2] * 9))
+    assert [record["step"] for record in log.records] == steps
     assert [step for step, should_log in said.seen if should_log] == steps
 
 

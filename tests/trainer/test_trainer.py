@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training import Recorder, assert_close, assert_same, loader, ones, single, slope, task, trainer
+from training import Logged, Recorder, assert_close, assert_same, loader, ones, single, slope, task, trainer
 
 import jaxaccum
 from jaxaccum.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
@@ -146,22 +146,20 @@ def test_row_12_clipping_is_once_a_window_on_the_mean_of_all_devices(strategy):
 def test_row_13_ddp_is_one_device_with_p_times_k(x64, sizes):
     """Catches a window of the wrong batches, a fill that counts, masks that differ, and a mean of means."""
     with jax.enable_x64(x64):
-        run = lambda strategy, k: trainer(
-            strategy=strategy, accumulate_grad_batches=k, max_epochs=2, gradient_clip_val=0.5, log_every_n_steps=1
-        )
-        one, eight = run("single", 16), run("ddp", 2)
+        options = {"max_epochs": 2, "gradient_clip_val": 0.5, "log_every_n_steps": 1}
+        run = lambda strategy, k, log: trainer(strategy=strategy, accumulate_grad_batches=k, logger=log, **options)
+        logs = Logged(), Logged()
+        one, eight = run("single", 16, logs[0]), run("ddp", 2, logs[1])
         batches, the_task = loader(*sizes), task(dropout=0.2)
         want, got = one.fit(the_task, batches, batches[:5]), eight.fit(the_task, batches, batches[:5])
         tolerance = 1e-12 if x64 else 1e-6
         assert_close((got.params, got.opt_state), (want.params, want.opt_state), tolerance)
         assert eight.global_step == one.global_step and eight.samples_seen == one.samples_seen
         assert eight.effective_batch_size == one.effective_batch_size == 8 * 16
-        logged = lambda t: [
-            {name: value for name, value in record.items() if name not in ("micro_step", "accumulate_grad_batches")}
-            for record in t._running.records.history
-        ]
-        for ours, theirs in zip(logged(eight), logged(one), strict=True):
-            assert ours == pytest.approx(theirs, rel=100 * tolerance)
+        differ = ("micro_step", "accumulate_grad_batches")
+        for theirs, ours in zip(*(log.records for log in logs), strict=True):
+            want, got = ({name: x for name, x in record.items() if name not in differ} for record in (theirs, ours))
+            assert got == pytest.approx(want, rel=100 * tolerance)
 
 
 @pytest.mark.parametrize("x64", [False, True])
@@ -195,19 +193,14 @@ def test_row_14_dp_is_one_device_with_k(x64, sizes):
 
 def test_row_15_what_is_logged_is_the_windows_weighted_mean():
     """Catches the last micro-batch's loss logged, and an interval in micro-steps."""
-    logged = []
-
-    class Logger:
-        def write_scalars(self, step, scalars):
-            logged.append((step, scalars))
-
+    log = Logged()
     loss = lambda w, batch, key: (jnp.mean(batch) + 0 * w, {"largest": jaxaccum.Weighted(jnp.max(batch), 1)})
     the_task = jaxaccum.Task(lambda key, batch: jnp.zeros(()), loss, optax.sgd(1.0))
     batches = [np.full(n, value, np.float32) for n, value in [(1, 1), (3, 2), (1, 3), (3, 4), (1, 5), (1, 6)]]
-    single(accumulate_grad_batches=2, log_every_n_steps=2, logger=Logger()).fit(the_task, batches)
-    (_, _), (step, scalars), (_, _) = logged  # The first window and the last one are always logged.
-    assert step == 2
-    assert scalars == {
+    single(accumulate_grad_batches=2, log_every_n_steps=2, logger=log).fit(the_task, batches)
+    _, record, _ = log.records  # The first window and the last one are always logged.
+    assert record == {
+        "step": 2,
         "epoch": 0,
         "micro_step": 4,
         "samples_seen": 8,
@@ -467,21 +460,17 @@ def test_a_loader_that_raises_loses_nothing_that_it_gave():
 
 def test_a_callback_that_raises_is_the_users_error():
     """Catches an error that is swallowed, and records that are lost with it."""
-    logged = []
 
     class Breaks(Callback):
         def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
             if batch_idx == 3:
                 raise KeyError("mine")
 
-    class Logger:
-        def write_scalars(self, step, scalars):
-            logged.append(step)
-
-    t = single(callbacks=Breaks(), log_every_n_steps=1, logger=Logger())
+    log = Logged()
+    t = single(callbacks=Breaks(), log_every_n_steps=1, logger=log)
     with pytest.raises(KeyError, match="mine"):
         t.fit(slope(), ones(*[2] * 6))
-    assert logged == [1, 2, 3] and t.micro_step == 4
+    assert [record["step"] for record in log.records] == [1, 2, 3] and t.micro_step == 4
     assert float(t.state.params) == -4
 
 

@@ -3,7 +3,7 @@
 import jax
 import pytest
 from killed_runs import killed_and_resumed, life
-from training import assert_close, assert_same, loader, task, trainer
+from training import Logged, assert_close, assert_same, loader, task, trainer
 
 import jaxaccum
 from jaxaccum.callbacks import Callback, ModelCheckpoint
@@ -59,23 +59,23 @@ def saved(folder):
 def test_a_resume_at_any_micro_step_is_exact(tmp_path, strategy, sizes, at):
     """Catches whatever a checkpoint forgets: pending sums, K, keys, model state, logs, counters, hooks yet to come."""
     batches, the_task = loader(*sizes), task(dropout=0.3, model_state=True)
-    logged = lambda t: t._running.records.history
 
-    def run(*callbacks):
+    def run(log, *callbacks):
         return trainer(
             strategy=strategy,
             devices=1 if strategy == "single" else 4,
             accumulate_grad_batches=SCHEDULE,
             max_epochs=2,
             callbacks=callbacks,
+            logger=log,
             log_every_n_steps=1,
             val_check_interval=3,
             gradient_clip_val=0.5,
         )
 
     fit = lambda t, **options: t.fit(the_task, batches, batches[:8], **options)
-    tally, recount = Tally(), Tally()
-    unbroken, resumed = run(every_micro_step(tmp_path), tally), run(recount)
+    tally, recount, log, resumed_log = Tally(), Tally(), Logged(), Logged()
+    unbroken, resumed = run(log, every_micro_step(tmp_path), tally), run(resumed_log, recount)
     want = fit(unbroken)
     paths = saved(tmp_path)[:14]
     assert unbroken.micro_step == 14
@@ -84,8 +84,8 @@ def test_a_resume_at_any_micro_step_is_exact(tmp_path, strategy, sizes, at):
         recount.counts = {}  # Those of the checkpoint.
         assert_same(fit(resumed, ckpt_path=paths[i]), want)
         assert resumed._at == unbroken._at and recount.counts == tally.counts
-        assert logged(resumed) == logged(unbroken)[len(logged(unbroken)) - len(logged(resumed)) :]
-        assert len(logged(resumed)) >= (14 - i - 1) / 3
+        assert resumed_log.records == log.records[len(log.records) - len(resumed_log.records) :]
+        assert len(resumed_log.records) >= (14 - i - 1) / 3
 
 
 def run(strategy, devices, k, callbacks=(), **options):
@@ -109,18 +109,19 @@ def test_a_resume_on_other_devices_ends_at_the_same_parameters(tmp_path, before,
         dp = before[0] == "dp"
         batches, the_task = loader(*([16] * 7 + [13] if dp else [4] * 40)), task(dropout=0 if dp else 0.3)
         saves = ModelCheckpoint(tmp_path, every_n_micro_steps=micro_step, save_top_k=-1)
-        unbroken = run(*before, callbacks=saves, log_every_n_steps=1)
+        log, resumed_log = Logged(), Logged()
+        unbroken = run(*before, callbacks=saves, logger=log, log_every_n_steps=1)
         want = unbroken.fit(the_task, batches)
         path = tmp_path / f"epoch=0-micro_step={micro_step}"
         assert jaxaccum.checkpoint.load(path).notes["counters"]["window_step"] > 0
         for place in after:
             # K is the schedule's from the next epoch on; in the open one it is such that windows hold what they held.
-            resumed = run(*place, log_every_n_steps=1)
+            resumed = run(*place, logger=resumed_log, log_every_n_steps=1)
             got = resumed.fit(the_task, batches, ckpt_path=path)
             assert_close((got.params, got.opt_state), (want.params, want.opt_state), 1e-12)
             assert (resumed.global_step, resumed.samples_seen) == (unbroken.global_step, unbroken.samples_seen)
-            ours, theirs = (t._running.records.history for t in (resumed, unbroken))
-            for record, other in zip(ours, theirs[-len(ours) :], strict=True):
+            ours = resumed_log.records
+            for record, other in zip(ours, log.records[-len(ours) :], strict=True):
                 assert record["train_loss"] == pytest.approx(other["train_loss"], rel=1e-12)
                 assert record["effective_batch_size"] == other["effective_batch_size"]
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training import Recorder, Unsized, assert_same, loader, ones, single, slope, task, trainer
+from training import Logged, Recorder, Unsized, assert_same, loader, ones, single, slope, task, trainer
 
 import jaxaccum
 from jaxaccum.callbacks import Callback, EarlyStopping, ModelCheckpoint
@@ -182,11 +182,7 @@ def test_what_is_wrong_with_a_validation_is_met_before_training(strategy, tmp_pa
 
 def test_the_first_look_leaves_nothing_behind():
     """Catches a check that is logged, counted, seen by callbacks, or changes the run."""
-    logged, taken = [], []
-
-    class Logger:
-        def write_scalars(self, step, scalars):
-            logged.append(scalars)
+    taken = []
 
     class Val(list):
         def __iter__(self):
@@ -194,13 +190,13 @@ def test_the_first_look_leaves_nothing_behind():
 
     states = {}
     for steps, want in ((0, 5), (2, 7), (-1, 10), (3, 8)):
-        taken.clear(), logged.clear()
-        seen, stopping = Validations(), EarlyStopping("val_loss")
+        taken.clear()
+        seen, stopping, log = Validations(), EarlyStopping("val_loss"), Logged()
         first = Recorder(lambda t: dict(t.callback_metrics))
-        t = single(num_sanity_val_steps=steps, callbacks=[seen, stopping, first], logger=Logger())
+        t = single(num_sanity_val_steps=steps, callbacks=[seen, stopping, first], logger=log)
         states[steps] = t.fit(task(dropout=0.5), loader(4, 4), Val(loader(*[4] * 5)))
         assert len(taken) == want and seen.at == [2] and stopping.wait == 0
-        assert sum("val_loss" in record for record in logged) == 1 and "val_loss" not in first.seen[0]
+        assert sum("val_loss" in record for record in log.records) == 1 and "val_loss" not in first.seen[0]
     for steps in (2, -1, 3):
         assert_same(states[steps], states[0])
 
@@ -282,15 +278,14 @@ def test_validate_takes_a_checkpoint(tmp_path, which, model_state):
     """Catches a checkpoint that can be validated only by the Trainer that made it."""
     the_task, train, val = task(model_state=model_state), loader(4, 4, 4), loader(4, 4)
     saves = lambda: ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=-1)
-    t = single(max_epochs=4, callbacks=saves())
+    saved, log = saves(), Logged()
+    t = single(max_epochs=4, callbacks=saved, logger=log)
     state = t.fit(the_task, train, val)
     want = {"last": state, "path": state}.get(which)
-    path = {"path": t._callbacks[0].last_model_path}.get(which, which)
+    path = {"path": saved.last_model_path}.get(which, which)
     got = single(callbacks=saves()).validate(the_task, val, ckpt_path=path)
     if want is None:
-        assert got["val_loss"] == pytest.approx(
-            min(r["val_loss"] for r in t._running.records.history if "val_loss" in r)
-        )
+        assert got["val_loss"] == pytest.approx(min(r["val_loss"] for r in log.records if "val_loss" in r))
     else:
         assert got == t.validate(the_task, val, want)
     with pytest.raises(ValueError, match="either state or ckpt_path='last'"):

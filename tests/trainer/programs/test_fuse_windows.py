@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training import Recorder, assert_close, assert_same, loader, ones, single, slope, task, trainer
+from training import Logged, Recorder, assert_close, assert_same, loader, ones, single, slope, task, trainer
 
 import jaxaccum
 from jaxaccum.callbacks import Callback, ModelCheckpoint
@@ -70,7 +70,7 @@ def test_a_fused_run_is_the_run(strategy, x64, partial_window):
     with jax.enable_x64(x64):
         batches, runs = micro_batches(strategy, 5), []
         for fuse in (False, True):
-            seen = Outputs()
+            seen, log = Outputs(), Logged()
             t = trainer(
                 strategy=strategy,
                 devices=DEVICES[strategy],
@@ -81,15 +81,16 @@ def test_a_fused_run_is_the_run(strategy, x64, partial_window):
                 log_every_n_steps=2,
                 nonfinite="drop",
                 callbacks=seen,
+                logger=log,
                 fuse_windows=fuse,
             )
-            runs.append((t, t.fit(masked(), batches), seen))
-        (plain, want, theirs), (fused, got, ours) = runs
+            runs.append((t, t.fit(masked(), batches), seen, log.records))
+        (plain, want, theirs, records), (fused, got, ours, fused_records) = runs
         assert_close(got, want, tolerance)
         assert ours.starts == theirs.starts and ours.ends == theirs.ends
         for one, other in zip(ours.outputs, theirs.outputs, strict=True):
             assert one == pytest.approx(other, rel=100 * tolerance, nan_ok=True)
-        for one, other in zip(fused._running.records.history, plain._running.records.history, strict=True):
+        for one, other in zip(fused_records, records, strict=True):
             assert one == pytest.approx(other, rel=100 * tolerance)
         assert (fused.current_epoch, fused.window_step) == (plain.current_epoch, plain.window_step) == (2, 0)
         made = fused._running.programs

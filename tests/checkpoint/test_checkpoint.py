@@ -1,4 +1,4 @@
-"""Checkpoints: when they are saved, which are kept, what they hold, and what if one can't be written or read."""
+"""Checkpoints: when they are saved, which are kept, what they contain, and failures to write or read one."""
 
 import errno
 import functools
@@ -131,7 +131,7 @@ def test_a_full_disk_costs_a_warning_that_names_the_path(tmp_path, monkeypatch, 
     assert_same(single(callbacks=saves).fit(the_task, batches, ckpt_path="last"), want)
 
 
-# Orbax reads all arrays at once, and gives up at the first that fails: the others complain to nobody.
+# Orbax reads all arrays at once, and gives up at the first that fails: the errors of the others are lost.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_last_passes_over_what_is_cut_off_or_broken(tmp_path):
     """Catches a resume that dies of a ruin, one that takes it for whole, and one that starts afresh without a word."""
@@ -297,7 +297,7 @@ def test_a_loader_with_a_state_that_cannot_be_kept_is_named(tmp_path):
     Bad.get_state = lambda self: [{1, 2}]
     with pytest.raises(TypeError, match=r"state of Bad can't be kept.*holds a set"):
         fit(callbacks=ModelCheckpoint(tmp_path)).fit(slope(), Bad(ones(2, 2), []))
-    fit().fit(slope(), Bad(ones(2, 2), []))  # Without checkpoints nobody asks.
+    fit().fit(slope(), Bad(ones(2, 2), []))  # Without checkpoints its state is not asked for.
 
 
 @pytest.mark.parametrize("who", ["loader", "callback"])
@@ -461,7 +461,7 @@ def test_policies_of_one_folder_share_their_checkpoints(tmp_path, monkeypatch, o
 
 
 def test_policies_of_the_default_folder_share_it(tmp_path):
-    """Catches a default that is not seen to be one folder, whatever the working directory is by then."""
+    """Catches policies that don't know that their default folder is the same, also after a change of directory."""
     saves = [ModelCheckpoint(monitor="score"), ModelCheckpoint(every_n_micro_steps=1)]
     t = single(max_epochs=3, callbacks=[Ranks([2, 1, 3]), *saves], default_root_dir=tmp_path)
     t.fit(slope(), ones(2, 2))

@@ -1,4 +1,4 @@
-"""What loaders and callbacks say of their own state: kept exactly, as text, and never as a pickle."""
+"""The state of loaders and callbacks: stored exactly, as JSON text, never as a pickle."""
 
 import math
 import random

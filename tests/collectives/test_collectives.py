@@ -134,7 +134,7 @@ def test_mesh_groups_are_the_devices_that_differ_along_the_axes(case):
     ],
 )
 def test_every_syntax_of_groups_is_read(text, want):
-    """Catches one of XLA's syntaxes misread, `{}` taken for nobody, and groups that differ in their order alone."""
+    """Catches one of XLA's syntaxes misread, `{}` taken for no device, and groups that differ in their order alone."""
     assert groups_of(text) == want
 
 
@@ -155,7 +155,7 @@ def test_every_syntax_of_groups_is_read(text, want):
     ],
 )
 def test_groups_in_an_unknown_syntax_are_refused(text):
-    """Catches a collective that is passed over, or taken for another, when XLA changes how it prints."""
+    """Catches a collective that is missed, or taken for another, when XLA changes how it prints."""
     with pytest.raises(ValueError, match=r"replica_groups=.*is no syntax of XLA's.*report"):
         groups_of(text)
 
@@ -186,7 +186,7 @@ def test_a_permutation_keeps_who_sends_to_whom():
 
 
 def test_a_collective_of_a_new_kind_is_refused():
-    """Catches a collective that is passed over because it has a name of its own."""
+    """Catches a collective that is missed because it has a name of its own."""
     with pytest.raises(ValueError, match="all-reduce-scatter is no collective that jaxaccum knows"):
         groups_of("{{0,1}}", "all-reduce-scatter")
 
@@ -221,7 +221,7 @@ def test_a_count_is_of_what_is_all_that_is_asked_for():
 
 
 def test_every_kind_that_jax_compiles_is_found():
-    """Catches a kind misnamed, an axis taken for the other, and sizes of results in the place of operands."""
+    """Catches a kind misnamed, an axis taken for the other, and sizes of results in place of operands."""
     mesh = mesh_of(4, 2)
 
     def fun(x):
@@ -278,7 +278,7 @@ def test_devices_are_numbered_as_the_mesh_has_them():
 
 
 def test_pmap_is_read_whole_and_in_parts():
-    """Catches a pmap's program refused, and a sync over half an axis told as one over all of it."""
+    """Catches a pmap's program refused, and a sync over half an axis reported as one over all of it."""
     mesh = mesh_of(8, names=("data",))
     halves = [[0, 1, 2, 3], [4, 5, 6, 7]]
     for groups, words in ((None, "over 'data', 12 B"), (halves, "over parts of 'data', 12 B")):

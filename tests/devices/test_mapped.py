@@ -17,6 +17,7 @@ from devices import (
     loss,
     mapped,
     micro_batches,
+    noisy,
     params,
     split,
 )
@@ -70,11 +71,6 @@ def test_a_window_on_every_device_is_the_big_batch(form):
 @pytest.mark.parametrize("form", FORMS)
 def test_keys_are_numbered_as_on_one_device(form):
     """Catches the same dropout mask on every device."""
-
-    def noisy(p, data, key):
-        keep = jax.random.bernoulli(key, 0.5, data["x"].shape)
-        return loss(p, {**data, "x": data["x"] * keep})
-
     with jax.enable_x64(True):
         one = jaxaccum.value_and_grad(noisy, DEVICES * K, key_argnums=2, stacked=True)
         f = jaxaccum.value_and_grad(noisy, K, key_argnums=2, axis_name="data")

@@ -18,6 +18,7 @@ from devices import (
     loss,
     make,
     micro_batches,
+    noisy,
     on_data,
     params,
     placed,
@@ -74,11 +75,6 @@ def test_aux_on_a_mesh_is_that_of_every_device(name, kind):
 
 def test_keys_on_a_mesh_are_numbered_as_on_one_device():
     """Catches the same dropout mask on every device."""
-
-    def noisy(p, data, key):
-        keep = jax.random.bernoulli(key, 0.5, data["x"].shape)
-        return loss(p, {**data, "x": data["x"] * keep})
-
     with jax.enable_x64(True):
         mesh, _, devices = make("data", "auto")
         one = jaxaccum.value_and_grad(noisy, devices * K, key_argnums=2, stacked=True)
@@ -220,7 +216,7 @@ def test_a_prepare_that_gathers_what_is_whole_is_refused():
 
 
 def test_parameters_on_another_device_are_refused():
-    """Catches parameters that jax would move, or a message about a computation that nobody wrote."""
+    """Catches parameters that jax would move, or a message about a computation that the user did not write."""
     mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
     p = jax.device_put(params(), jax.devices()[5])
     for call in (

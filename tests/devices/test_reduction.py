@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from devices import DEVICES, FORMS, KINDS, mapped
+from devices import DEVICES, FORMS, KINDS, mapped, mesh_of
 from jax.extend import core
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -36,10 +36,6 @@ def check(fun, *args):
     """`fun(*args)`, after a look at what it reduces in."""
     assert BF16 not in reduced(jax.make_jaxpr(fun)(*args).jaxpr)
     return fun(*args)
-
-
-def mesh_of(kind):
-    return jax.make_mesh((DEVICES,), ("data",), axis_types=(KINDS[kind],))
 
 
 def over(mesh, x):

@@ -109,7 +109,7 @@ def over_data(compiled, mesh, data_axis="data"):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_split_state_costs_a_reduce_scatter_and_a_gather(kind):
-    """Catches an all-reduce, whose other parts nobody needs, and a sync off the boundary."""
+    """Catches an all-reduce, whose other parts are not needed, and a sync off the boundary."""
     mesh, devices = make("data", kind)
     tx = jaxaccum.MultiSteps(optax.adam(1e-3), K, mesh=mesh, reduce="scatter")
     p = placed(mesh)

@@ -1,4 +1,4 @@
-"""Many processes: the end of one is the end of all, within 15 seconds and with a message; a common end is none."""
+"""Several processes: when one fails, all end within 15 seconds and say why; those that finish together end well."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Who is to blame: the rounds of one process of three, with the store's news as they would come."""
+"""The failure detector names the process that failed: the rounds of one of three, with a simulated store."""
 
 import pytest
 
@@ -73,7 +73,7 @@ def test_a_store_that_is_gone_is_found_out_early():
 
 
 def test_a_store_that_hangs_blames_its_process_alone():
-    """Catches the blame of all processes, none of which is heard of when the store is not."""
+    """Catches all processes blamed when the store can't be read, and so none of them can be heard."""
     world = World()
     world.beat(0, 2)
     verdicts = [world.round() for _ in range(1 + PEER_ROUNDS)]
@@ -82,7 +82,7 @@ def test_a_store_that_hangs_blames_its_process_alone():
 
 
 def test_an_exception_here_is_to_blame_when_all_others_live_on():
-    """Catches a failing process that waits for the timeout before it tells, and one that blames nobody."""
+    """Catches a failing process that waits for the timeout before it says so, and one that names no process."""
     world = World()
     for i in range(4):
         world.beat(0, 2)

@@ -1,4 +1,4 @@
-"""The two threads that watch, with a store in the place of the other processes."""
+"""The heartbeat's two threads, with a store in place of the other processes."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What a loss computes from its parameters alone, found and taken out of it."""
+"""`prepare="auto"`: what a loss computes from its parameters alone is found and hoisted."""
 
 import jax
 import jax.numpy as jnp

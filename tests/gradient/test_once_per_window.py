@@ -335,7 +335,7 @@ def test_products_and_activations_do_not_keep_a_leaf_from_its_cast():
 
 
 def test_where_alone_decides_and_only_the_default_traces_the_loss_again():
-    """Catches a `where` that is asked and overruled, integers or names it cannot know, and a trace nobody needs."""
+    """Catches a `where` that is asked and overruled, integers or names it cannot know, and a needless trace."""
     asked = []
     where = lambda path, leaf: asked.append((path, leaf.shape)) or path in ("e", "b")
     assert casts_of(embedded, PARAMS, TOKENS, prepare=jaxaccum.cast(BF16, where)) == ({"e", "b"}, 1)
@@ -580,7 +580,7 @@ def test_a_sum_of_micro_steps_does_not_overflow():
 
 
 def test_what_has_no_gradient_is_refused():
-    """Catches jax's own error about an argument that nobody passed."""
+    """Catches jax's own error about an argument that the user did not pass."""
     f = jaxaccum.value_and_grad(lambda s, x: jnp.mean(x @ (s[0] * s[1])), K, prepare=lambda w: (w, w > 0))
     with pytest.raises(TypeError, match=r"what prepare returns holds bool at \[1\]"):
         f(jnp.ones((2, 2)), jnp.ones((2 * K, 2)))

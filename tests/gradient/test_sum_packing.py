@@ -40,7 +40,7 @@ def loss(p, x):
 
 
 def test_what_is_packed():
-    """A leaf in the place of another one, or one that is large, of another kind, or has to stay."""
+    """A leaf in place of another one, or one that is large, of another kind, or has to stay."""
     rows = lambda *shape, dtype=jnp.float32: jnp.arange(float(np.prod(shape, dtype=int)), dtype=dtype).reshape(shape)
     half = rows(4, dtype=jnp.bfloat16)
     tree = [rows(3), None, rows(2, 2), rows(), half, 2 * rows(3), rows(2**16 + 1), 3 * rows(3), half + 1, half, rows(5)]

@@ -49,6 +49,12 @@ def big_loss(p, data):
     return loss(p, data).total / loss(p, data).weight
 
 
+def noisy(p, data, key):
+    """The loss with dropout."""
+    keep = jax.random.bernoulli(key, 0.5, data["x"].shape)
+    return loss(p, {**data, "x": data["x"] * keep})
+
+
 def split(tree, *shape):
     """Leaves (n, ...) as (*shape, the rest, ...)."""
     return jax.tree.map(lambda x: x.reshape(*shape, -1, *x.shape[1:]), tree)
@@ -92,6 +98,11 @@ def mapped(form, fun, in_axes, out_axes):
 
     options = {"mesh": mesh, "check_vma": form == "shard_map"}
     return jax.jit(jax.shard_map(body, in_specs=specs(in_axes), out_specs=specs(out_axes), **options))
+
+
+def mesh_of(kind="auto"):
+    """All devices along one axis."""
+    return jax.make_mesh((DEVICES,), ("data",), axis_types=(KINDS[kind],))
 
 
 def make(name, kind):

@@ -25,7 +25,7 @@ def make_sum():
 
 
 def train(every_k, seconds, victim, die_at, end):
-    """Windows without end. The victim ends itself by `end` in the place of micro-step `die_at`."""
+    """Windows without end. The victim ends itself by `end` in place of micro-step `die_at`."""
     sum_all = make_sum()
     total = 0.0
     for i in range(10**6):
@@ -59,7 +59,7 @@ def leave():
 
 
 def agree():
-    """Asks for agreements, and prints what comes of them."""
+    """Calls `agree` for each value, and prints the results."""
     agree = jaxaccum.distributed.agree
     print(agree("same", {"every_k": 8, "rest": [1, 2.5, None]}))
     tries = [

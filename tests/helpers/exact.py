@@ -1,4 +1,4 @@
-"""The float64 reference that the exactness tests compare with, and the optimizer that shows what it was handed."""
+"""The float64 reference that the exactness tests compare with, and an optimizer that records what it receives."""
 
 from typing import Any, NamedTuple
 
@@ -15,14 +15,14 @@ TREES = {
 
 
 class Recorded(NamedTuple):
-    """What the inner optimizer was handed last, and how often it ran."""
+    """What the inner optimizer received last, and how often it ran."""
 
     mean: Any
     count: Any
 
 
 def recorder(learning_rate=0.125):
-    """An inner optimizer that keeps the mean it was handed, in full."""
+    """An inner optimizer that keeps the whole mean that it receives."""
 
     def init(params):
         wide = lambda p: jnp.zeros_like(p, dtype=jnp.promote_types(p.dtype, jnp.float32))
@@ -81,11 +81,11 @@ class Window(NamedTuple):
             magnitude = [m + weight * abs(g) for m, g in zip(magnitude, leaves, strict=True)]
         return Window(total, magnitude, self.weight + weight, self.size + 1)
 
-    def check(self, handed, use_grad_mean=True):
-        """Asserts that `handed` is the mean (or sum) to 2K·eps·Σw|g|/Σw, elementwise."""
+    def check(self, received, use_grad_mean=True):
+        """Asserts that `received` is the mean (or sum) to 2K·eps·Σw|g|/Σw, elementwise."""
         divisor = self.weight if use_grad_mean else 1.0
         bound = 2 * self.size * np.finfo(np.float32).eps
-        for got, total, magnitude in zip(jax.tree.leaves(handed), self.total, self.magnitude, strict=True):
+        for got, total, magnitude in zip(jax.tree.leaves(received), self.total, self.magnitude, strict=True):
             assert got.dtype in (jnp.float32, jnp.complex64)
             error = abs(wide(got) - total / divisor)
             assert np.all(error <= bound * magnitude / divisor), (error / (magnitude / divisor)).max() / bound

@@ -60,7 +60,7 @@ def test_an_eager_call_compiles_once(name, monkeypatch):
 
 
 def test_an_eager_call_runs_its_own_callbacks():
-    """Catches a Python function of an earlier call that runs in the place of this call's."""
+    """Catches a Python function of an earlier call that runs in place of this call's."""
     for factor in (2.0, 3.0):
         scale = lambda x, factor=factor: np.float32(factor) * x
         fun = lambda w, x, scale=scale: w * jax.pure_callback(scale, jax.ShapeDtypeStruct((), x.dtype), jnp.mean(x))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from devices import KINDS
+from devices import KINDS, mesh_of
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
@@ -13,10 +13,6 @@ import jaxaccum
 import jaxaccum.flax
 
 K, N = 4, 8
-
-
-def mesh_of(kind="auto"):
-    return jax.make_mesh((8,), ("data",), axis_types=(KINDS[kind],))
 
 
 def noisy(w, x, key):

@@ -1,4 +1,4 @@
-"""The loggers that are built in, when they write, and what becomes of one that fails."""
+"""The built-in loggers: when they write, and what happens when one fails."""
 
 import csv
 import json
@@ -179,7 +179,7 @@ def records_of(path):
     ],
 )
 def test_a_resume_drops_what_came_after_its_checkpoint(logger, name, place, kept, tmp_path):
-    """Catches a step that is there twice, a half line that stays, and records of before that are lost."""
+    """Catches a step that is there twice, a half line that stays, and earlier records that are lost."""
     log = written(logger, tmp_path / name)
     log.begin(place)
     assert records_of(tmp_path / name) == kept
@@ -429,7 +429,7 @@ def test_callback_metrics_are_floats(value, tmp_path):
     ],
 )
 def test_what_is_no_number_is_not_logged(value):
-    """Catches a value that is found out a record later, where nobody knows whose it was, or never."""
+    """Catches a bad value that raises a record later, where its origin is unknown, or never."""
     t = single(callbacks=Logs(value))
     with pytest.raises(TypeError, match=r"trainer.log\('mine', ...\) takes a real number"):
         t.fit(slope(), ones(2, 2))

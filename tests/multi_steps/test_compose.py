@@ -219,7 +219,7 @@ VALUES, WEIGHTS = np.array([1, 9, 2, 7, 5, 1, 1, 9.0]), np.array([1, 3, 1, 1, 1,
     ids=["reduce_on_plateau", "polyak_sgd"],
 )
 def test_value_arrives_as_the_windows_weighted_mean(bare):
-    """Catches extra args lost in a chain, the boundary's own loss in the place of the mean, and an unweighted mean."""
+    """Catches extra args lost in a chain, the boundary's own loss in place of the mean, and an unweighted mean."""
     grads = micro_gradients(len(VALUES))
     extras = [dict(value=jnp.float32(v), weight=jnp.float32(w)) for v, w in zip(VALUES, WEIGHTS, strict=True)]
     got, state = drive(optax.chain(optax.identity(), MultiSteps(bare, 2)), grads, extras=extras)
@@ -325,7 +325,7 @@ def test_a_line_search_sees_the_windows_gradient(search, flushes):
 @pytest.mark.parametrize("names", [("value",), ("value", "grad")], ids=str)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_extra_arg_grad_is_the_windows_mean(names, dtype):
-    """Catches the boundary's own gradient in the place of the mean, 3.0 for 2.0, and one refused for its tree."""
+    """Catches the boundary's own gradient in place of the mean, 3.0 for 2.0, and one refused for its tree."""
     tx, params = MultiSteps(scale_by_grad(), 2, averaged_extra_args=names), {"w": jnp.zeros((), dtype)}
     state = tx.init(params)
     for grad in (1.0, 3.0):
@@ -611,7 +611,7 @@ def test_a_replaced_field_makes_a_plain_optax_transformation(field):
 
 
 def test_its_functions_document_themselves():
-    """Catches help that shows functools.partial in the place of arguments, and a name that a profile can't show."""
+    """Catches help that shows functools.partial in place of arguments, and a name that a profile can't show."""
     tx = build()
     for fun, words in (
         (tx.init, ["params", "nothing pending"]),
@@ -675,7 +675,7 @@ def test_set_every_k_reaches_every_replica():
 
 
 def test_set_every_k_compiles_nothing_in_nnx():
-    """Catches a state that comes back with arrays in the place of nnx variables."""
+    """Catches a state that comes back with arrays in place of nnx variables."""
     traces = 0
 
     @nnx.jit

@@ -1,4 +1,4 @@
-"""The two programs that a host picks by counting: the same training as on the device's own count."""
+"""`HostDriven` picks one of two programs by counting on the host, and trains as the device's counter does."""
 
 import functools
 import pickle

@@ -1,4 +1,4 @@
-"""`MultiSteps(prepare=...)`: once a window forward and backward, in the drive of one call per micro-batch."""
+"""`MultiSteps(prepare=...)`: once a window forward and backward, with one call per micro-batch."""
 
 import jax
 import jax.numpy as jnp

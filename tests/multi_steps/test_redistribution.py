@@ -144,7 +144,7 @@ def one_of(tree, is_stacked):
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize(("before", "after"), [(8, 1), (8, 4), (4, 8), (1, 8)])
 def test_a_window_goes_on_to_the_big_batch(before, after, placement, batch):
-    """Catches micro-batches of before that weigh more or less than those of after, by the number of devices."""
+    """Catches micro-batches that weigh more before the change than after it, or less, by the number of devices."""
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
 
@@ -212,7 +212,7 @@ def test_scaled_sums_are_rounded_once(scale):
 
 @pytest.mark.parametrize(("before", "after"), [(8, 4), (4, 8), (8, 1), (1, 8)])
 def test_what_a_plain_loss_weighs_is_asked_for(before, after):
-    """Catches a window whose micro-batches of before weigh eight times those of after, in silence."""
+    """Catches a window whose micro-batches before the change silently weigh eight times those after it."""
     old, new = transformation(before), transformation(after)
     state = old.init(params())
     assert new.redistribute(state).mini_step == 0  # Nothing is pending.

@@ -123,7 +123,7 @@ def test_scaling(tmp_path):
 
 
 def test_beside_lightning(tmp_path):
-    """Catches sides that train different models, and a gate that lets nobody through."""
+    """Catches sides that train different models, and a gate that lets nothing through."""
     pytest.importorskip("torch")
     pytest.importorskip("lightning")
     out = tmp_path / "lightning.json"

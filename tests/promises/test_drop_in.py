@@ -140,7 +140,7 @@ def test_a_loss_may_constrain_the_layout_over_model_axes(driver):
 
 
 def test_a_shard_map_over_a_model_axis():
-    """Catches an error about meshes that nobody made, and a remedy that doesn't work."""
+    """Catches an error about meshes that the user did not make, and a remedy that doesn't work."""
     mesh = model_mesh()
     specs = {"in_specs": (P(None, "model"), P()), "out_specs": P(None, "model"), "axis_names": {"model"}}
     loss = lambda **where: lambda w, x: jnp.mean(jax.shard_map(lambda w, x: x @ w, **where, **specs)(w, x) ** 2)

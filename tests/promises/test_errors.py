@@ -743,7 +743,7 @@ class Frozen:
 
 @pytest.mark.parametrize("leaf", [jax.nn.relu, "relu", Frozen()], ids=["function", "string", "object"])
 def test_parameters_are_arrays(leaf):
-    """Catches a module of equinox whole in the place of its arrays, and jax's error that names no leaf."""
+    """Catches a module of equinox whole in place of its arrays, and jax's error that names no leaf."""
     params = {"w": W, "act": [leaf]}
     words = ["['act'][0]", repr(leaf), "not an array", "eqx.partition(model, eqx.is_inexact_array)", "eqx.combine"]
     tx = MultiSteps(SGD, 2)

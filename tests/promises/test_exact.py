@@ -1,4 +1,4 @@
-"""Every drive against the big batch in float64: the mean that the inner optimizer is handed, and what comes of it."""
+"""Every driver against the big batch in float64: the mean that the inner optimizer receives, and the parameters."""
 
 import functools
 from typing import NamedTuple
@@ -75,7 +75,7 @@ def program(options, entry):
     run=st.lists(steps, min_size=1, max_size=14),
 )
 def test_the_inner_optimizer_is_handed_the_big_batch_mean(tree, options, entry, drive, k, run):
-    """Catches any lost, doubled, rounded or wrongly divided micro-batch, in any drive and window split."""
+    """Catches any lost, doubled, rounded or wrongly divided micro-batch, in any boundary mode and window split."""
     params = exact.TREES[tree]
     tx, programs = transformation(options), program(options, entry)
     state = jaxaccum.set_every_k(tx.init(params), k)

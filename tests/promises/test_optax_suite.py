@@ -1,4 +1,4 @@
-"""optax's own accumulation tests, run from the installed wheel with this package's class in the place of theirs."""
+"""optax's own accumulation tests, run from the installed wheel with this package's class in place of theirs."""
 
 import importlib
 import unittest

@@ -1,4 +1,4 @@
-"""Statistics of fp8 layers, whose "gradient" is their new value: of a window the largest, never an average."""
+"""Statistics of fp8 layers, whose "gradient" is their new value: a window keeps the largest, never an average."""
 
 import flax.linen as nn
 import jax
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from devices import KINDS
+from devices import KINDS, mesh_of
 from flax.linen import fp8_ops
 from jax.sharding import PartitionSpec as P
 
@@ -45,10 +45,6 @@ def counted(p, x):
 
 def amax(tree):
     return tree[NAME]["layer"]["amax"]
-
-
-def mesh_of(kind):
-    return jax.make_mesh((8,), ("data",), axis_types=(KINDS[kind],))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The Trainer in two processes of two devices each: as one process with four, whatever comes to one of them alone."""
+"""The Trainer in two processes of two devices: as one process with four, also when one of them fails."""
 
 import json
 import os
@@ -125,7 +125,7 @@ def test_a_stop_by_one_process_is_a_stop_of_all(together):
 
 
 def test_an_exception_in_one_process_is_told_to_the_others(folder, together):
-    """Catches a process that waits for one that is gone, or saves without it, and an error that names nobody."""
+    """Catches a process that waits for one that has ended, or saves without it, and an error that names no process."""
     assert errors(together, "an exception")[1] == "KeyError: 'luck'"
     assert "process 1 left the run with KeyError('luck')" in errors(together, "an exception")[0]
     assert not list(folder.glob("x/*"))

@@ -1,4 +1,4 @@
-"""The Trainer: each row of what it keeps of PyTorch Lightning and does better, then its loop and its errors."""
+"""The Trainer: what it shares with PyTorch Lightning or improves, row by row; then its loop and its errors."""
 
 import math
 
@@ -410,7 +410,7 @@ def test_model_state_is_carried_in_the_window_and_averaged_over_devices_after_it
 
 
 def test_hooks_run_in_lightnings_order_and_in_the_order_of_the_callbacks():
-    """Catches a hook that is missing, late, or handed the wrong things."""
+    """Catches a hook that is missing, late, or called with the wrong arguments."""
     calls = []
 
     class Writes(Callback):
@@ -475,7 +475,7 @@ def test_a_callback_that_raises_is_the_users_error():
 
 
 def test_a_nan_is_propagated_dropped_or_raised():
-    """Catches a NaN that is passed over in silence, and one that costs more than its micro-batch."""
+    """Catches a NaN that is ignored silently, and one that costs more than its micro-batch."""
     batches = [np.full(2, value, np.float32) for value in (1, np.nan, 3, 5)]
     assert np.isnan(single(accumulate_grad_batches=4).fit(slope(), batches).params)
     t = single(accumulate_grad_batches=4, nonfinite="drop", log_every_n_steps=1)

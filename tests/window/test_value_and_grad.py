@@ -97,7 +97,7 @@ def test_argnums_may_name_several_arguments():
 
 
 def test_batches_may_come_in_several_arguments_and_kwargs_pass_through():
-    """Catches an argument that is split, or a keyword argument that is not handed on."""
+    """Catches an argument that is split, or a keyword argument that is not passed on."""
     fun = lambda p, x, scale, y, *, shift: loss(p, {"x": x * scale, "y": y + shift})
     data = batch()
     args = (params(), data["x"], jnp.arange(1.0, 4.0), data["y"])

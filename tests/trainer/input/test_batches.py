@@ -1,4 +1,4 @@
-"""What a loader's batch may hold: what NumPy makes a numeric array of is trained on, anything else is named."""
+"""What a batch may contain: anything that NumPy makes a numeric array of. Errors name anything else."""
 
 import array
 import collections
@@ -266,7 +266,7 @@ def test_dp_refuses_a_leaf_of_another_length(entries):
 
 @pytest.mark.parametrize("name", ["ddp", "dp"])
 def test_processes_tell_each_other_of_random_keys(name):
-    """Catches a description that only dtypes of NumPy have, and zeros in the place of keys."""
+    """Catches a description that only dtypes of NumPy have, and zeros in place of keys."""
     strategy, keys = Strategy(name, 2), jax.random.split(jax.random.key(0, impl="rbg"), 4)
     batch = {"key": keys, "x": np.ones((4, 3), np.float32)}
     offered = json.loads(json.dumps(process_shards.offer(strategy, [batch])))

@@ -1,4 +1,4 @@
-"""The hard guarantee: a run that goes on from a checkpoint is the run that never ended, bit for bit."""
+"""Resumes are exact: a resumed run ends as one that was never interrupted, bit for bit."""
 
 import jax
 import pytest
@@ -57,7 +57,7 @@ def saved(folder):
     ],
 )
 def test_a_resume_at_any_micro_step_is_exact(tmp_path, strategy, sizes, at):
-    """Catches whatever a checkpoint forgets: pending sums, K, keys, model state, logs, counters, hooks yet to come."""
+    """Catches anything that a checkpoint lacks: pending sums, K, keys, model state, logs, counters, hooks still due."""
     batches, the_task = loader(*sizes), task(dropout=0.3, model_state=True)
 
     def run(log, *callbacks):

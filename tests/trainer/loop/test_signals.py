@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT during fit: the first is a save and a clean end, the second is not waited for."""
+"""SIGTERM and SIGINT during fit: the first one saves and ends the run, the second one ends it at once."""
 
 import os
 import signal
@@ -137,7 +137,7 @@ trainer.fit(task, [np.ones(2, np.float32)] * 4)
 
 @pytest.mark.parametrize(("mode", "code"), [("ends", 0), ("raises", 1), ("signals", -signal.SIGINT)])
 def test_the_process_ends_whatever_fails_at_a_runs_end(tmp_path, mode, code):
-    """Catches a thread that writes a large checkpoint for ever, and one that nobody has waited for."""
+    """Catches a thread that writes a large checkpoint for ever, and one that is never joined."""
     command = [sys.executable, "-W", "ignore", "-c", HANGS, mode, str(tmp_path)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
     assert done.returncode == code, done.stderr

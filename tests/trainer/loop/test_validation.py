@@ -1,4 +1,4 @@
-"""Validation: when it falls due, what is refused before training, and what it leaves behind."""
+"""Validation: when it is due, what is refused before training, and what it leaves behind."""
 
 import itertools
 
@@ -141,7 +141,7 @@ class LongWindows(Callback):
 
 
 def test_a_fraction_of_a_length_across_epochs_is_refused():
-    """Catches an interval of which nobody knows what it is."""
+    """Catches an interval without a meaning."""
     for interval in (0.5, 1.0):
         with pytest.raises(ValueError, match=r"check_val_every_n_epoch=None .*val_check_interval"):
             single(check_val_every_n_epoch=None, val_check_interval=interval)

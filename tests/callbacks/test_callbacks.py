@@ -1,4 +1,4 @@
-"""The callbacks that are built in."""
+"""The built-in callbacks."""
 
 import gc
 import io
@@ -305,7 +305,7 @@ def test_a_process_without_stderr_trains(monkeypatch, stderr):
 
 
 def test_an_error_of_the_trainer_is_not_taken_for_the_bars():
-    """Catches a ValueError of somewhere else that stops the bar in silence."""
+    """Catches a ValueError from elsewhere that silently stops the bar."""
 
     class Breaks:
         samples_seen = 0

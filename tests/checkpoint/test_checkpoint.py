@@ -106,7 +106,7 @@ def test_what_is_outdated_goes_only_when_the_new_one_is_complete(tmp_path, monke
 
 @pytest.mark.parametrize("where", ["at once", "in the background"])
 def test_a_full_disk_costs_a_warning_that_names_the_path(tmp_path, monkeypatch, where):
-    """Catches a run lost to its checkpoint, one that goes on in silence, and good ones that go with the bad."""
+    """Catches a run that a failed save ends, a silent failure, and good checkpoints lost with the bad one."""
     full = OSError(errno.ENOSPC, "No space left on device")
     owner, method = (
         (ocp.AsyncCheckpointer, "save") if where == "at once" else (ocp.CompositeCheckpointHandler, "finalize")
@@ -134,7 +134,7 @@ def test_a_full_disk_costs_a_warning_that_names_the_path(tmp_path, monkeypatch, 
 # Orbax reads all arrays at once, and gives up at the first that fails: the errors of the others are lost.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_last_passes_over_what_is_cut_off_or_broken(tmp_path):
-    """Catches a resume that dies of a ruin, one that takes it for whole, and one that starts afresh without a word."""
+    """Catches a resume that fails on a damaged checkpoint, uses it, or silently starts afresh."""
     batches, the_task = loader(*[4] * 6), task()
     fit = lambda **options: single(
         callbacks=ModelCheckpoint(tmp_path, every_n_micro_steps=2, save_top_k=-1), accumulate_grad_batches=4

@@ -1,4 +1,4 @@
-"""One process of test_distributed.py: sums on its own and meets the others at boundaries, and does what it is told.
+"""One process of test_distributed.py: sums alone, joins the others at boundaries, and ends as its arguments say.
 
 python distributed_worker.py ADDRESS NUM_PROCESSES PROCESS '{"role": ..., ...}'
 """
@@ -25,7 +25,7 @@ def make_sum():
 
 
 def train(every_k, seconds, victim, die_at, end):
-    """Windows without end. The victim ends itself by `end` in place of micro-step `die_at`."""
+    """Windows without end. The `victim` ends itself by `end` in place of micro-step `die_at`."""
     sum_all = make_sum()
     total = 0.0
     for i in range(10**6):

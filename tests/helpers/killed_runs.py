@@ -17,7 +17,7 @@ MOMENTS = ["micro_step", "save", "validation", "epoch_end"]
 
 
 def life(folder, devices, epochs, death=None):
-    """A process that trains until it is done, when it says what it ended with, or until it is killed: then None."""
+    """What a training process printed at its end, or None if it was killed."""
     arguments = [str(folder), str(devices), str(epochs), *map(str, death or ())]
     environment = {**os.environ, "XLA_FLAGS": flags.forced(devices), "JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"}
     environment["JAX_COMPILATION_CACHE_DIR"] = str(folder.parent / "compiled")
@@ -31,7 +31,7 @@ def life(folder, devices, epochs, death=None):
 
 
 def killed_and_resumed(folder, devices, kills, seed):
-    """What a run ends with after so many kills at random moments, and in which moments they were."""
+    """(what a run ends with after `kills` kills at random moments, how many checkpoints they cut off)."""
     dice = random.Random(seed)
     # Every moment in turn, then a delay that takes the kill to any place in it or beyond.
     deaths = [(MOMENTS[i % 4], dice.randint(1, 4), dice.uniform(0, 0.04)) for i in range(kills)]

@@ -1,4 +1,4 @@
-"""The cases of the matrix: all pairs of the tables' entries, but for what is impossible."""
+"""The cases of the matrix: all possible pairs of the tables' entries."""
 
 import collections
 import functools
@@ -40,7 +40,7 @@ TABLES = Case(DRIVERS, CONTEXTS, LOSSES, PREPARES, IN_PLACE)
 
 
 class Rule(NamedTuple):
-    """What can't be.
+    """Combinations that are impossible.
 
     Attributes:
       reason: why.
@@ -231,7 +231,7 @@ def product():
 
 
 def possible():
-    """All cases that are not impossible."""
+    """All possible cases."""
     return [case for case in product() if not impossible(case)]
 
 

@@ -118,7 +118,7 @@ def of_params(inputs, transform):
 
 
 def smooth(outcome):
-    """What of an outcome has a derivative."""
+    """The differentiable part of an outcome."""
     is_floating = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
     return {name: [x for x in jax.tree.leaves(tree) if is_floating(x)] for name, tree in outcome.items()}
 

@@ -1,4 +1,4 @@
-"""One process of test_processes.py: runs every case in turn and says what came of it, as a line of JSON.
+"""One process of test_processes.py: runs every case in turn and prints its result as a line of JSON.
 
 python process_worker.py ADDRESS NUM_PROCESSES PROCESS FOLDER
 """

@@ -1,4 +1,4 @@
-"""A run that kills itself, when it is told to: `resume_worker.py FOLDER DEVICES EPOCHS [MOMENT COUNT DELAY]`.
+"""A run that kills itself on request: `resume_worker.py FOLDER DEVICES EPOCHS [MOMENT COUNT DELAY]`.
 
 Its loader is shuffled by the epoch, two policies save to one folder, and one of its loggers fails. Some DELAY seconds
 after the COUNT-th MOMENT it is gone. Else it prints what it ended with.

@@ -72,7 +72,7 @@ def test_a_logger_that_fails_costs_the_run_nothing(method, error):
 
 
 def test_each_kind_of_failure_is_told_once():
-    """Catches a second error that is never heard of because there was a first."""
+    """Catches a second error that is hidden by the first."""
 
     class Fails:
         def write_scalars(self, step, scalars):
@@ -290,7 +290,7 @@ def test_tensorboard_hides_what_came_after_the_checkpoint(tmp_path):
 
 
 def test_tensorboard_says_when_it_cannot_write(tmp_path, monkeypatch):
-    """Catches a thread that ends unheard of, for which the run then waits for ever; and points not yet on disk."""
+    """Catches a thread that dies unnoticed, so that the run waits for ever; and points not yet on disk."""
     writer = pytest.importorskip("tensorboardX.record_writer")
     logger = TensorBoardLogger(tmp_path)
     logger.write_scalars(1, {"a": 1.0})

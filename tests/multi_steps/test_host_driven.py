@@ -73,7 +73,7 @@ def test_it_goes_on_where_a_state_stands():
 
 @pytest.mark.parametrize("micro_steps", [3, 6])
 def test_it_takes_over_at_a_boundary(micro_steps):
-    """Sums that other drives leave after a window, taken for the next one's."""
+    """Sums that other step functions leave after a window, taken for the next one's."""
     params, state = counted(XS[:micro_steps], [3] * micro_steps)
     assert np.any(state.acc_grads["w"])
     step = jaxaccum.HostDriven(start()[0], loss)
@@ -502,7 +502,7 @@ def test_the_host_does_not_wait(reads):
 
 
 def test_states_that_are_gone_are_forgotten():
-    """Catches a memory that grows with every call."""
+    """Catches memory that grows with every call."""
     _, step, *now = summing(2)
     run(step, *now, [1] * 20)
     assert max(len(step._positions._facts), len(step._ks._facts)) <= 1

@@ -103,7 +103,7 @@ def mean_loss(p, data):
 
 
 def example_loss(p, data):
-    """The same, weighing its examples."""
+    """The same, with its examples as the weight."""
     return jaxaccum.Weighted(mean_loss(p, data) * len(data["x"]), len(data["x"]))
 
 

@@ -108,7 +108,7 @@ def test_memory(tmp_path):
 
 
 def test_scaling(tmp_path):
-    """Catches a side that compiles for each K where it is told K."""
+    """Catches a side that compiles for each K that it is given."""
     out = tmp_path / "scaling.json"
     no_layers = ["--unrolled", "--layers", "0"]
     options = ["--n", "1", "--ks", "1,3", "--repeats", "2", "--compiles", "1", "--out", str(out)]

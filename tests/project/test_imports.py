@@ -1,4 +1,4 @@
-"""What `import jaxaccum` brings in, and what it leaves out."""
+"""What `import jaxaccum` imports, and what it doesn't."""
 
 import functools
 import importlib.metadata
@@ -55,7 +55,7 @@ def test_import_loads_no_extra():
 
 
 def test_import_loads_nothing_of_many_processes():
-    """Catches an import of jax's private API of distributed programs by one that needs none of it."""
+    """Catches an import of jax's private distributed API by a program that doesn't need it."""
     modules = loaded("import jaxaccum")
     assert modules.isdisjoint({"jaxaccum.distributed", "jaxaccum.distributed.heartbeat", "jaxaccum._jax.coordination"})
     assert "jaxaccum.distributed" in loaded("import jaxaccum.distributed")

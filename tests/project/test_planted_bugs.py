@@ -13,3 +13,8 @@ def test_a_planted_bug_still_finds_its_place(bug):
     compile(source, path, "exec")
     assert source != ast.unparse(ast.parse(path.read_text()))
     assert len(bug.test_files) == len(bug.tests.split())
+
+
+def test_the_readme_says_how_many_they_are():
+    """Catches a number that was not updated with the list."""
+    assert f"injects {len(planted_bugs.BUGS)} bugs" in (planted_bugs.ROOT / "README.md").read_text()

@@ -1,6 +1,5 @@
 """What the compiled programs hold, counted: compiles, traces, copies, conditionals, memory. Nothing is timed."""
 
-import contextlib
 import re
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiles import counted_compiles
 
 import jaxaccum
 
@@ -27,23 +27,6 @@ def compiled(fun, *args, **options):
 def count(program, operation):
     """How many of an HLO operation the compiled program has, fusions and branches included."""
     return len(re.findall(rf"[\s\]}})]{operation}\(", program.as_text()))
-
-
-@contextlib.contextmanager
-def counted_compiles():
-    """A list that grows by one with each compile."""
-    compiles = []
-
-    def listen(event, duration, **kwargs):
-        del duration, kwargs
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiles.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield compiles
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def drives(tx):

@@ -197,7 +197,7 @@ SIGN_OR_ROUND = {
 
 
 def trajectory(tx, params, windows, drive):
-    """Parameters after all windows of (weight, gradient) pairs, by one of the drives."""
+    """Parameters after all windows of (weight, gradient) pairs, in one boundary mode."""
     state = tx.init(params)
     step = jax.jit(lambda p, s, g, w, boundary: tx.apply(p, s, g, weight=w, boundary=boundary), static_argnums=4)
     for window in windows:

@@ -54,7 +54,7 @@ def wanted(devices):
 
 
 def train(tx, p, state, step, flush, place):
-    """The micro-steps of `WINDOWS`, with the host's hand on K."""
+    """The micro-steps of `WINDOWS`, with K set by the host."""
     for i in range(6):
         if i == 3:
             state = jaxaccum.set_every_k(state, 2)

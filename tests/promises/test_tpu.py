@@ -34,7 +34,7 @@ def lower(fun, *args):
 
 
 def driven(step, drive):
-    """(`step` with the boundary of a drive, its further arguments): a traced boundary is an argument."""
+    """(`step` with the boundary of this mode, its further arguments): a traced boundary is an argument."""
     return (step, (True,)) if drive == "traced" else (functools.partial(step, boundary=DRIVES[drive]), ())
 
 

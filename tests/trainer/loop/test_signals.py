@@ -19,7 +19,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def listening():
-    """SIGINT interrupts, as it does at a terminal; a shell's background jobs are started deaf to it."""
+    """SIGINT interrupts, as it does at a terminal; a shell starts its background jobs with SIGINT ignored."""
     former = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, former)

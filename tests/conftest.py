@@ -24,7 +24,7 @@ hypothesis.settings.load_profile("jaxaccum")
 
 @pytest.fixture(scope="module")
 def compiled_once(tmp_path_factory):
-    """Each fit has programs of its own; here XLA compiles the same ones but once."""
+    """Each fit builds its own programs; a cache on disk lets XLA compile equal ones once."""
     options = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
         "jax_persistent_cache_min_compile_time_secs": 0.0,

@@ -106,7 +106,7 @@ def seen_by_dropout(model, batch):
 
 
 def test_nnx_dropout_draws_anew_in_each_micro_batch_as_a_loop_would():
-    """Catches one mask for all micro-batches, and a stream that is not handed back to the model."""
+    """Catches one mask for all micro-batches, and a stream that is not returned to the model."""
     model, twin = Network(dropout=0.5), Network(dropout=0.5)
     f = nnx.jit(jaxaccum.flax.value_and_grad(seen_by_dropout, K, has_aux=True))
     got = f(model, BATCH)
@@ -326,7 +326,7 @@ def test_linen_says_which_collection_is_missing():
 
 
 def test_linen_aux_comes_back_for_each_micro_batch():
-    """Catches aux of the last micro-batch, and aux in the place of the variables."""
+    """Catches aux of the last micro-batch, and aux in place of the variables."""
     module = Linen(norm=True)
     loss = lambda model, batch: (squared_error(model, batch), {"first": batch["y"][0, 0]})
     f = jaxaccum.flax.linen_value_and_grad(module, loss, K, mutable="batch_stats", has_aux=True)
@@ -429,7 +429,7 @@ def test_train_state_counts_by_itself_and_counts_calls(wrap):
 
 @pytest.mark.parametrize("wrap", IN_A_CHAIN.values(), ids=IN_A_CHAIN)
 def test_train_state_passes_extra_args(wrap):
-    """Catches `value` lost, or taken for a field: flax's own replaces fields with whatever it does not know."""
+    """Catches `value` lost, or taken for a field: flax's own class replaces fields by all keyword arguments."""
     bare, values = optax.polyak_sgd(scaling=0.1), np.array([1.0, 3.0, 4.0, 8.0], np.float32)
     state = create(wrap(MultiSteps(bare, 2)))
     for i in range(4):
@@ -443,7 +443,7 @@ TRANSFORMATIONS = {"MultiSteps": MultiSteps(optax.sgd(1.0), 1), "sgd": optax.sgd
 
 @pytest.mark.parametrize("tx", TRANSFORMATIONS.values(), ids=TRANSFORMATIONS)
 def test_train_state_replaces_fields_and_takes_any_transformation(tx):
-    """Catches a field of a subclass handed to the optimizer, and a bare optimizer that chokes on extra args."""
+    """Catches a field of a subclass passed to the optimizer, and a bare optimizer that chokes on extra args."""
 
     class WithStatistics(jaxaccum.flax.TrainState):
         batch_stats: jax.Array
@@ -491,7 +491,7 @@ def test_a_train_state_without_multi_steps_refuses_what_it_would_ignore(option):
     ("name", "meant"), [("weights", "weight"), ("boundry", "boundary"), ("batch_stat", "batch_stats")]
 )
 def test_train_state_refuses_a_misspelt_argument(tx, name, meant):
-    """Catches a weight, a boundary or new statistics that are taken for an extra arg which nobody reads."""
+    """Catches a weight, a boundary or new statistics that are taken for an extra arg that no optimizer reads."""
 
     class WithStatistics(jaxaccum.flax.TrainState):
         batch_stats: jax.Array

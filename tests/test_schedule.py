@@ -60,7 +60,7 @@ def test_it_cannot_be_changed():
 
 
 def test_equal_schedules_are_equal_and_hash_alike():
-    """Catches identity in the place of equality, and an equality that the order of keys spoils."""
+    """Catches identity in place of equality, and an equality that the order of keys spoils."""
     schedule = AccumulationSchedule({0: 8, 4: 4})
     assert schedule == AccumulationSchedule({4: 4, 0: 8}) == {0: 8, 4: 4}
     assert hash(schedule) == hash(AccumulationSchedule({4: 4, 0: 8}))
@@ -123,7 +123,7 @@ def test_a_bad_schedule_is_refused_by_name_and_value(scheduling, error, words):
 
 @pytest.mark.parametrize(("epoch", "error"), [(-1, ValueError), (1.0, TypeError), (True, TypeError), ("1", TypeError)])
 def test_a_bad_epoch_is_refused_by_value(epoch, error):
-    """Catches a call that gives K=1 for whatever is not an epoch."""
+    """Catches a call that gives K=1 for anything that is not an epoch."""
     with pytest.raises(error, match=f"epoch.*{epoch}"):
         AccumulationSchedule({0: 2})(epoch)
 

@@ -1,4 +1,4 @@
-"""Task: what it takes, what a loss may return, and the words for what it may not."""
+"""Task: what it takes, what a loss may return, and the errors for what it may not."""
 
 import jax
 import jax.numpy as jnp

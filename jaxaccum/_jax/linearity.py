@@ -48,16 +48,21 @@ _CALLS = (*_JVPS, "closed_call", "core_call", "custom_vjp_call", "custom_vjp_cal
 
 def unproved(jaxpr: core.Jaxpr) -> str | None:
     """The name of the first user's rule in `jaxpr` whose backward pass can't be shown to be linear, or None."""
-    return next(filter(None, map(unproved_in, jaxpr.eqns)), None)
+    return _unproved(jaxpr, in_rule=False)
 
 
-def unproved_in(eqn: core.JaxprEqn) -> str | None:
-    """`unproved` for one equation and the jaxprs it calls."""
+def unproved_in(eqn: core.JaxprEqn, *, in_rule: bool = False) -> str | None:
+    """`unproved` for one equation and the jaxprs it calls; in the rule of a custom_jvp, jax inlines other ones."""
     name = eqn.primitive.name
     if name in _USERS:
         return None if _is_linear(eqn) else _name(eqn)
-    bodies = [_jvp(eqn)] if name in _JVPS else jaxprs.bodies(eqn)
-    return next(filter(None, map(unproved, bodies)), None)
+    if name in _JVPS and not in_rule:
+        return _unproved(_jvp(eqn), in_rule=True)
+    return next(filter(None, (_unproved(body, in_rule) for body in jaxprs.bodies(eqn))), None)
+
+
+def _unproved(jaxpr: core.Jaxpr, in_rule: bool) -> str | None:
+    return next(filter(None, (unproved_in(eqn, in_rule=in_rule) for eqn in jaxpr.eqns)), None)
 
 
 def _jvp(eqn: core.JaxprEqn) -> core.Jaxpr:

@@ -471,3 +471,25 @@ def test_a_loss_in_half_precision():
     got = jaxaccum.value_and_grad(fun, K)(params(), batch((1,)))
     assert got[0].dtype == jnp.float16
     assert_equal(got, jaxaccum.value_and_grad(fun, K - 1)(params(), without(batch((1,)), (1,))))
+
+
+def test_attention_in_a_kernel(monkeypatch):
+    """Catches a language model whose gradients are selected, since its attention has a backward pass of its own."""
+    for name in ("check_cudnn_version", "check_compute_capability"):
+        monkeypatch.setattr(f"jax._src.cudnn.fused_attention_stablehlo.{name}", lambda *_: 91000)
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.is_cuda_compute_capability_equal", lambda _: False)
+
+    def fun(p, b):
+        x = (b["x"] @ p["head"]).reshape(1, N, 2, WIDTH // 2).astype(jnp.bfloat16)
+        mixed = jax.nn.dot_product_attention(x, x, x, implementation="cudnn").astype(jnp.float32)
+        return jaxaccum.Weighted(jnp.sum(mixed**2), jnp.sum(b["mask"]))
+
+    assert not selecting(jaxaccum.value_and_grad(fun, K), params(), batch())
+
+
+@pytest.mark.parametrize("options", [{}, {"prepare": "auto"}], ids=str)
+def test_a_rule_that_calls_its_own_function(options):
+    """Catches a recursion without end into the rule of a `jax.custom_jvp`."""
+    fun = lambda p, b: jaxaccum.Weighted(jnp.sum((b["x"] @ jax.nn.relu(p["head"])) ** 2), jnp.sum(b["mask"]))
+    got = jaxaccum.value_and_grad(fun, K, **options)(params(), batch())
+    assert_close(got, jax.value_and_grad(lambda p: fun(p, batch()).total / fun(p, batch()).weight)(params()))

@@ -43,6 +43,8 @@ _DATA = {
 }
 # Linear in each of two operands separately.
 _PRODUCTS = ("conv_general_dilated", "dot_general", "mul", "ragged_dot", "ragged_dot_general")
+# The backward pass of `jax.nn.dot_product_attention` in cuDNN: linear in one operand, the cotangent.
+_ATTENTION = ("dot_product_attention_bwd", "dot_product_attention_bwd_wrapper")
 _CALLS = (*_JVPS, "closed_call", "core_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "jit", "pjit")
 
 
@@ -156,6 +158,8 @@ def _of_operation(eqn: core.JaxprEqn, kinds: Sequence[int]) -> int:
         data = range(len(kinds))
     elif name == "select_n":
         data = range(1, len(kinds))
+    elif name in _ATTENTION:
+        data = [i for i, kind in enumerate(kinds) if kind > _CONSTANT][:1]
     else:
         data = _DATA.get(name, ())
     is_known = all(kind <= _CONSTANT for i, kind in enumerate(kinds) if i not in data)

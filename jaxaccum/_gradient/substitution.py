@@ -54,7 +54,7 @@ class Substitution(NamedTuple):
 
     def sums(self, sums: Tree) -> Tree:
         """Clears the sums of a window in which no micro-batch counts: there was none to repeat."""
-        return sums if self.kept is None else weighted_sum.select(jnp.any(self.kept), sums, _zeros(sums))
+        return sums if self.kept is None else weighted_sum.only_if(jnp.any(self.kept), sums)
 
 
 def of(loss: traced_loss.Traced, micro_batches: MicroBatches, k: Any, carry: Tree) -> Substitution:
@@ -121,7 +121,3 @@ def _may_repeat(loss: traced_loss.Traced) -> bool:
     if jaxprs.has_effects(loss.closed) or any(map(jaxprs.axes, jaxpr.eqns)):
         return False
     return not jax.tree.leaves(overwrites.only(loss.args[0])) and linearity.unproved(jaxpr) is None
-
-
-def _zeros(tree: Tree) -> Tree:
-    return jax.tree.map(jnp.zeros_like, tree)

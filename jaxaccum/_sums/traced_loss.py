@@ -163,7 +163,7 @@ def counted(kept: Any, returned: tuple[Any, tuple[Weighted, Any]]) -> tuple[Any,
     if kept is None:
         return returned
     total, (loss, rest) = returned
-    total, weight = (jnp.where(kept, x, jnp.zeros_like(x)) for x in (total, loss.weight))
+    total, weight = weighted_sum.only_if(kept, (total, loss.weight))
     return total, (Weighted(total, weight), rest)
 
 

@@ -263,3 +263,8 @@ def select(pred: Any, new: Tree, old: Tree) -> Tree:
     if isinstance(pred, bool):
         return new if pred else old
     return jax.tree.map(lambda n, o: n if n.dtype == jax.dtypes.float0 else jnp.where(_beside(n, pred), n, o), new, old)
+
+
+def only_if(pred: Any, tree: Tree) -> Tree:
+    """`tree` where `pred` is True, else zeros, even in place of NaN."""
+    return select(pred, tree, jax.tree.map(jnp.zeros_like, tree))

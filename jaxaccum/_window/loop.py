@@ -197,7 +197,7 @@ def _only(traced, seen, index, batch, carry):
     sums = Weighted((value.total.astype(one.dtype), grads), weight)
     keep = traced_loss.keep(value.weight)
     if keep is not None:
-        sums = weighted_sum.select(keep, sums, jax.tree.map(jnp.zeros_like, sums))
+        sums = weighted_sum.only_if(keep, sums)
         new_carry = weighted_sum.select(keep, new_carry, carry)
     return sums, jnp.zeros((), value.total.dtype), new_carry, jax.tree.map(lambda x: x[None], aux)
 

@@ -105,7 +105,7 @@ _BATCH = 2
 
 
 def _is_cheap(jaxpr: core.Jaxpr) -> bool:
-    """Whether `jaxpr` costs no more than to read its operands: no products, loops, random bits or communication."""
+    """Whether `jaxpr` only reads its operands: it has no products, loops, random bits, effects or collectives."""
 
     def is_cheap(eqn):
         if eqn.primitive.name in _CALLS or jaxprs.is_checkpoint(eqn):
@@ -116,8 +116,8 @@ def _is_cheap(jaxpr: core.Jaxpr) -> bool:
 
 
 def _may_repeat(loss: traced_loss.Traced) -> bool:
-    """Whether a micro-batch that is repeated under the cotangent 0 has the gradient 0 and no other effect."""
+    """Whether a micro-batch that is repeated under the cotangent 0 has the gradient 0, and is invisible elsewhere."""
     jaxpr = loss.closed.jaxpr
-    if jaxprs.has_effects(loss.closed) or any(map(jaxprs.axes, jaxpr.eqns)):
+    if any(map(jaxprs.axes, jaxpr.eqns)) or jax.tree.leaves(overwrites.only(loss.args[0])):
         return False
-    return not jax.tree.leaves(overwrites.only(loss.args[0])) and linearity.unproved(jaxpr) is None
+    return linearity.unproved(jaxpr) is None

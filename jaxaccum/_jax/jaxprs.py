@@ -5,8 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax._src import source_info_util  # These three have no public names.
-from jax._src.core import NamedAxisEffect
+from jax._src import source_info_util  # These two have no public names.
 from jax._src.state import discharge
 from jax.interpreters import partial_eval
 
@@ -167,14 +166,12 @@ def reached(jaxpr: core.Jaxpr, inputs: Sequence[bool]) -> list[bool]:
 
 
 def pruned(closed: core.ClosedJaxpr, output: int) -> tuple[core.ClosedJaxpr, list[bool]]:
-    """Removes what one output doesn't need: (the jaxpr of that output, for each input whether it is still one)."""
+    """Removes what one output doesn't need: (the jaxpr of that output, for each input whether it is still one).
+
+    Equations with effects stay.
+    """
     jaxpr, used = partial_eval.dce_jaxpr(closed.jaxpr, [i == output for i in range(len(closed.jaxpr.outvars))])
     return core.ClosedJaxpr(jaxpr, closed.consts), used
-
-
-def has_effects(closed: core.ClosedJaxpr) -> bool:
-    """Whether a jaxpr has effects; to name a mapped axis is none."""
-    return not all(isinstance(effect, NamedAxisEffect) for effect in closed.effects)
 
 
 def axes(eqn: core.JaxprEqn) -> set[str]:

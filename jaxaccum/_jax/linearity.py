@@ -58,9 +58,9 @@ def unproved_in(eqn: core.JaxprEqn, *, in_rule: bool = False) -> str | None:
     name = eqn.primitive.name
     if name in _USERS:
         return None if _is_linear(eqn) else _name(eqn)
-    if name in _JVPS and not in_rule:
-        return _unproved(_jvp(eqn), in_rule=True)
-    return next(filter(None, (_unproved(body, in_rule) for body in jaxprs.bodies(eqn))), None)
+    to_rule = name in _JVPS and not in_rule
+    bodies = [_jvp(eqn)] if to_rule else jaxprs.bodies(eqn)
+    return next(filter(None, (_unproved(body, in_rule or to_rule) for body in bodies)), None)
 
 
 def _unproved(jaxpr: core.Jaxpr, in_rule: bool) -> str | None:

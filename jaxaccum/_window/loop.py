@@ -128,17 +128,17 @@ class Window(NamedTuple):
             pending, batch = packing.unpack(sums.total[1]), micro_batches.take(number)
             value, (new_carry, aux), grads = gradient(seen, pending, device.local(number), batch, given, kept=kept)
             dtypes.append(value.total.dtype)
-            counts = traced_loss.keep(value.weight) if kept is None else kept
+            keep = traced_loss.keep(value.weight) if kept is None else kept
             weight = jnp.ones_like(sums.weight) if value.weight is None else value.weight
             # The loss's bits make the rounding differ between windows.
             bits = jax.lax.bitcast_convert_type(value.total.astype(jnp.float32), jnp.uint32)
             new = Weighted((value.total, packing.pack(grads)), weight)
-            keep = counts if kept is None else None  # What was substituted adds 0.
-            sums = weighted_sum.merge(sums, new, keep=keep, counters=(device.index(), i, bits))
+            selects = keep if kept is None else None  # What was substituted adds 0.
+            sums = weighted_sum.merge(sums, new, keep=selects, counters=(device.index(), i, bits))
             if kept is not None and jax.tree.leaves(aux):
                 own = lambda: gradient.loss.total(seen, device.local(i), micro_batches.take(i), carry)[1][1][1]
                 aux = jax.lax.cond(kept, lambda: aux, own)
-            return (sums, new_carry if counts is None else weighted_sum.select(counts, new_carry, carry)), aux
+            return (sums, new_carry if keep is None else weighted_sum.select(keep, new_carry, carry)), aux
 
         (sums, carry), aux = self._loop(micro_step, (changed(sums, packing.pack), carry), micro_batches.length)
         return changed(substituted.sums(sums), packing.unpack), jnp.zeros((), dtypes[0]), carry, aux

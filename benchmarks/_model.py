@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+import jaxaccum
+
 Tree = Any
 
 
@@ -57,6 +59,16 @@ class Model:
 
     def loss(self, params: Tree, tokens: jax.Array) -> jax.Array:
         """The mean cross-entropy of the next token, float32; `tokens` is (N, T + 1), int32."""
+        return jnp.mean(self._losses(params, tokens))
+
+    def weighted(self, params: Tree, tokens: jax.Array) -> jaxaccum.Weighted:
+        """The same, weighted by tokens: negative ones are padding, and don't count."""
+        is_real = tokens[:, 1:] >= 0
+        losses = self._losses(params, jnp.maximum(tokens, 0))
+        return jaxaccum.Weighted(jnp.sum(jnp.where(is_real, losses, 0)), jnp.sum(is_real))
+
+    def _losses(self, params: Tree, tokens: jax.Array) -> jax.Array:
+        """The cross-entropy of each next token, (N, T) float32."""
         x = (params["embedding"][tokens[:, :-1]] + params["positions"]).astype(jnp.bfloat16)
         forward = jax.checkpoint(self._layer, prevent_cse=self.unrolled) if self.remat else self._layer
         if self.unrolled:
@@ -68,7 +80,7 @@ class Model:
         logits = (x @ params["embedding"].astype(jnp.bfloat16).T).astype(jnp.float32)
         # By comparison, which fuses with the sum and whose transpose is elementwise; that of indexing is a scatter.
         targets = tokens[:, 1:, None] == jnp.arange(logits.shape[-1])
-        return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(targets, logits, 0), axis=-1))
+        return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(targets, logits, 0), axis=-1)
 
     def _layer(self, layer: Tree, x: jax.Array) -> jax.Array:
         """Attention and MLP on a residual stream (N, T, width), bfloat16."""

@@ -125,6 +125,14 @@ def ours(problem: Problem, **options: Any) -> Callable[..., Any]:
     return jaxaccum.value_and_grad(problem.model.loss, problem.k, **options)
 
 
+def ours_weighted(problem: Problem, left_out: int | None = None, **options: Any) -> Callable[..., Any]:
+    """The same with a token-weighted loss, for which micro-batch `left_out` holds nothing but padding."""
+    window = jaxaccum.value_and_grad(problem.model.weighted, problem.k, **options)
+    is_padding = lambda tokens: jnp.arange(len(tokens))[:, None] % problem.k == left_out
+    padded = lambda tokens: tokens if left_out is None else jnp.where(is_padding(tokens), -1, tokens)
+    return lambda params, tokens: window(params, padded(tokens))
+
+
 def by_hand(problem: Problem, unroll: int = 1) -> Callable[..., Any]:
     """Sums in a scan."""
 

@@ -8,6 +8,8 @@ sequences; no optimizer is in it. By these sides:
     window                `jaxaccum.value_and_grad`, which adds the layers' gradients in place
     window, afterwards    the same with `in_place=False`
     window, auto          the same with `prepare="auto"`: half-precision parameters, kept for a window
+    Weighted              "window" with a token-weighted loss, `jaxaccum.Weighted`
+    Weighted, auto        "window, auto" with it
     hand-written scan     sums in a `lax.scan`
     one big batch         K·N sequences at once
 
@@ -36,7 +38,7 @@ import jax
 import jax.numpy as jnp
 from _measure import environment, heading, parser, publish, row
 from _model import Model, add_options, chosen, parameters
-from _train import Problem, by_hand, ours
+from _train import Problem, by_hand, ours, ours_weighted
 
 Record = dict[str, Any]
 FLOOR, BIG = "gradient", "one big batch"
@@ -49,6 +51,8 @@ SIDES: dict[str, Callable[[Problem], Callable[..., Any]]] = {
     "window": ours,
     "window, afterwards": functools.partial(ours, in_place=False),
     "window, auto": functools.partial(ours, prepare="auto"),
+    "Weighted": ours_weighted,
+    "Weighted, auto": functools.partial(ours_weighted, prepare="auto"),
     "hand-written scan": by_hand,
     BIG: plain,
 }

@@ -12,6 +12,9 @@ one device, by these sides in one run:
     window, cast          the same with `prepare=jaxaccum.cast(bfloat16)`
     window, auto          the same with `prepare="auto"`, which finds the casts
     window, auto, by two  the same with `unroll=2` besides
+    Weighted              "window" with a token-weighted loss, `jaxaccum.Weighted`. All tokens are real
+    Weighted, one at 0    the same; a micro-batch of the window is padding alone, so that this side trains on less data
+    Weighted, auto        "window, auto" with a token-weighted loss
     host driven           `HostDriven`: K - 1 calls of a program without a boundary, handed parameters and sums alone,
                           one of a program with it
     host driven, cast     the same, with `MultiSteps(prepare=jaxaccum.cast(bfloat16))`
@@ -72,6 +75,7 @@ from _train import (
     one_a_call,
     optax_contract,
     ours,
+    ours_weighted,
     windows,
 )
 
@@ -88,6 +92,9 @@ SIDES = {
     "window, cast": functools.partial(in_one_jit, functools.partial(ours, prepare=CAST)),
     "window, auto": functools.partial(in_one_jit, functools.partial(ours, prepare="auto")),
     "window, auto, by two": functools.partial(in_one_jit, functools.partial(ours, prepare="auto", unroll=2)),
+    "Weighted": functools.partial(in_one_jit, ours_weighted),
+    "Weighted, one at 0": functools.partial(in_one_jit, functools.partial(ours_weighted, left_out=1)),
+    "Weighted, auto": functools.partial(in_one_jit, functools.partial(ours_weighted, prepare="auto")),
     "host driven": host_driven,
     "host driven, cast": functools.partial(host_driven, prepare=True),
     "counter": functools.partial(one_a_call, jaxaccum.MultiSteps, counter),

@@ -35,34 +35,37 @@ class Gradient(NamedTuple):
     inside: tuple[bool, ...]
     wide: tuple[bool, ...]
 
-    def __call__(self, params: Tree, sums: Tree, *args: Any) -> tuple[Weighted, Any, Tree]:
+    def __call__(self, params: Tree, sums: Tree, *args: Any, kept: Any = None) -> tuple[Weighted, Any, Tree]:
         """Returns (loss, rest, w·g) of `loss(params, *args)`.
 
         Args:
           params: the parameters.
           sums: Σ w·g so far, a tree like `params`; None if nothing is added inside.
           *args: the other arguments of the loss.
+          kept: a bool; where it is False, total, weight and gradient are 0 if they are finite. None if it is not known.
 
         Returns:
           The loss as a `Weighted`, whose weight is None for a plain loss and a Python number if it is constant; the
           loss's other results; and the gradient of the total, with an `Added` holding the new sum for each leaf that
-          was added inside. A micro-batch of weight 0 adds nothing.
+          was added inside. A micro-batch of weight 0 adds nothing inside.
         """
         if not any(self.inside) and not any(self.wide):
-            (_, (loss, rest)), grads = jax.value_and_grad(self.loss.total, has_aux=True)(params, *args)
+            total = lambda params: traced_loss.counted(kept, self.loss.total(params, *args))
+            (_, (loss, rest)), grads = jax.value_and_grad(total, has_aux=True)(params)
         else:
             treedef = jax.tree.structure(params)
             pending = treedef.flatten_up_to(sums)
             pending = [x if inside else None for x, inside in zip(pending, self.inside, strict=True)]
-            (loss, rest), grads = jaxprs.purely(self._rewritten, jax.tree.leaves(params), pending, *args)
+            (loss, rest), grads = jaxprs.purely(self._rewritten, kept, jax.tree.leaves(params), pending, *args)
             marked = [Added(x) if inside else x for x, inside in zip(grads, self.inside, strict=True)]
             grads = treedef.unflatten(marked)
         return (loss if self.loss.weight is None else Weighted(loss.total, self.loss.weight)), rest, grads
 
-    def _rewritten(self, params, pending, *args):
+    def _rewritten(self, kept, params, pending, *args):
         """`__call__` on flat parameters and sums; a leaf added inside is returned as its new sum."""
         fun = wide_products.widened(self.loss.closed, params, self.wide)
-        total = lambda leaves: self.loss.unflatten(fun(*leaves, *jax.tree.leaves(args)))
+        flat = jax.tree.leaves(args)
+        total = lambda leaves: traced_loss.counted(kept, self.loss.unflatten(fun(*leaves, *flat)))
         leaves = wide_products.lifted(params, self.wide)
         if not any(self.inside):
             (_, returned), grads = jax.value_and_grad(total, has_aux=True)(leaves)
@@ -70,7 +73,7 @@ class Gradient(NamedTuple):
         value, vjp, returned = jax.vjp(total, leaves, has_aux=True)
         backward = functools.partial(refs.backward, vjp, jnp.ones_like(value), self.inside)
         loss, _ = returned
-        if not self.loss.has_weight:
+        if kept is not None or not self.loss.has_weight:
             return returned, backward(pending)
         # A gradient can't be removed once added, since it may be infinite, so weight 0 skips the backward pass.
         none = lambda pending: [
@@ -80,7 +83,9 @@ class Gradient(NamedTuple):
         return returned, jax.lax.cond(jnp.asarray(loss.weight) != 0, backward, none, pending)
 
 
-def of(loss: traced_loss.Traced, in_place: bool | None, sums: Tree, *, replaces: bool = False) -> Gradient:
+def of(
+    loss: traced_loss.Traced, in_place: bool | None, sums: Tree, *, drops: bool | None = None, replaces: bool = False
+) -> Gradient:
     """Chooses how to compute the gradient of a loss for the given sums.
 
     A leaf is added inside the backward pass if the loss passes it unchanged to one `jax.lax.scan`, as an operand that
@@ -90,17 +95,18 @@ def of(loss: traced_loss.Traced, in_place: bool | None, sums: Tree, *, replaces:
     it can be added, and layers that are sliced from a stack one by one would each pass over the whole sum.
 
     The sum must have the gradient's dtype and at least 32 bits. A gradient can't be removed once it is added, so the
-    backward pass of a loss with a weight, which may be 0, runs in a conditional. This saves memory but costs time, so
-    it needs `in_place=True`.
+    backward pass of a loss whose weight may be 0, which is known after its forward pass, runs in a conditional. This
+    saves memory but costs time, so it needs `in_place=True`. If the weight is known before (`kept`), there is none.
 
     Outside loops, a half-precision matrix product with a float32 result (see `wide_products`) can add to the sum, if
     no other operation, such as a selection, comes between the two.
 
     Args:
       loss: the loss.
-      in_place: False: add nothing inside; True: add all leaves that allow it; None: as True, but only if the loss has
-        no weight.
+      in_place: False: add nothing inside; True: add all leaves that allow it; None: as True, but only if no gradient
+        may be dropped.
       sums: Σ w·g so far, a tree like the parameters; None if there are no sums to add to.
+      drops: whether a gradient may be dropped after its forward pass. None: if the loss has a weight that may be 0.
       replaces: whether a gradient may replace its sum, by selection.
 
     Raises:
@@ -109,7 +115,8 @@ def of(loss: traced_loss.Traced, in_place: bool | None, sums: Tree, *, replaces:
     """
     named = jax.tree_util.tree_leaves_with_path(loss.args[0])
     none = (False,) * len(named)
-    if sums is None or in_place is False or (loss.has_weight and in_place is None):
+    drops = loss.has_weight if drops is None else drops
+    if sums is None or in_place is False or (drops and in_place is None):
         return Gradient(loss, inside=none, wide=none)
     pending = jax.tree.structure(loss.args[0]).flatten_up_to(sums)
     jaxpr = loss.closed.jaxpr
@@ -130,7 +137,7 @@ def of(loss: traced_loss.Traced, in_place: bool | None, sums: Tree, *, replaces:
                 "prepare that casts them."
             )
     inside = tuple(var in walked for var, _ in zip(jaxpr.invars, named, strict=False))
-    products = not loss.has_weight and not replaces and wide_products.occur(jaxpr)
+    products = not drops and not replaces and wide_products.occur(jaxpr)
     wide = tuple(products and sum_ is not None and sum_.dtype == jnp.float32 for sum_ in pending)
     return Gradient(loss, inside, wide)
 

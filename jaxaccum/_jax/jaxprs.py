@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from jax._src import source_info_util  # These two have no public names.
 from jax._src.state import discharge
+from jax.interpreters import partial_eval
 
 from jaxaccum._jax import core
 
@@ -161,6 +162,15 @@ def reached(jaxpr: core.Jaxpr, inputs: Sequence[bool]) -> list[bool]:
         if any(map(is_marked, eqn.invars)):
             marked.update(eqn.outvars)
     return [is_marked(atom) for atom in jaxpr.outvars]
+
+
+def pruned(closed: core.ClosedJaxpr, output: int) -> tuple[core.ClosedJaxpr, list[bool]]:
+    """Removes what one output doesn't need: (the jaxpr of that output, for each input whether it is still one).
+
+    Equations with effects stay.
+    """
+    jaxpr, used = partial_eval.dce_jaxpr(closed.jaxpr, [i == output for i in range(len(closed.jaxpr.outvars))])
+    return core.ClosedJaxpr(jaxpr, closed.consts), used
 
 
 def axes(eqn: core.JaxprEqn) -> set[str]:

@@ -43,21 +43,28 @@ _DATA = {
 }
 # Linear in each of two operands separately.
 _PRODUCTS = ("conv_general_dilated", "dot_general", "mul", "ragged_dot", "ragged_dot_general")
+# The backward pass of `jax.nn.dot_product_attention` in cuDNN: linear in one operand, the cotangent.
+_ATTENTION = ("dot_product_attention_bwd", "dot_product_attention_bwd_wrapper")
 _CALLS = (*_JVPS, "closed_call", "core_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "jit", "pjit")
 
 
 def unproved(jaxpr: core.Jaxpr) -> str | None:
     """The name of the first user's rule in `jaxpr` whose backward pass can't be shown to be linear, or None."""
-    return next(filter(None, map(unproved_in, jaxpr.eqns)), None)
+    return _unproved(jaxpr, in_rule=False)
 
 
-def unproved_in(eqn: core.JaxprEqn) -> str | None:
-    """`unproved` for one equation and the jaxprs it calls."""
+def unproved_in(eqn: core.JaxprEqn, *, in_rule: bool = False) -> str | None:
+    """`unproved` for one equation and the jaxprs it calls; in the rule of a custom_jvp, jax inlines other ones."""
     name = eqn.primitive.name
     if name in _USERS:
         return None if _is_linear(eqn) else _name(eqn)
-    bodies = [_jvp(eqn)] if name in _JVPS else jaxprs.bodies(eqn)
-    return next(filter(None, map(unproved, bodies)), None)
+    to_rule = name in _JVPS and not in_rule
+    bodies = [_jvp(eqn)] if to_rule else jaxprs.bodies(eqn)
+    return next(filter(None, (_unproved(body, in_rule or to_rule) for body in bodies)), None)
+
+
+def _unproved(jaxpr: core.Jaxpr, in_rule: bool) -> str | None:
+    return next(filter(None, (unproved_in(eqn, in_rule=in_rule) for eqn in jaxpr.eqns)), None)
 
 
 def _jvp(eqn: core.JaxprEqn) -> core.Jaxpr:
@@ -151,6 +158,8 @@ def _of_operation(eqn: core.JaxprEqn, kinds: Sequence[int]) -> int:
         data = range(len(kinds))
     elif name == "select_n":
         data = range(1, len(kinds))
+    elif name in _ATTENTION:
+        data = [i for i, kind in enumerate(kinds) if kind > _CONSTANT][:1]
     else:
         data = _DATA.get(name, ())
     is_known = all(kind <= _CONSTANT for i, kind in enumerate(kinds) if i not in data)

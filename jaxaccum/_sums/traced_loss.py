@@ -63,6 +63,10 @@ class Traced(NamedTuple):
         """Whether the loss has a weight that is not a nonzero constant, so that it may be 0."""
         return self.shapes[1][0].weight is not None and self.weight is None
 
+    def weight_alone(self) -> tuple[core.ClosedJaxpr, list[bool]]:
+        """The jaxpr of the weight, without what only other results need, and for each flat argument if it takes it."""
+        return jaxprs.pruned(self.closed, _WEIGHT)
+
     def weight_varies(self) -> bool:
         """Whether the weight has a derivative with respect to the parameters that is not symbolically zero.
 
@@ -152,6 +156,15 @@ def trace(fun: Callable[..., Any], *args: Any) -> Traced:
 def keep(weight: Any) -> jax.Array | None:
     """Whether a micro-batch with this weight counts: a bool array, or None if it always does."""
     return None if weight is None or (isinstance(weight, (int, float)) and weight) else jnp.asarray(weight) != 0
+
+
+def counted(kept: Any, returned: tuple[Any, tuple[Weighted, Any]]) -> tuple[Any, tuple[Weighted, Any]]:
+    """Results of `Traced.total` with total and weight 0 where `kept` is False; None changes nothing."""
+    if kept is None:
+        return returned
+    total, (loss, rest) = returned
+    total, weight = weighted_sum.only_if(kept, (total, loss.weight))
+    return total, (Weighted(total, weight), rest)
 
 
 def mean(loss: Weighted) -> jax.Array:

@@ -23,6 +23,13 @@ class Weighted(NamedTuple):
     A micro-batch with weight 0 is left out, even if its total is NaN, so a loss need not guard against an empty
     micro-batch.
 
+    In `value_and_grad`, weights from the data cost nothing: the window is as fast and as small as with a plain loss.
+    They must be computed from batch arguments and constants, without matrix products, loops or random numbers, as a sum
+    of a mask is. A micro-batch of weight 0 then runs on the rows of another one, and adds 0 times its gradient; its aux
+    is computed from its own rows, in a conditional. Any other weight selects each micro-batch's gradient, which takes
+    room for a second one. So does a loss with side effects or communication between devices, and one with a
+    `jax.custom_vjp` whose backward pass can't be shown to be linear.
+
     Attributes:
       total: Σ w·x; for a loss, a floating scalar: the sum over the micro-batch's examples or tokens.
       weight: Σ w, a scalar; the number of examples or tokens in the sum.
@@ -256,3 +263,8 @@ def select(pred: Any, new: Tree, old: Tree) -> Tree:
     if isinstance(pred, bool):
         return new if pred else old
     return jax.tree.map(lambda n, o: n if n.dtype == jax.dtypes.float0 else jnp.where(_beside(n, pred), n, o), new, old)
+
+
+def only_if(pred: Any, tree: Tree) -> Tree:
+    """`tree` where `pred` is True, else zeros, even in place of NaN."""
+    return select(pred, tree, jax.tree.map(jnp.zeros_like, tree))

@@ -68,12 +68,12 @@ def value_and_grad(
         alone, mostly casts of matrices, and hoists it out of the loop over micro-batches; each gradient is computed as
         without it. A `jax.custom_vjp` must have a backward pass that is linear in its cotangents, like a
         straight-through estimator. Any other raises in a `prepare` function, and is not hoisted by "auto".
-      in_place: whether the backward pass adds gradients to their sums directly. With None, the default, it does so for
-        a plain loss in two cases. If the loss stacks layers and scans them with `jax.lax.scan`, the layers' gradients
-        are added one by one, which saves a tree of gradients. If the loss multiplies by a half-precision weight outside
-        of loops, the weight's gradient is formed in float32 without rounding, so that the product can add to the sum.
-        True also adds the layers' gradients for a `Weighted` loss, and raises if a cast of the layers prevents it.
-        False disables both.
+      in_place: whether the backward pass adds gradients to their sums directly. With None, the default, it does so in
+        two cases. If the loss stacks layers and scans them with `jax.lax.scan`, the layers' gradients are added one by
+        one, which saves a tree of gradients. If the loss multiplies by a half-precision matrix outside of loops, the
+        matrix's gradient is formed in float32 without rounding, so that the product can add to the sum. A `Weighted`
+        loss must have a weight that comes from the data (see `Weighted`); if it doesn't, True adds the layers'
+        gradients nevertheless, in a conditional. True raises if a cast of the layers prevents it. False disables both.
       unroll: the number of micro-batches per loop iteration. With 2, sums are read and written half as often and the
         compiler can merge products, for up to twice the memory and twice the program size. K must not be traced.
       accumulator_dtype: the dtype of the sums; float64 and complex parameters keep theirs. None uses the parameters'

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxaccum._devices import layout
 from jaxaccum._devices.topology import MappedAxis, OneDevice
-from jaxaccum._gradient import hoisting, micro_gradient, once_per_window, splitting, sum_packing
+from jaxaccum._gradient import hoisting, micro_gradient, once_per_window, splitting, substitution, sum_packing
 from jaxaccum._gradient.casting import Cast
 from jaxaccum._gradient.roles import Roles
 from jaxaccum._jax import core, prng
@@ -68,7 +68,7 @@ class Window(NamedTuple):
         # Cast to varying before any use, so that the backward pass does not reduce the gradients.
         seen = params = device.local(params)
         transpose, reduced = (lambda sums, count: sums), jax.tree.map(lambda _: (), params)
-        first = (jnp.zeros((), jnp.int32), micro_batches.take(0), carry)
+        first = (device.local(jnp.zeros((), jnp.int32)), micro_batches.take(0), carry)
         if isinstance(self.prepare, str):
             visible, loss = hoisting.split(loss, params, *first)
         else:
@@ -89,8 +89,10 @@ class Window(NamedTuple):
             sums, like, carry, aux = _only(traced, seen, *first)
         else:
             start = device.local(self._start(seen))
-            gradient = micro_gradient.of(traced, self.in_place, start.total[1])
-            sums, like, carry, aux = self._sum(device, gradient, seen, start, carry, micro_batches)
+            substituted = substitution.of(traced, micro_batches, self.k, carry)
+            drops = None if substituted.kept is None else False
+            gradient = micro_gradient.of(traced, self.in_place, start.total[1], drops=drops)
+            sums, like, carry, aux = self._sum(device, gradient, substituted, seen, start, carry, micro_batches)
         total, grads = sums.total
         total = total if mean is None else total + mean * sums.weight
         sums = Weighted((total, transpose(grads, self.k)), sums.weight)
@@ -103,51 +105,54 @@ class Window(NamedTuple):
     def _mean(self, device, loss, seen, carry, micro_batches) -> jax.Array:
         """The window's mean loss over all devices, from forward passes alone."""
 
-        def micro_step(state, micro_batch):
+        def micro_step(state, i):
             sums, carry = state
-            _, (value, (new_carry, _)) = loss.total(seen, *micro_batch, carry)
+            _, (value, (new_carry, _)) = loss.total(seen, device.local(i), micro_batches.take(i), carry)
             keep = value.weight != 0
             sums = weighted_sum.merge(sums, value, keep=keep)
             return (sums, weighted_sum.select(keep, new_carry, carry)), ()
 
         start = device.local(Weighted(_zero(), _zero())), carry
-        (sums, _), _ = self._loop(micro_step, start, micro_batches)
+        (sums, _), _ = self._loop(micro_step, start, micro_batches.length)
         return device.local(traced_loss.mean(device.joined(sums)))
 
-    def _sum(self, device, gradient, seen, sums, carry, micro_batches):
+    def _sum(self, device, gradient, substituted, seen, sums, carry, micro_batches):
         """Sums over the micro-batches: (sums of loss and gradient, a zero of the loss's dtype, the last carry, aux)."""
         packing = sum_packing.of(sums.total[1], gradient.inside)
         changed = lambda sums, change: Weighted((sums.total[0], change(sums.total[1])), sums.weight)
         dtypes = []
 
-        def micro_step(state, micro_batch):
+        def micro_step(state, i):
             sums, carry = state
-            value, (new_carry, aux), grads = gradient(seen, packing.unpack(sums.total[1]), *micro_batch, carry)
+            number, kept, given = substituted.at(i, carry)
+            pending, batch = packing.unpack(sums.total[1]), micro_batches.take(number)
+            value, (new_carry, aux), grads = gradient(seen, pending, device.local(number), batch, given, kept=kept)
             dtypes.append(value.total.dtype)
-            keep = traced_loss.keep(value.weight)
+            keep = traced_loss.keep(value.weight) if kept is None else kept
             weight = jnp.ones_like(sums.weight) if value.weight is None else value.weight
             # The loss's bits make the rounding differ between windows.
             bits = jax.lax.bitcast_convert_type(value.total.astype(jnp.float32), jnp.uint32)
-            counters = (device.index(), micro_batch[0], bits)
             new = Weighted((value.total, packing.pack(grads)), weight)
-            sums = weighted_sum.merge(sums, new, keep=keep, counters=counters)
+            selects = keep if kept is None else None  # What was substituted adds 0.
+            sums = weighted_sum.merge(sums, new, keep=selects, counters=(device.index(), i, bits))
+            if kept is not None and jax.tree.leaves(aux):
+                own = lambda: gradient.loss.total(seen, device.local(i), micro_batches.take(i), carry)[1][1][1]
+                aux = jax.lax.cond(kept, lambda: aux, own)
             return (sums, new_carry if keep is None else weighted_sum.select(keep, new_carry, carry)), aux
 
-        (sums, carry), aux = self._loop(micro_step, (changed(sums, packing.pack), carry), micro_batches)
-        return changed(sums, packing.unpack), jnp.zeros((), dtypes[0]), carry, aux
+        (sums, carry), aux = self._loop(micro_step, (changed(sums, packing.pack), carry), micro_batches.length)
+        return changed(substituted.sums(sums), packing.unpack), jnp.zeros((), dtypes[0]), carry, aux
 
-    def _loop(self, micro_step, start, micro_batches):
-        """Loops `micro_step(state, (i, micro-batch i)) -> (state, row)` over the window: (the last state, rows)."""
-        k, length = self.k, micro_batches.length
-        take = lambda i: (i, micro_batches.take(i))
+    def _loop(self, micro_step, start, length):
+        """Loops `micro_step(state, i) -> (state, row)` over the window's `length` micro-batches: (last state, rows)."""
+        k = self.k
         if self.unroll > 1 and k != length:
             raise ValueError(
                 f"unroll={self.unroll} needs all of the stacked batch: num_micro_batches={k}, but it holds {length}."
             )
         if isinstance(k, int):
-            numbers = jnp.arange(k, dtype=jnp.int32)
-            return jax.lax.scan(lambda state, i: micro_step(state, take(i)), start, numbers, unroll=self.unroll)
-        return _loop(micro_step, start, take, k, length)
+            return jax.lax.scan(micro_step, start, jnp.arange(k, dtype=jnp.int32), unroll=self.unroll)
+        return _loop(micro_step, start, k, length)
 
     def unpack(self, returned: Any) -> tuple[Any, tuple[Tree, ...], Tree]:
         """Normalizes the result of `fun` to (loss, new carry, aux), with () for no carry and None for no aux."""
@@ -192,22 +197,22 @@ def _only(traced, seen, index, batch, carry):
     sums = Weighted((value.total.astype(one.dtype), grads), weight)
     keep = traced_loss.keep(value.weight)
     if keep is not None:
-        sums = weighted_sum.select(keep, sums, jax.tree.map(jnp.zeros_like, sums))
+        sums = weighted_sum.only_if(keep, sums)
         new_carry = weighted_sum.select(keep, new_carry, carry)
     return sums, jnp.zeros((), value.total.dtype), new_carry, jax.tree.map(lambda x: x[None], aux)
 
 
-def _loop(micro_step, start, take, k, length):
+def _loop(micro_step, start, k, length):
     """`lax.scan` over the first k of `length` micro-batches for a traced k; the other rows are zero."""
     # Traced once beforehand, because the loop needs the output types.
-    closed, (_, aux_shapes) = jax.make_jaxpr(micro_step, return_shape=True)(start, take(jnp.zeros((), jnp.int32)))
+    closed, (_, aux_shapes) = jax.make_jaxpr(micro_step, return_shape=True)(start, jnp.zeros((), jnp.int32))
     avals = closed.out_avals[len(closed.out_avals) - len(jax.tree.leaves(aux_shapes)) :]
     aux = jax.tree.unflatten(jax.tree.structure(aux_shapes), [layout.zeros(length, aval) for aval in avals])
     treedef = jax.tree.structure((start, aux))
 
     def body(i, state):
         state, aux = state
-        flat = core.jaxpr_as_fun(closed)(*jax.tree.leaves((state, take(i))))
+        flat = core.jaxpr_as_fun(closed)(*jax.tree.leaves((state, i)))
         state, row = jax.tree.unflatten(treedef, flat)
         return state, jax.tree.map(lambda a, x: jax.lax.dynamic_update_index_in_dim(a, x, i, 0), aux, row)
 

@@ -126,7 +126,7 @@ def test_gradients_are_those_added_afterwards(loss, in_place):
         (decayed, None, 0),
         (beside_others, None, 0),
         (in_halves, None, 0),
-        (weighted, None, 0),
+        (weighted, None, 2),
         (weighted, True, 2),
         (scanned, False, 0),
     ],

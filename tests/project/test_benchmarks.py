@@ -78,7 +78,8 @@ def test_devices(tmp_path, options):
 def test_window(tmp_path):
     """Catches a side that trains another model: a micro-batch lost or counted twice, a step too many."""
     out = tmp_path / "window.json"
-    sides = ["floor", "hand-written scan", "window, auto, by two", "host driven, cast", "counter", "optax.MultiSteps"]
+    sides = ["floor", "hand-written scan", "window, auto, by two", "Weighted", "Weighted, auto", "host driven, cast"]
+    sides += ["counter", "optax.MultiSteps"]
     options = ["--batches", "1", "--k", "2", "--repeats", "2", "--out", str(out), "--sides", *sides]
     printed = run("window.py", *TINY, *options, XLA_FLAGS=flags.HURRY)
     [case] = json.loads(out.read_text())["cases"]
@@ -90,7 +91,7 @@ def test_window(tmp_path):
         assert len(seconds) == 2 and all(math.isfinite(time) and time > 0 for time in seconds)
     for side, loss in case["loss"].items():
         # AdamW makes whole steps of what is rounded to bfloat16 elsewhere, where a bias's mean is nearly zero.
-        rounds_elsewhere = side.startswith(("window", "host driven"))
+        rounds_elsewhere = side.startswith(("window", "Weighted", "host driven"))
         assert case["difference"][side] < (2 if rounds_elsewhere else 1e-4)
         assert abs(loss - case["loss"]["hand-written scan"]) < (3e-3 if rounds_elsewhere else 1e-4)
 

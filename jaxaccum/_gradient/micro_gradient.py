@@ -153,6 +153,7 @@ def on_each(
     sums: Tree = None,
     in_place: bool | None = False,
     starts: Any = False,
+    counts: bool = False,
     mean: bool = False,
 ) -> tuple[Weighted, Any, Tree]:
     """Computes the `Gradient` of a micro-batch on each device, without any reduction.
@@ -169,6 +170,7 @@ def on_each(
       in_place: as for `of`.
       starts: whether this micro-batch starts a window, while `sums` still holds the previous window's sums; may be
         traced.
+      counts: whether the weight is known to be positive.
       mean: whether to return the gradient of the loss's mean instead of its total.
 
     Returns:
@@ -182,10 +184,10 @@ def on_each(
         loss = traced_loss.trace(lambda p: fun(*args[:position], p, *args[position + 1 :], **kwargs), params)
         loss.refuse_reduced(device.names)
         loss.refuse_varying_weight()
-        gradient = of(loss, in_place, sums, replaces=starts is not False)
+        gradient = of(loss, in_place, sums, drops=False if counts else None, replaces=starts is not False)
         if any(gradient.inside):
             sums = weighted_sum.select(starts, jax.tree.map(jnp.zeros_like, sums), sums)
-        value, rest, grads = gradient(params, sums)
+        value, rest, grads = gradient(params, sums, kept=True if counts else None)
         weights.append(loss.weight)
         if mean and value.weight is not None:
             grads = traced_loss.mean_gradient(value, grads)

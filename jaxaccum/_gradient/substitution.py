@@ -7,6 +7,7 @@ micro-batch: they are finite, or the window isn't. So the gradient is exactly 0 
 addition inside the backward pass and float32 products apply as for a loss without a weight.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -83,14 +84,25 @@ def of(loss: traced_loss.Traced, micro_batches: MicroBatches, k: Any, carry: Tre
     return Substitution(kept, jnp.argmax(kept).astype(jnp.int32), carry)
 
 
+def data_weight(loss: traced_loss.Traced, data: Sequence[int]) -> tuple[core.ClosedJaxpr, list[bool]] | None:
+    """The jaxpr of the weight and, for each flat argument of the loss, whether it is one of its inputs.
+
+    None if the weight needs more than the arguments at the positions `data` and constants, or is not cheap.
+    """
+    closed, used = loss.weight_alone()
+    is_data = jax.tree.leaves([jax.tree.map(lambda _, i=i: i in data, arg) for i, arg in enumerate(loss.args)])
+    needs_more = any(is_used and not own for is_used, own in zip(used, is_data, strict=True))
+    return None if needs_more or not _is_cheap(closed.jaxpr) else (closed, used)
+
+
 def _weight(loss: traced_loss.Traced) -> Any:
     """The weight as a function of a micro-batch's batch arguments; None if it needs more, or is not cheap."""
-    closed, used = loss.weight_alone()
-    is_batch = jax.tree.leaves([jax.tree.map(lambda _, i=i: i == _BATCH, arg) for i, arg in enumerate(loss.args)])
-    needs_more = any(is_used and not own for is_used, own in zip(used, is_batch, strict=True))
-    if needs_more or not _is_cheap(closed.jaxpr):
+    found = data_weight(loss, (_BATCH,))
+    if found is None:
         return None
-    wanted = [is_used for is_used, own in zip(used, is_batch, strict=True) if own]
+    closed, used = found
+    before = jax.tree.structure(loss.args[:_BATCH]).num_leaves
+    wanted = used[before : before + jax.tree.structure(loss.args[_BATCH]).num_leaves]
 
     def weight(batch):
         leaves = jax.tree.leaves(batch)

@@ -23,12 +23,14 @@ class MicroBatch(NamedTuple):
       weight: w, a scalar; None is 1.
       weighted: whether `grads` is already multiplied by the weight.
       like: a tree with the gradients' dtypes without accumulation; None is `grads`.
+      counts: whether the weight is known to be positive.
     """
 
     grads: Tree
     weight: Any
     weighted: bool = False
     like: Tree = None
+    counts: bool = False
 
 
 class Boundary(NamedTuple):
@@ -67,7 +69,7 @@ def add(
     reached = boundary.reached(config, state)
     accepted, skip_state = _accepted(config, state, grads, call.params)
     closes = conditions.both(reached, accepted)
-    keep, dropped = _kept(config, state, weight, (grads, averaged))
+    keep, dropped = _kept(config, state, micro_batch, (grads, averaged))
 
     first = None if boundary.clears else state.mini_step == 0
     counters = (state.gradient_step, state.mini_step, config.sync.index())
@@ -125,12 +127,12 @@ def _accepted(config, state, grads, params):
     return conditions.known(jnp.logical_not(checks.skip(skip))), skip_state
 
 
-def _kept(config, state, weight, added):
+def _kept(config, state, micro_batch, added):
     """(whether the micro-batch is added to the sums or None if it always is, `dropped`)."""
-    keep, dropped = None, state.dropped
+    keep, dropped, weight = None, state.dropped, micro_batch.weight
     if weight is not None:
         traced_loss.check_weight(weight, config.sync.shape)
-        keep = traced_loss.keep(weight)
+        keep = None if micro_batch.counts else traced_loss.keep(weight)
     if config.nonfinite == "drop":
         finite = weighted_sum.all_finite(added, config.sync.shape)
         bad = jnp.logical_not(finite) if keep is None else jnp.logical_and(keep, jnp.logical_not(finite))

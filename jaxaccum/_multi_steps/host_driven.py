@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxaccum._devices.topology import MappedAxis
+from jaxaccum._devices.topology import MappedAxis, MeshAxis
+from jaxaccum._gradient.host_weight import HostWeight
 from jaxaccum._integers import positive_int
 from jaxaccum._jax import prng
 from jaxaccum._multi_steps import checks, inner_update, loss_step
@@ -81,22 +82,27 @@ class HostDriven:
         self._ks = _Facts()
         self._compiled = set()  # (program, signature) pairs that are known to compile.
 
-        micro_step = loss_step.micro_step(config, fun, "HostDriven")
+        shares = config.sync.size() if isinstance(config.sync, MeshAxis) else 1
+        self._weight = HostWeight(lambda *args: (fun(*args), None), shares)
 
-        def accumulate(params, prepared, pending, *args):
-            pending = pending._replace(prepared=prepared)
-            loss, _, pending = micro_step(params, pending, args, Boundary(False, clears=True))
-            return loss, pending._replace(prepared=())
+        def programs(counts):
+            micro_step = loss_step.micro_step(config, fun, "HostDriven", counts=counts)
 
-        def close(params, state, *args):
-            return micro_step(params, state, args, Boundary(True, clears=True))
+            def accumulate(params, prepared, pending, *args):
+                pending = pending._replace(prepared=prepared)
+                loss, _, pending = micro_step(params, pending, args, Boundary(False, clears=True))
+                return loss, pending._replace(prepared=())
+
+            def close(params, state, *args):
+                return micro_step(params, state, args, Boundary(True, clears=True))
+
+            return jax.jit(accumulate, donate_argnums=2), jax.jit(close, donate_argnums=(0, 1))
 
         def flush(params, state):
             updates, state = tx.flush(state, params)
             return inner_update.apply_updates(params, updates), with_cleared_sums(state)
 
-        self._accumulate = jax.jit(accumulate, donate_argnums=2)
-        self._close = jax.jit(close, donate_argnums=(0, 1))
+        self._programs = {counts: programs(counts) for counts in (False, True)}
         self._flush = jax.jit(flush, donate_argnums=(0, 1))
         self._clear = jax.jit(weighted_sum.cleared, donate_argnums=0)
 
@@ -137,14 +143,15 @@ class HostDriven:
         _check_on_host("HostDriven", (params, state.mini_step, args))
         prng.refuse_rngs(args)
         state, position, k = self._read(state)
+        accumulate, close = self._programs[self._weight.is_positive(params, *args)]
         if position.mini_step + 1 >= k.every_k:
-            loss, params, state = self._run(self._close, (params,), state, args, position)
+            loss, params, state = self._run(close, (params,), state, args, position)
             mini_step = 0
         else:
             # Leaves that only change at a boundary bypass the program.
             kept = {"inner_opt_state": state.inner_opt_state, "prepared": state.prepared}
             pending = state._replace(inner_opt_state=None, prepared=())
-            loss, pending = self._run(self._accumulate, (params, state.prepared), pending, args, position)
+            loss, pending = self._run(accumulate, (params, state.prepared), pending, args, position)
             state = pending._replace(**kept)
             mini_step = position.mini_step + 1
         self._remember(state, mini_step, k)

@@ -26,12 +26,14 @@ class LossStep(NamedTuple):
       fun: `fun(params, *args)` returns (loss, rest); the loss is plain or a `Weighted`.
       roles: the roles of the arguments; the parameters are argument 0.
       own: as for `micro_gradient.on_each`.
+      counts: whether the weight of each micro-batch is known to be positive.
     """
 
     config: Config
     fun: Callable[..., tuple[Any, Any]]
     roles: Roles
     own: Sequence[int] = ()
+    counts: bool = False
 
     def __call__(
         self,
@@ -57,6 +59,7 @@ class LossStep(NamedTuple):
             sums=None if config.in_place is False else state.acc_grads,
             in_place=config.in_place,
             starts=False if boundary.clears else state.mini_step == 0,
+            counts=self.counts,
             mean=judges,
         )
         extra_args = extra_args or {}
@@ -67,12 +70,15 @@ class LossStep(NamedTuple):
             weight=loss.weight,
             weighted=loss.weight is not None and not judges,
             like=weighted_sum.arrays(params),
+            counts=self.counts,
         )
         params, state = accumulation.add(config, state, micro_batch, boundary, Call(params, extra_args, applies=True))
         return loss, rest, params, state
 
 
-def micro_step(config: Config, fun: Callable[..., Any], method: str) -> Callable[..., tuple[Any, Tree, Any]]:
+def micro_step(
+    config: Config, fun: Callable[..., Any], method: str, *, counts: bool = False
+) -> Callable[..., tuple[Any, Tree, Any]]:
     """`MultiSteps.micro_step` for one loss, called as `(params, state, args, boundary)`; `method` is for errors."""
     fun = _without_aux(fun, method)
 
@@ -82,7 +88,7 @@ def micro_step(config: Config, fun: Callable[..., Any], method: str) -> Callable
             args = batch, *prng.fold_typed(others, MappedAxis(config.sync.names).index())
         return fun(params, *args), None
 
-    step = LossStep(config, on_device, Roles(params=(0,), batch=(1,), keys=(), carry=()))
+    step = LossStep(config, on_device, Roles(params=(0,), batch=(1,), keys=(), carry=()), counts=counts)
 
     def micro_step(params, state, args, boundary):
         if isinstance(config.sync, MeshAxis):

@@ -59,7 +59,7 @@ def test_it_trains_as_the_counter_does(ks):
         _, params, state = step(params, state, x)
         assert step.mini_step == int(state.mini_step)
     equal(told(params, state), told(*counted(XS, ks)))
-    assert step._accumulate._cache_size() == step._close._cache_size() == 1
+    assert [program._cache_size() for programs in step._programs.values() for program in programs] == [0, 0, 1, 1]
 
 
 def test_it_goes_on_where_a_state_stands():
@@ -303,7 +303,7 @@ class Counted:
 def test_a_new_state_is_not_traced_again():
     """Catches a check that traces and lowers the program for each new state, though it ran with the same types."""
     tx, step, *_ = summing(2)
-    step._accumulate, step._close = programs = Counted(step._accumulate), Counted(step._close)
+    step._programs[True] = programs = tuple(map(Counted, step._programs[True]))
     for k in (1, 2, 1, 2):
         run(step, jnp.zeros(1), jaxaccum.set_every_k(tx.init(jnp.zeros(1)), k), [1])
     assert [program.lowered for program in programs] == [1, 1]

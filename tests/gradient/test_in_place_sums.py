@@ -273,14 +273,16 @@ def test_memory():
 
 
 @pytest.mark.parametrize("strategy", ["single", "ddp"])
-@pytest.mark.parametrize(("loss", "leaves"), [(scanned, 2), (weighted, 0)])
-def test_the_trainer(strategy, loss, leaves):
+@pytest.mark.parametrize("loss", [scanned, weighted])
+def test_the_trainer(strategy, loss):
     """A Trainer that makes a second tree of gradients where a window makes none."""
     task = jaxaccum.Task(lambda key, batch: params(), lambda p, x, key: loss(p, x), optax.sgd(0.1))
     devices = strategies.Strategy(strategy, "auto")
     programs = compiled.Programs(task, devices, task.optimizer, "propagate", 0)
     state = programs.initial(np.asarray(batch()), Processes())
     (piece,) = devices.pieces([np.asarray(batch())])
-    # On several devices one may have no share of a piece, so a plain loss has a weight there.
-    expected = leaves if strategy == "single" else 0
-    assert adds(programs._add_piece, state.params, state.pending, *piece) == expected
+    for counts in (False, True):
+        add = functools.partial(programs._add_piece, counts=counts)
+        # What may not count can't be added inside: a share of weight 0, or on several devices one without examples.
+        expected = 2 if counts or (strategy, loss) == ("single", scanned) else 0
+        assert adds(add, state.params, state.pending, *piece.inputs) == expected

@@ -390,8 +390,8 @@ def test_devices_meet_once_a_window(strategy):
     state = t.fit(task(optax.adam(0.1), model_state=True), loader(8, 8, 8, 8))
     (piece,) = t._strategy.pieces(loader(8) * t._strategy.group)
     programs = t._running.setup.programs
-    accumulate = programs._accumulate.lower(state.params, state.pending, *piece).compile()
-    step = programs._step.lower(state, *piece, None).compile()
+    accumulate = programs._accumulate.lower(state.params, state.pending, *piece.inputs).compile()
+    step = programs._step.lower(state, *piece.inputs, None).compile()
     assert jaxaccum.collectives(accumulate).count() == 0
     assert jaxaccum.collectives(step).count() > 0 and jaxaccum.collectives(step).count(in_loop=True) == 0
 

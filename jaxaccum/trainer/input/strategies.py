@@ -45,10 +45,19 @@ class Piece(NamedTuple):
     Attributes:
       batch: leaves (N, ...) on one device; (P·N, ...) on several, sharded over the data axis.
       place: a `Place`, on the devices.
+      host: `batch` before its transfer; with several processes, `batch` itself.
+      is_full: whether every device has a share.
     """
 
     batch: Tree
     place: Any
+    host: Tree
+    is_full: bool
+
+    @property
+    def inputs(self) -> tuple[Tree, Any]:
+        """The inputs of a program."""
+        return self.batch, self.place
 
 
 class Strategy:
@@ -147,13 +156,14 @@ class Strategy:
 
     def sent(self, batch: Tree, place: Place) -> Piece:
         """Starts the transfer of a piece to the devices; `batch` is this process's part."""
+        host, place_on_devices = batch, self.constant(place, np.int32)
         if self.process_count > 1:
             shape = lambda x: (self.process_count * len(x), *x.shape[1:])
             put = lambda x: jax.make_array_from_process_local_data(self.local, x, shape(x))
-            batch = jax.tree.map(put, batch)
+            host = batch = jax.tree.map(put, batch)
         elif self._puts:
             batch = jax.device_put(batch, self.local)
-        return Piece(batch, self.constant(place, np.int32))
+        return Piece(batch, place_on_devices, host, place.present == self.size)
 
     def _run(self, run: list[Tree]) -> Piece:
         """Returns a piece of batches with the same shape, one per device."""

@@ -11,6 +11,7 @@ import optax
 
 from jaxaccum import task as _task
 from jaxaccum._gradient import sum_packing
+from jaxaccum._gradient.host_weight import HostWeight
 from jaxaccum._multi_steps import inner_update
 from jaxaccum._multi_steps.accumulation import Boundary
 from jaxaccum._multi_steps.api import MultiSteps, config_of
@@ -63,8 +64,8 @@ class FitState(NamedTuple):
 
 
 class Programs:
-    """The compiled programs of a run, reused by later runs of the same kind. Each compiles at most once per batch
-    shape.
+    """The compiled programs of a run, reused by later runs of the same kind. Each compiles at most twice per batch
+    shape: for pieces that are known to count on every device, and for others.
 
     `accumulate` reads the parameters and updates only the pending sums; `step` adds the window's last piece and runs
     the optimizer; `flush` runs the optimizer on the pending sums; `window` is several accumulates and a step in one
@@ -83,6 +84,7 @@ class Programs:
     ):
         self._task, self._strategy, self._sync, self.seed = task, strategy, strategy.sync, seed
         self._objective = functools.partial(objective.objective, task, strategy, seed)
+        self._weight = HostWeight(functools.partial(objective.returned, task), strategy.size)
         # The host tracks K and passes `boundary` with every call.
         self._tx = MultiSteps(optimizer, 1, nonfinite=nonfinite, **self._sync.options())
         self._kind: Any = None
@@ -106,7 +108,7 @@ class Programs:
         params, model_state = self._strategy.placed(made, self._strategy.common)
         numeric.differentiable(params)
         piece, *_ = self._first_pieces(batch, processes)
-        args = params, model_state, *piece
+        args = params, model_state, *piece.inputs
         shardings = self._shardings(*args[:2], *jax.eval_shape(self._begin, *args))
         kind = jax.tree.flatten(shardings)
         if kind != self._kind:  # Otherwise the previous run's programs are reused.
@@ -127,7 +129,7 @@ class Programs:
         sums: Any = self._tx.init(params)
         own, index = self._sync.local(jax.tree.map(jnp.copy, model_state)), jnp.zeros((), jnp.uint32)
         args = params, sums, own, batch, place, index
-        _, (_, logs), _, _ = jax.eval_shape(functools.partial(self._micro_step, boundary=False), *args)
+        _, (_, logs), _, _ = jax.eval_shape(functools.partial(self._micro_step, False, boundary=False), *args)
         logs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), logs)
         return sums.inner_opt_state, Pending(sums._replace(inner_opt_state=None), logs, own, index)
 
@@ -153,10 +155,11 @@ class Programs:
     def _compile(self, shardings: FitState) -> None:
         common, local = self._strategy.common, self._strategy.local
         self._start = jax.jit(self._begin, out_shardings=(shardings.opt_state, shardings.pending))
-        self._accumulate = jax.jit(self._add_piece, donate_argnums=1, out_shardings=(shardings.pending, local))
-        self._step = jax.jit(self._close_with, donate_argnums=0, out_shardings=(shardings, local, common))
+        jit = functools.partial(jax.jit, static_argnames="counts")
+        self._accumulate = jit(self._add_piece, donate_argnums=1, out_shardings=(shardings.pending, local))
+        self._step = jit(self._close_with, donate_argnums=0, out_shardings=(shardings, local, common))
         self._flush = jax.jit(self._close, donate_argnums=0, out_shardings=(shardings, common))
-        self._window = jax.jit(self._scan, donate_argnums=0, out_shardings=(shardings, local, common))
+        self._window = jit(self._scan, donate_argnums=0, out_shardings=(shardings, local, common))
 
     def run(
         self, state: FitState, micro_steps: Sequence[MicroStep], boundary: bool, share: jax.Array | None
@@ -172,19 +175,22 @@ class Programs:
         Returns:
           (state, each micro-step's loss and metrics, the window's means at a boundary or None).
         """
+        params, opt_state, model_state, pending = state
+        held = params, model_state
+        counts = lambda piece: piece.is_full and self._weight.is_positive(held, piece.host)
         if len(micro_steps) > 1:
             pieces = [piece for micro_step in micro_steps for piece in micro_step.pieces]
-            state, logs, means = self._window(state, pieces, share)
+            is_known = all(map(counts, pieces))
+            state, logs, means = self._window(state, [piece.inputs for piece in pieces], share, counts=is_known)
             return state, [Outputs([logs], (..., i)) for i in range(len(pieces))], means
         pieces = micro_steps[0].pieces
-        params, opt_state, model_state, pending = state
         outputs, means = [], None
         for piece in pieces[:-1] if boundary else pieces:
-            pending, logs = self._accumulate(params, pending, *piece)
+            pending, logs = self._accumulate(params, pending, *piece.inputs, counts=counts(piece))
             outputs.append(logs)
         state = FitState(params, opt_state, model_state, pending)
         if boundary:
-            state, logs, means = self._step(state, *pieces[-1], share)
+            state, logs, means = self._step(state, *pieces[-1].inputs, share, counts=counts(pieces[-1]))
             outputs.append(logs)
         return state, [Outputs(outputs)], means
 
@@ -198,18 +204,18 @@ class Programs:
 
     # The functions below are jitted.
 
-    def _add_piece(self, params, pending, batch, place):
-        _, _, pending, logs = self._add(params, None, pending, batch, place, boundary=False)
+    def _add_piece(self, params, pending, batch, place, counts=False):
+        _, _, pending, logs = self._add(counts, params, None, pending, batch, place, boundary=False)
         return pending, logs
 
-    def _close_with(self, state, batch, place, share):
+    def _close_with(self, state, batch, place, share, counts=False):
         share = {} if share is None else {"share": share}
         params, opt_state, pending, logs = self._add(
-            state.params, state.opt_state, state.pending, batch, place, boundary=True, **share
+            counts, state.params, state.opt_state, state.pending, batch, place, boundary=True, **share
         )
         return self._closed(params, opt_state, pending), logs, self._means(pending.logs)
 
-    def _scan(self, state, pieces, share):
+    def _scan(self, state, pieces, share, counts=False):
         *others, (batch, place) = pieces
         packing = sum_packing.of(state.pending.sums.acc_grads)
         with_sums = lambda pending, sums: pending._replace(sums=pending.sums._replace(acc_grads=sums))
@@ -217,12 +223,12 @@ class Programs:
         unpack = lambda pending: with_sums(pending, packing.unpack(pending.sums.acc_grads))
 
         def add(pending, piece):
-            pending, logs = self._add_piece(state.params, unpack(pending), *piece)
+            pending, logs = self._add_piece(state.params, unpack(pending), piece[0], piece[1], counts)
             return pack(pending), logs
 
         pieces = jax.tree.map(lambda *x: jnp.stack(x), *others)
         pending, logs = jax.lax.scan(add, pack(state.pending), pieces)
-        state, last_logs, means = self._close_with(state._replace(pending=unpack(pending)), batch, place, share)
+        state, last_logs, means = self._close_with(state._replace(pending=unpack(pending)), batch, place, share, counts)
         # Micro-steps are stacked on the last axis, because the first one is sharded over the devices.
         together = lambda x, end: jnp.concatenate([jnp.moveaxis(x, 0, -1), end[..., None]], axis=-1)
         return state, jax.tree.map(together, logs, last_logs), means
@@ -247,24 +253,25 @@ class Programs:
         divide = lambda sums: jnp.where(sums.weight == 0, jnp.nan, weighted_sum.mean(sums, sums.total))
         return {name: divide(sums) for name, sums in joined.items()}
 
-    def _micro_step(self, params, sums, *args, boundary, extra_args=None):
+    def _micro_step(self, counts, params, sums, *args, boundary, extra_args=None):
         """Adds a piece and returns (loss, (model state, logs), params, sums); sums are 0 at a window's start."""
-        step = LossStep(config_of(self._tx), self._objective, objective.ROLES, objective.OWN)
+        loss = functools.partial(self._objective, counts)
+        step = LossStep(config_of(self._tx), loss, objective.ROLES, objective.OWN, counts)
         return step(params, sums, args, Boundary(boundary, clears=True), extra_args)
 
-    def _add(self, params, opt_state, pending, batch, place, boundary, **extra_args):
+    def _add(self, counts, params, opt_state, pending, batch, place, boundary, **extra_args):
         """Adds a piece and returns (params, opt_state, pending, logs); runs the optimizer at a boundary."""
         sums = pending.sums._replace(inner_opt_state=opt_state)
         args = params, sums, pending.model_state, batch, place, pending.index
-        _, (model_state, logs), params, sums = self._micro_step(*args, boundary=boundary, extra_args=extra_args)
+        _, (model_state, logs), params, sums = self._micro_step(counts, *args, boundary=boundary, extra_args=extra_args)
         weight = logs["loss"].weight
-        counts = jnp.logical_and(weight != 0, sums.dropped == pending.sums.dropped)
+        keep = jnp.logical_and(weight != 0, sums.dropped == pending.sums.dropped)
         first = pending.sums.mini_step == 0
-        add = lambda total, x: weighted_sum.add(total, x, keep=counts, first=first)
+        add = lambda total, x: weighted_sum.add(total, x, keep=keep, first=first)
         pending = Pending(
             sums=sums._replace(inner_opt_state=None),
             logs=jax.tree.map(add, pending.logs, logs),
-            model_state=weighted_sum.select(counts, model_state, pending.model_state),
+            model_state=weighted_sum.select(keep, model_state, pending.model_state),
             index=pending.index + place[2].astype(jnp.uint32),
         )
         return params, sums.inner_opt_state, pending, logs

@@ -54,8 +54,9 @@ class Evaluation:
         for micro_step in micro_steps(batches, strategy, processes, may_differ=True):
             look()
             for piece in micro_step.pieces:
-                sums = self._zeros(params, model_state, *piece) if sums is None else sums
-                sums = self._add(sums, params, model_state, *piece)
+                args = params, model_state, *piece.inputs
+                sums = self._zeros(*args) if sums is None else sums
+                sums = self._add(sums, *args)
         if sums is None:
             raise ValueError(
                 "val_loader gave no batch: pass something that can be iterated again and again, such as a list, "

@@ -1,0 +1,116 @@
+"""The Trainer runs what it knows to count without a selection, and everything else with one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from training import trainer
+
+import jaxaccum
+
+WIDTH, K = 4, 3
+
+
+def masked(model_state=False):
+    """Layers in a loop; the masked examples' squared error and their number."""
+
+    def init(key, batch):
+        params = {"layers": 0.5 * jax.random.normal(key, (2, WIDTH, WIDTH)), "bias": jnp.zeros(WIDTH)}
+        return (params, {"seen": jnp.zeros(())}) if model_state else params
+
+    def loss(params, batch):
+        y = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), batch["x"], params["layers"])[0] + params["bias"]
+        return jaxaccum.Weighted(jnp.sum((y**2).sum(axis=1) * batch["mask"]), jnp.sum(batch["mask"]))
+
+    if not model_state:
+        return jaxaccum.Task(init, lambda params, batch, key: loss(params, batch), optax.adamw(0.05))
+
+    def stateful(params, state, batch, key):
+        return loss(params, batch), {"seen": state["seen"] + jnp.mean(batch["x"])}, {}
+
+    return jaxaccum.Task(init, stateful, optax.adamw(0.05), model_state=True)
+
+
+def batches(count, empty=(), n=8):
+    """Batches; those of the numbers in `empty` have an empty mask and are NaN."""
+    rng = np.random.default_rng(0)
+    made = [
+        {"x": rng.standard_normal((n, WIDTH)).astype(np.float32), "mask": np.ones(n, np.float32)} for _ in range(count)
+    ]
+    for i in empty:
+        made[i] = {"x": np.full_like(made[i]["x"], np.nan), "mask": np.zeros(n, np.float32)}
+    return made
+
+
+def variants(t):
+    """The numbers of programs compiled for accumulation and for boundaries."""
+    programs = t._running.setup.programs
+    return programs._accumulate._cache_size(), programs._step._cache_size(), programs._window._cache_size()
+
+
+@pytest.mark.parametrize("strategy", ["single", "ddp", "dp", "zero"])
+@pytest.mark.parametrize("fuse_windows", [False, True])
+def test_weights_from_the_data_compile_one_program(strategy, fuse_windows):
+    """Catches the selection, or a second program, where all micro-batches are known to count."""
+    devices = 1 if strategy == "single" else 2
+    group = 1 if strategy in ("single", "dp") else devices
+    t = trainer(strategy=strategy, devices=devices, accumulate_grad_batches=K, fuse_windows=fuse_windows)
+    t.fit(masked(), batches(2 * K * group))
+    assert variants(t) == ((0, 0, 1) if fuse_windows else (1, 1, 0))
+
+
+STRATEGIES, EMPTY = ["single", "ddp", "dp", "zero"], [(0,), (1, 5), (2, 3), (0, 1, 2, 3, 4, 5)]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "fuse_windows", "model_state", "empty"),
+    [
+        (strategy, (i + j) % 2 == 0, j >= 2, empty)  # Each pair of values occurs.
+        for i, strategy in enumerate(STRATEGIES)
+        for j, empty in enumerate(EMPTY)
+    ],
+)
+def test_a_batch_of_weight_zero_is_left_out(strategy, fuse_windows, model_state, empty):
+    """Catches a NaN from a batch that the host took to count, in every position of a window and on each device."""
+    devices = 1 if strategy == "single" else 2
+    options = {"strategy": strategy, "devices": devices, "accumulate_grad_batches": K, "max_epochs": 2}
+    t = trainer(fuse_windows=fuse_windows, **options)
+    state = t.fit(masked(model_state), batches(12, empty))
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((state.params, state.model_state)))
+    if strategy == "single":  # Each window's mean is that of its other batches.
+        reference = jaxaccum.Trainer(**options, callbacks=[], enable_progress_bar=False)
+        full = [{**batch, "x": np.nan_to_num(batch["x"])} for batch in batches(12, empty)]
+        want = reference.fit(masked(model_state), full)
+        if not model_state:
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), state.params, want.params)
+
+
+def test_a_plain_loss_of_several_devices_has_no_selection():
+    """Catches a share of a batch that is taken for one that may be missing."""
+    task = jaxaccum.Task(
+        lambda key, batch: jnp.ones(WIDTH), lambda p, batch, key: jnp.mean((batch["x"] @ p) ** 2), optax.sgd(0.1)
+    )
+    t = trainer(strategy="ddp", devices=4, accumulate_grad_batches=2)
+    t.fit(task, batches(16))
+    assert variants(t) == (1, 1, 0)
+    (piece,) = t._strategy.pieces(batches(4))
+    programs, state = t._running.setup.programs, t.state
+    selects = lambda counts: str(
+        jax.make_jaxpr(lambda *args: programs._add_piece(*args, counts=counts))(
+            state.params, state.pending, *piece.inputs
+        )
+    ).count("select_n")
+    assert selects(True) < selects(False)
+
+
+def test_devices_without_a_share_are_left_out():
+    """Catches an incomplete group that runs as if every device had a share of it."""
+    run = lambda strategy, devices, k: (
+        trainer(strategy=strategy, devices=devices, accumulate_grad_batches=k, max_epochs=2)
+        .fit(masked(), batches(10))
+        .params
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), run("ddp", 4, 2), run("single", 1, 8)
+    )

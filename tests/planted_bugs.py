@@ -273,7 +273,7 @@ BUGS = [
     Bug("ZeRO all-reduces the gradients", "MeshAxis.joined", "self.scatter", "False", CORE),
     Bug("ZeRO replicates the optimizer's state", "dimension", "next(fits, None)", "None", "reduction zero mesh"),
     Bug(
-        "redistribution gives all devices the first device's sum",
+        "redistribution copies the first device's sum to the added devices",
         "folded",
         "jnp.sum(wide[heirs == i], axis=0)",
         "jnp.sum(wide[heirs == i if i in heirs else slice(1)], axis=0)",
@@ -314,7 +314,7 @@ BUGS = [
         "Loop._begin_epoch",
         "self._options.accumulate_grad_batches(at.epoch)",
         "self._options.accumulate_grad_batches(at.epoch + 1)",
-        TRAINER,
+        "trainer",
     ),
     Bug(
         "an epoch's end does not close the window",
@@ -323,7 +323,7 @@ BUGS = [
         "window_step >= at.every_k",
         TRAINER,
     ),
-    Bug("max_steps counts micro-steps", "Loop._is_over", "at.global_step", "at.micro_step", TRAINER),
+    Bug("max_steps counts micro-steps", "Loop._is_over", "at.global_step", "at.micro_step", "trainer"),
     Bug(
         "a validation clears the pending sums",
         "Loop._validate_if_due",
@@ -331,7 +331,7 @@ BUGS = [
         "run.metrics.results |= results\n"
         "sums = jax.tree.map(jax.numpy.zeros_like, run.state.pending.sums)\n"
         "run.state = run.state._replace(pending=run.state.pending._replace(sums=sums))",
-        TRAINER,
+        "trainer",
     ),
     Bug("prefetching repeats a batch", "micro_steps", "yield ahead.popleft()", "yield ahead[0]", TRAINER),
     Bug("logged means ignore the number of examples", "_logs", "_examples(batch)", "1", TRAINER),
@@ -400,14 +400,14 @@ BUGS = [
         "Interval.count",
         "at.validated &= not is_due or (at.epoch + 1) % every_n_epochs != 0",
         "at.validated = not is_due or (at.epoch + 1) % every_n_epochs != 0",
-        TRAINER,
+        "fuse_windows",
     ),
     Bug(
         "the loader's position counts micro-steps",
         "Counters.count",
         "self.batches += batches",
         "self.batches += bool(batches)",
-        TRAINER,
+        "resume",
     ),
     Bug(
         "a resumed run has K = 1",
@@ -422,10 +422,10 @@ BUGS = [
         "Programs.fits",
         "self._task is task and self.seed == seed",
         "self.seed == seed",
-        TRAINER,
+        "trainer",
     ),
     Bug(
-        "programs are reused for a model of another structure",
+        "programs are reused for a model with other shardings",
         "Programs.initial",
         "kind != self._kind",
         "self._kind is None",
@@ -480,9 +480,11 @@ BUGS = [
         "Interval.end_epoch",
         "at.batch_idx >= self.micro_steps",
         "True",
-        TRAINER,
+        "validation",
     ),
-    Bug("the validation interval never restarts", "Interval.end_epoch", "at.toward_validation = 0", "pass", TRAINER),
+    Bug(
+        "the validation interval never restarts", "Interval.end_epoch", "at.toward_validation = 0", "pass", "validation"
+    ),
     Bug(
         "the sanity check's batches are missing from the first validation",
         "ValLoader.__iter__",
@@ -495,7 +497,7 @@ BUGS = [
         "Loop.check_validation",
         "count * setup.strategy.group",
         "None",
-        TRAINER,
+        "validation",
     ),
     Bug(
         "each policy writes its own copy of the same state",
@@ -539,7 +541,7 @@ BUGS = [
         '("every_n_micro_steps", "every_n_train_steps", "every_n_epochs")',
         TRAINER,
     ),
-    Bug("windows are not recorded", "Loop._close_window", "run.at.recorded = not run.record_is_due", "pass", TRAINER),
+    Bug("windows are not recorded", "Loop._close_window", "run.at.recorded = not run.record_is_due", "pass", "loggers"),
     Bug(
         "checkpoints with unreadable notes are skipped without a warning",
         "orbax_io._found",
@@ -567,7 +569,7 @@ BUGS = [
         "Run.record_is_due",
         "at.global_step == 1 or at.ends_epoch or at.global_step >= options.steps",
         "at.ends_epoch or at.global_step >= options.steps",
-        TRAINER,
+        "loggers",
     ),
     Bug("a resumed run repeats records", "_before", "record.get(name, 0) > place[name]", "False", "loggers"),
     Bug("an old metrics file is overwritten", "_set_aside", "path.rename", "print", "loggers"),
@@ -846,7 +848,7 @@ BUGS = [
         "_optimizer_step",
         "_, prepared = once_per_window.compute(config.prepare, new_params)",
         "prepared = state.prepared",
-        CORE,
+        "prepared_steps",
     ),
     Bug(
         "a misspelt argument is accepted as an extra arg",
@@ -890,7 +892,7 @@ BUGS = [
         "Loop._run_on_devices",
         "while run.uncounted:\n    self._count(means)",
         "while False:\n    self._count(means)",
-        TRAINER,
+        "fuse_windows",
     ),
 ]
 

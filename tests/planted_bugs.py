@@ -1035,13 +1035,7 @@ BUGS = [
         "piece.is_full",
         "programs",
     ),
-    Bug(
-        "a plain loss on several devices is selected",
-        "objective.objective",
-        "counts or strategy.size == 1",
-        "strategy.size == 1",
-        "programs",
-    ),
+    Bug("a share that is known to count is selected", "Programs._micro_step", "counts", "False", "programs"),
 ]
 
 

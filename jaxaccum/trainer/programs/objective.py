@@ -24,15 +24,7 @@ ROLES, OWN = Roles(params=(0,), batch=(2,), keys=(), carry=()), (1,)
 
 
 def objective(
-    task: Task,
-    strategy: Strategy,
-    seed: int,
-    counts: bool,
-    params: Tree,
-    model_state: Tree,
-    batch: Tree,
-    place: Any,
-    index: Any,
+    task: Task, strategy: Strategy, seed: int, params: Tree, model_state: Tree, batch: Tree, place: Any, index: Any
 ) -> tuple[Any, tuple[Tree, Logs]]:
     """Computes a piece's loss on one device, to be differentiated there.
 
@@ -40,7 +32,6 @@ def objective(
       task: the task.
       strategy: the strategy, with P devices.
       seed: the seed of the keys.
-      counts: whether every device is known to have a share, and the share a positive weight.
       params: the parameters.
       model_state: the model state of this device.
       batch: the share of this device, leaves (N, ...).
@@ -62,7 +53,7 @@ def objective(
     if value.weight is None:
         value = Weighted(value.total * _examples(batch), _examples(batch))
     # On one device every piece has a share, and its number of examples is static.
-    weight = value.weight if counts or strategy.size == 1 else jnp.where(present, value.weight, 0)
+    weight = value.weight if strategy.size == 1 else jnp.where(present, value.weight, 0)
     return Weighted(value.total, weight), (new_model_state, logs)
 
 

@@ -89,18 +89,7 @@ class Options:
         return math.inf if self.max_steps == -1 else self.max_steps
 
     @property
-    def val_limit(self) -> int | float:
-        """The limit on validation batches."""
-        return self.overfit_batches or self.limit_val_batches
-
-    @property
-    def micro_steps(self) -> int | float:
-        """The maximum number of micro-steps that `max_steps` allows; infinite for no limit."""
-        return self.steps * max(self.accumulate_grad_batches.values(), default=1)
-
-    @property
     def divides_by_k(self) -> bool:
-        """Whether to divide a partial window by K."""
         return self.partial_window == "divide_by_k"
 
     def optimizer_steps(self, micro_steps: int | float) -> int | float:

@@ -40,11 +40,7 @@ class Module(NamedTuple):
 
 
 def parse(text: str) -> Module:
-    """Parses the text of one compiled program, as returned by `jax.stages.Compiled.as_text`.
-
-    Raises:
-      ValueError: if an instruction can't be parsed, or if there is not exactly one entry computation.
-    """
+    """Parses the text of one compiled program, or raises ValueError."""
     header, *lines = text.strip().split("\n")
     header = _STRING.sub('""', header)
     entries, computations, current = [], {}, None

@@ -160,11 +160,7 @@ def agree(name: str, value: Any, *, timeout: float = 300.0) -> Any:
 
 
 def check_same(answers: Sequence[str]) -> None:
-    """Checks that the processes' answers, in process order, are all equal.
-
-    Raises:
-      ValueError: if they differ. The message lists the processes for each answer.
-    """
+    """Raises ValueError if the processes' answers, in process order, differ; it lists the processes for each answer."""
     processes = defaultdict(list)
     for process, answer in enumerate(answers):
         processes[answer].append(str(process))

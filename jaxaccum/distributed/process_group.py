@@ -75,11 +75,7 @@ class Processes:
         self.gather("the end of a hook")
 
     def agree(self, name: str, values: dict[str, Any]) -> None:
-        """Checks that every process has the same `values`.
-
-        Raises:
-          ValueError: on all processes, if values differ. The message lists them by process.
-        """
+        """Raises ValueError on all processes if they differ in any of the `values`; it lists those by process."""
         if self.count == 1:
             return
         found = self.gather(name, values)

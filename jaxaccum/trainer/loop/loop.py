@@ -19,11 +19,7 @@ from jaxaccum.trainer.programs.step_outputs import Outputs
 
 
 class Loop:
-    """Trains a run epoch by epoch.
-
-    Raises:
-      ValueError: if the validation interval is a fraction of an epoch of unknown length, or no validation can be due.
-    """
+    """Trains a run epoch by epoch. Raises ValueError if its validations can't fall due as the options say."""
 
     def __init__(self, run: Run, hooks: Hooks, checkpoints: RunCheckpoints, signals: Signals):
         self._run, self._hooks, self._checkpoints, self._signals = run, hooks, checkpoints, signals

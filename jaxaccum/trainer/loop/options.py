@@ -99,11 +99,7 @@ class Options:
         return self.steps
 
     def agree(self, processes: Processes, **others: Any) -> None:
-        """Checks that these options and `others` are equal in all processes, except those that may differ.
-
-        Raises:
-          ValueError: in all processes, if they differ; the message lists each process's values.
-        """
+        """Raises ValueError in all processes if these options, but for those that may differ, or `others` differ."""
         common = {name: value for name, value in vars(self).items() if name not in _OWN}
         common["accumulate_grad_batches"] = list(self.accumulate_grad_batches.items())
         common["gradient_clip_val"] = str(self.gradient_clip_val)  # It may not be JSON-serialisable.

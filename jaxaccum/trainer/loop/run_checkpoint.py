@@ -58,16 +58,12 @@ def place(checkpoint: Checkpoint, strategy: Strategy) -> Counters:
 
 
 def begin(checkpoint: Checkpoint, loader: TrainLoader, strategy: Strategy) -> None:
-    """Starts a loader at the position of `checkpoint`.
-
-    Raises:
-      ValueError: in all processes, if the batches read so far don't divide evenly over the devices.
-    """
+    """Starts a loader at the position of `checkpoint`."""
     processes = strategy.process_count
     is_as_it_was = (len(checkpoint.notes["loaders"]), checkpoint.notes["group"]) == (processes, strategy.batches)
 
     def own_batches(batches: int) -> int:
-        """Converts a number of loader batches over all processes to the number from this process's loader."""
+        """Converts a number of batches over all processes to that of this one; raises in all if it doesn't divide."""
         if processes == 1 or strategy.name == "dp":
             return batches
         if batches % strategy.batches and not is_as_it_was:

@@ -14,11 +14,7 @@ REMEDY = (
 
 
 class Interval:
-    """The number of micro-steps between validations, counted within each epoch or across epochs that are shorter.
-
-    Raises:
-      ValueError: if the interval is a fraction of an epoch of unknown length.
-    """
+    """The number of micro-steps between validations, counted within each epoch or across epochs that are shorter."""
 
     micro_steps: int | float  # Infinite for a validation at the epoch's end only.
 
@@ -27,7 +23,7 @@ class Interval:
         self.begin_epoch()
 
     def begin_epoch(self) -> None:
-        """Updates an interval that is a fraction of the epoch's length."""
+        """Updates an interval that is a fraction of the epoch's length; raises ValueError if that is unknown."""
         value, epoch = self._setup.options.val_check_interval, self._setup.epoch_micro_steps
         if isinstance(value, int):
             self.micro_steps = value

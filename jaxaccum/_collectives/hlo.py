@@ -15,21 +15,13 @@ _ARRAY = re.compile(r"\b([a-z]+(\d*)[a-z0-9]*)\[([\d,<=]*)\]")
 
 
 class Instruction(NamedTuple):
-    """One HLO instruction.
+    """One HLO instruction."""
 
-    Attributes:
-      shape: the shape of its result, as XLA prints it.
-      opcode: for example "all-reduce".
-      operands: the names of its operands, instructions in the same computation.
-      attributes: the rest of the line, with strings emptied.
-      trip_count: a loop's number of iterations, or None if XLA does not know it.
-    """
-
-    shape: str
-    opcode: str
-    operands: tuple[str, ...]
-    attributes: str
-    trip_count: int | None
+    shape: str  # Of its result, as XLA prints it.
+    opcode: str  # For example "all-reduce".
+    operands: tuple[str, ...]  # The names of instructions in the same computation.
+    attributes: str  # The rest of the line, with strings emptied.
+    trip_count: int | None  # A loop's number of iterations, if XLA knows it.
 
     def calls(self) -> list[tuple[str, str]]:
         """The computations that it calls, as (attribute, computation)."""
@@ -39,26 +31,16 @@ class Instruction(NamedTuple):
 
 
 class Module(NamedTuple):
-    """A compiled program for replicas × partitions devices.
-
-    Attributes:
-      replicas, partitions: the number of each.
-      entry: the name of the entry computation.
-      computations: computation name -> instruction name -> instruction.
-    """
+    """A compiled program for replicas × partitions devices."""
 
     replicas: int
     partitions: int
-    entry: str
-    computations: dict[str, dict[str, Instruction]]
+    entry: str  # The name of the entry computation.
+    computations: dict[str, dict[str, Instruction]]  # Computation name -> instruction name -> instruction.
 
 
 def parse(text: str) -> Module:
-    """Parses the text of one compiled program, as returned by `jax.stages.Compiled.as_text`.
-
-    Raises:
-      ValueError: if an instruction can't be parsed, or if there is not exactly one entry computation.
-    """
+    """Parses the text of one compiled program, or raises ValueError."""
     header, *lines = text.strip().split("\n")
     header = _STRING.sub('""', header)
     entries, computations, current = [], {}, None

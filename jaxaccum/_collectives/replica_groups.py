@@ -48,18 +48,15 @@ def devices(opcode: str, attributes: str, replicas: int, partitions: int) -> Gro
                 f"{opcode} is no collective that jaxaccum knows. Please report it, with the version of jaxlib."
             )
         return ()
+    of_replicas, of_partitions = (pairs or groups or [range(number)] for number in (replicas, partitions))
     if "use_global_device_ids=true" in attributes:
         found = groups or [range(replicas * partitions)]
     elif "channel_id=" not in attributes:  # Replica ids; the groups apply to each partition separately.
-        numbered = pairs or groups or [range(replicas)]
-        found = [[r * partitions + p for r in group] for p in range(partitions) for group in numbered]
+        found = [[r * partitions + p for r in group] for p in range(partitions) for group in of_replicas]
     elif opcode in ("all-gather", "all-reduce", "reduce-scatter"):  # Replica ids; all their partitions participate.
-        found = [
-            [r * partitions + p for r in group for p in range(partitions)] for group in groups or [range(replicas)]
-        ]
+        found = [[r * partitions + p for r in group for p in range(partitions)] for group in of_replicas]
     else:  # Partition ids; the groups apply to each replica separately.
-        numbered = pairs or groups or [range(partitions)]
-        found = [[r * partitions + p for p in group] for r in range(replicas) for group in numbered]
+        found = [[r * partitions + p for p in group] for r in range(replicas) for group in of_partitions]
     strange = [device for group in found for device in group if device >= replicas * partitions]
     if strange:
         raise ValueError(f"{opcode} takes in device {strange[0]}, but the program has {replicas * partitions}.")

@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from jaxaccum._collectives.replica_groups import KINDS, Groups
@@ -122,10 +121,12 @@ class Collectives:
         for one in self.all:
             alike[one.kind, self._over(one), _place(one)].append(one)
         lines = [
-            f"{_counted(ones, kind)} {over}, {_size(sum(one.num_bytes for one in ones))}, {place}"
+            f"{_counted(len(ones), kind)} {over}, {_size(sum(one.num_bytes for one in ones))}, {place}"
             for (kind, over, place), ones in alike.items()
         ]
-        return "\n".join([f"{_counted(self.all, 'collective')}:", *(f"- {line}" for line in lines), self._verdict()])
+        return "\n".join(
+            [f"{_counted(len(self.all), 'collective')}:", *(f"- {line}" for line in lines), self._verdict()]
+        )
 
     def _over(self, one: Collective) -> str:
         """The devices or axes of a collective, in words."""
@@ -141,12 +142,9 @@ class Collectives:
         over = f"Over {_quoted(self.data_axes)}" if self.mesh is not None else "Over all axes (mesh= would name them)"
         if not ours:
             return f"{over} nothing runs: this program doesn't synchronise."
-        repeated = collections.defaultdict(list)
-        for one in ours:
-            if one.every_iteration:
-                repeated[one.kind].append(one)
+        repeated = collections.Counter(one.kind for one in ours if one.every_iteration)
         if repeated:
-            runs = " and ".join(_counted(ones, kind) for kind, ones in repeated.items())
+            runs = " and ".join(_counted(number, kind) for kind, number in repeated.items())
             return (
                 f"{over} every iteration of a loop runs {runs}. If that is the loop over micro-batches, the sync is "
                 "NOT deferred: a window pays for it K times. Sum on each device and reduce once a window, as "
@@ -171,8 +169,8 @@ def _place(one: Collective) -> str:
     return f"{', there '.join(f'in a {frame}' for frame in one.where)}: {at_most}{times}"
 
 
-def _counted(ones: Sequence[Collective], noun: str) -> str:
-    return f"{len(ones)} {noun}{'s' if len(ones) > 1 else ''}"
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number > 1 else ''}"
 
 
 def _quoted(names: tuple[str, ...]) -> str:

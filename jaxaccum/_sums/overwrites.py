@@ -17,11 +17,7 @@ NAME = "_overwrite_with_gradient"  # flax.linen.fp8_ops.OVERWRITE_WITH_GRADIENT;
 
 
 class New(NamedTuple):
-    """An update that replaces the parameter.
-
-    Attributes:
-      value: the parameter's new value.
-    """
+    """An update that replaces the parameter."""
 
     value: Any
 

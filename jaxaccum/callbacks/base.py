@@ -76,14 +76,10 @@ class Callback:
         """Called after an epoch's last batch and the validation that follows, or when training stops mid-epoch."""
 
     def on_train_batch_start(self, trainer: TrainerView, task: Task, batch: Any, batch_idx: int) -> None:
-        """Called before a micro-step.
+        """Called before a micro-step, whose index in its epoch is `batch_idx`.
 
-        Args:
-          trainer: the trainer.
-          task: the task.
-          batch: the loader's batch; with strategy "ddp" or "zero" a list of batches, at most one per device of this
-            process.
-          batch_idx: the index of the micro-step in its epoch.
+        `batch` is the loader's batch; with strategy "ddp" or "zero" a list of batches, at most one per device of this
+        process.
         """
 
     def on_train_batch_end(
@@ -91,13 +87,8 @@ class Callback:
     ) -> None:
         """Called after a micro-step has been dispatched; the counters include it.
 
-        Args:
-          trainer: the trainer.
-          task: the task.
-          outputs: the micro-step's "loss", not divided by K, and its metrics, over this process's devices. Reading a
-            value waits for the devices.
-          batch: as in `on_train_batch_start`.
-          batch_idx: as in `on_train_batch_start`.
+        `outputs` has the micro-step's "loss", not divided by K, and its metrics, over this process's devices. Reading a
+        value waits for the devices. `batch` and `batch_idx` are as in `on_train_batch_start`.
         """
 
     def on_validation_start(self, trainer: TrainerView, task: Task) -> None:

@@ -105,12 +105,9 @@ class ModelCheckpoint(Callback):
         return self.dirpath
 
     def due(self, trainer: TrainerView, moment: str, micro_steps: int = 1) -> bool:
-        """Whether to save now.
+        """Whether to save now that a `moment` has ended: "micro_step", "validation" or "epoch".
 
-        Args:
-          trainer: the trainer.
-          moment: what has just ended: "micro_step", "validation" or "epoch".
-          micro_steps: how many micro-steps ended at once; with `fuse_windows`, those of a window.
+        With `fuse_windows` all `micro_steps` of a window end at once.
         """
         if moment == "micro_step":
             in_window = trainer.window_step > 0

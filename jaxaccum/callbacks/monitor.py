@@ -7,17 +7,11 @@ from jaxaccum.callbacks.base import TrainerView
 
 
 class Monitor(NamedTuple):
-    """A monitored value. The Trainer reads it from a callback's `monitored` attribute.
+    """A monitored value. The Trainer reads it from a callback's `monitored` attribute."""
 
-    Attributes:
-      name: its name in `trainer.callback_metrics`.
-      mode: "min" or "max": whether lower or higher is better.
-      warns: whether the callback itself warns of a run without a value.
-    """
-
-    name: str
-    mode: str
-    warns: bool = False
+    name: str  # In `trainer.callback_metrics`.
+    mode: str  # "min" or "max": whether lower or higher is better.
+    warns: bool = False  # Whether the callback itself warns of a run without a value.
 
     @classmethod
     def of(cls, callback: Any) -> "Monitor | None":

@@ -15,12 +15,10 @@ _BYTES, _TUPLE, _DICT, _ARRAY, _TENSOR = "__bytes__", "__tuple__", "__dict__", "
 
 
 def dumps(value: Any, owner: str) -> str:
-    """Serialises `value`.
+    """Serialises dicts, lists, tuples, strings, numbers, bools, None, bytes, NumPy arrays and torch tensors.
 
-    Args:
-      value: dicts, lists, tuples, strings, numbers, bools, None, bytes, NumPy arrays and torch tensors. Dict keys may
-        be any of these that are hashable. NumPy scalars are restored as Python scalars, and tensors on the CPU.
-      owner: the name of the object whose state it is, for the error message.
+    Dict keys may be any of these that are hashable. NumPy scalars are restored as Python scalars, and tensors on the
+    CPU. `owner` names the object whose state it is.
 
     Raises:
       TypeError: if `value` contains anything else.
@@ -44,7 +42,6 @@ def loads(text: str) -> Any:
 
 
 def _encoded(value: Any) -> Any:
-    """Converts `value` to JSON types."""
     if value is None or isinstance(value, (str, int, float)):
         return value
     if isinstance(value, dict):

@@ -63,18 +63,15 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         raise FileNotFoundError(f"there is no checkpoint at {path}.")
     try:
         notes = _notes(path)
-        wanted = {
-            name: orbax.RestoreArgs(restore_type=np.ndarray)
-            for name, (shape, _) in notes["leaves"].items()
-            if 0 not in shape
-        }
+        leaves = notes["leaves"].items()
+        wanted = {name: orbax.RestoreArgs(restore_type=np.ndarray) for name, (shape, _) in leaves if 0 not in shape}
         alone = {jax.process_index()}  # Each process reads on its own, without a barrier.
         restored = _checkpointer(orbax.Checkpointer, alone).restore(
             path, args=orbax.args.Composite(arrays=orbax.args.PyTreeRestore(restore_args=wanted))
         )["arrays"]
     except Exception as error:
         raise OSError(f"{path} can't be read as a checkpoint: {error}.") from error
-    empty = {name: np.zeros(shape, dtype) for name, (shape, dtype) in notes["leaves"].items() if 0 in shape}
+    empty = {name: np.zeros(shape, dtype) for name, (shape, dtype) in leaves if 0 in shape}
     return Checkpoint(path, {**restored, **empty}, notes)
 
 
@@ -92,16 +89,10 @@ def newest(folders: Sequence[Path], processes: Processes) -> Checkpoint | None:
 def best(
     folder: Path, processes: Processes, ranked: Callable[[Mapping[str, Any]], Sequence[str] | None]
 ) -> Checkpoint | None:
-    """Returns the best checkpoint in a folder, as ranked by the newest checkpoint that has a ranking; None if none has
-    one.
+    """Returns the best checkpoint in a folder that all processes can read; raises as `newest`.
 
-    Args:
-      folder: the folder to search.
-      processes: the processes, all of which must be able to read the checkpoint.
-      ranked: returns the checkpoint names that a checkpoint's notes rank, best first, or None if they have no ranking.
-
-    Raises:
-      OSError: as `newest`.
+    `ranked` returns the names that a checkpoint's notes rank, best first, or None. The newest ranking counts; without
+    one the result is None.
     """
 
     def order(found: Sequence[tuple[Path, dict[str, Any]]]) -> list[Path]:
@@ -125,15 +116,9 @@ def _first_readable(
     processes: Processes,
     order: Callable[[Sequence[tuple[Path, dict[str, Any]]]], Sequence[Path]],
 ) -> Checkpoint | None:
-    """Returns the first checkpoint in the given order that all processes can read.
+    """Returns the first checkpoint in an order that all processes can read; raises as `newest`.
 
-    Args:
-      folders: the folders to search.
-      processes: the processes of the run.
-      order: sorts the checkpoints; receives those with readable notes as (path, notes), newest first.
-
-    Raises:
-      OSError: if there are checkpoints but none can be read.
+    `order` receives the checkpoints with readable notes as (path, notes), newest first.
     """
     names, broken = [], []
     if not processes.index:
@@ -165,8 +150,7 @@ def _first_readable(
 class Writer:
     """Writes checkpoints asynchronously, one at a time.
 
-    With several processes each has a writer, and all must make the same calls. Each writes the shards on its own
-    devices.
+    With several processes each has a writer for the shards on its own devices, and all must make the same calls.
 
     Raises:
       ImportError: if orbax is missing.
@@ -177,19 +161,12 @@ class Writer:
         self._checkpointer: Any = None  # Owns threads that must be shut down.
 
     def start(self, path: Path, arrays: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
-        """Starts writing a checkpoint. The arrays may be donated once this returns.
+        """Starts writing a checkpoint to the new folder `path`. The arrays may be donated once this returns.
 
-        Args:
-          path: the folder, which must not exist. It appears once the checkpoint is complete.
-          arrays: the arrays by name.
-          notes: JSON-serialisable values, including "saved_at": an int that increases from checkpoint to checkpoint.
-
-        Raises:
-          OSError, or any other exception from orbax.
+        The JSON-serialisable notes include "saved_at", an int that increases from checkpoint to checkpoint.
         """
         leaves = {name: (list(x.shape), x.dtype.name) for name, x in arrays.items()}
-        # Orbax rejects empty arrays.
-        full = {name: x for name, x in arrays.items() if x.size}
+        full = {name: x for name, x in arrays.items() if x.size}  # Orbax rejects empty arrays.
         args = self._orbax.args
         path.parent.mkdir(parents=True, exist_ok=True)
         if self._checkpointer is None:
@@ -197,10 +174,7 @@ class Writer:
         try:
             self._checkpointer.save(
                 path,
-                args=args.Composite(
-                    arrays=args.PyTreeSave(full),
-                    notes=args.JsonSave({**notes, "leaves": leaves}),
-                ),
+                args=args.Composite(arrays=args.PyTreeSave(full), notes=args.JsonSave({**notes, "leaves": leaves})),
             )
         except Exception:
             self.close()
@@ -234,11 +208,7 @@ def remove(path: Path) -> None:
 
 
 def annotate(path: Path, notes: Mapping[str, Any]) -> None:
-    """Atomically replaces the notes of a complete checkpoint.
-
-    Raises:
-      OSError: if they can't be written.
-    """
+    """Atomically replaces the notes of a complete checkpoint."""
     file = path / "notes" / _NOTES
     new = file.with_name(file.name + ".new")
     new.write_text(json.dumps({**notes, "leaves": _notes(path)["leaves"]}))

@@ -5,7 +5,6 @@ Builds on `jax.distributed` and requires only jax. `import jaxaccum` does not im
 
 import atexit
 import ctypes
-import functools
 import io
 import itertools
 import json
@@ -14,7 +13,7 @@ import signal
 import sys
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -94,7 +93,14 @@ def initialize(
     if process:
         _slow_down_aborts()
     watch = Watch(process, num_processes, peer_timeout, exit_timeout)
-    sys.excepthook = functools.partial(_fail, watch, sys.excepthook)
+    excepthook = sys.excepthook
+
+    def fail(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        """Prints the exception and ends this process, which would otherwise deadlock with the others at exit."""
+        excepthook(kind, error, trace)
+        watch.fail(traceback.format_exception_only(error)[0].partition("\n")[0].rstrip("."))
+
+    sys.excepthook = fail
     atexit.register(watch.finish)
 
 
@@ -154,11 +160,7 @@ def agree(name: str, value: Any, *, timeout: float = 300.0) -> Any:
 
 
 def check_same(answers: Sequence[str]) -> None:
-    """Checks that the processes' answers, in process order, are all equal.
-
-    Raises:
-      ValueError: if they differ. The message lists the processes for each answer.
-    """
+    """Raises ValueError if the processes' answers, in process order, differ; it lists the processes for each answer."""
     processes = defaultdict(list)
     for process, answer in enumerate(answers):
         processes[answer].append(str(process))
@@ -173,18 +175,6 @@ def check_same(answers: Sequence[str]) -> None:
 def _check_timeout(name: str, seconds: float) -> None:
     if not 0 < seconds < math.inf:
         raise ValueError(f"{name} must be a finite number of seconds above 0, got {seconds!r}.")
-
-
-def _fail(
-    watch: Watch,
-    excepthook: Callable[..., Any],
-    kind: type[BaseException],
-    error: BaseException,
-    trace: TracebackType | None,
-) -> None:
-    """Prints the exception and ends this process, which would otherwise deadlock with the others at exit."""
-    excepthook(kind, error, trace)
-    watch.fail(traceback.format_exception_only(error)[0].partition("\n")[0].rstrip("."))
 
 
 def _slow_down_aborts() -> None:

@@ -4,37 +4,25 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-Blame = Mapping[str, str]
+Blame = Mapping[str, str]  # Process index, as text -> why that process makes all processes exit.
 _SUSPICIOUS_ROUNDS = 3
 _AGAIN = "then start all processes again, from the last checkpoint if there is one."
 
 
 class Entry(NamedTuple):
-    """What a process reports to the others, rewritten with every heartbeat.
+    """What a process reports to the others, rewritten with every heartbeat."""
 
-    Attributes:
-      beat: a counter that increases while the process is alive.
-      where: its host and process id, for error messages.
-      finished: whether it has finished and is waiting for the others.
-      blame: process index, as text -> why that process makes all processes exit. Empty if there is no failure.
-    """
-
-    beat: int
-    where: str
-    finished: bool
+    beat: int  # Increases while the process is alive.
+    where: str  # Its host and process id, for error messages.
+    finished: bool  # Whether it has finished and is waiting for the others.
     blame: Blame
 
 
 class News(NamedTuple):
-    """The store's contents at the last read.
+    """The store's contents at the last read."""
 
-    Attributes:
-      reads: the number of reads so far.
-      entries: process -> entry, for the processes that have written one.
-    """
-
-    reads: int
-    entries: Mapping[int, Entry]
+    reads: int  # The number of reads so far.
+    entries: Mapping[int, Entry]  # Of the processes that have written one.
 
     def of(self, process: int) -> Entry:
         """The entry of `process`, or one with beat 0 if it has written none."""
@@ -44,14 +32,8 @@ class News(NamedTuple):
 class Judge:
     """Decides in each round whether a process has failed, and which.
 
-    Silence is measured in rounds, not by a clock, so that suspending all machines is not mistaken for a failure.
-
-    Args:
-      process: this process's index.
-      num_processes: the number of processes.
-      interval: seconds between rounds.
-      peer_timeout: seconds of silence after which a process counts as dead.
-      exit_timeout: seconds that this process, once it has finished, waits for the others.
+    Silence is measured in rounds, not by a clock, so that suspending all machines is not mistaken for a failure. There
+    are `interval` seconds between rounds. The timeouts are those of `initialize`.
     """
 
     def __init__(self, process: int, num_processes: int, interval: float, peer_timeout: float, exit_timeout: float):
@@ -65,17 +47,10 @@ class Judge:
         self._roll_call: _RollCall | None = None
 
     def round(self, news: News, failure: str | None, finished: bool, store_is_gone: Callable[[], bool]) -> Blame:
-        """Runs one round.
+        """Runs one round and returns the processes to blame.
 
-        Args:
-          news: the store's contents at the last read.
-          failure: the exception that ends this process, in one line, or None.
-          finished: whether this process has finished.
-          store_is_gone: whether the process that hosts the store is definitely gone. Slow, so it is called only if the
-            store is silent.
-
-        Returns:
-          The processes to blame, with reasons; empty if there are none.
+        `failure` is the exception that ends this process, in one line. `store_is_gone` tells whether the process that
+        hosts the store is definitely gone. It is slow, so it is called only if the store is silent.
         """
         store_silence = self._store_silence.after(news.reads)
         silent = [p for p, silence in self._silence.items() if silence.after(news.of(p).beat) >= self._patience]

@@ -19,13 +19,7 @@ class Watch:
 
     The main thread can hang in a collective that can't be interrupted, so two other threads do the work. One reads and
     writes the store, and hangs if the process that hosts the store is stopped. The other evaluates what was read, or
-    that nothing was, and ends this process when a process has failed.
-
-    Args:
-      process: this process's index.
-      num_processes: the number of processes.
-      peer_timeout: seconds of silence after which a process counts as dead.
-      exit_timeout: seconds that this process, once it has finished, waits for the others.
+    that nothing was, and ends this process when a process has failed. The timeouts are those of `initialize`.
     """
 
     def __init__(self, process: int, num_processes: int, peer_timeout: float, exit_timeout: float):

@@ -16,15 +16,10 @@ _gatherings = itertools.count()
 
 @dataclasses.dataclass
 class Wishes:
-    """Events on one process that concern all of them.
+    """Events on one process that concern all of them."""
 
-    Attributes:
-      signal: the number of a signal that it received, or None.
-      stop: whether it wants training to stop.
-    """
-
-    signal: int | None = None
-    stop: bool = False
+    signal: int | None = None  # The number of a signal that it received.
+    stop: bool = False  # Whether it wants training to stop.
 
 
 class Processes:
@@ -32,14 +27,6 @@ class Processes:
 
     All processes call `gather` in the same order, and it also exchanges their wishes. It takes the host a millisecond
     or two and does not use devices. A process that can't continue announces it in place of its next `gather`.
-
-    Attributes:
-      index: this process's index.
-      count: the number of processes.
-      left: whether any process has left the run; `gather` then no longer communicates.
-      own: this process's wishes.
-      wishes: the combined wishes: a signal that any process received, and whether any wants to stop. With several
-        processes, as of the last `gather`.
     """
 
     def __init__(self):
@@ -48,19 +35,17 @@ class Processes:
 
     def begin(self) -> None:
         """Starts a run without any wishes."""
-        self._common: BaseException | None = None
-        self.left = False
+        self._common: BaseException | None = None  # What all processes have raised at the same place.
+        self.left = False  # Whether any process has left the run; `gather` then no longer communicates.
         self.own = Wishes()
+        # Those of all processes: a signal that any received, and whether any wants to stop; as of the last `gather`.
         self.wishes = self.own if self.count == 1 else Wishes()
 
     def gather(self, about: str, value: Any = None) -> list[Any]:
         """Gathers the values of all processes, in order, and updates `wishes`.
 
-        After a process has left the run, it returns this process's value alone.
-
-        Args:
-          about: the place in the program, to check that all processes are at the same one.
-          value: a JSON-serializable value.
+        After a process has left the run, it returns this process's value alone. `about` is the place in the program, to
+        check that all processes are at the same one; `value` is JSON-serializable.
 
         Raises:
           RuntimeError: if another process has left the run or is at a different place.
@@ -90,11 +75,7 @@ class Processes:
         self.gather("the end of a hook")
 
     def agree(self, name: str, values: dict[str, Any]) -> None:
-        """Checks that every process has the same `values`.
-
-        Raises:
-          ValueError: on all processes, if values differ. The message lists them by process.
-        """
+        """Raises ValueError on all processes if they differ in any of the `values`; it lists those by process."""
         if self.count == 1:
             return
         found = self.gather(name, values)
@@ -133,16 +114,13 @@ class Processes:
         number = next(_gatherings)
         directory = _directory(number)
         if not self.index:
-            return self._tell(number, [text, *self._entries(directory)])
+            found = coordination.read(directory)
+            others = range(1, self.count)
+            texts = [found.get(str(i)) or _waited_for(f"{directory}{i}", i, _PATIENCE) for i in others]
+            return self._tell(number, [text, *texts])
         coordination.write(f"{directory}{self.index}", text)
         told = json.loads(_waited_for(f"{directory}all", 0, _PATIENCE + 10))
         return [told["texts"][i] for i in told["whose"]]
-
-    def _entries(self, directory: str) -> list[str]:
-        """The entries of all processes except 0, in order."""
-        found = coordination.read(directory)
-        others = range(1, self.count)
-        return [found.get(str(i)) or _waited_for(f"{directory}{i}", i, _PATIENCE) for i in others]
 
     def _tell(self, number: int, entries: Sequence[str]) -> list[Any]:
         """Publishes `entries` to all processes, without duplicates, and returns them decoded."""

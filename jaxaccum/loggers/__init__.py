@@ -115,7 +115,6 @@ class CSVLogger:
         _append(self._path, line.getvalue())
 
     def _table(self) -> tuple[list[str], list[dict[str, Any]]]:
-        """Reads the file's columns and rows."""
         if not self._path.exists():
             return [], []
         with self._path.open(newline="", encoding="utf-8") as file:

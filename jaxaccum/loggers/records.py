@@ -19,27 +19,17 @@ class Records:
     Each record is held until the next one is added, by when the device has usually computed it, or until `flush`.
 
     An exception in a logger causes a warning, once per method and exception type. The other loggers are still called.
-
-    Args:
-      loggers: objects with `write_scalars(step, dict)`, and optionally `flush()` and `begin(place)`.
-
-    Attributes:
-      history: the records as dicts of numbers, including "step". When there are more than `KEPT`, every other record of
-        each kind is dropped.
     """
 
     def __init__(self, loggers: Sequence[Any]):
         self._loggers = loggers
         self._waiting: list[tuple[int, dict[str, Any]]] = []
         self._warned: set[tuple[int, str, type[Exception]]] = set()
+        # With "step". When there are more than `KEPT`, every other record of each kind is dropped.
         self.history: list[dict[str, float]] = []
 
     def begin(self, place: Mapping[str, int] | None) -> None:
-        """Calls `begin(place)` on the loggers that define it.
-
-        Args:
-          place: None for a fresh run; for a resumed run the checkpoint's "step", "micro_step" and "records".
-        """
+        """Calls `begin(place)` on the loggers that define it; see `jaxaccum.loggers`."""
         self._call("begin", place)
 
     def add(self, step: int, scalars: Mapping[str, Any]) -> None:
@@ -51,12 +41,8 @@ class Records:
         self._waiting.append((step, dict(scalars)))
 
     def flush(self, waits: bool = True) -> None:
-        """Writes the pending records and flushes the loggers.
-
-        Args:
-          waits: if False, drops the values that the devices have not finished; they never will if a process is gone.
-        """
-        if not waits:
+        """Writes the pending records and flushes the loggers."""
+        if not waits:  # Drops what the devices have not finished; they never will if a process is gone.
             is_ready = lambda scalars: all(x.is_ready() for x in scalars.values() if hasattr(x, "is_ready"))
             self._waiting = [(step, scalars) for step, scalars in self._waiting if is_ready(scalars)]
         try:
@@ -85,17 +71,14 @@ class Records:
                 failures.append((i, error))
         # Warn only after all loggers have been called, since warnings may be errors.
         for i, error in failures:
-            self._warn(i, method, error)
-
-    def _warn(self, index: int, method: str, error: Exception) -> None:
-        kind = (index, method, type(error))
-        if kind not in self._warned:
-            self._warned.add(kind)
-            name = type(self._loggers[index]).__qualname__
-            warnings.warn(
-                f"logger {name} failed in {method}: {error!r}. The run goes on; this is not said again.",
-                stacklevel=2,
-            )
+            kind = (i, method, type(error))
+            if kind not in self._warned:
+                self._warned.add(kind)
+                name = type(self._loggers[i]).__qualname__
+                warnings.warn(
+                    f"logger {name} failed in {method}: {error!r}. The run goes on; this is not said again.",
+                    stacklevel=2,
+                )
 
 
 def number(value: Any) -> Any:
@@ -110,23 +93,19 @@ def loggable(name: str, value: Any) -> float | jax.Array:
       TypeError: if it is not a real number.
     """
     try:
-        return _loggable(value)
+        if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer):
+            kinds = (jnp.floating, jnp.integer, jnp.bool_)
+            if value.size != 1 or not any(jnp.issubdtype(value.dtype, kind) for kind in kinds):
+                raise TypeError(f"its dtype is {value.dtype} and its shape {value.shape}")
+            return jnp.copy(value.addressable_data(0))
+        scalar = value.item() if hasattr(value, "item") else value
+        if isinstance(scalar, (str, bytes)):
+            raise TypeError("text is not a number")
+        return float(scalar)
     except Exception as error:
         raise TypeError(
             f"trainer.log({name!r}, ...) takes a real number or a scalar array, got {type(value).__qualname__}: {error}"
         ) from error
-
-
-def _loggable(value: Any) -> float | jax.Array:
-    if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer):
-        kinds = (jnp.floating, jnp.integer, jnp.bool_)
-        if value.size != 1 or not any(jnp.issubdtype(value.dtype, kind) for kind in kinds):
-            raise TypeError(f"its dtype is {value.dtype} and its shape {value.shape}")
-        return jnp.copy(value.addressable_data(0))
-    scalar = value.item() if hasattr(value, "item") else value
-    if isinstance(scalar, (str, bytes)):
-        raise TypeError("text is not a number")
-    return float(scalar)
 
 
 def _every_other(records: Sequence[dict[str, float]]) -> list[dict[str, float]]:

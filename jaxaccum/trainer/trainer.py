@@ -437,8 +437,9 @@ class Trainer:
             warnings.warn(
                 "max_epochs is not set: training for 1000 epochs. Pass max_epochs=-1 for no end.", stacklevel=3
             )
-        validates = val_loader is not None and options.limit_val_batches != 0
-        arguments.check_monitors(self._callbacks, validates)
+        if options.limit_val_batches == 0:
+            val_loader = None
+        arguments.check_monitors(self._callbacks, val_loader is not None)
         checkpoints = RunCheckpoints(self, self._callbacks, self._folder, processes)
         loader = TrainLoader(
             train_loader,
@@ -453,7 +454,7 @@ class Trainer:
             processes,
             strategy=self._strategy.name,
             devices=self._strategy.size,
-            val_loader=validates,
+            val_loader=val_loader is not None,
             ModelCheckpoint=[str(folder) for folder in checkpoints.folders],
         )
         found = None if ckpt_path is None else self._resumed(ckpt_path)
@@ -464,17 +465,11 @@ class Trainer:
         else:
             seed = found.notes["seed"]
             run_checkpoint.begin(found, loader, self._strategy)
-        validated = ValLoader(val_loader, options.val_limit) if val_loader is not None and validates else None
+        val_limit = options.overfit_batches or options.limit_val_batches
+        val_batches = None if val_loader is None else ValLoader(val_loader, val_limit)
+        evaluation, loaders = self._evaluation_of(task), (loader, val_batches)
         self._run = run = run_state.begin(
-            task,
-            options,
-            self._strategy,
-            processes,
-            self._evaluation_of(task),
-            (loader, validated),
-            self._loggers,
-            seed,
-            last=self._run,
+            task, options, self._strategy, processes, evaluation, loaders, self._loggers, seed, self._run
         )
         if found is not None:
             checkpoints.restore(found, run)

@@ -11,34 +11,28 @@ from jaxaccum.task import Task
 
 
 class Hooks:
-    """The hooks that callbacks override, by name and in order. A hook that no callback overrides costs nothing.
-
-    Args:
-      trainer: the trainer, passed to each hook.
-      task: the task, passed to each hook.
-      callbacks: the callbacks, in the order in which they run.
-
-    Attributes:
-      warn_of_no_validation: whether a callback itself warns if there was no validation.
-      may_set_k: whether a callback may set K at an epoch's start, other than by the Trainer's schedule.
-    """
+    """The hooks that callbacks override, by name and in order. A hook that no callback overrides costs nothing."""
 
     def __init__(self, trainer: TrainerView, task: Task, callbacks: Sequence[Callback]):
-        filling = {
-            name: [callback for callback in callbacks if _function(callback, name) is not getattr(Callback, name)]
+        self._filled = {
+            name: [
+                functools.partial(getattr(callback, name), trainer, task)
+                for callback in callbacks
+                if _overrides(callback, name)
+            ]
             for name in vars(Callback)
             if name.startswith("on_")
         }
-        self._filled = {
-            name: [functools.partial(getattr(callback, name), trainer, task) for callback in those]
-            for name, those in filling.items()
-        }
-        monitors = [monitor for monitor in map(Monitor.of, callbacks) if monitor is not None]
+        monitors = filter(None, map(Monitor.of, callbacks))
+        # Whether a callback itself warns if there was no validation.
         self.warn_of_no_validation = any(monitor.needs_validation and monitor.warns for monitor in monitors)
-        self.may_set_k = any(offered_schedule(callback) is None for callback in filling["on_train_epoch_start"])
+        # Whether a callback may set K at an epoch's start, other than by the Trainer's schedule.
+        self.may_set_k = any(
+            _overrides(callback, "on_train_epoch_start") and offered_schedule(callback) is None
+            for callback in callbacks
+        )
 
     def call(self, name: str, *args: Any) -> None:
-        """Calls a hook on all callbacks that override it."""
         for hook in self._filled[name]:
             hook(*args)
 
@@ -51,7 +45,7 @@ class Hooks:
                 error.add_note(f"{hook.func!r} raised {failure!r} when it was called with this error.")
 
 
-def _function(callback: Callback, name: str) -> Any:
-    """Returns the function of a hook, defined on the callback's class or on the instance."""
+def _overrides(callback: Callback, name: str) -> bool:
+    """Whether a hook is defined on the callback's class or on the instance."""
     hook = getattr(callback, name)
-    return getattr(hook, "__func__", hook)
+    return getattr(hook, "__func__", hook) is not getattr(Callback, name)

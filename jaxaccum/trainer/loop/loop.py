@@ -19,18 +19,7 @@ from jaxaccum.trainer.programs.step_outputs import Outputs
 
 
 class Loop:
-    """Trains a run epoch by epoch.
-
-    Args:
-      run: the run.
-      hooks: the callbacks' hooks.
-      checkpoints: the checkpoints of the run.
-      signals: end the run after the current micro-step.
-
-    Raises:
-      ValueError: if the validation interval is a fraction of an epoch of unknown length, or if no validation can be
-        due.
-    """
+    """Trains a run epoch by epoch. Raises ValueError if its validations can't fall due as the options say."""
 
     def __init__(self, run: Run, hooks: Hooks, checkpoints: RunCheckpoints, signals: Signals):
         self._run, self._hooks, self._checkpoints, self._signals = run, hooks, checkpoints, signals
@@ -44,16 +33,18 @@ class Loop:
     def check_validation(self) -> None:
         """Validates on the first batches, to find errors before training; records nothing."""
         setup, count = self._setup, self._options.num_sanity_val_steps
-        if setup.val_loader is None or not count:
-            return
-        params, _, model_state, _ = self._run.state
-        batches = setup.val_loader.first(None if count == -1 else count * setup.strategy.group)
-        setup.evaluation.run(params, model_state, batches)
+        if setup.val_loader is not None and count:
+            params, _, model_state, _ = self._run.state
+            batches = setup.val_loader.first(None if count == -1 else count * setup.strategy.group)
+            setup.evaluation.run(params, model_state, batches)
 
     def train(self) -> None:
         """Trains to the end of the run and saves it."""
-        self._run.metrics.record_window(self._run.at)  # A hook that raised may have left it to the resumed run.
-        for _ in self._epochs():
+        at = self._run.at
+        self._run.metrics.record_window(at)  # A hook that raised may have left it to the resumed run.
+        resumes_in_epoch = at.batch_idx > 0  # Or at its end.
+        while resumes_in_epoch or not self._is_over():
+            resumes_in_epoch = False
             self._begin_epoch()
             self._validate_if_due()
             for call in self._calls():
@@ -61,18 +52,9 @@ class Loop:
                 self._checkpoints.save_if_due(self._run, "micro_step", len(call))
                 self._validate_if_due()
             self._end_epoch()
-        if not self._run.at.batch_idx:
+        if not at.batch_idx:
             self._checkpoints.save_at_end(self._run)
-        if self._interval is not None and not self._hooks.warn_of_no_validation:
-            self._warn_if_never_validated()
-
-    def _epochs(self) -> Iterator[int]:
-        """Yields the run's epochs; first the rest of one, if the run resumes in its middle or at its end."""
-        at = self._run.at
-        if at.batch_idx:
-            yield at.epoch
-        while not self._is_over():
-            yield at.epoch
+        self._warn_if_never_validated()
 
     def _is_over(self) -> bool:
         """Whether the run has reached its last epoch or optimizer step, or was asked to stop."""
@@ -87,15 +69,10 @@ class Loop:
             run.takes_k = True
             self._hooks.call("on_train_epoch_start")
             run.takes_k = False
-        counters = {"accumulate_grad_batches": at.every_k, "micro_step": at.micro_step}
-        self._processes.agree(f"epoch {at.epoch}", counters)
+        self._processes.agree(f"epoch {at.epoch}", {"accumulate_grad_batches": at.every_k, "micro_step": at.micro_step})
 
     def _calls(self) -> Iterator[Sequence[MicroStep]]:
-        """Yields the epoch's remaining micro-steps in lists, one list per call on the devices, until the run is over.
-
-        Raises:
-          ValueError: if there are none.
-        """
+        """Yields the epoch's remaining micro-steps in lists, one per call on the devices, until the run is over."""
         at, before = self._run.at, self._run.at.batches
         if at.batch_idx and (at.ends_epoch or self._is_over()):
             return
@@ -170,9 +147,7 @@ class Loop:
         run.at.recorded = not run.record_is_due
 
     def _share(self, window_step: int) -> jax.Array | None:
-        """Returns the factor for the gradient of a window of this many micro-steps; None unless windows are divided by
-        K.
-        """
+        """Returns the factor for the gradient of a window of this many micro-steps; None for the exact mean."""
         if not self._options.divides_by_k:
             return None
         return self._setup.strategy.constant(window_step / self._run.at.every_k, weighted_sum.weight_dtype())
@@ -233,9 +208,11 @@ class Loop:
             run.metrics.record_window(run.at)
 
     def _warn_if_never_validated(self) -> None:
-        """Warns if the run never validated, unless it was stopped."""
+        """Warns if the run should have validated but never did, unless it was stopped or a callback warns of it."""
         run = self._run
-        if not run.metrics.has_validation and not self._processes.wishes.stop:
+        if self._interval is None or self._hooks.warn_of_no_validation or self._processes.wishes.stop:
+            return
+        if not any(name.startswith("val_") for name in run.metrics.results):
             warnings.warn(
                 f"no validation fell due in the {run.at.micro_step} micro-steps of this run: "
                 f"val_check_interval={self._options.val_check_interval} was never reached. {validation.REMEDY}",

@@ -13,23 +13,13 @@ UNFINISHED = 256  # Maximum number of unfinished windows whose means are kept.
 
 
 class Metrics:
-    """The metrics of a run. Only `all` waits for the devices.
-
-    Args:
-      records: the records for the loggers.
-
-    Attributes:
-      records: as above.
-      window: the last window's means by name; scalars on the device.
-      results: the last validation's results and the values logged by callbacks.
-      logged: the values logged by callbacks since the last record.
-    """
+    """The metrics of a run. Only `all` waits for the devices."""
 
     def __init__(self, records: Records):
         self.records = records
-        self.window: dict[str, jax.Array] = {}
-        self.results: dict[str, Any] = {}
-        self.logged: dict[str, Any] = {}
+        self.window: dict[str, jax.Array] = {}  # The last window's means by name.
+        self.results: dict[str, Any] = {}  # The last validation's results and the values logged by callbacks.
+        self.logged: dict[str, Any] = {}  # The values logged by callbacks since the last record.
         self._unfinished: list[dict[str, jax.Array]] = []  # Includes the last window.
         self._finished: dict[str, jax.Array] = {}  # The newest window that is known to be finished.
 
@@ -37,8 +27,7 @@ class Metrics:
         """Stores the means of a closed window."""
         self.window = means
         if len(self._unfinished) == UNFINISHED:
-            # The oldest is kept, because the devices finish it first.
-            del self._unfinished[1::2]
+            del self._unfinished[1::2]  # Keeps the oldest, because the devices finish it first.
         self._unfinished.append(means)
 
     def log(self, name: str, value: Any) -> None:
@@ -71,11 +60,6 @@ class Metrics:
         while self._unfinished and _is_ready(self._unfinished[0]):
             self._finished = self._unfinished.pop(0)
         return {name: float(records.number(mean)) for name, mean in _train(self._finished).items()}
-
-    @property
-    def has_validation(self) -> bool:
-        """Whether there are results of a validation."""
-        return any(name.startswith("val_") for name in self.results)
 
 
 def _train(means: dict[str, jax.Array]) -> dict[str, Any]:

@@ -89,18 +89,7 @@ class Options:
         return math.inf if self.max_steps == -1 else self.max_steps
 
     @property
-    def val_limit(self) -> int | float:
-        """The limit on validation batches."""
-        return self.overfit_batches or self.limit_val_batches
-
-    @property
-    def micro_steps(self) -> int | float:
-        """The maximum number of micro-steps that `max_steps` allows; infinite for no limit."""
-        return self.steps * max(self.accumulate_grad_batches.values(), default=1)
-
-    @property
     def divides_by_k(self) -> bool:
-        """Whether to divide a partial window by K."""
         return self.partial_window == "divide_by_k"
 
     def optimizer_steps(self, micro_steps: int | float) -> int | float:
@@ -110,11 +99,7 @@ class Options:
         return self.steps
 
     def agree(self, processes: Processes, **others: Any) -> None:
-        """Checks that these options and `others` are equal in all processes, except those that may differ.
-
-        Raises:
-          ValueError: in all processes, if they differ; the message lists each process's values.
-        """
+        """Raises ValueError in all processes if these options, but for those that may differ, or `others` differ."""
         common = {name: value for name, value in vars(self).items() if name not in _OWN}
         common["accumulate_grad_batches"] = list(self.accumulate_grad_batches.items())
         common["gradient_clip_val"] = str(self.gradient_clip_val)  # It may not be JSON-serialisable.

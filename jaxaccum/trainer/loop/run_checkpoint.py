@@ -13,11 +13,10 @@ from jaxaccum._devices import topology
 from jaxaccum._devices.topology import OneDevice
 from jaxaccum._jax import prng
 from jaxaccum._multi_steps import redistribution
-from jaxaccum._multi_steps.state import MultiStepsState, with_cleared_sums
+from jaxaccum._multi_steps.state import with_cleared_sums
 from jaxaccum._sums import weighted_sum
 from jaxaccum._types import Tree
-from jaxaccum.callbacks import Callback
-from jaxaccum.callbacks.policy import CheckpointPolicy
+from jaxaccum.callbacks import Callback, ModelCheckpoint
 from jaxaccum.checkpoint import Checkpoint, json_state
 from jaxaccum.trainer.input.loader import TrainLoader
 from jaxaccum.trainer.input.strategies import Strategy
@@ -28,7 +27,7 @@ from jaxaccum.trainer.programs.compiled import FitState, Pending, Programs
 
 def arrays(state: FitState) -> dict[str, jax.Array]:
     """Returns the arrays of a run by their path in its state; typed keys as their key data."""
-    return {name: _data(x) for name, x in _named(state).items()}
+    return {name: jax.random.key_data(x) if prng.is_typed(x) else x for name, x in _named(state).items()}
 
 
 def notes(run: Run, callbacks: Sequence[Callback]) -> dict[str, Any]:
@@ -51,18 +50,30 @@ def notes(run: Run, callbacks: Sequence[Callback]) -> dict[str, Any]:
 
 def place(checkpoint: Checkpoint, strategy: Strategy) -> Counters:
     """Returns the counters of `checkpoint`, converted to the strategy's micro-steps."""
-    at = Counters.of_notes(checkpoint.notes["counters"])
+    noted = checkpoint.notes["counters"]
+    # Version 0.1 counted towards a validation within each epoch only.
+    at = Counters(**{"toward_validation": noted["batch_idx"], **noted})
     before = checkpoint.notes["group"]
     return at if before == strategy.batches else at.regrouped(before, strategy.batches)
 
 
 def begin(checkpoint: Checkpoint, loader: TrainLoader, strategy: Strategy) -> None:
-    """Starts a loader at the position of `checkpoint`.
+    """Starts a loader at the position of `checkpoint`."""
+    processes = strategy.process_count
+    is_as_it_was = (len(checkpoint.notes["loaders"]), checkpoint.notes["group"]) == (processes, strategy.batches)
 
-    Raises:
-      ValueError: in all processes, if their loaders would need different positions.
-    """
-    own_batches = functools.partial(_own_batches, checkpoint=checkpoint, strategy=strategy)
+    def own_batches(batches: int) -> int:
+        """Converts a number of batches over all processes to that of this one; raises in all if it doesn't divide."""
+        if processes == 1 or strategy.name == "dp":
+            return batches
+        if batches % strategy.batches and not is_as_it_was:
+            raise ValueError(
+                f"{checkpoint.path} was saved after {batches} loader batches, which are not equally many of each of "
+                f"the {strategy.batches} devices of {processes} processes. Go on with one process, with as many "
+                f"processes and devices as before, or from a checkpoint after a multiple of {strategy.batches}."
+            )
+        return -(-batches // processes)
+
     loader.begin(place(checkpoint, strategy).start, _loader_state(checkpoint, strategy), own_batches)
 
 
@@ -73,21 +84,15 @@ def _loader_state(checkpoint: Checkpoint, strategy: Strategy) -> str | None:
 
 
 def restore(checkpoint: Checkpoint, run: Run, callbacks: Sequence[Callback]) -> list[tuple[str, Any]]:
-    """Restores a run and its callbacks from `checkpoint`. The loader has been started there already.
+    """Restores a fresh run and its callbacks from `checkpoint`. The loader has been started there already.
 
-    Args:
-      checkpoint: a checkpoint of the same task.
-      run: a fresh run. Pending sums are merged or split if the number of devices differs.
-      callbacks: the callbacks. Those with the same `state_key` get their states in order.
-
-    Returns:
-      The (key, state) pairs that match no callback.
+    Callbacks with the same `state_key` get their states in order. Returns the (key, state) pairs left over.
 
     Raises:
       ValueError: if the checkpoint is of another task; the message names the first array that differs.
     """
     noted, strategy, metrics = checkpoint.notes, run.setup.strategy, run.metrics
-    run.state = _placed(checkpoint, run.state, noted["devices"], strategy, run.setup.programs)
+    run.state = _placed(checkpoint, run.state, strategy, run.setup.programs)
     # Dtypes and shardings match the programs' outputs, so that nothing recompiles.
     on_device = lambda number: strategy.placed(np.asarray(number, weighted_sum.weight_dtype()), strategy.common)
     metrics.window = {name: on_device(mean) for name, mean in noted["means"].items()}
@@ -103,52 +108,15 @@ def restore(checkpoint: Checkpoint, run: Run, callbacks: Sequence[Callback]) -> 
     return waiting
 
 
-def ranked(policy: CheckpointPolicy, notes: Mapping[str, Any]) -> list[str] | None:
+def ranked(policy: ModelCheckpoint, notes: Mapping[str, Any]) -> list[str] | None:
     """Returns the checkpoints that a policy with this key had kept, best first; None if `notes` have none."""
     states = (json_state.loads(text) for key, text in notes["callbacks"] if key == policy.state_key)
     state = next(states, None)
     return None if state is None else policy.ranked(state["saved"])
 
 
-def check_callbacks(callbacks: Sequence[Callback]) -> None:
-    """Checks that the callbacks' current states can be saved in a checkpoint.
-
-    Raises:
-      TypeError: if not.
-    """
-    for callback in callbacks:
-        try:
-            state = callback.state_dict()
-        except Exception:
-            continue  # It may depend on the run's first hooks.
-        json_state.dumps(state, callback.state_key)
-
-
-def _own_batches(batches: int, checkpoint: Checkpoint, strategy: Strategy) -> int:
-    """Converts a number of loader batches over all processes to the number from this process's loader.
-
-    Raises:
-      ValueError: in all processes, if the batches don't divide evenly over the devices.
-    """
-    processes = strategy.process_count
-    if processes == 1 or strategy.name == "dp":
-        return batches
-    is_as_it_was = (len(checkpoint.notes["loaders"]), checkpoint.notes["group"]) == (processes, strategy.batches)
-    if batches % strategy.batches and not is_as_it_was:
-        raise ValueError(
-            f"{checkpoint.path} was saved after {batches} loader batches, which are not equally many of each of the "
-            f"{strategy.batches} devices of {processes} processes. Go on with one process, with as many "
-            f"processes and devices as before, or from a checkpoint after a multiple of {strategy.batches}."
-        )
-    return -(-batches // processes)
-
-
 def weights(checkpoint: Checkpoint, params: Tree, model_state: Tree) -> FitState:
-    """Returns the checkpoint's parameters and model state, on the host, as trees like `params` and `model_state`.
-
-    Raises:
-      ValueError: as `restore`.
-    """
+    """Returns the checkpoint's parameters and model state, on the host, in trees like these; raises as `restore`."""
     like = FitState(params, None, model_state, None)  # pyrefly: ignore[bad-argument-type]
     held = {name: x for name, x in checkpoint.arrays.items() if name.startswith((".params", ".model_state"))}
     return _filled(checkpoint._replace(arrays=held), like, 1, 1)
@@ -157,25 +125,23 @@ def weights(checkpoint: Checkpoint, params: Tree, model_state: Tree) -> FitState
 def _filled(checkpoint: Checkpoint, like: FitState, before: int, now: int) -> FitState:
     """Returns the checkpoint's arrays in the tree of `like`, on the host; they were saved on `before` devices."""
     _check(checkpoint, like, before, now)
-    named = {name: _keyed(checkpoint.arrays[name], x) for name, x in _named(like).items()}
-    return jax.tree.unflatten(jax.tree.structure(like), list(named.values()))
+    leaves = [_keyed(checkpoint.arrays[name], x) for name, x in _named(like).items()]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-def _placed(checkpoint: Checkpoint, like: FitState, before: int, strategy: Strategy, programs: Programs) -> FitState:
+def _placed(checkpoint: Checkpoint, like: FitState, strategy: Strategy, programs: Programs) -> FitState:
     """Returns the checkpoint's arrays as a state like `like`, on the strategy's devices."""
+    before = checkpoint.notes["devices"]
     state = _filled(checkpoint, like, before, strategy.size)
     if not checkpoint.notes["counters"]["window_step"]:
         # The programs expect zero sums at the start of a window; version 0.1 saved those of the last window.
-        state = state._replace(pending=state.pending._replace(sums=_cleared(state.pending.sums)))
+        sums = with_cleared_sums(state.pending.sums, functools.partial(jax.tree.map, np.zeros_like))
+        state = state._replace(pending=state.pending._replace(sums=sums))
     if before != strategy.size:
         state = state._replace(pending=_redistributed(state.pending, before, strategy, programs))
     if strategy.process_count == 1:
         return jax.device_put(state, jax.tree.map(lambda x: x.sharding, like), may_alias=False)
     return jax.tree.map(lambda x, lies: strategy.placed(x, lies.sharding), state, like)
-
-
-def _cleared(sums: MultiStepsState) -> MultiStepsState:
-    return with_cleared_sums(sums, functools.partial(jax.tree.map, np.zeros_like))
 
 
 def _redistributed(pending: Pending, before: int, strategy: Strategy, programs: Programs) -> Pending:
@@ -186,13 +152,9 @@ def _redistributed(pending: Pending, before: int, strategy: Strategy, programs: 
     now = strategy.size
     alone = isinstance(strategy.sync, OneDevice)
 
-    def logs(x):
-        moved = redistribution.folded(jnp.atleast_1d(x), now)
-        return moved[0] if alone else moved
-
-    def local(x):
-        return x if alone else jnp.broadcast_to(x, (now, *x.shape))
-
+    folded = lambda x: redistribution.folded(jnp.atleast_1d(x), now)
+    logs = lambda x: folded(x)[0] if alone else folded(x)
+    local = lambda x: x if alone else jnp.broadcast_to(x, (now, *x.shape))
     model_state = pending.model_state if before == 1 else topology.averaged(pending.model_state)
     if strategy.process_count == 1:
         sums = programs.redistribute(pending.sums)
@@ -202,9 +164,7 @@ def _redistributed(pending: Pending, before: int, strategy: Strategy, programs: 
         held = {name: jax.tree.map(stacked, getattr(pending.sums, name)) for name in names}
         sums = pending.sums._replace(**redistribution.folded(held, now))
     return pending._replace(
-        sums=sums,
-        logs=jax.tree.map(logs, pending.logs),
-        model_state=jax.tree.map(local, model_state),
+        sums=sums, logs=jax.tree.map(logs, pending.logs), model_state=jax.tree.map(local, model_state)
     )
 
 
@@ -228,10 +188,6 @@ def _check(checkpoint: Checkpoint, like: FitState, before: int, now: int) -> Non
 
 def _named(state: FitState) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(state)}
-
-
-def _data(x: Any) -> Any:
-    return jax.random.key_data(x) if prng.is_typed(x) else x
 
 
 def _keyed(data: np.ndarray, like: Any) -> Any:

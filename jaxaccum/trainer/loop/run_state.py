@@ -22,18 +22,7 @@ from jaxaccum.trainer.programs.step_outputs import Outputs
 
 
 class Setup(NamedTuple):
-    """The parts of a run that don't change.
-
-    Attributes:
-      options: the Trainer's options.
-      strategy: the strategy and its devices.
-      processes: the processes of the run.
-      programs: the compiled training programs.
-      evaluation: the validation programs.
-      loader: the training batches.
-      val_loader: the validation batches; None for no validation.
-      examples: the number of examples in the first loader batch, over all processes.
-    """
+    """The parts of a run that don't change."""
 
     options: Options
     strategy: Strategy
@@ -41,8 +30,8 @@ class Setup(NamedTuple):
     programs: Programs
     evaluation: Evaluation
     loader: TrainLoader
-    val_loader: ValLoader | None
-    examples: int
+    val_loader: ValLoader | None  # None for no validation.
+    examples: int  # In the first loader batch, over all processes.
 
     @property
     def epoch_micro_steps(self) -> int | float:
@@ -52,27 +41,17 @@ class Setup(NamedTuple):
 
 @dataclasses.dataclass
 class Run:
-    """The state of one `fit`.
-
-    Attributes:
-      setup: the fixed parts.
-      state: the arrays.
-      metrics: the numbers to log.
-      at: the counters.
-      uncounted: micro-steps, with their outputs, that `state` includes and `at` doesn't yet.
-      loader_state: the training loader's own state after the last micro-step; None without one.
-      is_resuming: whether the run was resumed from a checkpoint.
-      takes_k: whether K may be set now.
-    """
+    """The state of one `fit`."""
 
     setup: Setup
     state: FitState
     metrics: Metrics
     at: Counters = dataclasses.field(default_factory=Counters)
+    # Micro-steps, with their outputs, that `state` includes and `at` doesn't yet.
     uncounted: collections.deque[tuple[MicroStep, Outputs]] = dataclasses.field(default_factory=collections.deque)
-    loader_state: str | None = None
-    is_resuming: bool = False
-    takes_k: bool = False
+    loader_state: str | None = None  # The training loader's own state after the last micro-step.
+    is_resuming: bool = False  # Whether the run was resumed from a checkpoint.
+    takes_k: bool = False  # Whether K may be set now.
 
     @property
     def record_is_due(self) -> bool:
@@ -93,19 +72,7 @@ def begin(
     seed: int,
     last: Run | None,
 ) -> Run:
-    """Returns a fresh run.
-
-    Args:
-      task: the task.
-      options: the Trainer's options.
-      strategy: the strategy and its devices.
-      processes: the processes of the run.
-      evaluation: the validation programs.
-      loaders: the training batches, on which `begin` has been called, and the validation batches or None.
-      loggers: the loggers, used in process 0 only.
-      seed: the seed of the keys.
-      last: the previous run with the same options and devices, or None. Its programs are reused if they fit.
-    """
+    """Returns a fresh run, whose loader has begun. It reuses the programs of the `last` run if they fit."""
     loader, val_loader = loaders
     # Before the first collective, which would deadlock if a process had left.
     examples = sum(processes.gather("the number of examples", length(loader.first)))

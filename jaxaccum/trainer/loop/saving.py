@@ -6,101 +6,85 @@ import functools
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxaccum import checkpoint
-from jaxaccum.callbacks import Callback, TrainerView
-from jaxaccum.callbacks.policy import CheckpointPolicy
-from jaxaccum.checkpoint import Checkpoint, orbax_io
+from jaxaccum.callbacks import Callback, ModelCheckpoint, TrainerView
+from jaxaccum.checkpoint import Checkpoint, json_state, orbax_io
 from jaxaccum.distributed.process_group import Processes
 from jaxaccum.trainer.loop import run_checkpoint
 from jaxaccum.trainer.loop.counters import Counters
 from jaxaccum.trainer.loop.run_state import Run
 
-TakeArrays = Callable[[], Mapping[str, Any]]
-TakeNotes = Callable[[], dict[str, Any]]
-Wanting = Sequence[tuple[CheckpointPolicy, float | None]]
+TakeNotes = Callable[[Run], dict[str, Any]]
+Wanting = Sequence[tuple[ModelCheckpoint, float | None]]  # Policies that request a checkpoint, each with its score.
 
 
 class FolderCheckpoints:
     """Writes checkpoints to one folder, one at a time, for all of its policies, and removes those that no policy keeps.
 
     Each state of the run is written once. If a policy requests it again after a validation or the end of an epoch, only
-    the notes are rewritten. A checkpoint that can't be written only causes a warning.
-
-    Args:
-      folder: where to write.
-      policies: decide which checkpoints to keep.
-      processes: the processes of the run. Each has its own instance, and all make the same calls.
+    the notes, which `notes` returns, are rewritten. A checkpoint that can't be written only causes a warning. With
+    several processes each has its own instance, and all make the same calls.
     """
 
-    def __init__(self, folder: Path, policies: Sequence[CheckpointPolicy], processes: Processes):
-        self.folder, self.policies, self._processes = folder, policies, processes
+    def __init__(self, folder: Path, policies: Sequence[ModelCheckpoint], notes: TakeNotes, processes: Processes):
+        self.folder, self.policies, self._notes, self._processes = folder, policies, notes, processes
         self._writer = orbax_io.Writer()
         self._written: Path | None = None  # The newest checkpoint; `_at` is the run's position then.
         self._at = Counters()
-        self._is_on_its_way = False
+        self._pending: Path | None = None  # The checkpoint that is being written.
         self._warned: set[str] = set()
-        self._others: frozenset[str] = frozenset()
+        self._others: frozenset[str] = frozenset()  # Checkpoints kept by policies that the run no longer has.
         self._date = max(orbax_io.dates(folder), default=0)
 
     def goes_on(self, path: Path, at: Counters, others: frozenset[str]) -> None:
-        """Continues from a checkpoint.
-
-        Args:
-          path: the checkpoint. If it is in this folder, the state is not written again.
-          at: the position in the run.
-          others: the names of checkpoints kept by policies that the run no longer has; they are not removed.
-        """
+        """Continues from a checkpoint, whose state is not written again if it is in this folder."""
         if path.parent == self.folder:
             self._written, self._at, self._others = path, dataclasses.replace(at), others
 
-    def save(self, wanting: Wanting, at: Counters, arrays: TakeArrays, notes: TakeNotes) -> None:
-        """Starts writing a checkpoint, or rewrites the notes of the newest one if the run's arrays are unchanged.
-
-        Args:
-          wanting: the policies that request it, each with its score.
-          at: the position in the run.
-          arrays: returns the run's arrays by name.
-          notes: returns everything else.
-        """
+    def save(self, wanting: Wanting, run: Run) -> None:
+        """Starts writing a checkpoint, or rewrites the notes of the newest one if the run's arrays are unchanged."""
+        if not wanting:
+            return
         self._settle()  # The pending write may fail.
-        newest = self._written
+        at, newest = run.at, self._written
         if newest is not None and at.arrays == self._at.arrays and self._is_there(newest):
             if at != self._at or not all(policy.has(newest.name, score) for policy, score in wanting):
-                self._annotate(newest, wanting, at, notes)
+                self._annotate(newest, wanting, run)
         else:
-            self._write(self._free(f"epoch={at.epoch}-micro_step={at.micro_step}"), wanting, at, arrays, notes)
+            self._write(wanting, run)
 
     def close(self) -> None:
         """Waits for the pending write and shuts down the writer."""
         with contextlib.closing(self._writer):
             self._settle()
 
-    def _write(self, path: Path, wanting: Wanting, at: Counters, arrays: TakeArrays, notes: TakeNotes) -> None:
+    def _write(self, wanting: Wanting, run: Run) -> None:
+        path = self._free(f"epoch={run.at.epoch}-micro_step={run.at.micro_step}")
         self._written = None
-        noted = self._noted(path.name, wanting, notes)
-        if not self._fails(path, lambda: self._writer.start(path, arrays(), noted)):
-            self._written, self._at, self._is_on_its_way = path, dataclasses.replace(at), True
+        noted = self._noted(path.name, wanting, run)
+        if not self._fails(path, lambda: self._writer.start(path, run_checkpoint.arrays(run.state), noted)):
+            self._written, self._at, self._pending = path, dataclasses.replace(run.at), path
 
-    def _annotate(self, path: Path, wanting: Wanting, at: Counters, notes: TakeNotes) -> None:
-        noted = self._noted(path.name, wanting, notes)
-        failures = self._failures(lambda: None if self._processes.index else orbax_io.annotate(path, noted))
-        if failures:
-            self._warn(failures[0], f"the notes of checkpoint {path} could not be written anew: {failures[0]}.")
+    def _annotate(self, path: Path, wanting: Wanting, run: Run) -> None:
+        noted = self._noted(path.name, wanting, run)
+        failure = self._failure(lambda: None if self._processes.index else orbax_io.annotate(path, noted))
+        if failure:
+            self._warn(failure, f"the notes of checkpoint {path} could not be written anew: {failure}.")
         else:
-            self._at = dataclasses.replace(at)
+            self._at = dataclasses.replace(run.at)
             self._prune()
 
-    def _noted(self, name: str, wanting: Wanting, notes: TakeNotes) -> dict[str, Any]:
+    def _noted(self, name: str, wanting: Wanting, run: Run) -> dict[str, Any]:
         """Returns the notes; adds the checkpoint to the policies first, because the notes include their lists."""
         added = [policy for policy, _ in wanting if name not in policy.names]
         for policy, score in wanting:
             policy.add(name, score)
         try:
-            taken = notes()
+            taken = self._notes(run)
         except BaseException:
             for policy in added:
                 policy.forget(name)
@@ -111,11 +95,10 @@ class FolderCheckpoints:
 
     def _settle(self) -> None:
         """Waits for the pending write."""
-        if self._is_on_its_way and self._written is not None:
-            self._is_on_its_way = False
-            if not self._fails(self._written, self._writer.wait):
-                self._warned.clear()
-                self._prune()
+        path, self._pending = self._pending, None
+        if path is not None and not self._fails(path, self._writer.wait):
+            self._warned.clear()
+            self._prune()
 
     def _prune(self) -> None:
         """Removes the checkpoints that no policy keeps, now that the newest one is complete."""
@@ -137,28 +120,28 @@ class FolderCheckpoints:
 
     def _fails(self, path: Path, write: Callable[[], None]) -> bool:
         """Whether `write` raises in any process; if so, drops and removes `path` with a warning."""
-        failures = self._failures(write)
-        if failures:
+        failure = self._failure(write)
+        if failure:
             self._written = None
             for policy in self.policies:
                 policy.forget(path.name)
             self._remove(path)
             self._warn(
-                failures[0],
-                f"checkpoint {path} could not be written: {failures[0]}. The run goes on, and the checkpoints before "
+                failure,
+                f"checkpoint {path} could not be written: {failure}. The run goes on, and the checkpoints before "
                 "it stay; make room, or give ModelCheckpoint another dirpath. Further failures of this kind are not "
                 "reported until a checkpoint has been written.",
             )
-        return bool(failures)
+        return failure is not None
 
-    def _failures(self, write: Callable[[], None]) -> list[str]:
+    def _failure(self, write: Callable[[], None]) -> str | None:
+        """Returns the first exception that `write` raises in any process, as text."""
         failure = None
         try:
             write()
         except Exception as error:
             failure = repr(error)
-        failures = self._processes.gather("a checkpoint", failure)
-        return [text for text in failures if text is not None]
+        return next(filter(None, self._processes.gather("a checkpoint", failure)), None)
 
     def _warn(self, failure: str, text: str) -> None:
         kind = failure.partition("(")[0]  # The exception class.
@@ -172,27 +155,19 @@ class FolderCheckpoints:
 
 
 class RunCheckpoints:
-    """The checkpoints of a run, with one `FolderCheckpoints` per folder.
-
-    Args:
-      trainer: the trainer that the policies read.
-      callbacks: the callbacks of the run, whose states are saved.
-      folder: the default folder.
-      processes: the processes of the run.
-    """
+    """The checkpoints of a run, with one `FolderCheckpoints` per folder; `folder` is the default one."""
 
     def __init__(self, trainer: TrainerView, callbacks: Sequence[Callback], folder: Path, processes: Processes):
         self._trainer, self._callbacks = trainer, callbacks
-        policies: dict[Path, list[CheckpointPolicy]] = {}
+        policies: dict[Path, list[ModelCheckpoint]] = {}
         for policy in policies_of(callbacks):
             policies.setdefault(Path(os.path.realpath(policy.open(folder))), []).append(policy)
-        self._folders = [FolderCheckpoints(folder, those, processes) for folder, those in policies.items()]
+        self._folders = [FolderCheckpoints(folder, those, self._notes, processes) for folder, those in policies.items()]
         self._policies = [policy for folder in self._folders for policy in folder.policies]
-        self._postponed: set[CheckpointPolicy] = set()
+        self._postponed: set[ModelCheckpoint] = set()
 
     @property
     def folders(self) -> list[Path]:
-        """The folders of the checkpoints."""
         return [folder.folder for folder in self._folders]
 
     def restore(self, found: Checkpoint, run: Run) -> None:
@@ -206,13 +181,7 @@ class RunCheckpoints:
             folder.goes_on(Path(os.path.realpath(found.path)), run.at, others)
 
     def save_if_due(self, run: Run, moment: str, micro_steps: int = 1) -> None:
-        """Starts the checkpoints that are due.
-
-        Args:
-          run: the run.
-          moment: what has just ended: "micro_step", "validation" or "epoch".
-          micro_steps: how many micro-steps ended at once.
-        """
+        """Starts the checkpoints that are due after `moment`, as in `ModelCheckpoint.due`."""
         due = {policy for policy in self._policies if policy.due(self._trainer, moment, micro_steps)}
         if not due and not self._postponed:
             return
@@ -224,24 +193,23 @@ class RunCheckpoints:
             due, self._postponed = due | self._postponed, set()
         for folder in self._folders:
             scored = [(policy, policy.score(self._trainer)) for policy in folder.policies if policy in due]
-            self._save(folder, run, [(policy, score) for policy, score in scored if policy.wants(score)])
+            folder.save([(policy, score) for policy, score in scored if policy.wants(score)], run)
 
     def save_at_end(self, run: Run) -> None:
         """Starts checkpoints of the run's final state."""
         is_epochs_end = not run.at.batch_idx  # Otherwise the monitored values are outdated.
+        score = lambda policy: policy.known_score(self._trainer) if is_epochs_end else None
         for folder in self._folders:
-            wanting = [policy for policy in folder.policies if policy.wants(None)]
-            score = lambda policy: policy.known_score(self._trainer) if is_epochs_end else None
-            self._save(folder, run, [(policy, score(policy)) for policy in wanting])
+            folder.save([(policy, score(policy)) for policy in folder.policies if policy.wants(None)], run)
 
     def check(self) -> None:
-        """Checks that the callbacks' states can be saved, if there are checkpoints.
-
-        Raises:
-          TypeError: if not.
-        """
-        if self._folders:
-            run_checkpoint.check_callbacks(self._callbacks)
+        """Raises TypeError if there are checkpoints and a callback's state can't be saved in one."""
+        for callback in self._callbacks if self._folders else ():
+            try:
+                state = callback.state_dict()
+            except Exception:
+                continue  # It may depend on the run's first hooks.
+            json_state.dumps(state, callback.state_key)
 
     def close(self) -> None:
         """Waits for the pending writes."""
@@ -249,19 +217,15 @@ class RunCheckpoints:
             for folder in self._folders:
                 stack.callback(folder.close)
 
-    def _save(self, folder: FolderCheckpoints, run: Run, wanting: Wanting) -> None:
-        if wanting:
-            folder.save(wanting, run.at, lambda: run_checkpoint.arrays(run.state), functools.partial(self._notes, run))
-
     def _notes(self, run: Run) -> dict[str, Any]:
         run.metrics.records.write()  # A resumed run won't make these records again.
         postponed = [policy.state_key for policy in self._policies if policy in self._postponed]
         return run_checkpoint.notes(run, self._callbacks) | {"postponed": postponed}
 
 
-def policies_of(callbacks: Sequence[Callback]) -> list[CheckpointPolicy]:
+def policies_of(callbacks: Sequence[Callback]) -> list[ModelCheckpoint]:
     """Returns the callbacks that are checkpoint policies."""
-    return [callback for callback in callbacks if isinstance(callback, CheckpointPolicy)]
+    return [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
 
 
 def folders_of(callbacks: Sequence[Callback], default: Path) -> list[Path]:
@@ -276,13 +240,7 @@ class NoLastCheckpointError(FileNotFoundError):
 def find(
     ckpt_path: str | os.PathLike[str], callbacks: Sequence[Callback], folder: Path, processes: Processes
 ) -> Checkpoint:
-    """Finds the checkpoint for `ckpt_path`: a path, "last" or "best".
-
-    Args:
-      ckpt_path: the argument of `Trainer.fit` or `Trainer.validate`.
-      callbacks: their checkpoint policies define the folders to search and the ranking.
-      folder: the default folder.
-      processes: the processes, all of which must be able to read the checkpoint.
+    """Finds the checkpoint for `ckpt_path`: a path, "last" or "best", that all processes can read.
 
     Raises:
       ValueError: for "last" or "best" without a policy, or for "best" without one that has a monitor.

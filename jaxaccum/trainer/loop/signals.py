@@ -14,12 +14,9 @@ _LISTENED_TO = (signal.SIGTERM, signal.SIGINT)
 
 
 class Signals:
-    """A context manager that records the first signal and then restores the previous handlers.
+    """A context manager that records the first signal in this process's wishes and restores the previous handlers.
 
     Signal handlers can only be set in the main thread; in other threads this does nothing.
-
-    Args:
-      processes: the processes of the run. The signal is stored in this process's wishes.
     """
 
     def __init__(self, processes: Processes):

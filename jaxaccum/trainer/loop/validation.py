@@ -14,22 +14,27 @@ REMEDY = (
 
 
 class Interval:
-    """The number of micro-steps between validations, counted within each epoch or across epochs that are shorter.
+    """The number of micro-steps between validations, counted within each epoch or across epochs that are shorter."""
 
-    Args:
-      setup: the parts of a run that validates.
-
-    Raises:
-      ValueError: if the interval is a fraction of an epoch of unknown length.
-    """
+    micro_steps: int | float  # Infinite for a validation at the epoch's end only.
 
     def __init__(self, setup: Setup):
         self._setup = setup
         self.begin_epoch()
 
     def begin_epoch(self) -> None:
-        """Updates an interval that is a fraction of the epoch's length."""
-        self.micro_steps = _micro_steps(self._setup.options.val_check_interval, self._setup.epoch_micro_steps)
+        """Updates an interval that is a fraction of the epoch's length; raises ValueError if that is unknown."""
+        value, epoch = self._setup.options.val_check_interval, self._setup.epoch_micro_steps
+        if isinstance(value, int):
+            self.micro_steps = value
+        elif value == 1.0:
+            self.micro_steps = math.inf
+        elif math.isinf(epoch):
+            raise ValueError(
+                f"val_check_interval={value} is a fraction of an epoch whose length is not known; pass an int."
+            )
+        else:
+            self.micro_steps = max(1, int(epoch * value))
 
     def count(self, at: Counters) -> None:
         """Counts the last micro-step, which may make a validation due."""
@@ -45,13 +50,9 @@ class Interval:
             at.toward_validation = 0
 
     def check_falls_due(self, k_may_change: bool) -> None:
-        """Checks that a validation can become due in the run, counted from its start.
-
-        Raises:
-          ValueError: if none can.
-        """
+        """Raises ValueError if no validation can become due in the run, counted from its start."""
         setup, options = self._setup, self._setup.options
-        most = math.inf if k_may_change else options.micro_steps
+        most = math.inf if k_may_change else options.steps * max(options.accumulate_grad_batches.values())
         every_n_epochs = options.check_val_every_n_epoch or 1
 
         def is_reached(shortest: int | float, longest: int | float) -> bool:
@@ -76,11 +77,7 @@ class Interval:
             )
 
     def check_lasts(self, val_loader: ValLoader) -> None:
-        """Checks that an iterator is not needed for a second validation.
-
-        Raises:
-          ValueError: if it may be.
-        """
+        """Raises ValueError if an iterator may be needed for a second validation."""
         options = self._setup.options
         one = options.epochs < 2 * (options.check_val_every_n_epoch or 1) and math.isinf(self.micro_steps)
         if val_loader.lasts_for_one and not one:
@@ -88,21 +85,3 @@ class Interval:
                 "val_loader is an iterator, which gives its batches once, but there may be several validations: pass "
                 "something that can be iterated again, such as a list, or an int limit_val_batches if it has no end."
             )
-
-
-def _micro_steps(value: int | float, epoch: int | float) -> int | float:
-    """Returns the number of micro-steps between validations, in an epoch of `epoch` micro-steps; infinite: at its end
-    only.
-
-    Raises:
-      ValueError: if `value` is a fraction of an epoch of unknown length.
-    """
-    if isinstance(value, int):
-        return value
-    if value == 1.0:
-        return math.inf
-    if math.isinf(epoch):
-        raise ValueError(
-            f"val_check_interval={value} is a fraction of an epoch whose length is not known; pass an int."
-        )
-    return max(1, int(epoch * value))

@@ -16,7 +16,8 @@ from jaxaccum._multi_steps import redistribution
 from jaxaccum._multi_steps.state import with_cleared_sums
 from jaxaccum._sums import weighted_sum
 from jaxaccum._types import Tree
-from jaxaccum.callbacks import Callback, ModelCheckpoint
+from jaxaccum.callbacks import Callback
+from jaxaccum.callbacks.policy import CheckpointPolicy
 from jaxaccum.checkpoint import Checkpoint, json_state
 from jaxaccum.trainer.input.loader import TrainLoader
 from jaxaccum.trainer.input.strategies import Strategy
@@ -108,7 +109,7 @@ def restore(checkpoint: Checkpoint, run: Run, callbacks: Sequence[Callback]) -> 
     return waiting
 
 
-def ranked(policy: ModelCheckpoint, notes: Mapping[str, Any]) -> list[str] | None:
+def ranked(policy: CheckpointPolicy, notes: Mapping[str, Any]) -> list[str] | None:
     """Returns the checkpoints that a policy with this key had kept, best first; None if `notes` have none."""
     states = (json_state.loads(text) for key, text in notes["callbacks"] if key == policy.state_key)
     state = next(states, None)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxaccum import checkpoint
-from jaxaccum.callbacks import Callback, ModelCheckpoint, TrainerView
+from jaxaccum.callbacks import Callback, TrainerView
+from jaxaccum.callbacks.policy import CheckpointPolicy
 from jaxaccum.checkpoint import Checkpoint, json_state, orbax_io
 from jaxaccum.distributed.process_group import Processes
 from jaxaccum.trainer.loop import run_checkpoint
@@ -19,7 +20,7 @@ from jaxaccum.trainer.loop.counters import Counters
 from jaxaccum.trainer.loop.run_state import Run
 
 TakeNotes = Callable[[Run], dict[str, Any]]
-Wanting = Sequence[tuple[ModelCheckpoint, float | None]]  # Policies that request a checkpoint, each with its score.
+Wanting = Sequence[tuple[CheckpointPolicy, float | None]]  # Policies that request a checkpoint, each with its score.
 
 
 class FolderCheckpoints:
@@ -30,7 +31,7 @@ class FolderCheckpoints:
     several processes each has its own instance, and all make the same calls.
     """
 
-    def __init__(self, folder: Path, policies: Sequence[ModelCheckpoint], notes: TakeNotes, processes: Processes):
+    def __init__(self, folder: Path, policies: Sequence[CheckpointPolicy], notes: TakeNotes, processes: Processes):
         self.folder, self.policies, self._notes, self._processes = folder, policies, notes, processes
         self._writer = orbax_io.Writer()
         self._written: Path | None = None  # The newest checkpoint; `_at` is the run's position then.
@@ -159,12 +160,12 @@ class RunCheckpoints:
 
     def __init__(self, trainer: TrainerView, callbacks: Sequence[Callback], folder: Path, processes: Processes):
         self._trainer, self._callbacks = trainer, callbacks
-        policies: dict[Path, list[ModelCheckpoint]] = {}
+        policies: dict[Path, list[CheckpointPolicy]] = {}
         for policy in policies_of(callbacks):
             policies.setdefault(Path(os.path.realpath(policy.open(folder))), []).append(policy)
         self._folders = [FolderCheckpoints(folder, those, self._notes, processes) for folder, those in policies.items()]
         self._policies = [policy for folder in self._folders for policy in folder.policies]
-        self._postponed: set[ModelCheckpoint] = set()
+        self._postponed: set[CheckpointPolicy] = set()
 
     @property
     def folders(self) -> list[Path]:
@@ -223,9 +224,9 @@ class RunCheckpoints:
         return run_checkpoint.notes(run, self._callbacks) | {"postponed": postponed}
 
 
-def policies_of(callbacks: Sequence[Callback]) -> list[ModelCheckpoint]:
+def policies_of(callbacks: Sequence[Callback]) -> list[CheckpointPolicy]:
     """Returns the callbacks that are checkpoint policies."""
-    return [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
+    return [callback for callback in callbacks if isinstance(callback, CheckpointPolicy)]
 
 
 def folders_of(callbacks: Sequence[Callback], default: Path) -> list[Path]:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import queue
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -76,10 +78,13 @@ class Way:
       step: `step(params, inner, rest, tokens) -> (params, inner, rest, losses)` trains for a window and donates the
         first three; `inner` is the optimizer's state.
       rest: what the way keeps from window to window besides the model, such as sums and counters.
+      own: returns (parameters, the last window's mean loss) of a way that keeps a model of its own and passes the given
+        one through.
     """
 
     step: Callable[[Tree, Tree, Tree, Tokens], tuple[Tree, Tree, Tree, Tree]]
     rest: Tree = None
+    own: Callable[[], tuple[Tree, float]] | None = None
 
 
 def update(opt: optax.GradientTransformation, grads: Tree, inner: Tree, params: Tree) -> tuple[Tree, Tree]:
@@ -186,11 +191,71 @@ def optax_contract(tx: Any, loss: Loss) -> Callable[..., Any]:
     return call
 
 
-def host_driven(problem: Problem, prepare: bool = False) -> Way:
+def host_driven(problem: Problem, prepare: bool = False, weighted: bool = False, **options: Any) -> Way:
     """A host that counts, with two programs."""
-    options = {}
     if prepare:
         # Kept in the state: where parameters pass from side to side, they are those that this side made last.
         options["prepare"] = CAST.seeing(problem.model.loss, problem.start, problem.windows[0].parts[0])
     make = functools.partial(jaxaccum.MultiSteps, **options)
-    return one_a_call(make, jaxaccum.HostDriven, problem)
+    drive = lambda tx, loss: jaxaccum.HostDriven(tx, problem.model.weighted if weighted else loss)
+    return one_a_call(make, drive, problem)
+
+
+class Turns(jaxaccum.callbacks.Callback):
+    """Holds a `Trainer`, which runs in a thread of its own, between windows until the next one is asked for."""
+
+    def __init__(self):
+        self._asked, self._answers = threading.Semaphore(0), queue.SimpleQueue()
+        self._in_window = False
+
+    def window(self) -> None:
+        """Lets the Trainer dispatch a window."""
+        self._asked.release()
+        error = self._answers.get()
+        if error is not None:
+            raise error
+
+    def fail(self, error: BaseException) -> None:
+        """Ends the wait for a window."""
+        self._answers.put(error)
+
+    def on_train_batch_start(self, trainer, task, batch, batch_idx):
+        if not self._in_window:
+            self._asked.acquire()
+            self._in_window = True
+
+    def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
+        if trainer.window_step == 0:
+            self._in_window = False
+            self._answers.put(None)
+
+
+def in_trainer(problem: Problem, weighted: bool = False, **options: Any) -> Way:
+    """`Trainer.fit`, with keys, on host arrays: what a user's script does, without a progress bar."""
+    loss = problem.model.weighted if weighted else problem.model.loss
+    task = jaxaccum.Task(
+        init=lambda key, batch: jax.tree.map(jnp.copy, problem.start),
+        loss=lambda params, tokens, key: loss(params, tokens),
+        optimizer=problem.opt,
+    )
+    parts = [np.asarray(part) for window in problem.windows for part in window.parts]
+    turns = Turns()
+    options = {"strategy": "single", "enable_progress_bar": False, "callbacks": turns, "max_epochs": -1} | options
+    trainer = jaxaccum.Trainer(accumulate_grad_batches=problem.k, **options)
+
+    def fit():
+        try:
+            trainer.fit(task, parts)
+        except BaseException as error:
+            turns.fail(error)
+
+    thread = threading.Thread(target=fit, daemon=True)
+
+    def step(params, inner, rest, tokens):
+        del tokens  # The Trainer reads the same windows in the same order.
+        if thread.ident is None:
+            thread.start()
+        turns.window()
+        return params, inner, trainer.state, ()
+
+    return Way(step, own=lambda: (trainer.copy_state().params, trainer.callback_metrics["train_loss"]))

@@ -18,6 +18,9 @@ one device, by these sides in one run:
     host driven           `HostDriven`: K - 1 calls of a program without a boundary, handed parameters and sums alone,
                           one of a program with it
     host driven, cast     the same, with `MultiSteps(prepare=jaxaccum.cast(bfloat16))`
+    host driven, Weighted  with the token-weighted loss: the host computes each micro-batch's weight first
+    host driven, drop     with `nonfinite="drop"`, where nothing is dropped
+    Trainer               `Trainer.fit` on host arrays; "fused" with `fuse_windows=True`
     counter               K calls of one program of `MultiSteps.micro_step`: the state's counter finds the boundary
     optax.MultiSteps      K calls of `value_and_grad`, `update` and `apply_updates` in one program
     optax.microbatch      around `jax.value_and_grad`, and the update, in one jit
@@ -72,6 +75,7 @@ from _train import (
     fresh,
     host_driven,
     in_one_jit,
+    in_trainer,
     one_a_call,
     optax_contract,
     ours,
@@ -97,6 +101,13 @@ SIDES = {
     "Weighted, auto": functools.partial(in_one_jit, functools.partial(ours_weighted, prepare="auto")),
     "host driven": host_driven,
     "host driven, cast": functools.partial(host_driven, prepare=True),
+    "host driven, Weighted": functools.partial(host_driven, weighted=True),
+    "host driven, drop": functools.partial(host_driven, nonfinite="drop"),
+    "Trainer": in_trainer,
+    "Trainer, fused": functools.partial(in_trainer, fuse_windows=True),
+    "Trainer, Weighted": functools.partial(in_trainer, weighted=True),
+    "Trainer, fused, Weighted": functools.partial(in_trainer, weighted=True, fuse_windows=True),
+    "Trainer, drop": functools.partial(in_trainer, nonfinite="drop"),
     "counter": functools.partial(one_a_call, jaxaccum.MultiSteps, counter),
     "optax.MultiSteps": functools.partial(one_a_call, optax.MultiSteps, optax_contract),
     "optax.microbatch": functools.partial(in_one_jit, by_optax),
@@ -118,7 +129,7 @@ def warmed(way: Way, problem: Problem) -> tuple[Tree, float]:
     losses = []
     for tokens in problem.windows[:WARMUP]:
         params, inner, way.rest, losses = way.step(params, inner, way.rest, tokens)
-    return params, float(np.mean(jax.device_get(losses)))
+    return way.own() if way.own is not None else (params, float(np.mean(jax.device_get(losses))))
 
 
 def measure(problem: Problem, sides: list[str], repeats: int) -> Record:

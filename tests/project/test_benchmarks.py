@@ -79,7 +79,14 @@ def test_window(tmp_path):
     """Catches a side that trains another model: a micro-batch lost or counted twice, a step too many."""
     out = tmp_path / "window.json"
     sides = ["floor", "hand-written scan", "window, auto, by two", "Weighted", "Weighted, auto", "host driven, cast"]
-    sides += ["counter", "optax.MultiSteps"]
+    sides += [
+        "host driven, Weighted",
+        "Trainer",
+        "Trainer, fused, Weighted",
+        "Trainer, drop",
+        "counter",
+        "optax.MultiSteps",
+    ]
     options = ["--batches", "1", "--k", "2", "--repeats", "2", "--out", str(out), "--sides", *sides]
     printed = run("window.py", *TINY, *options, XLA_FLAGS=flags.HURRY)
     [case] = json.loads(out.read_text())["cases"]
@@ -91,7 +98,7 @@ def test_window(tmp_path):
         assert len(seconds) == 2 and all(math.isfinite(time) and time > 0 for time in seconds)
     for side, loss in case["loss"].items():
         # AdamW makes whole steps of what is rounded to bfloat16 elsewhere, where a bias's mean is nearly zero.
-        rounds_elsewhere = side.startswith(("window", "Weighted", "host driven"))
+        rounds_elsewhere = side.startswith(("window", "Weighted", "host driven", "Trainer"))
         assert case["difference"][side] < (2 if rounds_elsewhere else 1e-4)
         assert abs(loss - case["loss"]["hand-written scan"]) < (3e-3 if rounds_elsewhere else 1e-4)
 

@@ -7,14 +7,14 @@ micro-batch: they are finite, or the window isn't. So the gradient is exactly 0 
 addition inside the backward pass and float32 products apply as for a loss without a weight.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxaccum._gradient.splitting import MicroBatches
-from jaxaccum._jax import core, jaxprs, linearity
+from jaxaccum._jax import core, jaxprs, linearity, varying
 from jaxaccum._sums import overwrites, traced_loss, weighted_sum
 from jaxaccum._types import Tree
 
@@ -33,29 +33,52 @@ _CHEAP = frozenset(f"{_ELEMENTWISE} {_REDUCTIONS} {_PARTS}".split()) | jaxprs.MO
 _CALLS = frozenset(["closed_call", "cond", "core_call", "custom_jvp_call", "jit"])
 
 
+class Step(NamedTuple):
+    """What a step of a window's loop runs.
+
+    Attributes:
+      number: the number of the micro-batch to run.
+      carry: the carry to run it with.
+      kept: whether the micro-batch in whose place it runs counts; None if that is only known after its forward pass.
+      weight: that micro-batch's weight; None like `kept`.
+    """
+
+    number: Any
+    carry: Tree
+    kept: Any = None
+    weight: Any = None
+
+
 class Substitution(NamedTuple):
     """Which micro-batch each step of a window's loop runs.
 
+    The weights are computed once: computed again in the loop, they could be rounded to other numbers.
+
     Attributes:
-      kept: for each micro-batch, whether it counts; None if that is only known after its forward pass.
-      first: the number of the first one that counts.
-      start: the carry at the start of the window, which that one sees.
+      weights: the micro-batches' weights; None if they are only known after their forward passes.
+      kept: for each micro-batch, whether it counts.
+      start: the carry at the start of the window, which the first one that counts sees.
     """
 
-    kept: jax.Array | None
-    first: Any
-    start: Tree
+    weights: jax.Array | None = None
+    kept: Any = None
+    start: Tree = None
 
-    def at(self, i: Any, carry: Tree) -> tuple[Any, jax.Array | None, Tree]:
-        """Micro-batch `i`'s (number of the one to run, whether it counts or None, carry to run it with)."""
-        if self.kept is None:
-            return i, None, carry
-        kept = jax.lax.dynamic_index_in_dim(self.kept, i, keepdims=False)
-        return jnp.where(kept, i, self.first), kept, weighted_sum.select(kept, carry, self.start)
+    def step(self, i: Any, carry: Tree) -> Step:
+        """What runs in the place of micro-batch `i`."""
+        if self.weights is None:
+            return Step(i, carry)
+        kept, weight = (jax.lax.dynamic_index_in_dim(x, i, keepdims=False) for x in (self.kept, self.weights))
+        first = jnp.argmax(self.kept).astype(jnp.int32)
+        return Step(jnp.where(kept, i, first), weighted_sum.select(kept, carry, self.start), kept, weight)
 
     def sums(self, sums: Tree) -> Tree:
         """Clears the sums of a window in which no micro-batch counts: there was none to repeat."""
-        return sums if self.kept is None else weighted_sum.only_if(jnp.any(self.kept), sums)
+        if self.weights is None:
+            return sums
+        # In a conditional, because XLA's GPU compiler would copy the sums for a selection.
+        none = lambda sums: weighted_sum.only_if(jnp.asarray(False), sums)
+        return jax.lax.cond(jnp.any(self.kept), lambda sums: sums, none, sums)
 
 
 def of(loss: traced_loss.Traced, micro_batches: MicroBatches, k: Any, carry: Tree) -> Substitution:
@@ -66,7 +89,8 @@ def of(loss: traced_loss.Traced, micro_batches: MicroBatches, k: Any, carry: Tre
 
     * the loss has effects, such as a callback;
     * it communicates over a mapped axis: others would receive the repeated values;
-    * the backward pass of a `jax.custom_vjp` can't be shown to be linear: it may not map 0 to 0, if it normalises;
+    * a batch argument is the same on all devices of a mapped axis, but the weight isn't;
+    * a backward pass can't be shown to map 0 to 0, as in a `jax.custom_vjp` that normalises, or in a linear solver;
     * the parameters hold overwritten statistics, whose gradient is not linear.
 
     Args:
@@ -77,11 +101,17 @@ def of(loss: traced_loss.Traced, micro_batches: MicroBatches, k: Any, carry: Tre
     """
     weight = _weight(loss) if loss.has_weight else None
     if weight is None or not _may_repeat(loss):
-        return Substitution(None, None, None)
-    numbers = jnp.arange(micro_batches.length, dtype=jnp.int32)
-    weights = jax.vmap(lambda _, batch: weight(batch), (0, micro_batches.axis))(numbers, micro_batches.arrays)
-    kept = (weights != 0) & (numbers < k)
-    return Substitution(kept, jnp.argmax(kept).astype(jnp.int32), carry)
+        return Substitution()
+    length = micro_batches.length
+    numbers = jnp.arange(length, dtype=jnp.int32)
+    if weight.is_small:
+        weights = jax.vmap(weight.of_batch, micro_batches.axis)(micro_batches.arrays)
+    else:
+        weights = jax.lax.map(lambda i: weight.of_batch(micro_batches.take(i)), numbers)
+    axes = varying.axes(weights)
+    if any(axes - varying.axes(leaf) for leaf in jax.tree.leaves(micro_batches.arrays)):
+        return Substitution()
+    return Substitution(weights, (weights != 0) & (numbers < jnp.minimum(k, length)), carry)
 
 
 def data_weight(loss: traced_loss.Traced, data: Sequence[int]) -> tuple[core.ClosedJaxpr, list[bool]] | None:
@@ -95,8 +125,20 @@ def data_weight(loss: traced_loss.Traced, data: Sequence[int]) -> tuple[core.Clo
     return None if needs_more or not _is_cheap(closed.jaxpr) else (closed, used)
 
 
-def _weight(loss: traced_loss.Traced) -> Any:
-    """The weight as a function of a micro-batch's batch arguments; None if it needs more, or is not cheap."""
+class _Weight(NamedTuple):
+    """The weight of a micro-batch.
+
+    Attributes:
+      of_batch: a function of the batch arguments.
+      is_small: whether its intermediate results are about as small as the batch arguments.
+    """
+
+    of_batch: Callable[[Tree], jax.Array]
+    is_small: bool
+
+
+def _weight(loss: traced_loss.Traced) -> _Weight | None:
+    """The weight, if it comes from the batch arguments by cheap operations."""
     found = data_weight(loss, (_BATCH,))
     if found is None:
         return None
@@ -104,12 +146,14 @@ def _weight(loss: traced_loss.Traced) -> Any:
     before = jax.tree.structure(loss.args[:_BATCH]).num_leaves
     wanted = used[before : before + jax.tree.structure(loss.args[_BATCH]).num_leaves]
 
-    def weight(batch):
+    def of_batch(batch):
         leaves = jax.tree.leaves(batch)
         (weight,) = core.jaxpr_as_fun(closed)(*(x for x, is_used in zip(leaves, wanted, strict=True) if is_used))
         return weight
 
-    return weight
+    size = lambda atoms: max((atom.aval.size for atom in atoms), default=1)
+    results = (var for eqn in jaxprs.equations(closed.jaxpr) for var in eqn.outvars)
+    return _Weight(of_batch, size(results) <= 4 * size(closed.jaxpr.invars))
 
 
 # The position of the batch arguments in the arguments of a window's loss.
@@ -130,6 +174,7 @@ def _is_cheap(jaxpr: core.Jaxpr) -> bool:
 def _may_repeat(loss: traced_loss.Traced) -> bool:
     """Whether a micro-batch that is repeated under the cotangent 0 has the gradient 0, and is invisible elsewhere."""
     jaxpr = loss.closed.jaxpr
-    if any(map(jaxprs.axes, jaxpr.eqns)) or jax.tree.leaves(overwrites.only(loss.args[0])):
+    if linearity.communicates(jaxpr) or jax.tree.leaves(overwrites.only(loss.args[0])):
         return False
-    return linearity.unproved(jaxpr) is None
+    is_solver = any(eqn.primitive.name == "custom_linear_solve" for eqn in jaxprs.equations(jaxpr))
+    return not is_solver and linearity.unproved(jaxpr) is None

@@ -173,12 +173,16 @@ def pruned(closed: core.ClosedJaxpr, output: int) -> tuple[core.ClosedJaxpr, lis
     return core.ClosedJaxpr(jaxpr, closed.consts), used
 
 
-def axes(eqn: core.JaxprEqn) -> set[str]:
+def axes(eqn: core.JaxprEqn) -> set[Any]:
     """The mapped axes that an equation, or a jaxpr it calls, communicates over."""
     if eqn.primitive.name in ("axis_index", "pvary"):
         return set()
     names = [eqn.params.get(name, ()) for name in ("axis_name", "axes")]
     found = {
-        axis for given in names for axis in (given if isinstance(given, tuple) else (given,)) if isinstance(axis, str)
+        # Integers are axes of an array; names are any other hashable.
+        axis
+        for given in names
+        for axis in (given if isinstance(given, tuple) else (given,))
+        if not isinstance(axis, int)
     }
     return found.union(*(axes(inner) for body in bodies(eqn) for inner in body.eqns))

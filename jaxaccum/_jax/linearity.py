@@ -59,7 +59,10 @@ def unproved_in(eqn: core.JaxprEqn, *, in_rule: bool = False) -> str | None:
     if name in _USERS:
         return None if _is_linear(eqn) else _name(eqn)
     to_rule = name in _JVPS and not in_rule
-    bodies = [_jvp(eqn)] if to_rule else jaxprs.bodies(eqn)
+    rule = _jvp(eqn) if to_rule else None
+    if to_rule and rule is None:
+        return _name(eqn)
+    bodies = jaxprs.bodies(eqn) if rule is None else [rule]
     return next(filter(None, (_unproved(body, in_rule or to_rule) for body in bodies)), None)
 
 
@@ -67,8 +70,14 @@ def _unproved(jaxpr: core.Jaxpr, in_rule: bool) -> str | None:
     return next(filter(None, (unproved_in(eqn, in_rule=in_rule) for eqn in jaxpr.eqns)), None)
 
 
-def _jvp(eqn: core.JaxprEqn) -> core.Jaxpr:
-    """The jaxpr that jax transposes for a custom_jvp: its rule, not its body."""
+def communicates(jaxpr: core.Jaxpr) -> bool:
+    """Whether `jaxpr` or its derivative may communicate over a mapped axis."""
+    rules = [_jvp(eqn) for eqn in jaxprs.equations(jaxpr) if eqn.primitive.name in _JVPS]
+    return any(rule is None or any(map(jaxprs.axes, rule.eqns)) for rule in [jaxpr, *rules])
+
+
+def _jvp(eqn: core.JaxprEqn) -> core.Jaxpr | None:
+    """The jaxpr that jax transposes for a custom_jvp: its rule, not its body. None if it can't be traced here."""
     operands = [atom.aval for atom in eqn.invars]
     zero = lambda atom: np.zeros(atom.aval.shape, jax.dtypes.float0)
 
@@ -77,7 +86,10 @@ def _jvp(eqn: core.JaxprEqn) -> core.Jaxpr:
         every = [next(given) if _is_inexact(atom) else zero(atom) for atom in eqn.invars]
         return jax.jvp(lambda *operands: list(jaxprs.bind(eqn, operands)), operands, every)[1]
 
-    return jax.make_jaxpr(tangents_of)(operands, [atom.aval for atom in eqn.invars if _is_inexact(atom)]).jaxpr
+    try:
+        return jax.make_jaxpr(tangents_of)(operands, [atom.aval for atom in eqn.invars if _is_inexact(atom)]).jaxpr
+    except Exception:  # For example, a rule that supports some of the operands only.
+        return None
 
 
 def _is_linear(eqn: core.JaxprEqn) -> bool:

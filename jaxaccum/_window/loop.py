@@ -90,7 +90,7 @@ class Window(NamedTuple):
         else:
             start = device.local(self._start(seen))
             substituted = substitution.of(traced, micro_batches, self.k, carry)
-            drops = None if substituted.kept is None else False
+            drops = None if substituted.weights is None else False
             gradient = micro_gradient.of(traced, self.in_place, start.total[1], drops=drops)
             sums, like, carry, aux = self._sum(device, gradient, substituted, seen, start, carry, micro_batches)
         total, grads = sums.total
@@ -124,12 +124,13 @@ class Window(NamedTuple):
 
         def micro_step(state, i):
             sums, carry = state
-            number, kept, given = substituted.at(i, carry)
-            pending, batch = packing.unpack(sums.total[1]), micro_batches.take(number)
-            value, (new_carry, aux), grads = gradient(seen, pending, device.local(number), batch, given, kept=kept)
+            step = substituted.step(i, carry)
+            kept, args = step.kept, (device.local(step.number), micro_batches.take(step.number), step.carry)
+            value, (new_carry, aux), grads = gradient(seen, packing.unpack(sums.total[1]), *args, kept=kept)
             dtypes.append(value.total.dtype)
             keep = traced_loss.keep(value.weight) if kept is None else kept
-            weight = jnp.ones_like(sums.weight) if value.weight is None else value.weight
+            weight = value.weight if step.weight is None else step.weight
+            weight = jnp.ones_like(sums.weight) if weight is None else weight
             # The loss's bits make the rounding differ between windows.
             bits = jax.lax.bitcast_convert_type(value.total.astype(jnp.float32), jnp.uint32)
             new = Weighted((value.total, packing.pack(grads)), weight)

@@ -170,6 +170,44 @@ BUGS = [
     Bug(
         "a layout that would be gathered taken", "_check_layout", "n is not None and n % devices", "False", "splitting"
     ),
+    Bug(
+        "the host: one device that counts is enough",
+        "HostWeight._test",
+        "jnp.all(weights >= jnp.asarray(least, weights.dtype))",
+        "jnp.any(weights >= jnp.asarray(least, weights.dtype))",
+        "host_weight",
+    ),
+    Bug(
+        "the host: a weight that may round to 0 counts",
+        "HostWeight._test",
+        "jnp.finfo(weights.dtype).tiny",
+        "jnp.finfo(weights.dtype).smallest_subnormal",
+        "host_weight",
+    ),
+    Bug(
+        "the host: a trace that failed is remembered",
+        "HostWeight.is_positive",
+        "return False",
+        "return self._known.setdefault(signature, False)",
+        "host_weight",
+    ),
+    Bug("the host: the mesh of the trace", "_evaluated", "np.asarray(x, jax.typeof(x).dtype)", "x", "host_weight"),
+    Bug(
+        "the host: every weight counts",
+        "HostDriven.__call__",
+        "self._weight.is_positive(params, *args)",
+        "True",
+        "host_weight",
+    ),
+    Bug(
+        "the host: what counts is selected",
+        "_kept",
+        "None if micro_batch.counts else traced_loss.keep(weight)",
+        "traced_loss.keep(weight)",
+        "host_weight",
+    ),
+    Bug("the host: what counts is added afterwards", "on_each", "False if counts else None", "None", "host_weight"),
+    Bug("sums from outside of the mesh", "Gradient.__call__", "layout.in_context(x)", "x", "host_weight"),
     Bug("a weight's derivative left out", "Window.run", "traced.weight_varies()", "False", CORE),
     Bug(
         "a weight's derivative lost in a stream",

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxaccum._devices import mesh_map, placement
+from jaxaccum._devices import layout, mesh_map, placement
 from jaxaccum._devices.topology import MappedAxis, MeshAxis, OneDevice
 from jaxaccum._gradient import in_place_sums, wide_products
 from jaxaccum._gradient.roles import Roles
@@ -55,7 +55,7 @@ class Gradient(NamedTuple):
         else:
             treedef = jax.tree.structure(params)
             pending = treedef.flatten_up_to(sums)
-            pending = [x if inside else None for x, inside in zip(pending, self.inside, strict=True)]
+            pending = [layout.in_context(x) if inside else None for x, inside in zip(pending, self.inside, strict=True)]
             (loss, rest), grads = jaxprs.purely(self._rewritten, kept, jax.tree.leaves(params), pending, *args)
             marked = [Added(x) if inside else x for x, inside in zip(grads, self.inside, strict=True)]
             grads = treedef.unflatten(marked)
@@ -80,7 +80,7 @@ class Gradient(NamedTuple):
             x if inside else jnp.where(True, jnp.zeros_like(leaf), leaf)  # Varies over devices if `leaf` does.
             for x, inside, leaf in zip(pending, self.inside, leaves, strict=True)
         ]
-        return returned, jax.lax.cond(jnp.asarray(loss.weight) != 0, backward, none, pending)
+        return returned, jax.lax.cond(jnp.asarray(loss.weight).astype(bool), backward, none, pending)
 
 
 def of(

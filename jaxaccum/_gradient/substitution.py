@@ -80,7 +80,7 @@ def of(loss: traced_loss.Traced, micro_batches: MicroBatches, k: Any, carry: Tre
         return Substitution(None, None, None)
     numbers = jnp.arange(micro_batches.length, dtype=jnp.int32)
     weights = jax.vmap(lambda _, batch: weight(batch), (0, micro_batches.axis))(numbers, micro_batches.arrays)
-    kept = (weights != 0) & (numbers < k)
+    kept = weights.astype(bool) & (numbers < k)
     return Substitution(kept, jnp.argmax(kept).astype(jnp.int32), carry)
 
 
@@ -90,7 +90,7 @@ def data_weight(loss: traced_loss.Traced, data: Sequence[int]) -> tuple[core.Clo
     None if the weight needs more than the arguments at the positions `data` and constants, or is not cheap.
     """
     closed, used = loss.weight_alone()
-    is_data = jax.tree.leaves([jax.tree.map(lambda _, i=i: i in data, arg) for i, arg in enumerate(loss.args)])
+    is_data = [i in data for i, arg in enumerate(loss.args) for _ in jax.tree.leaves(arg)]
     needs_more = any(is_used and not own for is_used, own in zip(used, is_data, strict=True))
     return None if needs_more or not _is_cheap(closed.jaxpr) else (closed, used)
 

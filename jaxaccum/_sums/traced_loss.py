@@ -155,7 +155,7 @@ def trace(fun: Callable[..., Any], *args: Any) -> Traced:
 
 def keep(weight: Any) -> jax.Array | None:
     """Whether a micro-batch with this weight counts: a bool array, or None if it always does."""
-    return None if weight is None or (isinstance(weight, (int, float)) and weight) else jnp.asarray(weight) != 0
+    return None if weight is None or (isinstance(weight, (int, float)) and weight) else jnp.asarray(weight).astype(bool)
 
 
 def counted(kept: Any, returned: tuple[Any, tuple[Weighted, Any]]) -> tuple[Any, tuple[Weighted, Any]]:

@@ -519,7 +519,7 @@ BUGS = [
     Bug(
         "a weight of 0 added in place",
         "Gradient._rewritten",
-        "jax.lax.cond(jnp.asarray(loss.weight) != 0, backward, none, pending)",
+        "jax.lax.cond(jnp.asarray(loss.weight).astype(bool), backward, none, pending)",
         "backward(pending)",
         "in_place_sums wide_products",
     ),

@@ -25,7 +25,7 @@ class HostWeight:
     """Tells which micro-batches are known to have a positive weight on every device.
 
     The weight must be a constant, or be computed from the data by cheap operations (see `substitution`). The loss is
-    traced once more for each signature of its data.
+    traced once more for each signature of its data, so its weight must not depend on the types of the parameters.
 
     Args:
       fun: `fun(params, *data)` returns (loss, rest). Its weight may depend on `data` alone.

@@ -187,7 +187,7 @@ def test_a_loss_that_names_the_mesh():
     def loss(w, b):
         index = jax.lax.axis_index(("data", "fsdp"))
         x = jax.lax.with_sharding_constraint(b["x"], P(None, "model"))
-        return Weighted(jnp.sum(x @ w) * (1 + index), jnp.sum(b["mask"]))
+        return Weighted(jnp.sum(x @ w) * (1 + index), jnp.sum(jnp.where(b["mask"] > 0.5, 1.0, 0.0)))
 
     b = {"x": np.ones((2 * devices, 2), np.float32), "mask": np.ones(2 * devices, np.float32)}
     p = jax.device_put(jnp.ones(2), NamedSharding(mesh, P()))

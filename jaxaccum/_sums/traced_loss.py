@@ -159,8 +159,8 @@ def keep(weight: Any) -> jax.Array | None:
 
 
 def counted(kept: Any, returned: tuple[Any, tuple[Weighted, Any]]) -> tuple[Any, tuple[Weighted, Any]]:
-    """Results of `Traced.total` with total and weight 0 where `kept` is False; None changes nothing."""
-    if kept is None:
+    """Results of `Traced.total` with total and weight 0 where `kept` is False; None and True change nothing."""
+    if kept is None or kept is True:
         return returned
     total, (loss, rest) = returned
     total, weight = weighted_sum.only_if(kept, (total, loss.weight))

@@ -60,6 +60,14 @@ def reshard(leaf: jax.Array, mesh: Mesh, names: tuple[str, ...], spec: P) -> jax
     return jax.reshard(leaf, NamedSharding(mesh, P(*wanted)))
 
 
+def in_context(leaf: jax.Array) -> jax.Array:
+    """Gives a leaf from outside of an explicit mesh the type that results of operations have inside of it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not is_explicit(mesh) or not jax.typeof(leaf).sharding.mesh.empty:
+        return leaf
+    return jax.reshard(leaf, P(*[None] * leaf.ndim))
+
+
 def reduce_scatter(local: jax.Array, mesh: Mesh, names: tuple[str, ...]) -> jax.Array:
     """Sums `local`, (P, *shape), over its leading device axis and shards the result over the data axes if possible.
 

@@ -4,16 +4,20 @@ A micro-batch that may have weight 0 needs a selection, which costs a pass over 
 knows to count, it runs another program, without the selection.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxaccum._devices import mesh_map
+from jaxaccum._devices.topology import MappedAxis, MeshAxis, OneDevice
 from jaxaccum._gradient import substitution
-from jaxaccum._jax import core
-from jaxaccum._sums import traced_loss
+from jaxaccum._jax import core, eager, jaxprs, prng
+from jaxaccum._sums import traced_loss, weighted_sum
 from jaxaccum._types import Tree
 
 
@@ -21,83 +25,131 @@ class HostWeight:
     """Tells which micro-batches are known to have a positive weight on every device.
 
     The weight must be a constant, or be computed from the data by cheap operations (see `substitution`). The loss is
-    traced once more for each signature of its arguments.
+    traced once more for each signature of its data, so its weight must not depend on the types of the parameters.
 
     Args:
-      fun: `fun(params, *data)` returns (loss, rest). The weight may depend on `data` alone.
-      shares: the number of devices that the first of `data` is split over, along its leading axis.
+      fun: `fun(params, *data)` returns (loss, rest). Its weight may depend on `data` alone.
+      sync: the devices. With a mesh, the first of `data` is split over its data axis.
     """
 
-    def __init__(self, fun: Callable[..., tuple[Any, Any]], shares: int):
-        self._fun, self._shares = fun, shares
+    def __init__(self, fun: Callable[..., tuple[Any, Any]], sync: OneDevice | MappedAxis | MeshAxis):
+        self._fun, self._sync = fun, sync
         self._known: dict[Any, bool | _Test] = {}
 
     def is_positive(self, params: Tree, *data: Tree) -> bool:
         """Whether the micro-batch's weight is known to be positive on every device.
 
-        Reads the leaves that the weight depends on, and waits for them if they are on a device.
+        Reads the leaves that the weight depends on, and waits for them if they are still being computed.
         """
         leaves, treedef = jax.tree.flatten(data)
-        signature = treedef, tuple([(np.shape(x), getattr(x, "dtype", type(x))) for x in leaves])
+        types = tuple([(np.shape(x), getattr(x, "dtype", type(x))) for x in leaves])
+        signature = treedef, types, weighted_sum.weight_dtype(), eager.trace_state_clean()
         known = self._known.get(signature)
         if known is None:
-            known = self._known[signature] = self._test(params, data)
-        if isinstance(known, bool):
-            return known
-        inputs = [leaves[i] for i in known.inputs]
-        return all(map(_is_readable, inputs)) and bool(known.program(*map(np.asarray, inputs)))
+            try:
+                loss = self._traced(params, data)
+            except Exception:  # The program that runs next raises it. Another trace may succeed.
+                return False
+            known = self._known[signature] = self._test(loss, data)
+        return known if isinstance(known, bool) else known(leaves)
 
-    def _test(self, params: Tree, data: Sequence[Tree]) -> "bool | _Test":
+    def _traced(self, params: Tree, data: Sequence[Tree]) -> traced_loss.Traced:
+        """The loss, traced as in its program: with a mesh, on one device's share."""
+        if not isinstance(self._sync, MeshAxis):
+            return traced_loss.trace(self._fun, params, *data)
+        traced = []
+        on_device = lambda *args: traced.append(traced_loss.trace(self._fun, *args))
+        options = {"split": (1,), "split_dim": 0, "out_specs": None}
+        jax.eval_shape(lambda *args: mesh_map.on_data_axes(on_device, self._sync, args, {}, **options), params, *data)
+        return traced[0]
+
+    def _test(self, loss: traced_loss.Traced, data: Sequence[Tree]) -> "bool | _Test":
         """How to test micro-batches like this one."""
-        is_split = self._shares > 1
-        shares = [jax.tree.map(self._share, data[0]), *data[1:]] if is_split else data
-        try:
-            cpu = jax.local_devices(backend="cpu")[0]
-            loss = traced_loss.trace(self._fun, params, *shares)
-        except Exception:  # The loss may need a context, such as a mapped axis. Errors in it are raised by its program.
-            return False
         if not loss.has_weight:
             return True
         found = substitution.data_weight(loss, range(1, len(loss.args)))
         if found is None:
             return False
         closed, used = found
-        inputs = [i for i, is_used in enumerate(used[jax.tree.structure(params).num_leaves :]) if is_used]
-        of_share = jax.tree.structure(data[0]).num_leaves if is_split else 0
-        axes = [0 if i < of_share else None for i in inputs]
-        weight = core.jaxpr_as_fun(closed)
+        of_params = jax.tree.structure(loss.args[0]).num_leaves
+        inputs = [i for i, is_used in enumerate(used[of_params:]) if is_used]
+        split = jax.tree.structure(data[0]).num_leaves if isinstance(self._sync, MeshAxis) else 0
+        axes = tuple(0 if i < split else None for i in inputs)
+        weight = functools.partial(_evaluated, closed)
 
         def are_positive(*inputs):
+            shares = lambda x, aval: x.reshape(-1, *aval.shape)
             by_share = [
-                x if axis is None else x.reshape(self._shares, -1, *x.shape[1:])
-                for x, axis in zip(inputs, axes, strict=True)
+                x if axis is None else shares(x, aval)
+                for x, axis, aval in zip(inputs, axes, closed.in_avals, strict=True)
             ]
-            (weights,) = jax.vmap(weight, axes)(*by_share) if any(axis == 0 for axis in axes) else weight(*by_share)
-            # Below the smallest normal number, another device may round a weight to 0.
-            least = jnp.finfo(weights.dtype).tiny if jnp.issubdtype(weights.dtype, jnp.floating) else 1
-            return jnp.all(weights >= least)
+            [weights] = jax.vmap(weight, axes)(*by_share) if 0 in axes else weight(*by_share)
+            # What is a rounding error here may be 0 on another device.
+            least = jnp.finfo(weights.dtype).eps ** 0.5 if jnp.issubdtype(weights.dtype, jnp.floating) else 1
+            return jnp.all(weights >= jnp.asarray(least, weights.dtype))
 
-        jitted = jax.jit(are_positive)
-
-        def program(*inputs):
-            return jitted(*jax.device_put(inputs, cpu))
-
-        return _Test(program, inputs)
-
-    def _share(self, leaf: Any) -> Any:
-        """The type of one device's share of an array."""
-        return jax.ShapeDtypeStruct((leaf.shape[0] // self._shares, *leaf.shape[1:]), leaf.dtype)
+        leaves = jax.tree.leaves(data)
+        dtypes = [aval.dtype for aval in closed.in_avals]
+        try:
+            cpu = jax.local_devices(backend="cpu")[0]
+            on_cpu = jax.sharding.SingleDeviceSharding(cpu)
+            types = [
+                jax.ShapeDtypeStruct(np.shape(leaves[i]), dtype, sharding=on_cpu)
+                for i, dtype in zip(inputs, dtypes, strict=True)
+            ]
+            with _undisturbed(), jax.set_mesh(jax.sharding.Mesh([cpu], "cpu")):
+                test = _Test(jax.jit(are_positive).lower(*types).compile(), inputs, dtypes)
+        except Exception:  # The host has no CPU backend, can't read a constant, or runs inside of a transformation.
+            return False
+        return test if inputs else test(leaves)
 
 
 class _Test(NamedTuple):
-    """Whether weights are positive: `program` of the leaves of the arguments, without the parameters, at `inputs`."""
+    """Whether weights are positive: `program` of the leaves of the data at `inputs`, in these dtypes."""
 
     program: Callable[..., Any]
     inputs: Sequence[int]
+    dtypes: Sequence[Any]
+
+    def __call__(self, leaves: Sequence[Any]) -> bool:
+        inputs = [leaves[i] for i in self.inputs]
+        if not all(map(_is_readable, inputs)):
+            return False
+        with _undisturbed():
+            return bool(self.program(*map(np.asarray, inputs, self.dtypes)))
+
+
+def _evaluated(closed: core.ClosedJaxpr, *inputs: Any) -> list[Any]:
+    """Evaluates a weight's jaxpr on one device, without the meshes and the layouts that it was traced with."""
+
+    def results(eqn, operands):
+        if eqn.primitive.name in _LAYOUTS:
+            return operands
+        called = [part for part in jaxprs.parts(eqn) if isinstance(part, (core.Jaxpr, core.ClosedJaxpr))]
+        if len(called) == 1:
+            [body] = called
+            return _evaluated(core.ClosedJaxpr(body, ()) if isinstance(body, core.Jaxpr) else body, *operands)
+        params = eqn.params | {name: None for name in ("sharding", "out_sharding") if name in eqn.params}
+        found = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(params))
+        return found if eqn.primitive.multiple_results else [found]
+
+    # A literal has a mesh, too. Large arrays, which may be for other results than the weight, are not read.
+    keeps = lambda x: np.shape(x) or prng.is_typed(x)
+    entry = lambda x: x if keeps(x) else np.asarray(x, jax.typeof(x).dtype)
+    return jaxprs.evaluate(closed.jaxpr, closed.consts, inputs, results, entry)
+
+
+# Primitives that return their operands, elsewhere or with another type.
+_LAYOUTS = frozenset(["device_put", "pcast", "pvary", "reshard", "sharding_constraint"])
 
 
 def _is_readable(leaf: Any) -> bool:
-    """Whether the host can read `leaf`."""
-    if not isinstance(leaf, jax.Array):
-        return True
-    return not isinstance(leaf, jax.core.Tracer) and leaf.is_fully_addressable
+    """Whether the host can read `leaf`: its array has no part in another process."""
+    return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Allows compiled programs and transfers, whatever the caller has set for its own."""
+    with jax.disable_jit(False), jax.transfer_guard("allow"):
+        yield

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxaccum._devices import mesh_map, placement
+from jaxaccum._devices import layout, mesh_map, placement
 from jaxaccum._devices.topology import MappedAxis, MeshAxis, OneDevice
 from jaxaccum._gradient import in_place_sums, wide_products
 from jaxaccum._gradient.roles import Roles
@@ -42,7 +42,8 @@ class Gradient(NamedTuple):
           params: the parameters.
           sums: Σ w·g so far, a tree like `params`; None if nothing is added inside.
           *args: the other arguments of the loss.
-          kept: a bool; where it is False, total, weight and gradient are 0 if they are finite. None if it is not known.
+          kept: a bool; where it is False, total, weight and gradient are 0 if they are finite. True changes nothing.
+            None if it is not known.
 
         Returns:
           The loss as a `Weighted`, whose weight is None for a plain loss and a Python number if it is constant; the
@@ -55,8 +56,11 @@ class Gradient(NamedTuple):
         else:
             treedef = jax.tree.structure(params)
             pending = treedef.flatten_up_to(sums)
-            pending = [x if inside else None for x, inside in zip(pending, self.inside, strict=True)]
-            (loss, rest), grads = jaxprs.purely(self._rewritten, kept, jax.tree.leaves(params), pending, *args)
+            pending = [layout.in_context(x) if inside else None for x, inside in zip(pending, self.inside, strict=True)]
+            rewritten, operands = self._rewritten, (kept, jax.tree.leaves(params), pending, *args)
+            if kept is True:  # Stays static.
+                rewritten, operands = functools.partial(rewritten, True), operands[1:]
+            (loss, rest), grads = jaxprs.purely(rewritten, *operands)
             marked = [Added(x) if inside else x for x, inside in zip(grads, self.inside, strict=True)]
             grads = treedef.unflatten(marked)
         return (loss if self.loss.weight is None else Weighted(loss.total, self.loss.weight)), rest, grads
@@ -80,7 +84,7 @@ class Gradient(NamedTuple):
             x if inside else jnp.where(True, jnp.zeros_like(leaf), leaf)  # Varies over devices if `leaf` does.
             for x, inside, leaf in zip(pending, self.inside, leaves, strict=True)
         ]
-        return returned, jax.lax.cond(jnp.asarray(loss.weight) != 0, backward, none, pending)
+        return returned, jax.lax.cond(jnp.asarray(loss.weight).astype(bool), backward, none, pending)
 
 
 def of(

@@ -69,6 +69,7 @@ class Substitution(NamedTuple):
         if self.weights is None:
             return Step(i, carry)
         kept, weight = (jax.lax.dynamic_index_in_dim(x, i, keepdims=False) for x in (self.kept, self.weights))
+        weight = weighted_sum.only_if(kept, weight)  # Its derivative is 0 too.
         first = jnp.argmax(self.kept).astype(jnp.int32)
         return Step(jnp.where(kept, i, first), weighted_sum.select(kept, carry, self.start), kept, weight)
 
@@ -111,7 +112,7 @@ def of(loss: traced_loss.Traced, micro_batches: MicroBatches, k: Any, carry: Tre
     axes = varying.axes(weights)
     if any(axes - varying.axes(leaf) for leaf in jax.tree.leaves(micro_batches.arrays)):
         return Substitution()
-    return Substitution(weights, (weights != 0) & (numbers < jnp.minimum(k, length)), carry)
+    return Substitution(weights, weights.astype(bool) & (numbers < jnp.minimum(k, length)), carry)
 
 
 def data_weight(loss: traced_loss.Traced, data: Sequence[int]) -> tuple[core.ClosedJaxpr, list[bool]] | None:
@@ -120,7 +121,7 @@ def data_weight(loss: traced_loss.Traced, data: Sequence[int]) -> tuple[core.Clo
     None if the weight needs more than the arguments at the positions `data` and constants, or is not cheap.
     """
     closed, used = loss.weight_alone()
-    is_data = jax.tree.leaves([jax.tree.map(lambda _, i=i: i in data, arg) for i, arg in enumerate(loss.args)])
+    is_data = [i in data for i, arg in enumerate(loss.args) for _ in jax.tree.leaves(arg)]
     needs_more = any(is_used and not own for is_used, own in zip(used, is_data, strict=True))
     return None if needs_more or not _is_cheap(closed.jaxpr) else (closed, used)
 

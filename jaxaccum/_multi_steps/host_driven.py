@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxaccum._devices.topology import MappedAxis, MeshAxis
+from jaxaccum._devices.topology import MappedAxis
 from jaxaccum._gradient.host_weight import HostWeight
 from jaxaccum._integers import positive_int
 from jaxaccum._jax import prng
@@ -37,6 +37,10 @@ class HostDriven:
     assignment, and into each state that it has not seen before and that still has the K of
     `MultiSteps(opt, every_k_schedule)`. A state with another K, from `set_every_k` or from a checkpoint, keeps it. An
     assignment during a call takes effect at the next call.
+
+    If the loss is a `Weighted` whose weight comes from the data (see `Weighted`), the host computes the weight before
+    each call, and waits for arrays that the weight depends on if they are still being computed; NumPy arrays are there
+    at once. A micro-batch of weight 0 compiles a second pair of programs when it first occurs.
 
     Args:
       tx: the `MultiSteps`.
@@ -82,8 +86,7 @@ class HostDriven:
         self._ks = _Facts()
         self._compiled = set()  # (program, signature) pairs that are known to compile.
 
-        shares = config.sync.size() if isinstance(config.sync, MeshAxis) else 1
-        self._weight = HostWeight(lambda *args: (fun(*args), None), shares)
+        self._weight = HostWeight(lambda *args: (fun(*args), None), config.sync)
 
         def programs(counts):
             micro_step = loss_step.micro_step(config, fun, "HostDriven", counts=counts)

@@ -155,12 +155,12 @@ def trace(fun: Callable[..., Any], *args: Any) -> Traced:
 
 def keep(weight: Any) -> jax.Array | None:
     """Whether a micro-batch with this weight counts: a bool array, or None if it always does."""
-    return None if weight is None or (isinstance(weight, (int, float)) and weight) else jnp.asarray(weight) != 0
+    return None if weight is None or (isinstance(weight, (int, float)) and weight) else jnp.asarray(weight).astype(bool)
 
 
 def counted(kept: Any, returned: tuple[Any, tuple[Weighted, Any]]) -> tuple[Any, tuple[Weighted, Any]]:
-    """Results of `Traced.total` with total and weight 0 where `kept` is False; None changes nothing."""
-    if kept is None:
+    """Results of `Traced.total` with total and weight 0 where `kept` is False; None and True change nothing."""
+    if kept is None or kept is True:
         return returned
     total, (loss, rest) = returned
     total, weight = weighted_sum.only_if(kept, (total, loss.weight))

@@ -30,6 +30,9 @@ class Weighted(NamedTuple):
     room for a second one. So does a loss with side effects or communication between devices, and one with a
     `jax.custom_vjp` whose backward pass can't be shown to be linear.
 
+    `HostDriven` computes such weights on the host. Only a micro-batch of weight 0, on any device, is left out by
+    selection.
+
     Attributes:
       total: Σ w·x; for a loss, a floating scalar: the sum over the micro-batch's examples or tokens.
       weight: Σ w, a scalar; the number of examples or tokens in the sum.

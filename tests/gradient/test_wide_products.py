@@ -152,7 +152,7 @@ def test_the_host_driven_program_adds():
     tx = jaxaccum.MultiSteps(optax.sgd(0.1), K)
     step = jaxaccum.HostDriven(tx, half_loss)
     pending = tx.init(w)._replace(inner_opt_state=None)
-    text = step._accumulate.trace(w, (), pending, x).lower(lowering_platforms=("cuda",)).as_text()
+    text = step._programs[True][0].trace(w, (), pending, x).lower(lowering_platforms=("cuda",)).as_text()
     assert IN_FLOAT32 in text
     assert "stablehlo.select" not in text
 

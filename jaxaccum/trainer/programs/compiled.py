@@ -84,7 +84,7 @@ class Programs:
     ):
         self._task, self._strategy, self._sync, self.seed = task, strategy, strategy.sync, seed
         self._objective = functools.partial(objective.objective, task, strategy, seed)
-        self._weight = HostWeight(functools.partial(objective.returned, task), strategy.size)
+        self._weight = HostWeight(functools.partial(objective.returned, task), strategy.sync)
         # The host tracks K and passes `boundary` with every call.
         self._tx = MultiSteps(optimizer, 1, nonfinite=nonfinite, **self._sync.options())
         self._kind: Any = None

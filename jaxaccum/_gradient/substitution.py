@@ -77,9 +77,14 @@ class Substitution(NamedTuple):
         """Clears the sums of a window in which no micro-batch counts: there was none to repeat."""
         if self.weights is None:
             return sums
-        # In a conditional, because XLA's GPU compiler would copy the sums for a selection.
-        none = lambda sums: weighted_sum.only_if(jnp.asarray(False), sums)
-        return jax.lax.cond(jnp.any(self.kept), lambda sums: sums, none, sums)
+        counts = jnp.any(self.kept)
+
+        def by_conditional(sums):
+            return jax.lax.cond(counts, lambda sums: sums, lambda sums: weighted_sum.only_if(none, sums), sums)
+
+        # XLA writes the result of a selection over its operand on a CPU, and that of a conditional on a GPU.
+        none, by_selection = jnp.asarray(False), lambda sums: weighted_sum.only_if(counts, sums)
+        return jax.lax.platform_dependent(sums, cuda=by_conditional, rocm=by_conditional, default=by_selection)
 
 
 def of(loss: traced_loss.Traced, micro_batches: MicroBatches, k: Any, carry: Tree) -> Substitution:

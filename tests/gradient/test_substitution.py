@@ -520,3 +520,122 @@ def test_a_rule_that_calls_its_own_function(options):
     fun = lambda p, b: jaxaccum.Weighted(jnp.sum((b["x"] @ jax.nn.relu(p["head"])) ** 2), jnp.sum(b["mask"]))
     got = jaxaccum.value_and_grad(fun, K, **options)(params(), batch())
     assert_close(got, jax.value_and_grad(lambda p: fun(p, batch()).total / fun(p, batch()).weight)(params()))
+
+
+def test_the_weight_is_computed_once():
+    """Catches a weight that is computed again in the loop, where it may round to the other side of a threshold."""
+    rows = np.arange(K * 16) % K
+    conf = jnp.asarray(np.where(rows == 0, 0.9, 0.1)[:, None] * np.ones((1, 64)), jnp.float32)
+
+    def tied(w, b):
+        counts = jnp.where(jnp.mean(b["conf"]) > jnp.float32(0.1), 1.0, 0.0)
+        return jaxaccum.Weighted(jnp.sum((w * b["x"]) ** 2), counts * b["conf"].size)
+
+    value, grad = jax.jit(jaxaccum.value_and_grad(tied, K))(jnp.float32(1), {"x": jnp.ones(K * 16), "conf": conf})
+    # Which micro-batches count is a matter of rounding. The mean of those that do is not.
+    assert float(value) == pytest.approx(1 / 64) and float(grad) == pytest.approx(2 / 64)
+
+
+def test_a_solver_is_not_run_on_zeros():
+    """Catches a linear solver of a fixed number of steps, which divides 0 by 0 under the cotangent 0."""
+    matrix = jnp.array([[2.0, 1.0], [1.0, 3.0]])
+
+    def solve(matvec, b):
+        x, r = jnp.zeros_like(b), b
+        p = r
+        for _ in range(2):
+            step = (r @ r) / (p @ matvec(p))
+            new = r - step * matvec(p)
+            x, p, r = x + step * p, new + (new @ new) / (r @ r) * p, new
+        return x
+
+    def solved(w, b):
+        y = jax.lax.custom_linear_solve(lambda u: matrix @ u + w * u, b["x"][0], solve, symmetric=True)
+        return jaxaccum.Weighted(jnp.sum(y**2), jnp.sum(b["mask"]))
+
+    b = {"x": jnp.array([[1.0, 2.0], [3.0, 5.0]]), "mask": jnp.array([1.0, 0.0])}
+    got = jaxaccum.value_and_grad(solved, 2)(jnp.float32(0.7), b)
+    want = jax.value_and_grad(lambda w: solved(w, jax.tree.map(lambda x: x[:1], b)).total)(jnp.float32(0.7))
+    assert_close(got, want, rtol=1e-5)
+
+
+def test_a_replicated_batch_argument_beside_a_split_mask():
+    """Catches a micro-batch's number that varies over the devices, and makes what is the same on all of them vary."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    fun = lambda w, b: jaxaccum.Weighted(jnp.sum(w * (b["x"] * b["mask"])), jnp.sum(b["mask"]))
+    f = jax.shard_map(
+        jaxaccum.value_and_grad(fun, 2, axis_name="data"),
+        mesh=mesh,
+        in_specs=(P(), {"x": P(), "mask": P("data")}),
+        out_specs=P(),
+    )
+    got = jax.jit(f)(1.0, {"x": jnp.arange(2.0), "mask": jnp.array([1.0, 0.0, 1.0, 1.0])})
+    assert_close(got, (jnp.float32(1 / 3), jnp.float32(1 / 3)), rtol=1e-6)
+
+
+def test_a_rule_that_jax_never_calls():
+    """Catches an analysis that traces a custom_jvp's rule for operands that have no derivative."""
+
+    @jax.custom_jvp
+    def double(x):
+        return 2 * x
+
+    @double.defjvp
+    def refuse(primals, tangents):
+        raise NotImplementedError("double is not differentiable")
+
+    fun = lambda w, b: jaxaccum.Weighted(jnp.sum((w * double(b["x"])) ** 2 * b["mask"]), jnp.sum(b["mask"]))
+    value, grad = jaxaccum.value_and_grad(fun, 2)(1.0, {"x": jnp.arange(4.0), "mask": jnp.ones(4)})
+    assert (float(value), float(grad)) == (14.0, 28.0)
+
+
+def test_communication_in_a_rule():
+    """Catches a repeated micro-batch that other devices receive in the derivative alone."""
+
+    @jax.custom_jvp
+    def f(w, x):
+        return w * x
+
+    f.defjvp(lambda primals, tangents: (f(*primals), tangents[0] * jax.lax.pmean(primals[1], "data")))
+    fun = lambda w, b: jaxaccum.Weighted(jnp.sum(f(w, b["x"]) * b["mask"]), jnp.sum(b["mask"]))
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    g = jax.shard_map(
+        jaxaccum.value_and_grad(fun, 2, axis_name="data"),
+        mesh=mesh,
+        in_specs=(P(), P("data")),
+        out_specs=P(),
+        check_vma=False,
+    )
+    b = {"x": jnp.arange(1.0, 9.0), "mask": jnp.array([1.0, 0, 1, 0, 1, 1, 1, 1])}
+    assert float(jax.jit(g)(0.7, b)[1]) == pytest.approx(13 / 3)
+
+
+def test_an_axis_whose_name_is_no_string():
+    """Catches a collective over an axis that is named by any other hashable."""
+
+    class Name:
+        pass
+
+    def fun(w, b, axis):
+        centred = b["x"] - jax.lax.pmean(b["x"], axis)
+        return jaxaccum.Weighted(jnp.sum((w * centred) ** 2 * b["mask"]), jnp.sum(b["mask"]))
+
+    b = {"x": jnp.array([[1.0, 2.0], [3.0, 7.0]]), "mask": jnp.array([[1.0, 0.0], [1.0, 1.0]])}
+
+    for axis in ("axis", Name()):
+        window = lambda b, axis=axis: jaxaccum.value_and_grad(lambda w, b: fun(w, b, axis), 2)(jnp.float32(1), b)
+        value, grad = jax.vmap(window, axis_name=axis)(b)
+        assert_close((value, grad), (jnp.array([1, 3.625]), jnp.array([2, 7.25])), rtol=1e-6)
+
+
+def test_a_weight_with_large_intermediate_results():
+    """Catches the intermediate results of all weights at once, which take K times the memory of one."""
+
+    def temporary(weight):
+        fun = lambda w, b: jaxaccum.Weighted(jnp.sum((w * b["x"]) ** 2), weight(b))
+        args = jnp.float32(1), {"x": jnp.ones((32 * 8,)), "tokens": jnp.ones((32 * 8, 16), jnp.int32)}
+        compiled = jax.jit(jaxaccum.value_and_grad(fun, 32)).lower(*args).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    largest = 8 * 16 * 1000 * 4  # One micro-batch's tokens as vectors.
+    assert temporary(lambda b: jnp.sum(jax.nn.one_hot(b["tokens"], 1000).max(-1))) < 4 * largest

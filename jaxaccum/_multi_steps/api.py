@@ -78,8 +78,8 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
       prepare: for `micro_step`, a function of the parameters. The loss receives its output, which is kept in the state
         and recomputed at each optimizer step; its transpose also runs there, once, on the sum. See `cast`, which here
         needs `where=`, or the loss through `seeing`.
-      in_place: for `micro_step`, as for `value_and_grad`, except that only `HostDriven` forms gradients in float32.
-        With `should_skip_update_fn` or `nonfinite="drop"` nothing is added in place, because it could not be removed
+      in_place: for `micro_step`, as for `value_and_grad`, except that only `HostDriven` forms gradients in float32, and
+        that without `HostDriven` the layers of a `Weighted` loss are added in place only if `in_place=True`. With `should_skip_update_fn` or `nonfinite="drop"` nothing is added in place, because it could not be removed
         from the sums.
 
     Raises:

@@ -79,8 +79,9 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         and recomputed at each optimizer step; its transpose also runs there, once, on the sum. See `cast`, which here
         needs `where=`, or the loss through `seeing`.
       in_place: for `micro_step`, as for `value_and_grad`, except that only `HostDriven` forms gradients in float32, and
-        that without `HostDriven` the layers of a `Weighted` loss are added in place only if `in_place=True`. With `should_skip_update_fn` or `nonfinite="drop"` nothing is added in place, because it could not be removed
-        from the sums.
+        that without `HostDriven` the layers of a `Weighted` loss are added in place only if `in_place=True`. With
+        `should_skip_update_fn` or `nonfinite="drop"` nothing is added in place, because it could not be removed from
+        the sums.
 
     Raises:
       TypeError, ValueError: for an invalid argument, at construction; from `init`, if the inner optimizer contains

@@ -146,6 +146,26 @@ def of(
     return Gradient(loss, inside, wide)
 
 
+class Target(NamedTuple):
+    """The sums that a micro-batch's gradient is added to.
+
+    Attributes:
+      sums: each device's Σ w·g so far; with a mesh, leaves (P, ...). None if there are none.
+      in_place: as for `of`.
+      starts: whether the micro-batch starts a window, while `sums` still holds the previous window's sums; may be
+        traced.
+      counts: whether the micro-batch's weight is known to be positive.
+    """
+
+    sums: Tree = None
+    in_place: bool | None = False
+    starts: Any = False
+    counts: bool = False
+
+
+_NO_SUMS = Target()
+
+
 def on_each(
     fun: Callable[..., tuple[Any, Any]],
     sync: OneDevice | MappedAxis | MeshAxis,
@@ -153,11 +173,7 @@ def on_each(
     args: Sequence[Tree],
     kwargs: dict[str, Tree] | None = None,
     *,
-    own: Sequence[int] = (),
-    sums: Tree = None,
-    in_place: bool | None = False,
-    starts: Any = False,
-    counts: bool = False,
+    target: Target = _NO_SUMS,
     mean: bool = False,
 ) -> tuple[Weighted, Any, Tree]:
     """Computes the `Gradient` of a micro-batch on each device, without any reduction.
@@ -169,18 +185,14 @@ def on_each(
       roles: the roles of the positional arguments.
       args: the positional arguments.
       kwargs: the keyword arguments.
-      own: the positions of arguments that differ per device; with a mesh, leaves (P, ...).
-      sums: each device's Σ w·g so far; with a mesh, leaves (P, ...).
-      in_place: as for `of`.
-      starts: whether this micro-batch starts a window, while `sums` still holds the previous window's sums; may be
-        traced.
-      counts: whether the weight is known to be positive.
+      target: the sums to add to.
       mean: whether to return the gradient of the loss's mean instead of its total.
 
     Returns:
       As `Gradient`; with a mesh, each array has a leading device axis.
     """
-    (position,) = roles.params
+    (position,), own = roles.params, roles.own
+    sums, in_place, starts, counts = target
     weights = []
 
     def on_device(device, sums, starts, *args, **kwargs):

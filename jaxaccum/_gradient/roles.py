@@ -16,6 +16,7 @@ class Roles(NamedTuple):
     batch: tuple[int, ...]
     keys: tuple[int, ...]
     carry: tuple[int, ...]
+    own: tuple[int, ...] = ()  # Different per device; with a mesh, leaves (P, ...).
 
     @classmethod
     def of(cls, argnums, batch_argnums, key_argnums, carry_argnums) -> "Roles":

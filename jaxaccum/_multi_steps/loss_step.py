@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from jaxaccum._devices.topology import MappedAxis, MeshAxis
 from jaxaccum._gradient import micro_gradient, once_per_window, splitting
+from jaxaccum._gradient.micro_gradient import Target
 from jaxaccum._gradient.roles import Roles
 from jaxaccum._jax import prng
 from jaxaccum._multi_steps import accumulation
@@ -25,14 +26,12 @@ class LossStep(NamedTuple):
       config: the configuration of the `MultiSteps`.
       fun: `fun(params, *args)` returns (loss, rest); the loss is plain or a `Weighted`.
       roles: the roles of the arguments; the parameters are argument 0.
-      own: as for `micro_gradient.on_each`.
       counts: whether the weight of each micro-batch is known to be positive.
     """
 
     config: Config
     fun: Callable[..., tuple[Any, Any]]
     roles: Roles
-    own: Sequence[int] = ()
     counts: bool = False
 
     def __call__(
@@ -55,11 +54,12 @@ class LossStep(NamedTuple):
             config.sync,
             self.roles,
             (seen, *args),
-            own=self.own,
-            sums=None if config.in_place is False else state.acc_grads,
-            in_place=config.in_place,
-            starts=False if boundary.clears else state.mini_step == 0,
-            counts=self.counts,
+            target=Target(
+                sums=None if config.in_place is False else state.acc_grads,
+                in_place=config.in_place,
+                starts=False if boundary.clears else state.mini_step == 0,
+                counts=self.counts,
+            ),
             mean=judges,
         )
         extra_args = extra_args or {}

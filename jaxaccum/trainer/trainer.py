@@ -18,6 +18,7 @@ from jaxaccum.checkpoint import Checkpoint, orbax_io
 from jaxaccum.distributed.process_group import Processes
 from jaxaccum.loggers import figure
 from jaxaccum.task import Task
+from jaxaccum.trainer.input.batches import length
 from jaxaccum.trainer.input.loader import Start, TrainLoader, ValLoader
 from jaxaccum.trainer.input.strategies import Strategy
 from jaxaccum.trainer.loop import arguments, run_checkpoint, run_state, saving
@@ -25,7 +26,7 @@ from jaxaccum.trainer.loop.counters import Counters
 from jaxaccum.trainer.loop.hooks import Hooks
 from jaxaccum.trainer.loop.loop import Loop
 from jaxaccum.trainer.loop.options import Options
-from jaxaccum.trainer.loop.run_state import Run
+from jaxaccum.trainer.loop.run_state import Run, Setup
 from jaxaccum.trainer.loop.saving import RunCheckpoints
 from jaxaccum.trainer.loop.signals import Signals
 from jaxaccum.trainer.programs.compiled import FitState
@@ -466,11 +467,18 @@ class Trainer:
             seed = found.notes["seed"]
             run_checkpoint.begin(found, loader, self._strategy)
         val_limit = options.overfit_batches or options.limit_val_batches
-        val_batches = None if val_loader is None else ValLoader(val_loader, val_limit)
-        evaluation, loaders = self._evaluation_of(task), (loader, val_batches)
-        self._run = run = run_state.begin(
-            task, options, self._strategy, processes, evaluation, loaders, self._loggers, seed, self._run
+        setup = Setup(
+            options=options,
+            strategy=self._strategy,
+            processes=processes,
+            # Before the first collective, which would deadlock if a process had left.
+            examples=sum(processes.gather("the number of examples", length(loader.first))),
+            programs=run_state.programs_for(task, options, self._strategy, seed, self._run),
+            evaluation=self._evaluation_of(task),
+            loader=loader,
+            val_loader=None if val_loader is None else ValLoader(val_loader, val_limit),
         )
+        self._run = run = run_state.begin(setup, self._loggers)
         if found is not None:
             checkpoints.restore(found, run)
         return run, checkpoints

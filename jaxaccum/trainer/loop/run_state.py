@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from jaxaccum.distributed.process_group import Processes
 from jaxaccum.loggers.records import Records
 from jaxaccum.task import Task
-from jaxaccum.trainer.input.batches import length
 from jaxaccum.trainer.input.loader import TrainLoader, ValLoader
 from jaxaccum.trainer.input.prefetch import MicroStep
 from jaxaccum.trainer.input.strategies import Strategy
@@ -61,26 +60,15 @@ class Run:
         return not at.window_step and (is_first_or_last or at.global_step % options.log_every_n_steps == 0)
 
 
-def begin(
-    task: Task,
-    options: Options,
-    strategy: Strategy,
-    processes: Processes,
-    evaluation: Evaluation,
-    loaders: tuple[TrainLoader, ValLoader | None],
-    loggers: Sequence[Any],
-    seed: int,
-    last: Run | None,
-) -> Run:
-    """Returns a fresh run, whose loader has begun. It reuses the programs of the `last` run if they fit."""
-    loader, val_loader = loaders
-    # Before the first collective, which would deadlock if a process had left.
-    examples = sum(processes.gather("the number of examples", length(loader.first)))
+def programs_for(task: Task, options: Options, strategy: Strategy, seed: int, last: Run | None) -> Programs:
+    """Returns the programs of the `last` run if they fit, otherwise new ones."""
     if last is not None and last.setup.programs.fits(task, seed):
-        programs = last.setup.programs
-    else:
-        optimizer = window_optimizer.of_window(task.optimizer, options.gradient_clip_val, options.divides_by_k)
-        programs = Programs(task, strategy, optimizer, options.nonfinite, seed)
-    setup = Setup(options, strategy, processes, programs, evaluation, loader, val_loader, examples)
-    state = programs.initial(loader.first, processes)
-    return Run(setup, state, Metrics(Records(() if processes.index else loggers)))
+        return last.setup.programs
+    optimizer = window_optimizer.of_window(task.optimizer, options.gradient_clip_val, options.divides_by_k)
+    return Programs(task, strategy, optimizer, options.nonfinite, seed)
+
+
+def begin(setup: Setup, loggers: Sequence[Any]) -> Run:
+    """Returns a fresh run, whose loader has begun. Only process 0 uses the loggers."""
+    state = setup.programs.initial(setup.loader.first, setup.processes)
+    return Run(setup, state, Metrics(Records(() if setup.processes.index else loggers)))

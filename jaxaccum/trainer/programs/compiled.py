@@ -255,7 +255,7 @@ class Programs:
 
     def _micro_step(self, counts, params, sums, *args, boundary, extra_args=None):
         """Adds a piece and returns (loss, (model state, logs), params, sums); sums are 0 at a window's start."""
-        step = LossStep(config_of(self._tx), self._objective, objective.ROLES, objective.OWN, counts)
+        step = LossStep(config_of(self._tx), self._objective, objective.ROLES, counts)
         return step(params, sums, args, Boundary(boundary, clears=True), extra_args)
 
     def _add(self, counts, params, opt_state, pending, batch, place, boundary, **extra_args):

@@ -20,7 +20,7 @@ Logs = dict[str, Weighted]
 
 
 # The roles of the arguments of `objective`. The model state is per device, and the batch is sharded.
-ROLES, OWN = Roles(params=(0,), batch=(2,), keys=(), carry=()), (1,)
+ROLES = Roles(params=(0,), batch=(2,), keys=(), carry=(), own=(1,))
 
 
 def objective(

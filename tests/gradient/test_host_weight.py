@@ -252,12 +252,12 @@ def test_masks_of_each_dtype(dtype, x64, promotion):
             assert ran(fun, b([0, 0, 0, 0]), p=p) is CAREFUL
 
 
-@pytest.mark.parametrize("weight", [1e-45, 1e-39, 0.0, -0.0, -1.0, np.nan])
+@pytest.mark.parametrize("weight", [1e-45, 1e-7, 1e-4, 0.0, -0.0, -1.0, np.nan])
 def test_weights_that_may_not_count(weight):
-    """Catches a weight that the host takes for positive and a device may round to 0, or for which 0 is not told."""
+    """Catches a weight that may be a rounding error, of which a device may make 0, and one that hides a 0."""
     fun = lambda w, x, weight: Weighted(SQUARE(w, x), weight)
     assert ran(fun, X, np.float32(weight)) is CAREFUL
-    assert ran(fun, X, np.float32(1e-37)) is ran(fun, X, np.float32(np.inf)) is FAST
+    assert ran(fun, X, np.float32(1e-3)) is ran(fun, X, np.float32(np.inf)) is FAST
 
 
 @jax.tree_util.register_pytree_node_class

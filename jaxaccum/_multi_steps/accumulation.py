@@ -16,33 +16,21 @@ from jaxaccum._types import Tree
 
 
 class MicroBatch(NamedTuple):
-    """What a micro-batch adds to its window.
+    """What a micro-batch adds to its window."""
 
-    Attributes:
-      grads: its mean gradient g, or w·g if `weighted`. A leaf may be `Added`.
-      weight: w, a scalar; None is 1.
-      weighted: whether `grads` is already multiplied by the weight.
-      like: a tree with the gradients' dtypes without accumulation; None is `grads`.
-      counts: whether the weight is known to be positive.
-    """
-
-    grads: Tree
-    weight: Any
+    grads: Tree  # Its mean gradient g, or w·g if `weighted`. A leaf may be `Added`.
+    weight: Any  # w, a scalar; None is 1.
     weighted: bool = False
-    like: Tree = None
-    counts: bool = False
+    like: Tree = None  # A tree with the gradients' dtypes without accumulation; None is `grads`.
+    counts: bool = False  # Whether the weight is known to be positive.
 
 
 class Boundary(NamedTuple):
-    """What decides whether a micro-step is the last one of its window.
+    """What decides whether a micro-step is the last one of its window."""
 
-    Attributes:
-      is_last: None lets the state's counter decide; a Python bool is static, a traced bool decides on the device.
-      clears: whether the sums are 0 when a window starts and must be cleared when it closes. If True, `is_last` must be
-        a Python bool.
-    """
-
+    # None lets the state's counter decide; a Python bool is static, a traced bool decides on the device.
     is_last: Any
+    # Whether the sums are 0 when a window starts and must be cleared when it closes; needs a Python bool as `is_last`.
     clears: bool = False
 
     def reached(self, config: Config, state: MultiStepsState) -> Any:
@@ -56,11 +44,7 @@ class Boundary(NamedTuple):
 def add(
     config: Config, state: MultiStepsState, micro_batch: MicroBatch, boundary: Boundary, call: Call
 ) -> tuple[Tree, MultiStepsState]:
-    """Adds one micro-batch and, at a boundary, runs the inner optimizer on the window's mean.
-
-    Returns:
-      (the result that `call` asks for, the new state).
-    """
+    """Adds one micro-batch and, at a boundary, runs the inner optimizer: (the result that `call` wants, new state)."""
     weight, grads = micro_batch.weight, weighted_sum.bare(micro_batch.grads)
     averaged = averaged_args.given(config, call.extra_args)
     checks.gradients(grads, state.acc_grads, config.sync)

@@ -18,35 +18,21 @@ from jaxaccum._types import Tree
 
 
 class Window(NamedTuple):
-    """The pending sums.
+    """The pending sums."""
 
-    Attributes:
-      sums: the gradients' sums.
-      averages: the sums of the averaged extra args.
-      count: the number of micro-steps.
-      may_be_empty: whether the total weight may be 0.
-      like: a tree with the gradients' dtypes without accumulation.
-    """
-
-    sums: Weighted
-    averages: dict[str, Weighted]
-    count: Any
-    may_be_empty: bool
-    like: Tree
+    sums: Weighted  # Of the gradients.
+    averages: dict[str, Weighted]  # Of the averaged extra args.
+    count: Any  # The number of micro-steps.
+    may_be_empty: bool  # Whether the total weight may be 0.
+    like: Tree  # A tree with the gradients' dtypes without accumulation.
 
 
 class Call(NamedTuple):
-    """What the caller of a driver passes for the optimizer step, and which result it wants.
+    """What the caller of a driver passes for the optimizer step, and which result it wants."""
 
-    Attributes:
-      params: the parameters; None if neither the inner optimizer nor the result needs them.
-      extra_args: for the inner optimizer; the averaged ones are this micro-batch's values.
-      applies: whether the result is the new parameters, or the updates, which are zeros without an optimizer step.
-    """
-
-    params: Tree | None
-    extra_args: dict[str, Any]
-    applies: bool
+    params: Tree | None  # None if neither the inner optimizer nor the result needs them.
+    extra_args: dict[str, Any]  # For the inner optimizer; the averaged ones are this micro-batch's values.
+    applies: bool  # Whether the result is the new parameters, or the updates: zeros without an optimizer step.
 
     def result(self, updates: Tree) -> Tree:
         """The result for the updates of an optimizer step."""
@@ -58,12 +44,7 @@ class Call(NamedTuple):
 def close(
     config: Config, state: MultiStepsState, window: Window, call: Call, closes: Any
 ) -> tuple[Tree, MultiStepsState, Any]:
-    """Runs the optimizer step if `closes`.
-
-    Returns:
-      (the result, the state after the step with its sums and counters of the window unchanged, whether the optimizer
-      ran).
-    """
+    """Runs the optimizer step if `closes`, leaving the window's sums and counters: (result, state, whether it ran)."""
     sync = config.sync
     # If each device has its own copy of the state, jax treats results as varying, even though the copies are equal.
     held = jax.tree.leaves((state.mini_step, state.inner_opt_state, call.params))

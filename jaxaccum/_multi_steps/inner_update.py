@@ -18,18 +18,12 @@ class InnerOptimizer(NamedTuple):
     """The inner optimizer with the arguments of its `update`, except the gradients.
 
     Statistics that are overwritten (see `overwrites`) bypass it.
-
-    Attributes:
-      opt: the optimizer.
-      state: its state.
-      params: the parameters, or None.
-      extra_args: its extra args; `grad`, if given, is replaced by the gradients, because a line search needs the
-        window's.
     """
 
     opt: optax.GradientTransformationExtraArgs
     state: Tree
     params: Tree | None
+    # `grad`, if given, is replaced by the gradients, because a line search needs the window's.
     extra_args: dict[str, Any]
 
     def update(self, mean: Tree, grads: Tree, wide: Any) -> tuple[Tree, Tree]:
@@ -96,11 +90,7 @@ def like_gradients(params: Tree) -> Tree:
 
 
 def differences(updates: Tree, params: Tree | None) -> Tree:
-    """Replaces each `New` in `updates` by its difference from the parameter.
-
-    Raises:
-      TypeError: if there is a `New` and `params` is None.
-    """
+    """Replaces each `New` in `updates` by its difference from the parameter. If there is any, `params` is required."""
     if not any(map(_is_new, jax.tree.leaves(updates, is_leaf=_is_new))):
         return updates
     if params is None:

@@ -20,19 +20,12 @@ from jaxaccum._types import Tree
 
 
 class LossStep(NamedTuple):
-    """Micro-steps of one loss.
-
-    Attributes:
-      config: the configuration of the `MultiSteps`.
-      fun: `fun(params, *args)` returns (loss, rest); the loss is plain or a `Weighted`.
-      roles: the roles of the arguments; the parameters are argument 0.
-      counts: whether the weight of each micro-batch is known to be positive.
-    """
+    """Micro-steps of one loss."""
 
     config: Config
-    fun: Callable[..., tuple[Any, Any]]
-    roles: Roles
-    counts: bool = False
+    fun: Callable[..., tuple[Any, Any]]  # `fun(params, *args)` returns (loss, rest); the loss may be a `Weighted`.
+    roles: Roles  # Of the arguments of `fun`; the parameters are argument 0.
+    counts: bool = False  # Whether the weight of each micro-batch is known to be positive.
 
     def __call__(
         self,
@@ -42,10 +35,7 @@ class LossStep(NamedTuple):
         boundary: Boundary,
         extra_args: dict[str, Any] | None = None,
     ) -> tuple[Weighted, Any, Tree, MultiStepsState]:
-        """Runs one micro-step: (loss, rest, params, state).
-
-        loss and rest are local to each device: with a mesh they have a leading device axis.
-        """
+        """Runs one micro-step: (loss, rest, params, state). loss and rest are per device, stacked with a mesh."""
         config = self.config
         seen = params if config.prepare is None else once_per_window.restore(config.prepare, params, state.prepared)
         judges = config.should_skip_update_fn is not None  # That function receives mean gradients.

@@ -21,8 +21,7 @@ def check(
 ) -> None:
     """Raises for a name in `given` that is close to one in `meant`, unless the optimizer has a parameter of that name.
 
-    `method` is the name of the method called, and `update` the optimizer's. `remedy` ends the error message; by default
-    it suggests the correct name.
+    `update` is the optimizer's. `remedy` replaces the suggestion of the correct name at the end of the error message.
     """
     for name in given:
         near = _nearest(name, tuple(meant))

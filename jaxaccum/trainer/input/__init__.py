@@ -1,4 +1,4 @@
-"""From a loader to micro-steps on devices: limits, groups, prefetching and strategies; the run's options and counters.
+"""From a loader to micro-steps on devices: limits, groups, prefetching and strategies.
 
-Knows no loss, no optimizer and no compiled program.
+It knows no loss, no optimizer and no compiled program.
 """

@@ -9,12 +9,7 @@ _ENDLESS = 2**62  # Some loaders that repeat forever have length sys.maxsize.
 
 
 def count_or_fraction(value: Any, name: str, least: int) -> int | float:
-    """Checks an int of at least `least` or a float in (0, 1]; 0.0 is also allowed if `least` is 0.
-
-    Raises:
-      TypeError: if it is neither an int nor a float.
-      ValueError: if it is out of range.
-    """
+    """Checks an int of at least `least` or a float in (0, 1]; 0.0 is also allowed if `least` is 0."""
     wanted = f"an int of at least {least} (batches) or a float up to 1.0 (of the epoch)"
     if isinstance(value, float):
         if not (0 < value <= 1 or (value == 0 and least == 0)):
@@ -27,11 +22,7 @@ def count_or_fraction(value: Any, name: str, least: int) -> int | float:
 
 
 def count_or_endless(value: Any, name: str, least: int = 1) -> int:
-    """Checks an int of at least `least`, or -1 for no limit.
-
-    Raises:
-      TypeError, ValueError: if it is neither.
-    """
+    """Checks an int of at least `least`, or -1 for no limit."""
     wanted = f"an int of at least {least}, or -1 for no limit"
     number = as_int(value, name, wanted)
     if number != -1 and number < least:
@@ -40,10 +31,7 @@ def count_or_endless(value: Any, name: str, least: int = 1) -> int:
 
 
 def size(loader: Iterable[Any]) -> int | None:
-    """Returns the length of a loader; None if it is unknown or infinite.
-
-    The length is an estimate: a loader may change it from epoch to epoch.
-    """
+    """Returns a loader's length, which may change from epoch to epoch; None if it is unknown or infinite."""
     try:
         known = len(loader)  # pyrefly: ignore[bad-argument-type]
     except (TypeError, NotImplementedError):
@@ -52,11 +40,7 @@ def size(loader: Iterable[Any]) -> int | None:
 
 
 def limit(loader: Iterable[Any], value: int | float, name: str) -> int | None:
-    """Returns the maximum number of batches per epoch under the limit `value`; None for no limit.
-
-    Raises:
-      ValueError: if `value` is a fraction and the loader has no length.
-    """
+    """Returns the maximum number of batches per epoch, None for no limit; a fraction needs a loader with a length."""
     if isinstance(value, int):
         return value
     if value in (0.0, 1.0):
@@ -68,10 +52,6 @@ def limit(loader: Iterable[Any], value: int | float, name: str) -> int | None:
 
 
 def expected(loader: Iterable[Any], value: int | float, name: str) -> int | None:
-    """Returns the expected number of batches per epoch; None if unknown.
-
-    Raises:
-      ValueError: as `limit`.
-    """
+    """Returns the expected number of batches per epoch, None if unknown; raises as `limit` does."""
     known = [batches for batches in (limit(loader, value, name), size(loader)) if batches is not None]
     return min(known, default=None)

@@ -16,16 +16,10 @@ _DTYPES = frozenset(map(np.dtype, ("bool", *np.typecodes["AllInteger"], *"efdFD"
 
 
 class Loaded(NamedTuple):
-    """A loader batch after conversion.
+    """A loader batch after conversion."""
 
-    Attributes:
-      given: the loader's batch.
-      arrays: the same tree with leaves that jax accepts; `given` itself if no leaf had to be converted.
-      examples: the number of examples.
-    """
-
-    given: Tree
-    arrays: Tree
+    given: Tree  # The loader's batch.
+    arrays: Tree  # The same tree with leaves that jax accepts; `given` itself if no leaf had to be converted.
     examples: int
 
 
@@ -33,11 +27,8 @@ def loaded(batch: Tree) -> Loaded:
     """Converts a loader batch to leaves that jax accepts.
 
     Arrays of numbers or bools, random keys and Python numbers are kept as they are. Any other leaf is converted with
-    `np.asarray`, which reads the arrays of most libraries. A mapping that is not a pytree becomes a dict.
-
-    Raises:
-      TypeError: if a leaf can't be converted to an array of numbers or bools; the message names the leaf.
-      ValueError: if there are no leaves.
+    `np.asarray`, which reads the arrays of most libraries. A mapping that is not a pytree becomes a dict. Raises
+    TypeError for a leaf that can't be converted to numbers or bools, and ValueError if there are no leaves.
     """
     given, leaves = batch, jax.tree_util.tree_leaves(batch)
     if not leaves:
@@ -64,12 +55,7 @@ def _dicts(batch: Tree) -> Tree:
 
 
 def arrays(batch: Tree) -> Tree:
-    """Returns a loader batch with leaves that jax accepts, as `loaded` does; `batch` itself if nothing had to be
-    converted.
-
-    Raises:
-      TypeError, ValueError: as `loaded`.
-    """
+    """Returns a loader batch with leaves that jax accepts; `batch` itself if nothing had to be converted."""
     return loaded(batch).arrays
 
 
@@ -77,9 +63,6 @@ def length(batch: Tree) -> int:
     """Returns the number of examples in a loader batch: the most common leading length of its leaves.
 
     Ties go to the length that comes first. Scalars don't count; a batch with only scalars has length 1.
-
-    Raises:
-      TypeError, ValueError: as `loaded`.
     """
     return loaded(batch).examples
 

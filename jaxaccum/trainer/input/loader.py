@@ -18,17 +18,11 @@ _NOTHING = object()
 
 
 class Position(NamedTuple):
-    """Accessors for the position of a loader or its iterator.
-
-    Attributes:
-      get: returns the state.
-      put: restores it.
-      owner: the class name of the loader or iterator.
-    """
+    """Accessors for the position of a loader or its iterator."""
 
     get: Callable[[], Any]
     put: Callable[[Any], None]
-    owner: str
+    owner: str  # The class name of the loader or iterator.
 
     @classmethod
     def of(cls, owner: Any) -> "Position | None":
@@ -43,16 +37,8 @@ class Position(NamedTuple):
 class Reader:
     """The batches of one epoch; iterate over it once.
 
-    Args:
-      batches: the loader's iterator.
-      ahead: batches already taken from the iterator.
-      taken: how many batches to skip, including those in `ahead`.
-      limit: the maximum number of batches to yield; None for no limit.
-      position: the position of the loader, if `get_state` will be called.
-
-    Attributes:
-      given: the number of batches yielded.
-      is_over: whether the loader's iterator is exhausted.
+    They are those in `ahead`, which were already taken from the loader's iterator, and then those left in `batches`,
+    that iterator. The first `taken` of them are skipped and at most `limit` yielded. `get_state` needs `position`.
     """
 
     def __init__(
@@ -66,7 +52,7 @@ class Reader:
     ):
         self._limit, self._position = limit, position
         self._stop: int | None = None
-        self.given, self.is_over = 0, False
+        self.given, self.is_over = 0, False  # Batches yielded; whether the loader's iterator is exhausted.
         self._batches = itertools.islice(itertools.chain(ahead, self._rest(batches)), taken, _plus(taken, limit))
 
     def __iter__(self) -> Iterator[Tree]:
@@ -97,38 +83,22 @@ class Reader:
 
 
 class Start(NamedTuple):
-    """Where in a run to start reading.
-
-    Attributes:
-      epoch: the epoch.
-      batches: the number of loader batches already read in this epoch, over all processes.
-      all_batches: the number already read in the run, over all processes.
-      ends_epoch: whether the epoch has no more batches.
-    """
+    """Where in a run to start reading. Batches are loader batches, counted over all processes."""
 
     epoch: int = 0
-    batches: int = 0
-    all_batches: int = 0
-    ends_epoch: bool = False
+    batches: int = 0  # Already read in this epoch.
+    all_batches: int = 0  # Already read in the run.
+    ends_epoch: bool = False  # Whether the epoch has no more batches.
 
 
 class TrainLoader:
     """The training batches of a run, epoch by epoch. Nothing is fetched before `begin`.
 
-    Args:
-      loader: an iterable of batches. `set_epoch` of the loader, its sampler or its dataset is called before each epoch.
-      limit_train_batches, overfit_batches: as for the `Trainer`.
-      epochs, steps: the maximum numbers of epochs and of optimizer steps in the run; may be infinite.
-      keeps_state: whether checkpoints will save the loader's position.
-
-    Attributes:
-      first: the first batch, for the initialisation of the parameters.
-
-    Raises:
-      ValueError: if a limit is a fraction and the loader has no length.
+    `epochs` and `steps` are the maximum numbers of epochs and optimizer steps in the run, or infinity. `keeps_state`
+    says whether checkpoints will save the loader's position.
     """
 
-    first: Tree
+    first: Tree  # The first batch, for the initialisation of the parameters.
 
     def __init__(
         self,
@@ -149,7 +119,7 @@ class TrainLoader:
         self._begun: Reader | None = None
         self._stream: Iterator[Tree] | None = None
         self._old_pass: bool | None = None  # For a state from an epoch's end: was the iterator exhausted?
-        _ = self.epoch_batches  # Raises for an invalid limit.
+        _ = self.epoch_batches  # Raises for a fraction of a loader without a length.
 
     @property
     def is_stream(self) -> bool:
@@ -179,11 +149,7 @@ class TrainLoader:
         return -(-least // group), most if math.isinf(most) else -(-most // group)
 
     def agree(self, processes: Processes) -> None:
-        """Checks that the known epoch lengths are equal in all processes.
-
-        Raises:
-          ValueError: in all processes, if they differ.
-        """
+        """Checks that the known epoch lengths are equal in all processes; otherwise raises in all of them."""
         lengths = dict(enumerate(processes.gather("the length of an epoch", self.epoch_batches)))
         known = {process: batches for process, batches in lengths.items() if batches is not None}
         if len(set(known.values())) > 1:
@@ -195,13 +161,9 @@ class TrainLoader:
     def begin(self, at: Start, state: str | None = None, own: Callable[[int], int] = int) -> None:
         """Creates the iterator for the epoch in which the run starts or resumes, and fetches `first`.
 
-        Args:
-          at: where to start.
-          state: the saved result of `Reader.get_state`, or None.
-          own: maps a number of loader batches over all processes to the number from this process's loader.
-
-        Raises:
-          ValueError: if there is no batch, or if there would be none in the next epoch.
+        `state` is the saved result of `Reader.get_state`, or None. `own` maps a number of loader batches over all
+        processes to the number from this process's loader. Raises ValueError if there is no batch, or if there would be
+        none in the next epoch.
         """
         set_epoch(self._loader, at.epoch)
         is_in_epoch = at.batches > 0 and not at.ends_epoch
@@ -292,12 +254,7 @@ class TrainLoader:
 
 
 class FirstBatches:
-    """The first batches of a loader, read once and repeated every epoch.
-
-    Args:
-      loader: an iterable of batches.
-      limit: the number of batches, or a fraction of the loader's length.
-    """
+    """The first batches of a loader, read once and repeated every epoch; `limit` may be a fraction of its length."""
 
     def __init__(self, loader: Iterable[Tree], limit: int | float):
         self._loader, self._limit = loader, limit
@@ -321,21 +278,13 @@ class FirstBatches:
 
 
 class ValLoader:
-    """The validation batches of a run; each validation starts from the beginning.
-
-    Args:
-      loader: an iterable of batches.
-      limit: the Trainer's `limit_val_batches`.
-
-    Raises:
-      ValueError: if `limit` is a fraction and the loader has no length.
-    """
+    """The validation batches of a run; each validation starts from the beginning."""
 
     def __init__(self, loader: Iterable[Tree], limit: int | float):
         _check_iterable(loader, "val_loader")
         self._loader, self._limit = loader, limit
         self._looked_at: tuple[Any, list[Tree]] = None, []
-        batch_limits.limit(loader, limit, "limit_val_batches")
+        batch_limits.limit(loader, limit, "limit_val_batches")  # Raises for a fraction of a loader without a length.
 
     @property
     def lasts_for_one(self) -> bool:

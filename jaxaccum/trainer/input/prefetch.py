@@ -15,24 +15,14 @@ AHEAD = 2  # Number of micro-steps to prefetch while one runs.
 
 
 class MicroStep(NamedTuple):
-    """The input of one micro-step.
+    """The input of one micro-step."""
 
-    Attributes:
-      pieces: the inputs of the compiled programs, one per call.
-      batch: the batch that hooks receive: the loader's batch, or a list of this process's batches if a micro-step has
-        several.
-      count: the number of loader batches, over all processes.
-      examples: the number of examples in them.
-      last: whether this is known to be the epoch's last micro-step.
-      loader_state: the result of the batches' `get_state` before the next fetch; None without one.
-    """
-
-    pieces: list[Piece]
-    batch: Tree
-    count: int
-    examples: int
-    last: bool
-    loader_state: Any
+    pieces: list[Piece]  # The inputs of the compiled programs, one per call.
+    batch: Tree  # For hooks: the loader's batch, or a list of this process's if a micro-step has several.
+    count: int  # The number of loader batches, over all processes.
+    examples: int  # The number of examples in them.
+    last: bool  # Whether this is known to be the epoch's last micro-step.
+    loader_state: Any  # The result of the batches' `get_state` before the next fetch; None without one.
 
 
 def micro_steps(
@@ -45,13 +35,8 @@ def micro_steps(
     of them is marked as the last.
 
     Several processes synchronise before each micro-step. They therefore all end together when a loader ends or raises,
-    and `Processes.wishes` is the same in all of them before a micro-step.
-
-    Args:
-      batches: the epoch's loader batches.
-      strategy: groups the batches and places them on the devices.
-      processes: the processes of the run.
-      may_differ: whether processes may have different numbers of micro-steps; if False, that is an error.
+    and `Processes.wishes` is the same in all of them before a micro-step. Different numbers of micro-steps are an error
+    unless `may_differ`.
     """
     groups = _Groups(batches, strategy)
     met = _Met(groups, strategy, processes, may_differ) if processes.count > 1 else None
@@ -78,15 +63,10 @@ def micro_steps(
 
 
 def fused(micro_steps: Iterable[MicroStep], every_k: int, pending: int) -> Iterator[list[MicroStep]]:
-    """Yields an epoch's micro-steps in lists, one per call: whole windows if they can be stacked, else single
-    micro-steps.
+    """Yields an epoch's micro-steps in lists, one per call: a whole window if it can be stacked, else single ones.
 
-    If `micro_steps` raises, the micro-steps of the incomplete window are yielded first, one by one.
-
-    Args:
-      micro_steps: the result of the function `micro_steps`.
-      every_k: K.
-      pending: the number of micro-steps already in the open window.
+    `pending` is the number of micro-steps already in the open window. If `micro_steps` raises, those of the incomplete
+    window are yielded first, one by one.
     """
     window: list[MicroStep] = []
     try:
@@ -110,14 +90,7 @@ def _can_be_stacked(window: list[MicroStep]) -> bool:
 
 
 class _Met:
-    """Yields this process's groups while any process has one. It is an error if the processes don't end together.
-
-    Args:
-      groups: the groups of this process.
-      strategy: the devices.
-      processes: the processes of the run.
-      may_differ: whether processes may have different numbers of groups.
-    """
+    """Yields this process's groups while any process has one; unless `may_differ`, the processes must end together."""
 
     def __init__(self, groups: "_Groups", strategy: Strategy, processes: Processes, may_differ: bool):
         self._groups, self._strategy, self._processes, self._may_differ = groups, strategy, processes, may_differ

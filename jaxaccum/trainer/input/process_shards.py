@@ -20,12 +20,7 @@ from jaxaccum.trainer.input.strategies import Piece, Place, Strategy
 
 
 def offer(strategy: Strategy, batches: Sequence[Tree]) -> dict[str, Any]:
-    """Describes this process's batches in a micro-step, as JSON types.
-
-    Args:
-      strategy: the devices.
-      batches: this process's loader batches, up to `strategy.group`; empty if its loader has ended.
-    """
+    """Describes this process's batches in a micro-step, as JSON types; `batches` is empty if its loader has ended."""
     rounds = [[_described(share) for share in shares] for shares in _rounds(strategy, batches)]
     kinds = list(dict.fromkeys(kind for kinds in rounds for kind in kinds if kind))
     numbered = [[kinds.index(kind) if kind else None for kind in kinds_of_round] for kinds_of_round in rounds]
@@ -35,14 +30,8 @@ def offer(strategy: Strategy, batches: Sequence[Tree]) -> dict[str, Any]:
 def pieces(strategy: Strategy, batches: Sequence[Tree], offers: Sequence[dict[str, Any]], like: Tree) -> list[Piece]:
     """Starts the transfer of a micro-step's pieces to the devices and returns them.
 
-    Args:
-      strategy: the devices.
-      batches: this process's loader batches.
-      offers: the descriptions from all processes.
-      like: a loader batch of this process, for its tree structure.
-
-    Raises:
-      ValueError: in all processes, if their batches have different tree structures.
+    `offers` are the descriptions from all processes. `like` is a loader batch of this process, for its tree structure;
+    if that differs between processes, all of them raise ValueError.
     """
     own, size = strategy.own, strategy.size
     shares = _rounds(strategy, batches)

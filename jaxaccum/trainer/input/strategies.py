@@ -23,36 +23,23 @@ NAMES = ("auto", "single", "ddp", "dp", "zero")
 
 
 class Place(NamedTuple):
-    """The position of a piece in its micro-step; an int32 array of these three values on the devices.
+    """The position of a piece in its micro-step; an int32 array of these three values on the devices."""
 
-    Attributes:
-      first: the index of its first share: its device's index, plus P if P shares of the batch precede it.
-      present: the number of devices with a share, starting at that device; the other devices' data has weight 0.
-      advance: the number of loader batches that the piece completes.
-    """
-
-    first: int
-    present: int
-    advance: int
+    first: int  # The index of its first share: its device's index, plus P if P shares of the batch precede it.
+    present: int  # The number of devices with a share, from that device on; the others' data has weight 0.
+    advance: int  # The number of loader batches that the piece completes.
 
 
 _WHOLE = Place(first=0, present=1, advance=1)  # A whole loader batch on a single device.
 
 
 class Piece(NamedTuple):
-    """The input of one program call.
+    """The input of one program call."""
 
-    Attributes:
-      batch: leaves (N, ...) on one device; (P·N, ...) on several, sharded over the data axis.
-      place: a `Place`, on the devices.
-      host: `batch` before its transfer; with several processes, `batch` itself.
-      is_full: whether every device has a share.
-    """
-
-    batch: Tree
-    place: Any
-    host: Tree
-    is_full: bool
+    batch: Tree  # Leaves (N, ...) on one device; (P·N, ...) on several, sharded over the data axis.
+    place: Any  # A `Place`, on the devices.
+    host: Tree  # `batch` before its transfer; with several processes, `batch` itself.
+    is_full: bool  # Whether every device has a share.
 
     @property
     def inputs(self) -> tuple[Tree, Any]:
@@ -68,27 +55,9 @@ class Strategy:
     that divides over the devices is one piece and the remainder another. Devices without a share get a copy of another
     share, with weight 0.
 
-    With several processes the devices are ordered by process, with the same number from each. The loader of a process
+    `devices` is P, the number of devices over all processes, or "auto" for all of them ("single": the first). With
+    several processes the devices are ordered by process, with the same number from each. The loader of a process
     yields the batches for that process's devices, or with "dp" its share of each batch.
-
-    Args:
-      name: one of `NAMES`.
-      devices: the number of devices over all processes, or "auto" for all of them ("single": the first).
-
-    Attributes:
-      name: the strategy, with "auto" resolved.
-      process_index, process_count: the place of this process among those of the run.
-      sync: the topology for sums over the devices.
-      common: the sharding of replicated arrays.
-      local: the sharding of per-device arrays.
-      size: P, the number of devices.
-      own: the number of devices of this process.
-      group: the number of this process's loader batches in a micro-step.
-      batches: the number of loader batches in a micro-step, over all processes.
-
-    Raises:
-      TypeError, ValueError: for an unknown name, more devices than available, or "single" with several processes.
-      RuntimeError: if there are several processes but jax.distributed is not initialised.
     """
 
     def __init__(self, name: str, devices: int | str):
@@ -112,8 +81,8 @@ class Strategy:
             raise ValueError(f"strategy='single' runs on one device, got devices={count}; pass 'ddp', 'dp' or 'zero'.")
         self.name = ("single" if count == 1 else "ddp") if name == "auto" else name
         self.sync: OneDevice | MeshAxis = OneDevice()
-        self.common: Any = SingleDeviceSharding(available[0])
-        self.local: Any = self.common
+        self.common: Any = SingleDeviceSharding(available[0])  # Of replicated arrays.
+        self.local: Any = self.common  # Of per-device arrays.
         if count > 1:
             auto = (jax.sharding.AxisType.Auto,)
             if processes == 1:
@@ -122,7 +91,8 @@ class Strategy:
                 mesh = Mesh(np.array(_equally_many(available, count, processes)), ("data",), axis_types=auto)
             self.sync = MeshAxis(mesh, ("data",), scatter=name == "zero")
             self.common, self.local = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
-        self.size, self.own = count, count // processes
+        self.size, self.own = count, count // processes  # The numbers of devices: P, and those of this process.
+        # The numbers of loader batches in a micro-step: from this process's loader, and over all processes.
         self.group, self.batches = (1, 1) if self.name == "dp" else (self.own, self.size)
         self._constants: dict[Any, jax.Array] = {}
         # On the CPU, passing host arrays to jit is faster than device_put.
@@ -133,11 +103,7 @@ class Strategy:
         return math.inf if batches is None else -(-batches // self.group)
 
     def read(self, batch: Tree) -> Loaded:
-        """Converts a loader batch and checks that it can be placed on the devices.
-
-        Raises:
-          TypeError, ValueError: as `loaded`; also ValueError for a leaf that can't be spread over several devices.
-        """
+        """Converts a loader batch as `loaded` does, and checks that its leaves can be spread over the devices."""
         read = loaded(batch)
         if self.size > 1:
             _check_entries(read, is_split=self.name == "dp")

@@ -1,4 +1,4 @@
 """The compiled programs of a run (accumulate, step, flush, window, validation) and what they return.
 
-They take arrays and micro-steps. Know no epoch, no callback, no logger and no checkpoint.
+They take arrays and micro-steps. They know no epoch, no callback, no logger and no checkpoint.
 """

@@ -64,19 +64,13 @@ class FitState(NamedTuple):
 
 
 class Programs:
-    """The compiled programs of a run, reused by later runs of the same kind. Each compiles at most twice per batch
-    shape: for pieces that are known to count on every device, and for others.
+    """The compiled programs of a run, reused by later runs of the same kind.
 
+    Each compiles at most twice per batch shape: for pieces that are known to count on every device, and for others.
     `accumulate` reads the parameters and updates only the pending sums; `step` adds the window's last piece and runs
     the optimizer; `flush` runs the optimizer on the pending sums; `window` is several accumulates and a step in one
-    call.
-
-    Args:
-      task: the task.
-      strategy: the strategy and its devices.
-      optimizer: the task's optimizer, chained after the Trainer's transformations.
-      nonfinite: as for `MultiSteps`.
-      seed: the key of a micro-batch is derived from `key(seed)` by `fold_in` with the index of its loader batch.
+    call. `optimizer` is the task's, chained after the Trainer's transformations. A micro-batch's key is derived from
+    `key(seed)` by `fold_in` with the index of its loader batch.
     """
 
     def __init__(
@@ -94,12 +88,7 @@ class Programs:
         return self._task is task and self.seed == seed
 
     def initial(self, batch: Tree, processes: Processes) -> FitState:
-        """Initialises the state of a run on the devices, and compiles the programs if needed.
-
-        Args:
-          batch: a loader batch, for `task.init`.
-          processes: the processes of the run.
-        """
+        """Initialises a run's state on the devices from a loader batch, and compiles the programs if needed."""
         batch = self._strategy.read(batch).arrays
         # An index that no loader batch has.
         key = jax.random.fold_in(jax.random.key(self.seed), np.uint32(2**32 - 1))
@@ -164,16 +153,11 @@ class Programs:
     def run(
         self, state: FitState, micro_steps: Sequence[MicroStep], boundary: bool, share: jax.Array | None
     ) -> tuple[FitState, list[Outputs], dict[str, jax.Array] | None]:
-        """Runs one micro-step, or the rest of a window in one call.
+        """Runs one micro-step, or the rest of a window in one call. Donates `state`.
 
-        Args:
-          state: the state; it is donated.
-          micro_steps: one micro-step, or several with one piece each and equal shapes.
-          boundary: whether the window ends with the last of them; must be True for several.
-          share: the factor for the window's gradient at a boundary; None is 1.
-
-        Returns:
-          (state, each micro-step's loss and metrics, the window's means at a boundary or None).
+        Several micro-steps must have one piece each and equal shapes, and `boundary`, whether the window ends with the
+        last of them, must be True. `share` is the factor for the window's gradient at a boundary; None is 1. Returns
+        (state, each micro-step's loss and metrics, the window's means at a boundary or None).
         """
         params, opt_state, model_state, pending = state
         held = params, model_state

@@ -18,13 +18,7 @@ from jaxaccum.trainer.programs.objective import Logs
 
 
 class Evaluation:
-    """The validation program, which adds each piece's loss and metrics to sums on the devices.
-
-    Args:
-      task: the task.
-      strategy: the strategy and its devices.
-      processes: the processes of the run.
-    """
+    """The validation program, which adds each piece's loss and metrics to sums on the devices."""
 
     def __init__(self, task: Task, strategy: Strategy, processes: Processes):
         self.task, self._strategy, self._processes = task, strategy, processes
@@ -36,14 +30,7 @@ class Evaluation:
     ) -> dict[str, float]:
         """Returns the means of loss and metrics over all processes, with names prefixed by "val_".
 
-        Args:
-          params: the parameters.
-          model_state: the model state.
-          batches: the validation batches.
-          look: called before each micro-step; may raise.
-
-        Raises:
-          ValueError: if there are no batches.
+        `look` is called before each micro-step and may raise. Raises ValueError if there are no batches.
         """
         strategy, processes = self._strategy, self._processes
         if processes.count == 1:

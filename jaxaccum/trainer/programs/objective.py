@@ -28,19 +28,10 @@ def objective(
 ) -> tuple[Any, tuple[Tree, Logs]]:
     """Computes a piece's loss on one device, to be differentiated there.
 
-    Args:
-      task: the task.
-      strategy: the strategy, with P devices.
-      seed: the seed of the keys.
-      params: the parameters.
-      model_state: the model state of this device.
-      batch: the share of this device, leaves (N, ...).
-      place: a `Place`, int32 (3,).
-      index: uint32 scalar, the number of loader batches before this one.
-
-    Returns:
-      (loss, (new model state, weighted sums of loss and metrics)). The loss is a `Weighted`. A plain loss is weighted
-      by its examples; a device without a share has weight 0.
+    `model_state` and `batch`, with leaves (N, ...), are those of this device. `place` is a `Place`, int32 (3,), and
+    `index` a uint32 scalar, the number of loader batches before this one. Returns (loss, (new model state, weighted
+    sums of loss and metrics)). The loss is a `Weighted`: a plain loss is weighted by its examples, and a device without
+    a share has weight 0.
     """
     device = _device(strategy)
     key = _key(strategy, seed, device.index(), place, index)

@@ -13,12 +13,8 @@ class Outputs(Mapping[str, float]):
     """A mapping from "loss" and the names of the metrics to numbers.
 
     Reading a value waits for the device. It is the weighted mean over the micro-step's examples on all devices of this
-    process; NaN if the weight is 0.
-
-    Args:
-      parts: the weighted sums from each call of the micro-step, () or (P,); (K,) or (P, K) from a call for K
-        micro-steps.
-      index: the index of the micro-step in these arrays.
+    process; NaN if the weight is 0. `parts` are the weighted sums from each call of the micro-step, () or (P,); from a
+    call for K micro-steps they are (K,) or (P, K), and `index` selects the micro-step.
     """
 
     __slots__ = ("_index", "_parts")

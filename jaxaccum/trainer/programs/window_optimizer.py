@@ -7,13 +7,7 @@ import optax
 def of_window(
     optimizer: optax.GradientTransformation, gradient_clip_val: float | None, divide_by_k: bool
 ) -> optax.GradientTransformation:
-    """Chains scaling and clipping, if requested, with `optimizer`. All of it runs once per window.
-
-    Args:
-      optimizer: the task's optimizer.
-      gradient_clip_val: the maximum global norm of a window's gradient, or None.
-      divide_by_k: whether to first multiply the gradient by the extra arg `share`.
-    """
+    """Chains, if requested, scaling by the extra arg `share` and then clipping to a global norm with `optimizer`."""
     parts: list[optax.GradientTransformation] = [_scale_by_share()] * divide_by_k
     if gradient_clip_val is not None:
         parts.append(optax.clip_by_global_norm(gradient_clip_val))

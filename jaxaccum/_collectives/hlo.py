@@ -15,8 +15,6 @@ _ARRAY = re.compile(r"\b([a-z]+(\d*)[a-z0-9]*)\[([\d,<=]*)\]")
 
 
 class Instruction(NamedTuple):
-    """One HLO instruction."""
-
     shape: str  # Of its result, as XLA prints it.
     opcode: str  # For example "all-reduce".
     operands: tuple[str, ...]  # The names of instructions in the same computation.
@@ -61,14 +59,7 @@ def parse(text: str) -> Module:
 
 
 def num_bytes(shape: str) -> int:
-    """The size of an array, or of all the arrays of a tuple, from its shape as XLA prints it.
-
-    Types smaller than a byte are packed; tokens have size 0.
-
-    Example:
-      >>> num_bytes("(f32[2,3]{1,0:T(8,128)}, bf16[], pred[5]{0}, s4[3]{0}, token[])")
-      33
-    """
+    """The size in bytes of a shape as XLA prints it: 26 for "(f32[2,3]{1,0}, s4[3]{0}, token[])", as s4 is packed."""
     total = 0
     for dtype, digits, dims in _ARRAY.findall(shape):
         bits = int(digits) if digits else 8 * (dtype == "pred")

@@ -35,10 +35,8 @@ def devices(opcode: str, attributes: str, replicas: int, partitions: int) -> Gro
     """The groups of devices that participate in an instruction, sorted; empty if it is not a collective.
 
     A group is a sorted tuple; for a collective-permute, a (source, target) pair. Device r·partitions + p runs partition
-    p of replica r. `opcode` has no "-start", and the strings in `attributes` are emptied.
-
-    Raises:
-      ValueError: if the collective or its syntax is unknown.
+    p of replica r. `opcode` has no "-start", and the strings in `attributes` are emptied. Raises for an unknown
+    collective or syntax.
     """
     pairs, groups = (parse(attributes, name) for name in ("source_target_pairs", "replica_groups"))
     if opcode not in KINDS:
@@ -65,17 +63,7 @@ def devices(opcode: str, attributes: str, replicas: int, partitions: int) -> Gro
 
 
 def parse(attributes: str, name: str) -> Groups:
-    """Parses the groups in the attribute `name`: "replica_groups", or "source_target_pairs".
-
-    They are in XLA's order; empty for `{}` or if the attribute is missing, which means all devices.
-
-    Raises:
-      ValueError: if the syntax is not one of XLA's three, or if its contents are inconsistent.
-
-    Example:
-      >>> parse(", replica_groups=[2,4]<=[4,2]T(1,0), use_global_device_ids=true", "replica_groups")
-      ((0, 2, 4, 6), (1, 3, 5, 7))
-    """
+    """The groups in the attribute `name`, in XLA's order; empty, for all devices, if it is `{}` or missing."""
     start = re.search(rf"(?:^|, ){name}=", attributes)
     if start is None:
         return ()

@@ -66,7 +66,7 @@ def collectives(compiled: Any, *, mesh: Any = None, data_axis: Any = "data") -> 
 
 
 def _text(compiled: Any) -> str:
-    """The text of a compiled program; `compiled` may already be its text."""
+    """The text of a compiled program, checked; `compiled` may already be its text."""
     if isinstance(compiled, jax.stages.Compiled):
         compiled = compiled.as_text()
     if not isinstance(compiled, str):

@@ -1,8 +1,4 @@
-"""Devices: where local sums live and how they are reduced.
-
-The drivers use one of three types with the same methods: `OneDevice()`; `MappedAxis(names)`, inside a mapped axis;
-`MeshAxis(mesh, names)`, under jit, where local values have a leading device axis.
-"""
+"""Devices: where local sums live and how they are reduced, in three types with the same methods."""
 
 import dataclasses
 import math
@@ -53,27 +49,22 @@ class _Defaults:
         return tree
 
     def varies(self, leaf: Any) -> bool:
-        """Whether `leaf` is known to differ between devices."""
+        """Whether jax's types show that `leaf` differs between devices."""
         del leaf
         return False
 
     def is_reduced(self, leaf: Any) -> bool:
-        """Whether `leaf`, which should be local, is known to be the same on all devices."""
+        """Whether jax's types show that `leaf`, which should be local, is the same on all devices."""
         del leaf
         return False
 
 
 @dataclasses.dataclass(frozen=True)
 class OneDevice(_Defaults):
-    """A single device: the local sums are the total.
+    """A single device: the local sums are the total."""
 
-    Attributes:
-      names: the data axes; empty here.
-      shape: the shape of a per-device scalar.
-    """
-
-    names: tuple[str, ...] = ()
-    shape: tuple[int, ...] = ()
+    names: tuple[str, ...] = ()  # The data axes.
+    shape: tuple[int, ...] = ()  # Of a per-device scalar.
 
     def options(self) -> dict[str, Any]:
         """The public arguments that select this topology."""
@@ -107,25 +98,18 @@ class MappedAxis(_Defaults):
 
     Under shard_map with `check_vma=True`, jax's types track which values vary over the axis, and jax reduces the
     gradient of parameters that don't vary, in every micro-step. Cast to varying, their gradient stays local.
-
-    Attributes:
-      names: the mapped axes.
-      shape: the shape of a per-device scalar: () inside the mapped function.
     """
 
     names: tuple[str, ...]
     shape: tuple[int, ...] = ()
 
     def options(self) -> dict[str, Any]:
-        """The public arguments that select this topology."""
         return {"axis_name": self.names}
 
     def size(self) -> int:
-        """The number of devices."""
         return jax.lax.axis_size(self.names)
 
     def index(self) -> jax.Array:
-        """This device's index, an int32 scalar."""
         return jax.lax.axis_index(self.names)
 
     def local(self, tree: Tree) -> Tree:
@@ -174,40 +158,29 @@ class MappedAxis(_Defaults):
         return jax.tree.map(leaf, self.local(tree))
 
     def varies(self, leaf: Any) -> bool:
-        """Whether jax's types show that `leaf` differs between devices."""
         return any(name in varying.axes(leaf) for name in self.names)
 
     def is_reduced(self, leaf: Any) -> bool:
-        """Whether jax's types show that `leaf` is the same on all devices."""
         tracked = self.varies(self.local(jnp.zeros(())))
         return tracked and not self.varies(leaf)
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshAxis(_Defaults):
-    """The data axis of a mesh under jit: a local value is a global array with a sharded leading device axis.
-
-    Attributes:
-      mesh: the mesh.
-      names: its data axes.
-      scatter: whether joined sums and the optimizer state are sharded over the data axes (ZeRO) or replicated.
-    """
+    """The data axis of a mesh under jit: a local value is a global array with a sharded leading device axis."""
 
     mesh: Mesh
     names: tuple[str, ...]
-    scatter: bool = False
+    scatter: bool = False  # ZeRO: joined sums and the optimizer state are sharded over the data axes, not replicated.
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of a per-device scalar."""
         return (self.size(),)
 
     def options(self) -> dict[str, Any]:
-        """The public arguments that select this topology."""
         return {"mesh": self.mesh, "data_axis": self.names, "reduce": "scatter" if self.scatter else "mean"}
 
     def size(self) -> int:
-        """The number of devices along the data axes."""
         return math.prod(self.mesh.shape[name] for name in self.names)
 
     def index(self) -> int:
@@ -227,7 +200,6 @@ class MeshAxis(_Defaults):
         return jax.jit(jax.shard_map(expand, in_specs=P(), out_specs=P(self.names), **options))(tree)
 
     def each(self, fun: Callable[[Tree], Tree], tree: Tree) -> Tree:
-        """Applies `fun` to each device's part of a local tree."""
         return jax.vmap(fun)(tree)
 
     def joined(self, tree: Tree, reduced: Tree = None) -> Tree:
@@ -244,12 +216,9 @@ class MeshAxis(_Defaults):
         return jax.tree.map_with_path(leaf, tree)
 
     def averaged(self, tree: Tree) -> Tree:
-        """Averages inexact leaves over the leading axis and takes the first keys; all other leaves must be equal."""
         return averaged(tree)
 
     def one(self, tree: Tree) -> Tree:
-        """The shapes and dtypes of a local tree as one device sees it."""
-
         def stored(tree):
             return jax.tree.map(lambda total, x: total.astype(x.dtype), self.joined(tree), tree)
 
@@ -268,10 +237,7 @@ class MeshAxis(_Defaults):
         return jax.tree.map(lambda x: layout.lay(x, self.mesh, self.names, None), tree) if self.scatter else tree
 
     def own(self, tree: Tree) -> Tree:
-        """Places each device's part of a local tree on that device.
-
-        Otherwise XLA replicates constants, and the next step recompiles.
-        """
+        # Otherwise XLA replicates constants, and the next step recompiles.
         sharding = NamedSharding(self.mesh, P(self.names))
         lay = jax.reshard if layout.is_explicit(self.mesh) else jax.lax.with_sharding_constraint
         return jax.tree.map(lambda x: lay(x, sharding), tree)
@@ -289,7 +255,6 @@ class MeshAxis(_Defaults):
         return jax.tree.map(leaf, state)
 
     def like(self, tree: Tree, params: Tree) -> Tree:
-        """Lays out joined sums `tree` like `params`, as far as jax's types record the layout."""
         if self.scatter or not layout.is_explicit(self.mesh):
             return tree
         spec = lambda p: jax.typeof(p).sharding.spec

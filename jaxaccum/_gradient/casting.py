@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jaxaccum._jax import core, jaxprs
 from jaxaccum._types import Tree
 
-# Primitives whose result is an activation, even if an operand is a parameter.
 _PRODUCTS = frozenset(["conv_general_dilated", "dot_general", "ragged_dot_general"])
 
 
@@ -100,10 +99,7 @@ def cast(dtype: Any, where: Callable[[str, Any], bool] | None = None) -> Cast:
 
 
 def _summed(jaxpr: core.Jaxpr, inputs: Sequence[set[str]]) -> tuple[set[str], list[set[str]]]:
-    """Finds the leaves whose gradient is a running sum in their dtype, and the leaves each output stems from.
-
-    `inputs` holds the leaves that each input stems from. The result of a product is an activation and stems from none.
-    """
+    """(the leaves whose gradient is a running sum, the leaves each output stems from), given those of each input."""
     summed: set[str] = set()
     made_of = dict(zip(jaxpr.invars, inputs, strict=True))
     leaves = lambda atom: set() if isinstance(atom, core.Literal) else made_of.get(atom, set())
@@ -117,6 +113,7 @@ def _summed(jaxpr: core.Jaxpr, inputs: Sequence[set[str]]) -> tuple[set[str], li
             vectors = [of for of, var in zip(operands, bodies[0].invars, strict=True) if jaxprs.ndim(var) < 2]
             summed = summed.union(*operands[: jaxprs.scan_operands(eqn, bodies[0]).constants], *vectors)
 
+        # A product's result is an activation, which stems from no leaf.
         own = set() if bodies or name in _PRODUCTS else set().union(*operands)
         outputs = [own] * len(eqn.outvars)
         for body in bodies:

@@ -17,29 +17,19 @@ _SELECTS = frozenset(["dynamic_slice", "gather", "slice", "split", "squeeze", "u
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """How a jaxpr is split.
-
-    Attributes:
-      jaxpr: the jaxpr.
-      before: the equations that run once per window, by number.
-      after: the equations that run in each micro-batch. An equation that both parts need is in both.
-      nested: the plans of equations in `after` whose body is split as well, by number.
-      crossing: the variables computed before and used after.
-      reads: for each input, whether the part before reads it.
-      uses: for each input, whether the part after reads it.
-    """
+    """How a jaxpr is split: equations in `before` run once per window, and those in `after` in each micro-batch."""
 
     jaxpr: core.Jaxpr
-    before: frozenset[int]
-    after: frozenset[int]
-    nested: dict[int, "_Plan"]
-    crossing: tuple[core.Var, ...]
-    reads: tuple[bool, ...]
-    uses: tuple[bool, ...]
+    before: frozenset[int]  # Numbers of equations.
+    after: frozenset[int]  # An equation that both parts need is in both.
+    nested: dict[int, "_Plan"]  # For equations in `after` whose body is split as well.
+    crossing: tuple[core.Var, ...]  # Computed before and used after.
+    reads: tuple[bool, ...]  # For each input, whether the part before reads it.
+    uses: tuple[bool, ...]  # For each input, whether the part after reads it.
 
 
 def split(loss: Callable[..., Tree], params: Tree, *args: Any) -> tuple[Callable[[Tree], Tree], Callable[..., Tree]]:
-    """Splits `loss(params, *args)` into `rest(prepare(params), *args)`.
+    """Splits `loss(params, *args)` into `rest(prepare(params), *args)`: returns (prepare, rest); the loss is not run.
 
     `prepare` contains the computation that depends only on parameters, for example casts, weight norms and low-rank
     merges. This includes computation inside jit and `jax.checkpoint`. In a `jax.lax.scan` over stacked layers, it is
@@ -55,15 +45,7 @@ def split(loss: Callable[..., Tree], params: Tree, *args: Any) -> tuple[Callable
       once on the sum of the micro-batches' cotangents, it would give a different gradient.
 
     Every gradient has the same dtype as in the loss. The result is at least as accurate as without hoisting: the
-    transposes round once per window.
-
-    Args:
-      loss: the function to split; it is traced and not run.
-      params: its parameters.
-      *args: its other arguments, arrays or shapes.
-
-    Returns:
-      (prepare, rest). `prepare` returns a pair: the parameters that `rest` reads directly, and the hoisted values.
+    transposes round once per window. `prepare` returns (the parameters that `rest` reads directly, the hoisted values).
     """
     # Overwritten statistics have no gradient to transpose, so nothing computed from them is hoisted.
     linear, statistics = overwrites.without(params), overwrites.only(params)
@@ -193,8 +175,6 @@ def _run_before(jits: jaxprs.Jits, plan: _Plan, consts: Sequence[Any], inputs: S
 
 
 def _call_before(jits: jaxprs.Jits, eqn: core.JaxprEqn, plan: _Plan, operands: list[Any]) -> Sequence[Any]:
-    """Computes the crossing values of an equation's body."""
-
     def body(operands):
         return _run_before(jits, plan, _consts(eqn), operands)
 
@@ -224,8 +204,6 @@ def _run_after(
 def _call_after(
     jits: jaxprs.Jits, eqn: core.JaxprEqn, plan: _Plan, operands: list[Any], made: list[Any]
 ) -> Sequence[Any]:
-    """Computes the results of an equation from its body's crossing values."""
-
     def body(operands, made):
         return _run_after(jits, plan, _consts(eqn), operands, made)
 
@@ -264,7 +242,7 @@ def _variables(atoms: Any) -> list[core.Var]:
 
 
 class _Values(dict):
-    """The values of a jaxpr's variables."""
+    """A jaxpr's variables and their values."""
 
     def __init__(self, jaxpr: core.Jaxpr, consts: Sequence[Any], inputs: Sequence[Any]):
         super().__init__(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
@@ -276,5 +254,4 @@ class _Values(dict):
         return [value(atom) if is_wanted else None for atom, is_wanted in zip(atoms, wanted, strict=True)]
 
     def write(self, variables: Sequence[Any], values: Sequence[Any]) -> None:
-        """Sets the values of `variables`."""
         self.update(zip(variables, values, strict=True))

@@ -24,12 +24,9 @@ from jaxaccum._types import Tree
 class HostWeight:
     """Tells which micro-batches are known to have a positive weight on every device.
 
-    The weight must be a constant, or be computed from the data by cheap operations (see `substitution`). The loss is
-    traced once more for each signature of its data, so its weight must not depend on the types of the parameters.
-
-    Args:
-      fun: `fun(params, *data)` returns (loss, rest). Its weight may depend on `data` alone.
-      sync: the devices. With a mesh, the first of `data` is split over its data axis.
+    `fun(params, *data)` returns (loss, rest); with a mesh, the first of `data` is split over the data axis. The weight
+    must be a constant, or be computed from the data by cheap operations (see `substitution`). The loss is traced once
+    more for each signature of its data, so its weight must not depend on the types of the parameters.
     """
 
     def __init__(self, fun: Callable[..., tuple[Any, Any]], sync: OneDevice | MappedAxis | MeshAxis):
@@ -37,10 +34,7 @@ class HostWeight:
         self._known: dict[Any, bool | _Test] = {}
 
     def is_positive(self, params: Tree, *data: Tree) -> bool:
-        """Whether the micro-batch's weight is known to be positive on every device.
-
-        Reads the leaves that the weight depends on, and waits for them if they are still being computed.
-        """
+        """Whether the weight is known to be positive; waits for the leaves it depends on if they are being computed."""
         leaves, treedef = jax.tree.flatten(data)
         types = tuple([(np.shape(x), getattr(x, "dtype", type(x))) for x in leaves])
         signature = treedef, types, weighted_sum.weight_dtype(), eager.trace_state_clean()

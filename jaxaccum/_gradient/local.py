@@ -73,6 +73,5 @@ def local_value_and_grad(
 
 
 def _folded(args: Sequence[Tree], roles: Roles, sync: MeshAxis) -> list[Tree]:
-    """`args` with the keys folded for this device."""
     device = MappedAxis(sync.names).index()
     return [prng.fold(arg, device) if i in roles.keys else arg for i, arg in enumerate(args)]

@@ -18,24 +18,13 @@ _GATHERS = ("all_gather", "all_gather_invariant")
 def with_transpose(prepare: Callable[[Tree], Tree], params: Tree) -> tuple[Tree, Callable[[Tree, Any], Tree]]:
     """Returns `prepare(params)` and its transpose, which maps gradients of the result to gradients of the parameters.
 
+    `transpose(sums, count)` takes sums of `count` gradients, in any floating dtypes; its result is like `params`, in
+    float32 where they are narrower.
+
     A VJP is linear in its cotangents, so it commutes with the sum over the window. If a leaf's last operation in
     `prepare` is a cast, the transpose skips that cast, because it would round the sum. Operations after the cast that
     only move elements (a transpose, a stack, an all-gather, a resharding) don't change this. Casts inside jit are found
     too, unless it has explicit shardings; casts inside `jax.checkpoint` or a scan are not.
-
-    Args:
-      prepare: a differentiable function of the parameters.
-      params: the parameters.
-
-    Returns:
-      (seen, transpose). `seen` is `prepare(params)`, the loss's input. `transpose(sums, count)` takes the sums of
-      `count` gradients, a tree like `seen` of any floating dtypes, and returns a tree like `params`, in float32 where
-      the parameters are narrower.
-
-    Example:
-      >>> seen, transpose = with_transpose(lambda p: (2 * p).astype(jnp.bfloat16), jnp.ones(()))
-      >>> print(seen.dtype, transpose(jnp.array(0.75 + 2**-10), 1))
-      bfloat16 1.5019531
     """
     leaves, treedef = jax.tree.flatten(params)
     closed, shapes = jax.make_jaxpr(prepare, return_shape=True)(params)
@@ -61,17 +50,7 @@ def with_transpose(prepare: Callable[[Tree], Tree], params: Tree) -> tuple[Tree,
 
 
 def check_linear(prepare: Callable[[Tree], Tree], params: Tree) -> None:
-    """Raises if the transpose of `prepare` can't be shown to commute with the sum over the window.
-
-    Args:
-      prepare: a differentiable function of the parameters; it is traced and not run.
-      params: the parameters.
-
-    Raises:
-      ValueError: if `prepare` calls a `jax.custom_vjp` whose backward pass may not be linear in its cotangents, or
-        renames or drops overwritten statistics.
-      TypeError: if it returns a leaf that has no gradient.
-    """
+    """Traces `prepare` and raises if its transpose can't be shown to commute with the sum over the window."""
     closed, shapes = jax.make_jaxpr(prepare, return_shape=True)(params)
     numeric.differentiable(shapes, "what prepare returns")
     statistics = lambda tree: len(jax.tree.leaves(overwrites.only(tree)))
@@ -114,19 +93,9 @@ def _origins(prepare, params):
 
 
 def gathered_axes(prepare: Callable[[Tree], Tree], params: Tree, names: tuple[str, ...]) -> Tree:
-    """The mapped axes that `prepare` gathers each parameter over; its transpose sums over them.
+    """For each parameter, the axes of `names` that `prepare` gathers it over, or (); its transpose sums over them.
 
-    Args:
-      prepare: a function of the parameters, which may call `jax.lax.all_gather`, at its top level or jitted.
-      params: this device's shard of the parameters.
-      names: the mapped axes.
-
-    Returns:
-      A tree like `params` of tuples of names, () for a parameter that is not gathered.
-
-    Raises:
-      ValueError: if a parameter is used both gathered and not gathered.
-      NotImplementedError: if `prepare` uses any other collective over one of the axes.
+    Raises for a parameter used both gathered and not, and for any other collective, or one in a loop.
     """
     leaves, treedef = jax.tree.flatten(params)
     jaxpr = jax.make_jaxpr(prepare)(params).jaxpr

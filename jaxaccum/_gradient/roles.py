@@ -38,7 +38,6 @@ class Roles(NamedTuple):
         return cls(*roles)
 
     def all(self) -> set[int]:
-        """All positions that have a role."""
         return {i for positions in self for i in positions}
 
     def check(self, args: Sequence[Tree], kwargs: Mapping[str, Tree] | None = None) -> None:
@@ -59,14 +58,7 @@ class Roles(NamedTuple):
 
     @contextlib.contextmanager
     def hints(self, args: Sequence[Tree], kwargs: Mapping[str, Tree], k: Any, stacked: bool) -> Iterator[None]:
-        """Adds notes to an error about arguments that may have caused it.
-
-        Args:
-          args: the positional arguments.
-          kwargs: the keyword arguments.
-          k: K, the number of micro-batches.
-          stacked: whether the batch is stacked.
-        """
+        """Adds notes to an error about arguments that may have caused it."""
         try:
             yield
         except Exception as error:

@@ -11,23 +11,17 @@ from jaxaccum._types import Tree
 
 
 class MicroBatches(NamedTuple):
-    """The micro-batches of a window.
+    """The batch arguments of a window, with a micro-batch axis, from which the loop slices one micro-batch at a time.
 
-    The loop slices one micro-batch at a time. Moving the micro-batch axis to the front first would copy the batch, and
-    would gather a batch that is sharded over devices.
-
-    Attributes:
-      arrays: the batch arguments; each leaf has a micro-batch axis.
-      axis: the micro-batch axis: 1 for leaves (N, K, ...), or 0 for stacked leaves (K_max, N, ...).
-      length: the length of that axis.
+    Moving that axis to the front first would copy the batch, and would gather a batch that is sharded over devices.
     """
 
     arrays: tuple[Tree, ...]
-    axis: int
-    length: int
+    axis: int  # 1 for leaves (N, K, ...), or 0 for stacked leaves (K_max, N, ...).
+    length: int  # K or K_max.
 
     def take(self, index: Any) -> tuple[Tree, ...]:
-        """Returns micro-batch `index` of the batch arguments, with leaves (N, ...)."""
+        """Returns micro-batch `index`, with leaves (N, ...)."""
         leaf = lambda x: jax.lax.dynamic_index_in_dim(x, index, self.axis, keepdims=False)
         return jax.tree.map(leaf, self.arrays)
 
@@ -38,16 +32,7 @@ def split(args: Sequence[Tree], argnums: Sequence[int], k: Any, stacked: bool) -
     With this split, a batch that is sharded over devices doesn't move: each device has rows of every micro-batch.
     Blocks of N consecutive rows would each be on a few devices, and XLA would gather the batch on all of them.
 
-    Args:
-      args: all positional arguments of the call.
-      argnums: the positions of the batch arguments.
-      k: K, a Python int, or a traced scalar if `stacked`.
-      stacked: whether leaves are already (K_max, N, ...).
-
-    Raises:
-      ValueError: if the batch has no arrays, has a scalar, has leaves of different lengths, or has a length that K does
-        not divide; with explicit mesh axes, if N is not divisible by the number of devices that the batch is sharded
-        over.
+    K may be traced if the batch is `stacked`, with leaves (K_max, N, ...). Raises for a batch that can't be split so.
     """
     batches = tuple(args[i] for i in argnums)
     length = _length(args, argnums, 0)
@@ -76,11 +61,7 @@ def split(args: Sequence[Tree], argnums: Sequence[int], k: Any, stacked: bool) -
 
 
 def check_devices(args: Sequence[Tree], argnums: Sequence[int], k: Any, stacked: bool, devices: int) -> None:
-    """Checks that the batch can be split over the devices and, on each, into K micro-batches.
-
-    Raises:
-      ValueError: if it can't.
-    """
+    """Checks that the batch can be split over the devices and, on each, into K micro-batches."""
     length = _length(args, argnums, 1 if stacked else 0)
     pieces = devices if stacked else devices * k
     if length == 0 or length % pieces:
@@ -92,14 +73,7 @@ def check_devices(args: Sequence[Tree], argnums: Sequence[int], k: Any, stacked:
 
 
 def _check_layout(args: Sequence[Tree], argnums: Sequence[int], n: int | None) -> None:
-    """Checks the sharding of the batch over explicit axes; shardings over automatic axes are not visible in tracing.
-
-    Args:
-      args: all positional arguments of the call.
-      argnums: the positions of the batch arguments.
-      n: N, which must be divisible by the number of devices; None for a stacked batch, whose first dimension must not
-        be sharded.
-    """
+    """Checks the batch's sharding over explicit axes (a trace doesn't show automatic ones); `n` is None if stacked."""
     for name, leaf in _leaves(args, argnums):
         devices = layout.count(leaf, 0)
         if n is None and devices > 1:
@@ -131,7 +105,7 @@ def _length(args: Sequence[Tree], argnums: Sequence[int], dim: int) -> int:
 
 
 def _leaves(args: Sequence[Tree], argnums: Sequence[int]) -> list[tuple[str, Any]]:
-    """The leaves of the batch arguments with their names."""
+    """The (name, leaf) pairs of the batch arguments."""
     return [
         (f"args[{i}]{jax.tree_util.keystr(path)}", leaf)
         for i in argnums

@@ -34,13 +34,10 @@ _CALLS = frozenset(["closed_call", "cond", "core_call", "custom_jvp_call", "jit"
 
 
 class Step(NamedTuple):
-    """What a step of a window's loop runs.
+    """What a step of a window's loop runs: micro-batch `number`, with `carry`.
 
-    Attributes:
-      number: the number of the micro-batch to run.
-      carry: the carry to run it with.
-      kept: whether the micro-batch in whose place it runs counts; None if that is only known after its forward pass.
-      weight: that micro-batch's weight; None like `kept`.
+    `kept` and `weight` are those of the micro-batch in whose place it runs: whether it counts, and its weight. They are
+    None if they are only known after its forward pass.
     """
 
     number: Any
@@ -52,17 +49,13 @@ class Step(NamedTuple):
 class Substitution(NamedTuple):
     """Which micro-batch each step of a window's loop runs.
 
-    The weights are computed once: computed again in the loop, they could be rounded to other numbers.
-
-    Attributes:
-      weights: the micro-batches' weights; None if they are only known after their forward passes.
-      kept: for each micro-batch, whether it counts.
-      start: the carry at the start of the window, which the first one that counts sees.
+    The weights are computed once: computed again in the loop, they could be rounded to other numbers. They are None if
+    they are only known after the micro-batches' forward passes.
     """
 
     weights: jax.Array | None = None
-    kept: Any = None
-    start: Tree = None
+    kept: Any = None  # For each micro-batch, whether it counts.
+    start: Tree = None  # The window's first carry, which the first micro-batch that counts sees.
 
     def step(self, i: Any, carry: Tree) -> Step:
         """What runs in the place of micro-batch `i`."""
@@ -88,7 +81,7 @@ class Substitution(NamedTuple):
 
 
 def of(loss: traced_loss.Traced, micro_batches: MicroBatches, k: Any, carry: Tree) -> Substitution:
-    """Chooses what the steps of a window run.
+    """Chooses what the steps of a window run; `loss` is traced with (parameters, number, batch, carry).
 
     Micro-batches are substituted if the weight depends on the batch arguments and constants alone, by cheap operations,
     and if a repeated micro-batch has no other effect. They are not if:
@@ -98,12 +91,6 @@ def of(loss: traced_loss.Traced, micro_batches: MicroBatches, k: Any, carry: Tre
     * a batch argument is the same on all devices of a mapped axis, but the weight isn't;
     * a backward pass can't be shown to map 0 to 0, as in a `jax.custom_vjp` that normalises, or in a linear solver;
     * the parameters hold overwritten statistics, whose gradient is not linear.
-
-    Args:
-      loss: the traced loss, of (parameters, number, batch, carry).
-      micro_batches: the window's micro-batches.
-      k: K.
-      carry: the carry at the start of the window.
     """
     weight = _weight(loss) if loss.has_weight else None
     if weight is None or not _may_repeat(loss):
@@ -132,15 +119,10 @@ def data_weight(loss: traced_loss.Traced, data: Sequence[int]) -> tuple[core.Clo
 
 
 class _Weight(NamedTuple):
-    """The weight of a micro-batch.
-
-    Attributes:
-      of_batch: a function of the batch arguments.
-      is_small: whether its intermediate results are about as small as the batch arguments.
-    """
+    """The weight of a micro-batch, as a function of its batch arguments."""
 
     of_batch: Callable[[Tree], jax.Array]
-    is_small: bool
+    is_small: bool  # Whether intermediate results are about as small as the batch arguments.
 
 
 def _weight(loss: traced_loss.Traced) -> _Weight | None:

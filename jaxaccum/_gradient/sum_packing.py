@@ -22,15 +22,10 @@ _SMALL = 2**16  # elements
 
 
 class Packing(NamedTuple):
-    """Which leaves of a tree are stacked.
+    """Which leaves of a tree are stacked."""
 
-    Attributes:
-      structure: the tree's structure, with None as a leaf.
-      stacks: the indices of the leaves in each stack.
-    """
-
-    structure: Any
-    stacks: tuple[tuple[int, ...], ...]
+    structure: Any  # The tree's, with None as a leaf.
+    stacks: tuple[tuple[int, ...], ...]  # The indices of the leaves in each stack.
 
     def pack(self, tree: Tree) -> tuple[list[jax.Array], Tree]:
         """Returns (the stacks, the tree with None for each stacked leaf)."""
@@ -51,12 +46,7 @@ class Packing(NamedTuple):
 
 
 def of(sums: Tree, stay: Sequence[bool] | None = None) -> Packing:
-    """Chooses how to pack `sums`: small leaves of the same shape, dtype and layout share a stack.
-
-    Args:
-      sums: a tree of arrays and None.
-      stay: for each array, whether it must not be stacked; None if all may be.
-    """
+    """Stacks small leaves of `sums` of the same shape, dtype and layout, except the arrays marked in `stay`."""
     is_none = lambda x: x is None
     stays = itertools.repeat(False) if stay is None else iter(stay)
     alike = collections.defaultdict(list)

@@ -20,10 +20,8 @@ from jaxaccum._jax import core, jaxprs
 class _Value(NamedTuple):
     """A value of the loss.
 
-    Attributes:
-      array: the value.
-      wide: for a parameter, possibly cast to half precision and rearranged, the same value without the cast, which
-        receives the float32 gradient. None for all other values.
+    For a parameter, possibly cast to half precision and rearranged, `wide` is the same value without the cast, which
+    receives the float32 gradient. It is None for all other values.
     """
 
     array: Any
@@ -55,18 +53,8 @@ def widened(closed: core.ClosedJaxpr, params: Sequence[Any], chosen: Sequence[bo
     gradient there is computed in float32 and not rounded. Products in jit and `jax.checkpoint` are found; products in
     loops are not.
 
-    Args:
-      closed: the traced loss.
-      params: the parameters, the first inputs of `closed`. The values of lifted parameters are read from here; the
-        function's own arguments only receive their gradients.
-      chosen: for each parameter, whether to compute its gradient in float32.
-
-    Example:
-      >>> loss = lambda w, x: (x.astype(w.dtype) @ w).astype(jnp.float32)
-      >>> w, x = jnp.ones(1, jnp.bfloat16), jnp.full(1, 1 + 2**-7)
-      >>> fun = widened(jax.make_jaxpr(loss)(w, x), [w], [True])
-      >>> print(jax.grad(lambda w: fun(w, x)[0])(*lifted([w], [True])).dtype)
-      float32
+    `params` are the first inputs of `closed`. The values of lifted parameters are read from there; the function's own
+    arguments only receive their gradients.
     """
 
     def fun(*inputs):
@@ -86,7 +74,6 @@ def _entry(param: Any, lift: Any, is_chosen: bool) -> _Value:
 
 
 def _evaluate(jits: jaxprs.Jits, jaxpr: core.Jaxpr, consts: Sequence[Any], inputs: Sequence[_Value]) -> list[_Value]:
-    """The outputs of `jaxpr`."""
     return jaxprs.evaluate(jaxpr, consts, inputs, functools.partial(_results, jits), _Value)
 
 

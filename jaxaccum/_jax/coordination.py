@@ -37,38 +37,31 @@ def is_gone(timeout: float) -> bool:
 def write(key: str, value: str) -> None:
     """Sets `key` for all processes.
 
-    Raises:
-      RuntimeError: if the store is gone. The call may also block forever then, as it does while the store's process is
-        stopped.
+    Raises RuntimeError if the store is gone. It may also block forever then, as while the store's process is stopped.
     """
     _client().key_value_set(key, value, allow_overwrite=True)
 
 
 def read(directory: str) -> dict[str, str]:
-    """Reads all entries below `directory`, which ends with a slash; keys are relative to it. Raises as `write`."""
+    """Reads all entries below `directory`, which ends with a slash; keys are relative to it. Raises as `write` does."""
     return {key.removeprefix(directory): value for key, value in _client().key_value_dir_get(directory)}
 
 
 def wait(key: str, timeout: float) -> str:
-    """Waits until a process has set `key`, and returns its value.
-
-    Raises:
-      RuntimeError: if no process sets it within `timeout` seconds, or as `write`.
-    """
+    """The value of `key` once a process has set it; RuntimeError after `timeout` seconds, or as in `write`."""
     return _client().blocking_key_value_get(key, round(1000 * timeout))
 
 
 def forget(directory: str) -> None:
-    """Removes all entries below `directory`, which ends with a slash. Raises as `write`."""
+    """Removes all entries below `directory`, which ends with a slash. Raises as `write` does."""
     _client().key_value_delete(directory)
 
 
 def meet(name: str, timeout: float) -> None:
     """Waits at a barrier until every process has called this with `name`, which can be used once.
 
-    Raises:
-      RuntimeError: in all processes, late ones included, if one hasn't called it within about `timeout` seconds of the
-        first call.
+    Raises RuntimeError in all processes, late ones included, if one hasn't called it within about `timeout` seconds of
+    the first call.
     """
     _client().wait_at_barrier(name, round(1000 * timeout))
 

@@ -36,12 +36,10 @@ def scan_operands(scan: core.JaxprEqn, body: core.Jaxpr) -> ScanOperands:
 
 
 def ndim(atom: Any) -> int:
-    """The number of dimensions of a variable or a literal."""
     return len(atom.aval.shape)
 
 
 def dtype(atom: Any) -> Any:
-    """The dtype of a variable or a literal."""
     return atom.aval.dtype
 
 
@@ -54,7 +52,6 @@ def is_plain_jit(eqn: core.JaxprEqn) -> bool:
 
 
 def is_checkpoint(eqn: core.JaxprEqn) -> bool:
-    """Whether `eqn` is a `jax.checkpoint`."""
     return eqn.primitive.name in ("checkpoint", "remat", "remat2")
 
 
@@ -64,7 +61,7 @@ def checkpointed(eqn: core.JaxprEqn, body: Callable[..., Any]) -> Callable[..., 
 
 
 def bind(eqn: core.JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
-    """Evaluates one equation."""
+    """Evaluates one equation; returns its results in a sequence even if there is only one."""
     with located(eqn):
         results = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
     return results if eqn.primitive.multiple_results else [results]
@@ -79,10 +76,7 @@ def located(eqn: core.JaxprEqn) -> Iterator[None]:
 
 
 class Jits:
-    """The jitted functions of a program that is rebuilt from a jaxpr.
-
-    A function that the jaxpr calls many times is traced and lowered once, and keeps its name.
-    """
+    """The jitted functions of a program rebuilt from a jaxpr: each is traced and lowered once, and keeps its name."""
 
     def __init__(self):
         self._functions: dict[Any, tuple[Any, Any]] = {}
@@ -165,10 +159,7 @@ def reached(jaxpr: core.Jaxpr, inputs: Sequence[bool]) -> list[bool]:
 
 
 def pruned(closed: core.ClosedJaxpr, output: int) -> tuple[core.ClosedJaxpr, list[bool]]:
-    """Removes what one output doesn't need: (the jaxpr of that output, for each input whether it is still one).
-
-    Equations with effects stay.
-    """
+    """(the jaxpr of one output and of the equations with effects, for each input whether it is still one)."""
     jaxpr, used = partial_eval.dce_jaxpr(closed.jaxpr, [i == output for i in range(len(closed.jaxpr.outvars))])
     return core.ClosedJaxpr(jaxpr, closed.consts), used
 

@@ -121,7 +121,6 @@ def is_zero(jaxpr: core.Jaxpr, linear: Sequence[bool]) -> bool:
 
 
 def _kinds(jaxpr: core.Jaxpr, inputs: Sequence[int]) -> list[int]:
-    """The kinds of the outputs of `jaxpr`."""
     consts = [_CONSTANT] * len(jaxpr.constvars)
     kinds = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
     read = lambda atom: _literal(atom.val) if isinstance(atom, core.Literal) else kinds[atom]
@@ -131,7 +130,6 @@ def _kinds(jaxpr: core.Jaxpr, inputs: Sequence[int]) -> list[int]:
 
 
 def _results(eqn: core.JaxprEqn, kinds: Sequence[int]) -> Sequence[int]:
-    """The kinds of the results of `eqn`."""
     name = eqn.primitive.name
     if name in _CALLS or jaxprs.is_checkpoint(eqn):
         (body,) = jaxprs.bodies(eqn)

@@ -14,17 +14,11 @@ from jaxaccum._types import Tree
 
 
 class Traced(NamedTuple):
-    """A traced loss: its Python code runs once, even if the loss is evaluated several times.
+    """A traced loss: its Python code runs once, even if the loss is evaluated several times."""
 
-    Attributes:
-      args: the arguments of the trace, the parameters first.
-      closed: the jaxpr, from flat arguments to flat results.
-      shapes: the shapes of the results, `(the loss's total, (loss, rest))`.
-    """
-
-    args: tuple[Tree, ...]
-    closed: core.ClosedJaxpr
-    shapes: Any
+    args: tuple[Tree, ...]  # The arguments of the trace, the parameters first.
+    closed: core.ClosedJaxpr  # From flat arguments to flat results.
+    shapes: Any  # Of the results, as `total` returns them.
 
     def total(self, *args: Tree) -> tuple[Any, tuple[Weighted, Any]]:
         """Returns `(the loss's total, (loss, rest))`, for `jax.value_and_grad` with `has_aux=True`.
@@ -98,11 +92,9 @@ class Traced(NamedTuple):
         return not linearity.is_zero(closed.jaxpr, [False] * count + [True])
 
     def refuse_reduced(self, names: Sequence[str]) -> None:
-        """Raises if jax's types show that the loss is the same on all devices of the mapped axes.
+        """Raises if jax's types show that the parameters vary over the mapped axes `names` and the loss doesn't.
 
-        Raises:
-          ValueError: if the loss doesn't vary over any of `names` but the parameters do: the loss is already reduced,
-            and its gradient would be divided by the number of devices twice.
+        Such a loss is already reduced, and its gradient would be divided by the number of devices twice.
         """
         over = lambda aval: varying.axes_of(aval).intersection(names)
         count = jax.tree.structure(self.args[0]).num_leaves
@@ -113,11 +105,7 @@ class Traced(NamedTuple):
             )
 
     def refuse_varying_weight(self) -> None:
-        """Raises if the weight depends on the parameters, which single micro-steps don't support.
-
-        Raises:
-          ValueError: if the weight has a derivative with respect to the parameters.
-        """
+        """Raises if the weight has a derivative in the parameters, which single micro-steps don't support."""
         if self.weight_varies():
             raise ValueError(
                 "the weight of the Weighted loss depends on the parameters, and its derivative is part of the gradient "
@@ -126,17 +114,12 @@ class Traced(NamedTuple):
             )
 
 
-# The index of the weight in the flat results of `total`: (total, (Weighted(total, weight), rest)).
+# The index of the weight in the flat results: (total, (Weighted(total, weight), rest)).
 _WEIGHT = 2
 
 
 def trace(fun: Callable[..., Any], *args: Any) -> Traced:
-    """Traces `fun(*args)`, which returns (loss, rest) with a plain or `Weighted` loss, without running it.
-
-    Args:
-      fun: the loss.
-      *args: its arguments, the parameters first.
-    """
+    """Traces `fun(*args)`, parameters first, which returns (loss, rest) with a plain or `Weighted` loss."""
 
     def total(*args):
         loss, rest = fun(*args)
@@ -199,12 +182,7 @@ def check_weight(value: Any, shape: tuple[int, ...] = ()) -> None:
 
 
 def check_total(value: Any, without_aux: str | None = None) -> None:
-    """Checks that a loss, or the total of a `Weighted`, is one floating scalar.
-
-    Args:
-      value: the loss or total.
-      without_aux: the name of the called function, if it takes no aux.
-    """
+    """Checks that a loss or total is one floating scalar; `without_aux` names a caller that takes no aux."""
     dtype = numeric.scalar_dtype(value)
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         others = (

@@ -1,7 +1,4 @@
-"""Weighted sums (Σ w·x, Σ w): pure functions on pytrees to add to them, merge them and take the mean.
-
-This module is independent of optimizers, devices and loops.
-"""
+"""Weighted sums (Σ w·x, Σ w): pure functions on pytrees to add to them, merge them and take the mean."""
 
 import functools
 import itertools
@@ -52,11 +49,7 @@ class Weighted(NamedTuple):
 
 
 class Added(NamedTuple):
-    """Marks a leaf of a gradient that has already been added to its sum.
-
-    Attributes:
-      total: the new sum.
-    """
+    """Replaces a leaf of a gradient that has already been added to its sum; `total` is the new sum."""
 
     total: Any
 
@@ -89,10 +82,7 @@ def is_inexact(leaf: Any) -> bool:
 
 
 def zeros(tree: Tree, accumulator_dtype: Any) -> Tree:
-    """Zero sums for `tree`, each leaf in its `sum_dtype`; None for leaves that cannot have a gradient.
-
-    Overwritten statistics keep their dtype.
-    """
+    """Zero sums in each leaf's `sum_dtype` (overwritten statistics: their own), or None if it can't have a gradient."""
     leaf = lambda x, dtype: jnp.zeros_like(x, dtype=dtype)
     return _map_with_dtype(leaf, tree, accumulator_dtype)
 
@@ -132,25 +122,16 @@ def add(
 ) -> Tree:
     """Returns `total + weight·x`, leaf by leaf, rounded once to the dtype of `total`.
 
-    With `counters`, sums in bfloat16 are rounded stochastically, so that the expected result is the exact sum.
-    Rounding to nearest loses terms below half a unit in the last of bfloat16's 8 significant bits: a sum of ones stops
-    at 256.
+    `weight` and `keep` are scalars, or have one entry per index of the leaves' leading axis. `x` is left out where
+    `keep` is False, and replaces `total` where the scalar `first` is True, so sums need not be cleared between windows.
+    Both are selections, not products with a mask, since a value that is left out may be infinite or NaN.
 
-    `keep` and `first` are selections, not products with a mask, since a value that is left out may be infinite or NaN.
+    With `counters`, integers that differ between additions, sums in bfloat16 are rounded stochastically, so that the
+    expected result is the exact sum. Rounding to nearest loses terms below half a unit in the last of bfloat16's 8
+    significant bits: a sum of ones stops at 256.
 
-    Overwritten statistics (see `overwrites`) are not added: the larger value is kept, and the weight is ignored.
-
-    Args:
-      total: the sums so far; if a leaf is None, the leaf of `x` is ignored.
-      x: a tree like `total`, of any inexact dtypes; an `Added` leaf holds the new sum.
-      weight: a scalar, or one per index of the leaves' leading axis; None if `x` has weight 1 or is already weighted.
-      keep: a bool, or one per index; where False, `x` is left out.
-      first: a bool scalar; where True, `x` replaces `total`, so sums need not be cleared between windows.
-      counters: integers that seed the stochastic rounding; use different ones for each addition. None rounds to
-        nearest.
-
-    Returns:
-      The new sums.
+    A leaf of `x` is ignored if that of `total` is None. Overwritten statistics (see `overwrites`) are not added: the
+    larger value is kept, and the weight is ignored.
     """
     numbers = itertools.count()
 
@@ -187,20 +168,12 @@ def merge(a: Weighted, b: Weighted, *, keep: Any = None, counters: Sequence[Any]
 
 
 def mean(sums: Weighted, like: Tree) -> Tree:
-    """Returns Σ w·x / Σ w; if Σ w is 0, the sum is not divided.
+    """Returns Σ w·x / Σ w, in the wider of the sum's and `like`'s dtypes; if Σ w is 0, the sum is not divided.
 
-    Overwritten statistics (see `overwrites`) are not divided.
+    Leaves that are None in the sums are those of `like`. Overwritten statistics (see `overwrites`) are not divided.
 
     The code multiplies by the scalar 1 / Σ w. XLA does not fuse an elementwise division into the optimizer's kernels:
     it would write out the quotient first, which takes as much memory as the parameters.
-
-    Args:
-      sums: the weighted sum.
-      like: a tree of the summed values. It sets the minimum width of each leaf, and replaces leaves that are None in
-        the sums.
-
-    Returns:
-      The mean, in the wider of the sum's and `like`'s dtypes.
     """
     weight = jnp.where(sums.weight == 0, jnp.ones_like(sums.weight), sums.weight)
 
@@ -259,10 +232,7 @@ def _beside(x: jax.Array, scalars: Any) -> jax.Array:
 
 
 def select(pred: Any, new: Tree, old: Tree) -> Tree:
-    """Selects `new` where `pred` is True, else `old`, leaf by leaf; a Python bool selects a whole tree.
-
-    `pred` is a scalar, or has one entry per index of the leaves' leading axis.
-    """
+    """Selects `new` where `pred`, a scalar or one per index of the leading axis, is True, else `old`."""
     if isinstance(pred, bool):
         return new if pred else old
     return jax.tree.map(lambda n, o: n if n.dtype == jax.dtypes.float0 else jnp.where(_beside(n, pred), n, o), new, old)

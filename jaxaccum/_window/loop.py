@@ -39,16 +39,10 @@ class Window(NamedTuple):
     def run(
         self, device: OneDevice | MappedAxis, args: Sequence[Tree], kwargs: dict[str, Tree]
     ) -> tuple[Weighted, Tree, jax.Array, tuple[Tree, ...], Tree]:
-        """Runs the window on this device.
+        """Runs the window on this device; `args` holds this device's whole batch.
 
-        Args:
-          device: the device's place in the data axis.
-          args: the positional arguments of `fun`, with the whole window's batch.
-          kwargs: the keyword arguments of `fun`.
-
-        Returns:
-          (local sums of loss and gradient, the axes over which each gradient is already reduced, a zero of the loss's
-          dtype, the carry averaged over the devices, aux).
+        Returns (local sums of loss and gradient, the axes over which each gradient is already reduced, a zero of the
+        loss's dtype, the carry averaged over the devices, aux).
         """
         params = weighted_sum.arrays(self.differentiated(args))
         micro_batches = splitting.split(args, self.roles.batch, self.k, self.stacked)
@@ -99,7 +93,6 @@ class Window(NamedTuple):
         return sums, reduced, like, carry_structure.unflatten(device.averaged(carry)), aux
 
     def _start(self, seen: Tree) -> Weighted:
-        """Zero sums."""
         return Weighted((_zero(), weighted_sum.zeros(seen, self.accumulator_dtype)), _zero())
 
     def _mean(self, device, loss, seen, carry, micro_batches) -> jax.Array:

@@ -99,9 +99,9 @@ class Roles(NamedTuple):
         return None
 
     def put(self, args: Sequence[Tree], *values: tuple[Tree, ...]) -> list[Tree]:
-        """Replaces the arguments of each role; `values` are in the order of the fields."""
+        """Replaces the parameters, batch, keys and carry, in this order."""
         new = list(args)
-        for positions, replacements in zip(self, values, strict=True):
+        for positions, replacements in zip((self.params, self.batch, self.keys, self.carry), values, strict=True):
             for i, value in zip(positions, replacements, strict=True):
                 new[i] = value
         return new

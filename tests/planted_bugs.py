@@ -1060,6 +1060,7 @@ BUGS = [
         "programs",
     ),
     Bug("a share that is known to count is selected", "Programs._micro_step", "counts", "False", "programs"),
+    Bug("the host: a plain loss of no examples counts", "objective.returned", "_examples(batch)", "1", "programs"),
 ]
 
 

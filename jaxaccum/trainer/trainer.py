@@ -202,7 +202,7 @@ class Trainer:
           train_loader: an iterable of batches, which are pytrees of arrays. It is iterated once per epoch, after
             `set_epoch(epoch)` is called on the loader, its sampler and its dataset if they define it. In the first
             epoch of a `fit` iteration starts before `on_train_epoch_start`, in later epochs after it. Its `len` is an
-            estimate, not a limit. Batches must not be modified after they are yielded.
+            estimate, not a limit. Batches must not be modified or deleted after they are yielded.
           val_loader: an iterable of batches, or None for no validation. An iterator is not restored on resume.
           ckpt_path: the folder of a checkpoint; "last" for the newest checkpoint in the folders of the
             `ModelCheckpoint`s, or a fresh start with a warning if there is none; "best" for the best checkpoint of the

@@ -48,10 +48,10 @@ def objective(
     return Weighted(value.total, weight), (new_model_state, logs)
 
 
-def returned(task: Task, held: tuple[Tree, Tree], batch: Tree) -> tuple[Any, None]:
-    """Returns (the task's loss for one device's share, None), for the `HostWeight`; `held`: (params, model state)."""
+def returned(task: Task, held: tuple[Tree, Tree], batch: Tree) -> tuple[Weighted, None]:
+    """(One share's loss with its weight, None), for `HostWeight`. `held`: (params, model state)."""
     value, *_ = _task.evaluate(task, *held, batch, jax.random.key(0))
-    return value, None
+    return value if isinstance(value, Weighted) else Weighted(value, _examples(batch)), None
 
 
 def losses(task: Task, strategy: Strategy, params: Tree, model_state: Tree, batch: Tree, place: Any) -> Logs:

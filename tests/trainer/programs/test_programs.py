@@ -119,3 +119,16 @@ def test_devices_without_a_share_are_left_out():
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), run("ddp", 4, 2), run("single", 1, 8)
     )
+
+
+@pytest.mark.parametrize(("strategy", "devices"), [("single", 1), ("ddp", 2), ("zero", 2)])
+@pytest.mark.parametrize("fuse_windows", [False, True])
+def test_a_plain_loss_of_no_examples_is_left_out(strategy, devices, fuse_windows):
+    """Catches a batch without rows that counts because the loss has no weight of its own: 0 / 0, and a step of Adam."""
+    task = jaxaccum.Task(lambda key, x: jnp.ones(2), lambda p, x, key: jnp.mean(x, axis=0) @ p, optax.adam(0.1))
+    options = {"strategy": strategy, "devices": devices, "accumulate_grad_batches": 2, "fuse_windows": fuse_windows}
+    full, empty = [[np.ones((n, 2), np.float32)] * devices for n in (4, 0)]
+    want = trainer(**options).fit(task, full)
+    got = trainer(**options).fit(task, [*full, *empty, *empty, *empty])
+    np.testing.assert_array_equal(got.params, want.params)
+    assert np.all(np.isfinite(got.params))

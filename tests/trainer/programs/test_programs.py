@@ -121,8 +121,10 @@ def test_devices_without_a_share_are_left_out():
     )
 
 
-@pytest.mark.parametrize(("strategy", "devices"), [("single", 1), ("ddp", 2), ("zero", 2)])
-@pytest.mark.parametrize("fuse_windows", [False, True])
+@pytest.mark.parametrize(
+    ("strategy", "devices", "fuse_windows"),
+    [("single", 1, False), ("single", 1, True), ("ddp", 2, False), ("zero", 2, True)],
+)
 def test_a_plain_loss_of_no_examples_is_left_out(strategy, devices, fuse_windows):
     """Catches a batch without rows that counts because the loss has no weight of its own: 0 / 0, and a step of Adam."""
     task = jaxaccum.Task(lambda key, x: jnp.ones(2), lambda p, x, key: jnp.mean(x, axis=0) @ p, optax.adam(0.1))

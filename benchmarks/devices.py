@@ -166,7 +166,7 @@ def zero(name: str, problem: Problem) -> Contender:
 
 
 def micro_steps(name: str, problem: Problem) -> Contender:
-    """Micro-batches that come one a call. What accumulates is handed the parameters and the sums alone."""
+    """One micro-batch per call. The accumulating program receives the parameters and the sums alone."""
     tx = jaxaccum.MultiSteps(OPTIMIZER, problem.k, mesh=problem.mesh)
     params = problem.put(problem.start)
     # Its counters are made on one device; the sums lie on the mesh.

@@ -110,7 +110,7 @@ def stepping(name: str, steps: list[Any], tx: Any, params: Tree, pool: list[Tree
 
 
 def holding_back(name: str, tx: jaxaccum.MultiSteps, params: Tree, pool: list[Tree], k: int) -> Side:
-    """A static boundary whose accumulating program is handed no more than it needs."""
+    """A static boundary whose accumulating program receives no more than it needs."""
     accumulate = jax.jit(lambda sums, grads: tx.apply(None, sums, grads, boundary=False)[1], donate_argnums=0)
     close = jax.jit(functools.partial(tx.apply, boundary=True), donate_argnums=(0, 1))
     grads = itertools.cycle(pool)

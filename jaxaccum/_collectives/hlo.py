@@ -15,6 +15,8 @@ _ARRAY = re.compile(r"\b([a-z]+(\d*)[a-z0-9]*)\[([\d,<=]*)\]")
 
 
 class Instruction(NamedTuple):
+    """An instruction of a compiled program."""
+
     shape: str  # Of its result, as XLA prints it.
     opcode: str  # For example "all-reduce".
     operands: tuple[str, ...]  # The names of instructions in the same computation.

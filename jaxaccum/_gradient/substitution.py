@@ -55,6 +55,7 @@ class Substitution(NamedTuple):
 
     weights: jax.Array | None = None
     kept: Any = None  # For each micro-batch, whether it counts.
+    first: Any = None  # The number of the first one that counts.
     start: Tree = None  # The window's first carry, which the first micro-batch that counts sees.
 
     def step(self, i: Any, carry: Tree) -> Step:
@@ -63,8 +64,7 @@ class Substitution(NamedTuple):
             return Step(i, carry)
         kept, weight = (jax.lax.dynamic_index_in_dim(x, i, keepdims=False) for x in (self.kept, self.weights))
         weight = weighted_sum.only_if(kept, weight)  # Its derivative is 0 too.
-        first = jnp.argmax(self.kept).astype(jnp.int32)
-        return Step(jnp.where(kept, i, first), weighted_sum.select(kept, carry, self.start), kept, weight)
+        return Step(jnp.where(kept, i, self.first), weighted_sum.select(kept, carry, self.start), kept, weight)
 
     def sums(self, sums: Tree) -> Tree:
         """Clears the sums of a window in which no micro-batch counts: there was none to repeat."""
@@ -104,7 +104,8 @@ def of(loss: traced_loss.Traced, micro_batches: MicroBatches, k: Any, carry: Tre
     axes = varying.axes(weights)
     if any(axes - varying.axes(leaf) for leaf in jax.tree.leaves(micro_batches.arrays)):
         return Substitution()
-    return Substitution(weights, weights.astype(bool) & (numbers < jnp.minimum(k, length)), carry)
+    kept = weights.astype(bool) & (numbers < jnp.minimum(k, length))
+    return Substitution(weights, kept, jnp.argmax(kept).astype(jnp.int32), carry)
 
 
 def data_weight(loss: traced_loss.Traced, data: Sequence[int]) -> tuple[core.ClosedJaxpr, list[bool]] | None:

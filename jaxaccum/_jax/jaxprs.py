@@ -36,10 +36,12 @@ def scan_operands(scan: core.JaxprEqn, body: core.Jaxpr) -> ScanOperands:
 
 
 def ndim(atom: Any) -> int:
+    """The number of dimensions of a variable or literal."""
     return len(atom.aval.shape)
 
 
 def dtype(atom: Any) -> Any:
+    """The dtype of a variable or literal."""
     return atom.aval.dtype
 
 
@@ -52,6 +54,7 @@ def is_plain_jit(eqn: core.JaxprEqn) -> bool:
 
 
 def is_checkpoint(eqn: core.JaxprEqn) -> bool:
+    """Whether `eqn` is a `jax.checkpoint`."""
     return eqn.primitive.name in ("checkpoint", "remat", "remat2")
 
 

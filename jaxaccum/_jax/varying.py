@@ -6,8 +6,10 @@ import jax
 
 
 def axes(x: Any) -> frozenset[str]:
+    """The mapped axes that an array varies over."""
     return axes_of(jax.typeof(x))
 
 
 def axes_of(aval: Any) -> frozenset[str]:
+    """The mapped axes that values of an abstract value vary over."""
     return aval.mat.varying

@@ -70,6 +70,13 @@ def fresh(problem: Problem) -> tuple[Tree, Tree]:
     return params, jax.jit(problem.opt.init)(params)
 
 
+class Own(NamedTuple):
+    """The model of a way that keeps one of its own: functions that copy its parameters, and read the last loss."""
+
+    params: Callable[[], Tree]
+    loss: Callable[[], float]
+
+
 @dataclasses.dataclass
 class Way:
     """A way to train.
@@ -78,13 +85,12 @@ class Way:
       step: `step(params, inner, rest, tokens) -> (params, inner, rest, losses)` trains for a window and donates the
         first three; `inner` is the optimizer's state.
       rest: what the way keeps from window to window besides the model, such as sums and counters.
-      own: returns (parameters, the last window's mean loss) of a way that keeps a model of its own and passes the given
-        one through.
+      own: for a way that keeps a model of its own and passes the given one through.
     """
 
     step: Callable[[Tree, Tree, Tree, Tokens], tuple[Tree, Tree, Tree, Tree]]
     rest: Tree = None
-    own: Callable[[], tuple[Tree, float]] | None = None
+    own: Own | None = None
 
 
 def update(opt: optax.GradientTransformation, grads: Tree, inner: Tree, params: Tree) -> tuple[Tree, Tree]:
@@ -258,4 +264,5 @@ def in_trainer(problem: Problem, weighted: bool = False, **options: Any) -> Way:
         turns.window()
         return params, inner, trainer.state, ()
 
-    return Way(step, own=lambda: (trainer.copy_state().params, trainer.callback_metrics["train_loss"]))
+    last_loss = lambda: trainer.callback_metrics["train_loss"]
+    return Way(step, own=Own(lambda: trainer.copy_state().params, last_loss))

@@ -5,6 +5,7 @@ parameters, bfloat16 compute. The same architecture, parameter count, distributi
 
     jaxaccum                     `value_and_grad` and the update, in one jit
     jaxaccum, prepare            the same with `prepare=jaxaccum.cast(bfloat16)`
+    jaxaccum, Trainer            Trainer(accumulate_grad_batches=K)
     Lightning, default           Trainer(accumulate_grad_batches=K, precision="bf16-mixed"), model under `torch.compile`
     Lightning, reduce-overhead   the same with CUDA graphs, `torch.compile(mode="reduce-overhead")`
     torch loop, default          by hand, without the Trainer
@@ -36,7 +37,7 @@ from typing import Any
 import jax
 from _measure import WARMUP, Comparison, Record, Side, interleave, parser
 from _model import Model, add_options, chosen
-from _train import CAST, OPTIMIZERS, POOL, Problem, drawn, fresh, in_one_jit, ours, windows
+from _train import CAST, OPTIMIZERS, POOL, Problem, drawn, fresh, in_one_jit, in_trainer, ours, windows
 
 PATIENCE = 240  # seconds for a window, the first of which compiles
 
@@ -71,6 +72,17 @@ def by_jaxaccum(model: Model, k: int, n: int, gate: Gate, **options: Any) -> Non
         gate.answer(float(loss), size)
 
 
+def by_trainer(model: Model, k: int, n: int, gate: Gate) -> None:
+    """A worker that trains with `Trainer.fit`."""
+    start = jax.jit(model.init)(jax.random.key(0))
+    problem = Problem(model, OPTIMIZERS["adamw"], k, start, windows(model, k, n))
+    way = in_trainer(problem)
+    size = sum(leaf.size for leaf in jax.tree.leaves(start))
+    while gate.asked():
+        way.step(None, None, None, problem.windows[0])  # It reads the windows in turn.
+        gate.answer(float(way.own.loss()), size)
+
+
 def by_torch(way: str, mode: str, model: Model, k: int, n: int, gate: Gate) -> None:
     """A worker that trains in `_torch_model`'s way, under `torch.compile(mode=)`."""
     import _torch_model
@@ -81,6 +93,7 @@ def by_torch(way: str, mode: str, model: Model, k: int, n: int, gate: Gate) -> N
 SIDES = {
     "jaxaccum": by_jaxaccum,
     "jaxaccum, prepare": functools.partial(by_jaxaccum, prepare=CAST),
+    "jaxaccum, Trainer": by_trainer,
     "Lightning, default": functools.partial(by_torch, "trainer", "default"),
     "Lightning, reduce-overhead": functools.partial(by_torch, "trainer", "reduce-overhead"),
     "torch loop, default": functools.partial(by_torch, "loop", "default"),

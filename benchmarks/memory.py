@@ -13,6 +13,12 @@ sequences; no optimizer is in it. By these sides:
     hand-written scan     sums in a `lax.scan`
     one big batch         K·N sequences at once
 
+Whole training steps, with AdamW; only their peak is measured:
+
+    training, window          "window" and the update, in one jit
+    training, host driven     `jaxaccum.HostDriven`
+    training, Trainer         `jaxaccum.Trainer`
+
 "temporary" is what the compiler plans beside arguments and outputs (`Compiled.memory_analysis`); "peak" is the most
 that the device has held in a run, by its own statistics, which are those of a process. So each case has a process of
 its own. On a CPU, which has no such statistics, programs are compiled only. `--jobs` of them work side by side on one
@@ -36,9 +42,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from _measure import environment, heading, parser, publish, row
 from _model import Model, add_options, chosen, parameters
-from _train import Problem, by_hand, ours, ours_weighted
+from _train import (
+    OPTIMIZERS,
+    Problem,
+    Way,
+    by_hand,
+    fresh,
+    host_driven,
+    in_one_jit,
+    in_trainer,
+    ours,
+    ours_weighted,
+    windows,
+)
 
 Record = dict[str, Any]
 FLOOR, BIG = "gradient", "one big batch"
@@ -56,6 +75,11 @@ SIDES: dict[str, Callable[[Problem], Callable[..., Any]]] = {
     "hand-written scan": by_hand,
     BIG: plain,
 }
+TRAINING: dict[str, Callable[[Problem], Way]] = {
+    "training, window": functools.partial(in_one_jit, ours),
+    "training, host driven": host_driven,
+    "training, Trainer": in_trainer,
+}
 
 
 def measure(model: Model, side: str, k: int, n: int) -> Record:
@@ -72,6 +96,19 @@ def measure(model: Model, side: str, k: int, n: int) -> Record:
     params, tokens = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (start, batch))
     jax.block_until_ready(program(params, tokens))
     return sizes | {"peak": jax.local_devices()[0].memory_stats()["peak_bytes_in_use"] / MIB}
+
+
+def training_peak(model: Model, side: str, k: int, n: int) -> Record:
+    """The most that the device has held in two windows of training, in MiB."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    start = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)  # On the host.
+    problem = Problem(model, OPTIMIZERS["adamw"], k, start, windows(model, k, n))
+    way = TRAINING[side](problem)
+    params, inner = fresh(problem) if way.own is None else (None, None)
+    for tokens in problem.windows[:2]:
+        params, inner, way.rest, _ = way.step(params, inner, way.rest, tokens)
+    jax.block_until_ready((params, inner, way.rest))
+    return {"peak": jax.local_devices()[0].memory_stats()["peak_bytes_in_use"] / MIB}
 
 
 def in_a_process(model: Model, case: Record) -> Record:
@@ -93,11 +130,9 @@ def table(record: Record) -> str:
         if "failed" in case:
             lines.append(row([*cells, case["failed"].replace("|", "/").replace("\n", " "), *[""] * 4]))
             continue
-        ratio = f"{case['temp'] / floor:.3f}" if floor else "–"
-        peak = f"{case['peak']:.1f}" if "peak" in case else "–"
-        lines.append(
-            row([*cells, f"{case['temp']:.1f}", ratio, f"{case['argument']:.1f}", f"{case['output']:.1f}", peak])
-        )
+        sizes = {name: f"{case[name]:.1f}" if name in case else "–" for name in ("temp", "argument", "output", "peak")}
+        ratio = f"{case['temp'] / floor:.3f}" if floor and "temp" in case else "–"
+        lines.append(row([*cells, sizes["temp"], ratio, sizes["argument"], sizes["output"], sizes["peak"]]))
     return "\n".join(lines)
 
 
@@ -106,14 +141,15 @@ def main() -> None:
     options = parser(__doc__, timed=False)
     options.add_argument("--n", type=int, default=1, help="N, sequences in a micro-batch")
     options.add_argument("--ks", default="1,2,8,64", help="K, micro-batches a window; one case a side for each")
-    options.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES, metavar="SIDE")
+    options.add_argument("--sides", nargs="+", default=list(SIDES), choices=[*SIDES, *TRAINING], metavar="SIDE")
     options.add_argument("--jobs", type=int, default=4, help="cases at a time")
     options.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     add_options(options)
     args = options.parse_args()
     if args.case is not None:
         model = Model(**args.case.pop("model"))
-        print(json.dumps(measure(model, **args.case)))
+        measured = training_peak if args.case["side"] in TRAINING else measure
+        print(json.dumps(measured(model, **args.case)))
         return
     if args.table is not None:
         print(table(json.loads(args.table.read_text())))

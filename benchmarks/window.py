@@ -129,7 +129,9 @@ def warmed(way: Way, problem: Problem) -> tuple[Tree, float]:
     losses = []
     for tokens in problem.windows[:WARMUP]:
         params, inner, way.rest, losses = way.step(params, inner, way.rest, tokens)
-    return way.own() if way.own is not None else (params, float(np.mean(jax.device_get(losses))))
+    if way.own is not None:
+        return way.own.params(), way.own.loss()
+    return params, float(np.mean(jax.device_get(losses)))
 
 
 def measure(problem: Problem, sides: list[str], repeats: int) -> Record:

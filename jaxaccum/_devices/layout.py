@@ -36,6 +36,11 @@ def sharding(leaf: Any, mesh: Mesh, names: tuple[str, ...]) -> NamedSharding:
     return NamedSharding(mesh, P(*[entry[0] if len(entry) == 1 else entry or None for entry in others]))
 
 
+def is_explicitly_sharded(aval: Any) -> bool:
+    """Whether an array of type `aval` is sharded over an explicit mesh axis."""
+    return any(x is not None for x in aval.sharding.spec)
+
+
 def lay(leaf: jax.Array, mesh: Mesh, names: tuple[str, ...], split: int | None) -> jax.Array:
     """Shards dimension `split` of `leaf` over the data axes, or none; other axes are left to jax."""
     if not leaf.ndim:

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxaccum._gradient import in_place_sums
+from jaxaccum._gradient.stand_in import standing_for
 from jaxaccum._jax import core, jaxprs, linearity
 from jaxaccum._sums import overwrites
 from jaxaccum._types import Tree
@@ -26,9 +28,12 @@ class _Plan:
     crossing: tuple[core.Var, ...]  # Computed before and used after.
     reads: tuple[bool, ...]  # For each input, whether the part before reads it.
     uses: tuple[bool, ...]  # For each input, whether the part after reads it.
+    copies: bool = False  # Whether crossing values are casts of inputs, which receive their gradients.
 
 
-def split(loss: Callable[..., Tree], params: Tree, *args: Any) -> tuple[Callable[[Tree], Tree], Callable[..., Tree]]:
+def split(
+    loss: Callable[..., Tree], params: Tree, *args: Any, in_place: bool
+) -> tuple[Callable[[Tree], Tree], Callable[..., Tree]]:
     """Splits `loss(params, *args)` into `rest(prepare(params), *args)`: returns (prepare, rest); the loss is not run.
 
     `prepare` contains the computation that depends only on parameters, for example casts, weight norms and low-rank
@@ -46,6 +51,9 @@ def split(loss: Callable[..., Tree], params: Tree, *args: Any) -> tuple[Callable
 
     Every gradient has the same dtype as in the loss. The result is at least as accurate as without hoisting: the
     transposes round once per window. `prepare` returns (the parameters that `rest` reads directly, the hoisted values).
+
+    With `in_place`, casts of stacked layers are not among the hoisted values: `rest` holds them as constants, and the
+    stack itself receives their gradients, so that each layer's can be added to its slice of the sum.
     """
     # Overwritten statistics have no gradient to transpose, so nothing computed from them is hoisted.
     linear, statistics = overwrites.without(params), overwrites.only(params)
@@ -56,36 +64,83 @@ def split(loss: Callable[..., Tree], params: Tree, *args: Any) -> tuple[Callable
     closed, shapes = jax.make_jaxpr(divided, return_shape=True)(linear, statistics, *args)
     leaves, treedef = jax.tree.structure(linear).num_leaves, jax.tree.structure(shapes)
     inputs = len(closed.jaxpr.invars)
-    plan = _plan(closed.jaxpr, [i < leaves for i in range(inputs)], {})
+    wide = {var for var in closed.jaxpr.invars[:leaves] if var.aval.dtype == jnp.float32}
+    stacks = in_place_sums.walked(closed.jaxpr, wide) if in_place else set()
+    is_stack = [var in stacks for var in closed.jaxpr.invars]
+    plan = _Planner().plan(closed.jaxpr, [i < leaves for i in range(inputs)], is_stack)
+    is_copy = _copies(plan)
+
+    def hoisted(flat):
+        return _run_before(jaxprs.Jits(), plan, closed.consts, [*flat, *[None] * (inputs - leaves)])
 
     def prepare(params):
         flat = jax.tree.leaves(overwrites.without(params))
         kept = [x for x, uses in zip(flat, plan.uses[:leaves], strict=True) if uses]
-        made = _run_before(jaxprs.Jits(), plan, closed.consts, [*flat, *[None] * (inputs - leaves)])
+        made = [x for x, copied in zip(hoisted(flat), is_copy, strict=True) if not copied]
         return (kept, overwrites.only(params)), made
+
+    computed = hoisted(jax.tree.leaves(linear)) if any(is_copy) else []
+    copies = [x for x, copied in zip(computed, is_copy, strict=False) if copied]
 
     def rest(seen, *args):
         (kept, statistics), made = seen
-        given = iter(kept)
+        given, made, held = iter(kept), iter(made), iter(copies)
         flat = [next(given) if uses else None for uses in plan.uses[:leaves]]
         flat += jax.tree.leaves((statistics, args))
+        made = [next(held) if copied else next(made) for copied in is_copy]
         return treedef.unflatten(_run_after(jaxprs.Jits(), plan, closed.consts, flat, made))
 
     return prepare, rest
 
 
-def _plan(jaxpr: core.Jaxpr, known: Sequence[bool], plans: dict[Any, _Plan]) -> _Plan:
-    """Plans the split of `jaxpr`, given which inputs come from parameters alone; `plans` is a cache."""
-    key = id(jaxpr), tuple(known)
-    if key not in plans:
-        plans[key] = _made_plan(jaxpr, known, plans)
-    return plans[key]
+class _Planner:
+    """Plans the splits of jaxprs."""
+
+    def __init__(self):
+        self._plans = dict[Any, _Plan]()
+
+    def plan(self, jaxpr: core.Jaxpr, known: Sequence[bool], stacks: Sequence[bool]) -> _Plan:
+        """The plan of `jaxpr`.
+
+        `known` says which inputs come from parameters alone, and `stacks` which ones are parameters whose gradients one
+        scan adds to their sums.
+        """
+        key = id(jaxpr), tuple(known), tuple(stacks)
+        if key not in self._plans:
+            self._plans[key] = _made_plan(self, jaxpr, known, stacks)
+        return self._plans[key]
+
+    def of_body(self, eqn: core.JaxprEqn, body: core.Jaxpr, known: Sequence[bool], stacks: Sequence[bool]) -> _Plan:
+        """The plan of the body of `eqn`, given the same of its operands."""
+        if jaxprs.is_plain_jit(eqn):
+            return self.plan(body, known, stacks)
+        none = [False] * len(stacks)
+        if eqn.primitive.name != "scan":
+            return self.plan(body, known, none)
+        plan = self.plan(body, _walked(eqn, body, known), none)
+        return (_copying(plan) if any(stacks) else None) or plan
 
 
-def _made_plan(jaxpr: core.Jaxpr, known: Sequence[bool], plans: dict[Any, _Plan]) -> _Plan:
+def _copying(plan: _Plan) -> _Plan | None:
+    """The same plan with crossing values as copies of inputs; None if one is more than a cast of a float32 input."""
+    is_cast = lambda eqn: eqn.primitive.name == "convert_element_type" and jaxprs.dtype(eqn.invars[0]) == jnp.float32
+    if not all(is_cast(plan.jaxpr.eqns[i]) for i in plan.before):
+        return None  # All that the casts are computed from is in `before`, too.
+    nested: dict[int, _Plan] = {}
+    for i, inner in plan.nested.items():
+        copying = _copying(inner)
+        if copying is None:
+            return None
+        nested[i] = copying
+    uses = tuple(used or read for used, read in zip(plan.uses, plan.reads, strict=True))
+    return dataclasses.replace(plan, nested=nested, uses=uses, copies=True)
+
+
+def _made_plan(planner: _Planner, jaxpr: core.Jaxpr, known: Sequence[bool], stacks: Sequence[bool]) -> _Plan:
     # The inputs that each known variable is computed from.
     origins: dict[core.Var, frozenset[core.Var]] = {var: frozenset() for var in jaxpr.constvars}
     origins |= {var: frozenset([var]) for var, is_known in zip(jaxpr.invars, known, strict=True) if is_known}
+    summed = {var for var, is_stack in zip(jaxpr.invars, stacks, strict=True) if is_stack}
     certain, nested = set(), {}
     for i, eqn in enumerate(jaxpr.eqns):
         operands = _variables(eqn.invars)
@@ -94,7 +149,8 @@ def _made_plan(jaxpr: core.Jaxpr, known: Sequence[bool], plans: dict[Any, _Plan]
             origins |= dict.fromkeys(eqn.outvars, frozenset().union(*(origins[var] for var in operands)))
         elif body := _body(eqn):
             made = [not isinstance(atom, core.Literal) and bool(origins.get(atom)) for atom in eqn.invars]
-            inner = _plan(body, _walked(eqn, body, made) if eqn.primitive.name == "scan" else made, plans)
+            added = [not isinstance(atom, core.Literal) and atom in summed for atom in eqn.invars]
+            inner = planner.of_body(eqn, body, made, added)
             if inner.crossing or inner.nested:
                 nested[i] = inner
 
@@ -189,12 +245,16 @@ def _run_after(
 ) -> list[Any]:
     """Computes the outputs from the inputs and the crossing values; unused inputs may be None."""
     values = _Values(plan.jaxpr, consts, inputs)
-    values.write(plan.crossing, made[: len(plan.crossing)])
-    nested = list(made[len(plan.crossing) :])
+    crossing, nested = list(made[: len(plan.crossing)]), list(made[len(plan.crossing) :])
+    if plan.copies:
+        cast = {eqn.outvars[0]: values[eqn.invars[0]] for i, eqn in enumerate(plan.jaxpr.eqns) if i in plan.before}
+        crossing = [standing_for(cast[var], x) for var, x in zip(plan.crossing, crossing, strict=True)]
+    values.write(plan.crossing, crossing)
     for i, eqn in enumerate(plan.jaxpr.eqns):
         if i in plan.nested:
             inner = plan.nested[i]
-            own, nested = nested[: _count(inner)], nested[_count(inner) :]
+            count = len(_copies(inner))
+            own, nested = nested[:count], nested[count:]
             values.write(eqn.outvars, _call_after(jits, eqn, inner, values.read(eqn.invars, inner.uses), own))
         elif i in plan.after:
             values.write(eqn.outvars, jaxprs.bind(eqn, values.read(eqn.invars)))
@@ -209,28 +269,16 @@ def _call_after(
 
     if jaxprs.is_plain_jit(eqn):
         return jits.call(eqn, "after", lambda both: body(*both), (operands, made))
-    with jaxprs.located(eqn):
-        if jaxprs.is_checkpoint(eqn):
+    if jaxprs.is_checkpoint(eqn):
+        with jaxprs.located(eqn):
             return jaxprs.checkpointed(eqn, body)(operands, made)
-        return _scan_after(eqn, plan, body, operands, made)
+    return jaxprs.rescanned(eqn, body, operands, made)
 
 
-def _scan_after(eqn, plan, body, operands, made):
-    constants, carries = jaxprs.scan_operands(eqn, plan.jaxpr)
-    shared, start, along = operands[:constants], operands[constants:][:carries], operands[constants + carries :]
-
-    def step(carry, along):
-        along, made = along
-        results = body([*shared, *carry, *along], made)
-        return results[:carries], results[carries:]
-
-    options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
-    carry, rows = jax.lax.scan(step, start, (along, made), **options)
-    return [*carry, *rows]
-
-
-def _count(plan: _Plan) -> int:
-    return len(plan.crossing) + sum(map(_count, plan.nested.values()))
+def _copies(plan: _Plan) -> list[bool]:
+    """For each crossing value, those of nested plans after those of `plan`, whether it is a copy."""
+    nested = (copied for inner in plan.nested.values() for copied in _copies(inner))
+    return [*[plan.copies] * len(plan.crossing), *nested]
 
 
 def _consts(eqn: core.JaxprEqn) -> Sequence[Any]:

@@ -67,8 +67,10 @@ class Gradient(NamedTuple):
 
     def _rewritten(self, kept, params, pending, *args):
         """`__call__` on flat parameters and sums; a leaf added inside is returned as its new sum."""
-        fun = wide_products.widened(self.loss.closed, params, self.wide)
-        flat = jax.tree.leaves(args)
+        closed, flat = self.loss.closed, jax.tree.leaves(args)
+        if any(self.inside):
+            closed = jax.make_jaxpr(in_place_sums.sliced(closed, params, self.inside))(*params, *flat)
+        fun = wide_products.widened(closed, params, self.wide)
         total = lambda leaves: traced_loss.counted(kept, self.loss.unflatten(fun(*leaves, *flat)))
         leaves = wide_products.lifted(params, self.wide)
         if not any(self.inside):

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxaccum._devices import layout
+from jaxaccum._gradient.stand_in import standing_for
 from jaxaccum._jax import core, jaxprs
 
 
@@ -69,7 +71,7 @@ def widened(closed: core.ClosedJaxpr, params: Sequence[Any], chosen: Sequence[bo
 def _entry(param: Any, lift: Any, is_chosen: bool) -> _Value:
     """The entry of a parameter whose gradient `lift` receives."""
     if is_chosen and _is_half(param.dtype):
-        return _Value(_standing_for(lift, param), lift)
+        return _Value(standing_for(lift, param), lift)
     return _Value(lift, lift if is_chosen else None)
 
 
@@ -111,7 +113,7 @@ def _is_half_product(eqn: core.JaxprEqn) -> bool:
     atoms: list[Any] = [*eqn.invars, *eqn.outvars]
     if eqn.primitive.name != "dot_general" or len({atom.aval.dtype for atom in atoms}) > 1:
         return False
-    placed = eqn.params["out_sharding"] is not None or any(_is_explicit(atom.aval) for atom in atoms)
+    placed = eqn.params["out_sharding"] is not None or any(layout.is_explicitly_sharded(atom.aval) for atom in atoms)
     algorithm = isinstance(eqn.params["precision"], (jax.lax.DotAlgorithm, jax.lax.DotAlgorithmPreset))
     return _is_half(atoms[0].aval.dtype) and not placed and not algorithm
 
@@ -167,29 +169,5 @@ def _weight_gradient(eqn: core.JaxprEqn, side: int, activation: jax.Array, cotan
     return jax.lax.transpose(gradient, tuple(np.argsort(order)))
 
 
-@jax.custom_vjp
-def _standing_for(lift: jax.Array, x: jax.Array) -> jax.Array:
-    """Returns `x`; `lift` receives its gradient."""
-    del lift
-    return x
-
-
-def _standing_for_forward(lift, x):
-    del lift
-    return x, None
-
-
-def _standing_for_backward(_, cotangent):
-    return cotangent.astype(jnp.float32), None
-
-
-_standing_for.defvjp(_standing_for_forward, _standing_for_backward)
-
-
 def _is_half(dtype: Any) -> bool:
     return dtype in (jnp.bfloat16, jnp.float16)
-
-
-def _is_explicit(aval: Any) -> bool:
-    """Whether `aval` is sharded over an explicit mesh axis."""
-    return any(x is not None for x in aval.sharding.spec)

@@ -78,6 +78,23 @@ def located(eqn: core.JaxprEqn) -> Iterator[None]:
         yield
 
 
+def rescanned(
+    eqn: core.JaxprEqn, body: Callable[[list[Any], Any], Sequence[Any]], operands: Sequence[Any], along: Any = None
+) -> Sequence[Any]:
+    """Runs the scan `eqn` with another body, `body(inputs, slices)`; it also scans over `along`, to give `slices`."""
+    constants, carries = scan_operands(eqn, eqn.params["jaxpr"].jaxpr)
+    shared, start, stacks = operands[:constants], operands[constants:][:carries], operands[constants + carries :]
+
+    def step(carry, slices):
+        results = body([*shared, *carry, *slices[0]], slices[1])
+        return results[:carries], results[carries:]
+
+    options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
+    with located(eqn):
+        carry, rows = jax.lax.scan(step, list(start), (list(stacks), along), **options)
+    return [*carry, *rows]
+
+
 class Jits:
     """The jitted functions of a program rebuilt from a jaxpr: each is traced and lowered once, and keeps its name."""
 

@@ -73,7 +73,8 @@ def value_and_grad(
         one, which saves a tree of gradients. If the loss multiplies by a half-precision matrix outside of loops, the
         matrix's gradient is formed in float32 without rounding, so that the product can add to the sum. A `Weighted`
         loss must have a weight that comes from the data (see `Weighted`); if it doesn't, True adds the layers'
-        gradients nevertheless, in a conditional. True raises if a cast of the layers prevents it. False disables both.
+        gradients nevertheless, in a conditional. True raises if a cast of the layers by a `prepare` function prevents
+        it. False disables both.
       unroll: the number of micro-batches per loop iteration. With 2, sums are read and written half as often and the
         compiler can merge products, for up to twice the memory and twice the program size. K must not be traced.
       accumulator_dtype: the dtype of the sums; float64 and complex parameters keep theirs. None uses the parameters'

@@ -60,11 +60,38 @@ class Window(NamedTuple):
             return value, (_carried(new_carry, old_carry), aux)
 
         # Cast to varying before any use, so that the backward pass does not reduce the gradients.
-        seen = params = device.local(params)
-        transpose, reduced = (lambda sums, count: sums), jax.tree.map(lambda _: (), params)
+        params = device.local(params)
         first = (device.local(jnp.zeros((), jnp.int32)), micro_batches.take(0), carry)
+        is_single = isinstance(self.k, int) and self.k == 1
+        adds = self.in_place is not False and not is_single
+        prepared = self._prepared(device, loss, params, first, in_place=adds)
+        substituted = substitution.Substitution()
+        if not is_single:
+            substituted = substitution.of(prepared.loss, micro_batches, self.k, carry)
+        if substituted.weights is None and prepared.loss.has_weight and not self.in_place:
+            prepared = self._prepared(device, loss, params, first, in_place=False)
+        (seen, traced, transpose, reduced), mean = prepared, None
+        if traced.weight_varies():
+            mean = self._mean(device, traced, seen, carry, micro_batches)
+            traced = traced.less(mean)
+        if is_single:
+            sums, like, carry, aux = _only(traced, seen, *first)
+        else:
+            start = device.local(self._start(seen))
+            drops = None if substituted.weights is None else False
+            gradient = micro_gradient.of(traced, self.in_place, start.total[1], drops=drops)
+            sums, like, carry, aux = self._sum(device, gradient, substituted, seen, start, carry, micro_batches)
+        total, grads = sums.total
+        total = total if mean is None else total + mean * sums.weight
+        sums = Weighted((total, transpose(grads, self.k)), sums.weight)
+        return sums, reduced, like, carry_structure.unflatten(device.averaged(carry)), aux
+
+    def _prepared(self, device, loss, params, first, in_place: bool) -> "_Prepared":
+        """Computes what `prepare` makes of the parameters; `in_place`: whether gradients may be added in place."""
+        seen, transpose, reduced = params, lambda sums, count: sums, jax.tree.map(lambda _: (), params)
         if isinstance(self.prepare, str):
-            visible, loss = hoisting.split(loss, params, *first)
+            narrow = jnp.dtype(self.accumulator_dtype).itemsize < 4
+            visible, loss = hoisting.split(loss, params, *first, in_place=in_place and not narrow)
         else:
             visible = self.prepare.seeing(loss, params, *first) if isinstance(self.prepare, Cast) else self.prepare
             if visible is not None:
@@ -73,24 +100,9 @@ class Window(NamedTuple):
             reduced = once_per_window.gathered_axes(visible, params, device.names)
             seen, transpose = once_per_window.with_transpose(visible, params)
             seen = device.local(seen)
-
-        traced, mean = traced_loss.trace(loss, seen, *first), None
+        traced = traced_loss.trace(loss, seen, *first)
         traced.refuse_reduced(device.names)
-        if traced.weight_varies():
-            mean = self._mean(device, traced, seen, carry, micro_batches)
-            traced = traced.less(mean)
-        if isinstance(self.k, int) and self.k == 1:
-            sums, like, carry, aux = _only(traced, seen, *first)
-        else:
-            start = device.local(self._start(seen))
-            substituted = substitution.of(traced, micro_batches, self.k, carry)
-            drops = None if substituted.weights is None else False
-            gradient = micro_gradient.of(traced, self.in_place, start.total[1], drops=drops)
-            sums, like, carry, aux = self._sum(device, gradient, substituted, seen, start, carry, micro_batches)
-        total, grads = sums.total
-        total = total if mean is None else total + mean * sums.weight
-        sums = Weighted((total, transpose(grads, self.k)), sums.weight)
-        return sums, reduced, like, carry_structure.unflatten(device.averaged(carry)), aux
+        return _Prepared(seen, traced, transpose, reduced)
 
     def _start(self, seen: Tree) -> Weighted:
         return Weighted((_zero(), weighted_sum.zeros(seen, self.accumulator_dtype)), _zero())
@@ -181,6 +193,22 @@ class Window(NamedTuple):
             return (value, aux) if self.has_aux else value
         rest = carry[0] if isinstance(self.carry_argnums, int) else carry
         return value, ((rest, aux) if self.has_aux else rest)
+
+
+class _Prepared(NamedTuple):
+    """What `prepare` makes of the parameters.
+
+    Attributes:
+      seen: the result.
+      loss: the traced loss of `seen`.
+      transpose: maps sums of gradients of `seen`, and their number, to sums of gradients of the parameters.
+      reduced: for each parameter, the axes over which its gradient is then already reduced.
+    """
+
+    seen: Tree
+    loss: traced_loss.Traced
+    transpose: Callable[[Tree, Any], Tree]
+    reduced: Tree
 
 
 def _only(traced, seen, index, batch, carry):

@@ -61,7 +61,7 @@ WRAPS = {
 def test_split(wrap):
     """A cast left in, one taken out that belongs in, or another result."""
     loss = language_model(wrap)
-    prepare, rest = hoisting.split(loss, params(), batch()[:N])
+    prepare, rest = hoisting.split(loss, params(), batch()[:N], in_place=False)
     kept, made = prepare(params())
     # The embedding is gathered from, and a bias is a vector; all else is read in half precision alone.
     assert [x.shape for x in jax.tree.leaves(kept)] == [(16, WIDTH), (LAYERS, WIDTH)]
@@ -84,7 +84,7 @@ def test_gradients(wrap):
 
 def made(loss, *args):
     """Shapes and dtypes of what is taken out of `loss`."""
-    prepare, _ = hoisting.split(loss, *args)
+    prepare, _ = hoisting.split(loss, *args, in_place=False)
     return [(x.shape, str(x.dtype)) for x in jax.eval_shape(prepare, args[0])[1]]
 
 

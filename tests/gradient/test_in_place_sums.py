@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxaccum
+from jaxaccum._jax import jaxprs
 from jaxaccum.distributed.process_group import Processes
 from jaxaccum.trainer.input import strategies
 from jaxaccum.trainer.programs import compiled
@@ -145,6 +146,97 @@ def test_a_stack_in_part_of_another_dtype_than_its_sums():
     assert adds(jaxaccum.value_and_grad(scanned, K, accumulator_dtype=None), p, batch()) == 0
 
 
+def test_a_slice_of_a_sum_keeps_all_axes():
+    """A slice without its first axis, which XLA on a GPU copies before it adds to it."""
+    jaxpr = jax.make_jaxpr(jaxaccum.value_and_grad(scanned, K))(params(), batch()).jaxpr
+    stacks = {x.shape for x in jax.tree.leaves(params()["layers"])}
+    made_by = {}
+    for eqn in jaxprs.equations(jaxpr):
+        made_by |= dict.fromkeys(eqn.outvars, eqn.primitive.name)
+    updates = [eqn.invars[1] for eqn in jaxprs.equations(jaxpr) if eqn.primitive.name == "dynamic_update_slice"]
+    added = [made_by[x] for x in updates if (LAYERS, *x.aval.shape[1:]) in stacks]
+    assert added == ["add"] * len(stacks)
+
+
+def half(x):
+    return x.astype(jnp.bfloat16)
+
+
+def in_half_precision(x, layer):
+    return jnp.tanh((half(x) @ half(layer["kernel"])).astype(jnp.float32) + layer["bias"]), None
+
+
+def of_half(layer):
+    return lambda p, x: jnp.mean((jax.lax.scan(layer, x, p["layers"])[0] @ p["head"]) ** 2)
+
+
+def doubled(x, layer):
+    """A layer whose cast, in a jit of its own, is of a computed value: no copy of a parameter."""
+    kernel = jax.jit(half)(2 * layer["kernel"])
+    return jnp.tanh((half(x) @ kernel).astype(jnp.float32) + layer["bias"]), None
+
+
+def in_both_precisions(x, layer):
+    y, _ = in_half_precision(x, layer)
+    return y + x * layer["kernel"][0], None
+
+
+HALF = {
+    "plain": of_half(in_half_precision),
+    "checkpoint": of_half(jax.checkpoint(in_half_precision)),
+    "jit": jax.jit(of_half(in_half_precision)),
+    "jit in the layer": of_half(jax.jit(in_half_precision)),
+    "both precisions": of_half(in_both_precisions),
+    "computed": of_half(doubled),
+}
+
+
+@pytest.mark.parametrize("loss", HALF.values(), ids=HALF)
+def test_copies_in_half_precision(loss):
+    """With "auto", a gradient that goes to a half-precision copy and not to the sum, or to both."""
+    f = lambda in_place: jaxaccum.value_and_grad(loss, K, prepare="auto", in_place=in_place)
+    assert adds(f(None), params(), batch()) == (0 if loss is HALF["computed"] else 2)
+    equal(jax.jit(f(None))(params(), batch()), jax.jit(f(False))(params(), batch()))
+
+
+TRANSFORMS = {
+    "vmap": lambda f: jax.vmap(f, (0, None)),
+    "derivative": lambda f: jax.jacfwd(lambda p, x: f(p, x)[0]),
+    "second derivative": lambda f: jax.grad(lambda p, x: sum(jnp.sum(g**2) for g in jax.tree.leaves(f(p, x)[1]))),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_of_copies(name):
+    """A copy that is a constant to the window but not to what is around it."""
+    p = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), params()) if name == "vmap" else params()
+    f = lambda **options: TRANSFORMS[name](jaxaccum.value_and_grad(HALF["checkpoint"], K, **options))(p, batch())
+    for x, y in zip(jax.tree.leaves(f(prepare="auto")), jax.tree.leaves(f()), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0.05, atol=1e-3 * np.max(np.abs(y)))
+
+
+def test_copies_where_gradients_are_not_added():
+    """A float32 gradient of a stack, in place of a half-precision one, where no gradient is added in place."""
+
+    def loss(p, x):  # Its weight is known after its forward pass only.
+        weight = jax.lax.stop_gradient(p["head"][0] > 0).astype(jnp.float32)
+        return jaxaccum.Weighted(HALF["plain"](p, x) * weight, weight)
+
+    for options in ({}, {"accumulator_dtype": None, "prepare": "auto"}, {"in_place": False}):
+        window = jaxaccum.value_and_grad(loss if not options else HALF["plain"], K, **{"prepare": "auto"} | options)
+        jaxpr = jax.make_jaxpr(window)(
+            jax.tree.map(half, params()) if "accumulator_dtype" in options else params(), batch()
+        )
+        stacked = [
+            var.aval.dtype
+            for eqn in jaxprs.equations(jaxpr.jaxpr)
+            if eqn.primitive.name == "scan" and eqn.params["length"] == LAYERS
+            for var in eqn.outvars
+            if var.aval.shape == (LAYERS, WIDTH, WIDTH)
+        ]
+        assert set(stacked) <= {jnp.dtype(jnp.bfloat16)}, options
+
+
 def mesh_of(axis_type, shape=(2,), names=("data",)):
     devices = jax.devices()[: int(np.prod(shape))]
     return jax.make_mesh(shape, names, axis_types=(axis_type,) * len(shape), devices=devices)
@@ -270,6 +362,8 @@ def test_memory():
     for in_place in (False, None):
         window = temporary(jaxaccum.value_and_grad(scanned, K, in_place=in_place), batch())
         assert (window - gradient > 0.8 * size) == (in_place is False), (in_place, window, gradient, size)
+    auto = functools.partial(jaxaccum.value_and_grad, HALF["checkpoint"], K, prepare="auto")
+    assert temporary(auto(in_place=False), batch()) - temporary(auto(), batch()) > 0.4 * size
 
 
 @pytest.mark.parametrize("strategy", ["single", "ddp"])

@@ -95,6 +95,7 @@ class Programs:
         made = self._strategy.of_first(_task.initial(self._task, key, batch))
         # Copied, because steps donate them and the caller may keep the arrays that init returned.
         params, model_state = self._strategy.placed(made, self._strategy.common)
+        del made  # Makes room for the optimizer's state.
         numeric.differentiable(params)
         piece, *_ = self._first_pieces(batch, processes)
         args = params, model_state, *piece.inputs

@@ -159,12 +159,12 @@ BUGS = [
     ),
     Bug(
         "all micro-batches of a device draw from the same key",
-        "Window.run",
+        "Window.call",
         "device.index() * self.k + index",
         "device.index() * self.k",
         CORE,
     ),
-    Bug("all devices draw from the same keys", "Window.run", "device.index() * self.k + index", "index", CORE),
+    Bug("all devices draw from the same keys", "Window.call", "device.index() * self.k + index", "index", CORE),
     Bug("sums are averaged over the devices", "MappedAxis.joined", "jax.lax.psum", "jax.lax.pmean", CORE),
     Bug("bfloat16 sums are all-reduced in bfloat16", "MappedAxis.joined", "layout.wide(x)", "x", CORE),
     Bug(
@@ -247,7 +247,7 @@ BUGS = [
     ),
     Bug("the host: what counts is added afterwards", "on_each", "False if counts else None", "None", "host_weight"),
     Bug("sums from outside of the mesh", "Gradient.__call__", "layout.in_context(x)", "x", "host_weight"),
-    Bug("the gradient lacks the derivative of the weight", "Window.run", "traced.weight_varies()", "False", CORE),
+    Bug("the gradient lacks the derivative of the weight", "Window.sums", "traced.weight_varies()", "False", CORE),
     Bug(
         "a micro-step accepts a weight that depends on the parameters",
         "Traced.refuse_varying_weight",
@@ -1025,7 +1025,7 @@ BUGS = [
     ),
     Bug(
         "a window with weights from the data adds nothing in place",
-        "Window.run",
+        "Window.sums",
         "None if substituted.weights is None else False",
         "None",
         "substitution",

@@ -1,6 +1,7 @@
 """Devices: where local sums live and how they are reduced, in three types with the same methods."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -91,6 +92,22 @@ class OneDevice(_Defaults):
         """Averages the inexact leaves of a local tree over the devices; all other leaves must be equal."""
         return tree
 
+    def gathered(self, tree: Tree) -> Tree:
+        """Concatenates the rows of all devices, in their order; the result is the same on all devices."""
+        return tree
+
+    def part(self, tree: Tree) -> Tree:
+        """The rows of this device in a gathered tree."""
+        return tree
+
+    def once(self, tree: Tree) -> Tree:
+        """Converts `tree`, the same on all devices, to a local tree whose sum over the devices it is."""
+        return tree
+
+    def common(self, tree: Tree) -> Tree:
+        """Converts a local tree that is the same on all devices to one tree."""
+        return tree
+
 
 @dataclasses.dataclass(frozen=True)
 class MappedAxis(_Defaults):
@@ -156,6 +173,36 @@ class MappedAxis(_Defaults):
             return jax.lax.pmax(x.astype(jnp.uint8) if x.dtype == bool else x, self.names).astype(x.dtype)
 
         return jax.tree.map(leaf, self.local(tree))
+
+    def gathered(self, tree: Tree) -> Tree:
+        """Concatenates the rows of all devices, in their order; the result does not vary over the axis."""
+        gather = functools.partial(jax.lax.all_gather, axis_name=self.names, tiled=True, to="invarying")
+        return jax.tree.map(gather, self.local(tree))
+
+    def part(self, tree: Tree) -> Tree:
+        """The rows of this device in a gathered tree."""
+
+        def leaf(x):
+            rows = x.shape[0] // self.size()
+            return jax.lax.dynamic_slice_in_dim(x, self.index() * rows, rows)
+
+        return jax.tree.map(leaf, self.local(tree))
+
+    def once(self, tree: Tree) -> Tree:
+        """Converts `tree`, the same on all devices, to a local tree whose sum over the devices it is."""
+        is_first = self.index() == 0
+        return jax.tree.map(lambda x: jnp.where(is_first, x, jnp.zeros_like(x)), self.local(tree))
+
+    def common(self, tree: Tree) -> Tree:
+        """Casts a local tree that is the same on all devices to one that does not vary over the axis."""
+
+        def leaf(x):
+            if not self.varies(x):
+                return x
+            numbers = x.astype(jnp.uint8) if x.dtype == bool else x
+            return jax.lax.psum(self.once(numbers), self.names).astype(x.dtype)
+
+        return jax.tree.map(leaf, tree)
 
     def varies(self, leaf: Any) -> bool:
         return any(name in varying.axes(leaf) for name in self.names)

@@ -1,7 +1,6 @@
 """Devices: where local sums live and how they are reduced, in three types with the same methods."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -93,7 +92,7 @@ class OneDevice(_Defaults):
         return tree
 
     def gathered(self, tree: Tree) -> Tree:
-        """Concatenates the rows of all devices, in their order; the result is the same on all devices."""
+        """Concatenates the rows of all devices, in their order."""
         return tree
 
     def part(self, tree: Tree) -> Tree:
@@ -101,7 +100,7 @@ class OneDevice(_Defaults):
         return tree
 
     def once(self, tree: Tree) -> Tree:
-        """Converts `tree`, the same on all devices, to a local tree whose sum over the devices it is."""
+        """Zeros in place of a local tree that is the same on all devices, on all but one: their sum is the tree."""
         return tree
 
     def common(self, tree: Tree) -> Tree:
@@ -175,9 +174,8 @@ class MappedAxis(_Defaults):
         return jax.tree.map(leaf, self.local(tree))
 
     def gathered(self, tree: Tree) -> Tree:
-        """Concatenates the rows of all devices, in their order; the result does not vary over the axis."""
-        gather = functools.partial(jax.lax.all_gather, axis_name=self.names, tiled=True, to="invarying")
-        return jax.tree.map(gather, self.local(tree))
+        """Concatenates the rows of all devices, in their order."""
+        return jax.tree.map(lambda x: jax.lax.all_gather(x, self.names, tiled=True), self.local(tree))
 
     def part(self, tree: Tree) -> Tree:
         """The rows of this device in a gathered tree."""
@@ -186,23 +184,16 @@ class MappedAxis(_Defaults):
             rows = x.shape[0] // self.size()
             return jax.lax.dynamic_slice_in_dim(x, self.index() * rows, rows)
 
-        return jax.tree.map(leaf, self.local(tree))
+        return jax.tree.map(leaf, tree)
 
     def once(self, tree: Tree) -> Tree:
-        """Converts `tree`, the same on all devices, to a local tree whose sum over the devices it is."""
+        """Zeros in place of a local tree that is the same on all devices, on all but one: their sum is the tree."""
         is_first = self.index() == 0
-        return jax.tree.map(lambda x: jnp.where(is_first, x, jnp.zeros_like(x)), self.local(tree))
+        return jax.tree.map(lambda x: jnp.where(is_first, x, jnp.zeros_like(x)), tree)
 
     def common(self, tree: Tree) -> Tree:
         """Casts a local tree that is the same on all devices to one that does not vary over the axis."""
-
-        def leaf(x):
-            if not self.varies(x):
-                return x
-            numbers = x.astype(jnp.uint8) if x.dtype == bool else x
-            return jax.lax.psum(self.once(numbers), self.names).astype(x.dtype)
-
-        return jax.tree.map(leaf, tree)
+        return jax.tree.map(lambda x: self.averaged(x) if self.varies(x) else x, tree)
 
     def varies(self, leaf: Any) -> bool:
         return any(name in varying.axes(leaf) for name in self.names)

@@ -37,8 +37,7 @@ class Coupled(NamedTuple):
         Returns (local sums of the gradient, the axes over which each is already reduced, the loss, aux).
         """
         window, batch = self.window, self.window.roles.batch
-        whole = weighted_sum.arrays(window.differentiated(args))
-        params = device.local(whole)
+        params = device.local(weighted_sum.arrays(window.differentiated(args)))
         micro_batches = splitting.split(args, batch, window.k, False, remedy="Drop the rest.")
         first = first_step(device, micro_batches, [])
         call = window.call(device, args, kwargs)
@@ -49,8 +48,7 @@ class Coupled(NamedTuple):
         encoder = Encoder.trace(prepared.fun, prepared.params, *first)
 
         rows = device.gathered(encoder.rows(device, prepared.params, micro_batches, window.k))
-        # Not cast to varying where that is possible: the loss is then known to be the same on all devices.
-        visible = prepared.params if callable(prepare) else whole
+        visible = prepared.params if callable(prepare) else params
         value, aux, (direct, cotangents) = self._gradient(device, encoder, visible, rows)
 
         cotangents = splitting.split((*args, device.part(cotangents)), (*batch, len(args)), window.k, False)

@@ -1061,6 +1061,62 @@ BUGS = [
     ),
     Bug("a share that is known to count is selected", "Programs._micro_step", "counts", "False", "programs"),
     Bug("the host: a plain loss of no examples counts", "objective.returned", "_examples(batch)", "1", "programs"),
+    Bug(
+        "a coupled loss counts once a device",
+        "MappedAxis.once",
+        "jnp.where(is_first, x, jnp.zeros_like(x))",
+        "x",
+        "coupled",
+    ),
+    Bug(
+        "all devices apply the cotangents of the first one's rows",
+        "MappedAxis.part",
+        "self.index() * rows",
+        "0",
+        "coupled",
+    ),
+    Bug(
+        "the two passes of a coupled window draw different masks",
+        "Encoder.rows",
+        "device.local(i)",
+        "device.local(i + 1)",
+        "coupled",
+    ),
+    Bug(
+        "a coupled loss sees its examples in the order of the micro-batches",
+        "Encoder.rows",
+        "x.swapaxes(0, 1).reshape(-1, *x.shape[2:])",
+        "x.reshape(-1, *x.shape[2:])",
+        "coupled",
+    ),
+    Bug(
+        "the gradient of a coupled loss by what prepare returns is lost",
+        "Coupled.run",
+        "prepared.transpose(weighted_sum.add(grads, direct), window.k)",
+        "prepared.transpose(grads, window.k)",
+        "coupled",
+    ),
+    Bug(
+        "a coupled loss sees parameters that are not prepared",
+        "Coupled.run",
+        "prepared.params if callable(prepare) else params",
+        "params",
+        "coupled",
+    ),
+    Bug(
+        "cast does not look at a coupled loss",
+        "Coupled._seeing",
+        "(call(params, *first), self._returned(params, rows))",
+        "call(params, *first)",
+        "coupled",
+    ),
+    Bug(
+        "a coupled loss gathers representations a second time",
+        "Coupled._gradient",
+        "jaxprs.axes(eqn).intersection(device.names)",
+        "False",
+        "coupled",
+    ),
 ]
 
 

@@ -1,8 +1,8 @@
 """The drivers of the matrix: each makes a window, a function of (params, batch, extras, k) that returns a dict.
 
 `value_and_grad` gives value, grads and, where the loss has them, carry and aux. `coupled` gives value and grads: each
-micro-batch's loss is in the rows of its representations, and the coupled loss divides their sums. Streams start from a fresh state, run K
-micro-steps with an optimizer that subtracts the gradient, and give losses and grads.
+micro-batch's loss is in the rows of its representations, and the coupled loss divides their sums. Streams start from a
+fresh state, run K micro-steps with an optimizer that subtracts the gradient, and give losses and grads.
 """
 
 import functools

@@ -21,8 +21,10 @@ def checked(
     grad_dtype: Any,
     args: Sequence[Tree],
     kwargs: dict[str, Tree],
+    *,
+    can_stack: bool = True,
 ) -> Any:
-    """Checks the arguments, and returns `run(args, kwargs)`, compiled."""
+    """Checks the arguments, and returns `run(args, kwargs)`, compiled; `can_stack`: the caller offers `stacked`."""
     numeric.available("accumulator_dtype", window.accumulator_dtype)
     numeric.available("grad_dtype", grad_dtype)
     window.roles.check(args, kwargs)
@@ -33,7 +35,7 @@ def checked(
     numeric.differentiable(params)
     placement.placed(params, sync)
     put = lambda traced: run([traced.get(i, arg) for i, arg in enumerate(args)], kwargs)
-    with window.roles.hints(args, kwargs, window.k, window.stacked):
+    with window.roles.hints(args, kwargs, window.k, window.stacked or not can_stack):
         return eager.call_compiled(put, {i: args[i] for i in window.roles.all()})
 
 

@@ -124,7 +124,7 @@ def coupled_value_and_grad(
     run = functools.partial(_coupled, Coupled(window, loss, has_aux), sync, grad_dtype)
 
     def value_and_grad(*args, **kwargs):
-        return call.checked(run, window, sync, grad_dtype, args, kwargs)
+        return call.checked(run, window, sync, grad_dtype, args, kwargs, can_stack=False)
 
     return value_and_grad
 

@@ -185,7 +185,7 @@ def test_argnums_name_several_arguments_in_their_order(x64):
     encode_by = lambda towers, scale, data, head, *, shift: encode(
         {**towers, **head}, {**data, "image": data["image"] * scale + shift * head["bias"]}
     )
-    loss = lambda head, towers, rows: info_nce({**head, **towers}, rows)
+    loss = lambda head, towers, rows: info_nce(head, rows) + jnp.sum(towers["shared"] ** 2)
     options = {"argnums": (3, 0), "batch_argnums": 2}
     args = towers, jnp.asarray([1.0, 2.0, 3.0]), batch(), head
     got = jaxaccum.coupled_value_and_grad(encode_by, loss, 4, **options)(*args, shift=0.5)
@@ -339,6 +339,9 @@ def test_dtypes(x64):
     assert dtypes(p) == {"bfloat16"}
     assert dtypes(p, grad_dtype=jnp.float32) == {"float32"}
     assert_close(fun(accumulator_dtype=jnp.bfloat16)(params(), batch()), alone(info_nce, params(), batch()))
+    p = jax.tree.map(lambda x: x.astype(jnp.float32), params())
+    compare = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(compare, fun()(p, batch()), alone(info_nce, p, batch()))
 
 
 def test_memory():
@@ -357,14 +360,11 @@ def test_memory():
 
 def test_stacked_layers_are_added_in_place():
     """Catches a loop of its own, that does not use the one gradient of a window."""
-    p = {"layers": jnp.ones((8, 64, 64)) / 64}
+    p = {"layers": jnp.ones((16, 64, 64))}
     loss = lambda p, rows: jnp.sum((rows.T @ rows) ** 2)
-    x = jnp.ones((8, 64))
-
-    def temporary(fun):
-        return jax.jit(fun).lower(p, x).compile().memory_analysis().temp_size_in_bytes
-
-    assert temporary(jaxaccum.coupled_value_and_grad(layers, loss, 4)) < 1.5 * p["layers"].nbytes
+    fun = jaxaccum.coupled_value_and_grad(layers, loss, 4)
+    program = jax.jit(fun).lower(p, jnp.ones((8, 64))).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 0.5 * p["layers"].nbytes
 
 
 def test_nothing_is_traced_more_than_it_needs():

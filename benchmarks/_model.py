@@ -69,18 +69,22 @@ class Model:
 
     def _losses(self, params: Tree, tokens: jax.Array) -> jax.Array:
         """The cross-entropy of each next token, (N, T) float32."""
-        x = (params["embedding"][tokens[:, :-1]] + params["positions"]).astype(jnp.bfloat16)
+        x = self.hidden(params, tokens[:, :-1])
+        logits = (x @ params["embedding"].astype(jnp.bfloat16).T).astype(jnp.float32)
+        # By comparison, which fuses with the sum and whose transpose is elementwise; that of indexing is a scatter.
+        targets = tokens[:, 1:, None] == jnp.arange(logits.shape[-1])
+        return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(targets, logits, 0), axis=-1)
+
+    def hidden(self, params: Tree, tokens: jax.Array) -> jax.Array:
+        """The normalised residual stream after all layers, (N, T, width) bfloat16; `tokens` is (N, T)."""
+        x = (params["embedding"][tokens] + params["positions"]).astype(jnp.bfloat16)
         forward = jax.checkpoint(self._layer, prevent_cse=self.unrolled) if self.remat else self._layer
         if self.unrolled:
             for layer in params["layers"]:
                 x = forward(layer, x)
         else:
             x, _ = jax.lax.scan(lambda x, layer: (forward(layer, x), None), x, params["layers"])
-        x = _normalised(params["norm"], x)
-        logits = (x @ params["embedding"].astype(jnp.bfloat16).T).astype(jnp.float32)
-        # By comparison, which fuses with the sum and whose transpose is elementwise; that of indexing is a scatter.
-        targets = tokens[:, 1:, None] == jnp.arange(logits.shape[-1])
-        return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(targets, logits, 0), axis=-1)
+        return _normalised(params["norm"], x)
 
     def _layer(self, layer: Tree, x: jax.Array) -> jax.Array:
         """Attention and MLP on a residual stream (N, T, width), bfloat16."""

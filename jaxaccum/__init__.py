@@ -19,6 +19,7 @@ from jaxaccum._multi_steps.state import MultiStepsState, set_every_k
 from jaxaccum._schedule import AccumulationSchedule
 from jaxaccum._sums.weighted_sum import Weighted
 from jaxaccum._window.api import value_and_grad
+from jaxaccum._window.coupled_api import coupled_value_and_grad
 
 if _typing.TYPE_CHECKING:
     from jaxaccum import callbacks as callbacks
@@ -39,6 +40,7 @@ __all__ = [
     "Weighted",
     "cast",
     "collectives",
+    "coupled_value_and_grad",
     "local_value_and_grad",
     "set_every_k",
     "value_and_grad",

@@ -159,12 +159,12 @@ BUGS = [
     ),
     Bug(
         "all micro-batches of a device draw from the same key",
-        "Window.run",
+        "Window.call",
         "device.index() * self.k + index",
         "device.index() * self.k",
         CORE,
     ),
-    Bug("all devices draw from the same keys", "Window.run", "device.index() * self.k + index", "index", CORE),
+    Bug("all devices draw from the same keys", "Window.call", "device.index() * self.k + index", "index", CORE),
     Bug("sums are averaged over the devices", "MappedAxis.joined", "jax.lax.psum", "jax.lax.pmean", CORE),
     Bug("bfloat16 sums are all-reduced in bfloat16", "MappedAxis.joined", "layout.wide(x)", "x", CORE),
     Bug(
@@ -247,7 +247,7 @@ BUGS = [
     ),
     Bug("the host: what counts is added afterwards", "on_each", "False if counts else None", "None", "host_weight"),
     Bug("sums from outside of the mesh", "Gradient.__call__", "layout.in_context(x)", "x", "host_weight"),
-    Bug("the gradient lacks the derivative of the weight", "Window.run", "traced.weight_varies()", "False", CORE),
+    Bug("the gradient lacks the derivative of the weight", "Window.sums", "traced.weight_varies()", "False", CORE),
     Bug(
         "a micro-step accepts a weight that depends on the parameters",
         "Traced.refuse_varying_weight",
@@ -720,8 +720,8 @@ BUGS = [
     ),
     Bug(
         "half-precision copies are made where no gradient is added in place",
-        "Window.run",
-        "substituted.weights is None and prepared.loss.has_weight and not self.in_place",
+        "Window._prepared",
+        "traced.has_weight and substitution.of(traced, micro_batches, self.k, carry).weights is None",
         "False",
         "in_place_sums",
     ),
@@ -1053,7 +1053,7 @@ BUGS = [
     ),
     Bug(
         "a window with weights from the data adds nothing in place",
-        "Window.run",
+        "Window.sums",
         "None if substituted.weights is None else False",
         "None",
         "substitution",
@@ -1089,6 +1089,62 @@ BUGS = [
     ),
     Bug("a share that is known to count is selected", "Programs._micro_step", "counts", "False", "programs"),
     Bug("the host: a plain loss of no examples counts", "objective.returned", "_examples(batch)", "1", "programs"),
+    Bug(
+        "a coupled loss counts once a device",
+        "MappedAxis.once",
+        "jnp.where(is_first, x, jnp.zeros_like(x))",
+        "x",
+        "coupled",
+    ),
+    Bug(
+        "all devices apply the cotangents of the first one's rows",
+        "MappedAxis.part",
+        "self.index() * rows",
+        "0",
+        "coupled",
+    ),
+    Bug(
+        "the two passes of a coupled window draw different masks",
+        "Encoder.rows",
+        "device.local(i)",
+        "device.local(i + 1)",
+        "coupled",
+    ),
+    Bug(
+        "a coupled loss sees its examples in the order of the micro-batches",
+        "Encoder.rows",
+        "x.swapaxes(0, 1).reshape(-1, *x.shape[2:])",
+        "x.reshape(-1, *x.shape[2:])",
+        "coupled",
+    ),
+    Bug(
+        "the gradient of a coupled loss by what prepare returns is lost",
+        "Coupled.run",
+        "prepared.transpose(weighted_sum.add(grads, direct), window.k)",
+        "prepared.transpose(grads, window.k)",
+        "coupled",
+    ),
+    Bug(
+        "a coupled loss sees parameters that are not prepared",
+        "Coupled.run",
+        "prepared.params if callable(prepare) else params",
+        "params",
+        "coupled",
+    ),
+    Bug(
+        "cast does not look at a coupled loss",
+        "Coupled._seeing",
+        "(call(params, *first), self._returned(params, rows))",
+        "call(params, *first)",
+        "coupled",
+    ),
+    Bug(
+        "a coupled loss gathers representations a second time",
+        "Coupled._gradient",
+        "jaxprs.axes(eqn).intersection(device.names)",
+        "False",
+        "coupled",
+    ),
 ]
 
 

@@ -91,6 +91,22 @@ class OneDevice(_Defaults):
         """Averages the inexact leaves of a local tree over the devices; all other leaves must be equal."""
         return tree
 
+    def gathered(self, tree: Tree) -> Tree:
+        """Concatenates the rows of all devices, in their order."""
+        return tree
+
+    def part(self, tree: Tree) -> Tree:
+        """The rows of this device in a gathered tree."""
+        return tree
+
+    def once(self, tree: Tree) -> Tree:
+        """Zeros in place of a local tree that is the same on all devices, on all but one: their sum is the tree."""
+        return tree
+
+    def common(self, tree: Tree) -> Tree:
+        """Converts a local tree that is the same on all devices to one tree."""
+        return tree
+
 
 @dataclasses.dataclass(frozen=True)
 class MappedAxis(_Defaults):
@@ -156,6 +172,28 @@ class MappedAxis(_Defaults):
             return jax.lax.pmax(x.astype(jnp.uint8) if x.dtype == bool else x, self.names).astype(x.dtype)
 
         return jax.tree.map(leaf, self.local(tree))
+
+    def gathered(self, tree: Tree) -> Tree:
+        """Concatenates the rows of all devices, in their order."""
+        return jax.tree.map(lambda x: jax.lax.all_gather(x, self.names, tiled=True), self.local(tree))
+
+    def part(self, tree: Tree) -> Tree:
+        """The rows of this device in a gathered tree."""
+
+        def leaf(x):
+            rows = x.shape[0] // self.size()
+            return jax.lax.dynamic_slice_in_dim(x, self.index() * rows, rows)
+
+        return jax.tree.map(leaf, tree)
+
+    def once(self, tree: Tree) -> Tree:
+        """Zeros in place of a local tree that is the same on all devices, on all but one: their sum is the tree."""
+        is_first = self.index() == 0
+        return jax.tree.map(lambda x: jnp.where(is_first, x, jnp.zeros_like(x)), tree)
+
+    def common(self, tree: Tree) -> Tree:
+        """Casts a local tree that is the same on all devices to one that does not vary over the axis."""
+        return jax.tree.map(lambda x: self.averaged(x) if self.varies(x) else x, tree)
 
     def varies(self, leaf: Any) -> bool:
         return any(name in varying.axes(leaf) for name in self.names)

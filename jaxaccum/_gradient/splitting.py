@@ -26,7 +26,12 @@ class MicroBatches(NamedTuple):
         return jax.tree.map(leaf, self.arrays)
 
 
-def split(args: Sequence[Tree], argnums: Sequence[int], k: Any, stacked: bool) -> MicroBatches:
+_REMEDY = "Drop or pad the rest (Weighted losses count only what is real)."
+
+
+def split(
+    args: Sequence[Tree], argnums: Sequence[int], k: Any, stacked: bool, *, remedy: str = _REMEDY
+) -> MicroBatches:
     """Splits the batch arguments into micro-batches: micro-batch i is rows i, i + K, i + 2K, ... of each leaf.
 
     With this split, a batch that is sharded over devices doesn't move: each device has rows of every micro-batch.
@@ -49,7 +54,7 @@ def split(args: Sequence[Tree], argnums: Sequence[int], k: Any, stacked: bool) -
         nearest = f"{below} and {above}" if below else f"{above}"
         raise ValueError(
             f"a batch of {length} examples can't be split into num_micro_batches={k} equal micro-batches; nearest "
-            f"sizes that can: {nearest}. Drop or pad the rest (Weighted losses count only what is real)."
+            f"sizes that can: {nearest}. {remedy}"
         )
     _check_layout(args, argnums, length // k)
 

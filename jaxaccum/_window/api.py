@@ -9,14 +9,14 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jaxaccum._devices import mesh_map, placement
-from jaxaccum._devices.topology import MappedAxis, MeshAxis, OneDevice
+from jaxaccum._devices.topology import MappedAxis, MeshAxis
 from jaxaccum._gradient import in_place_sums, once_per_window, splitting
 from jaxaccum._gradient.roles import Roles
 from jaxaccum._integers import positive_int
-from jaxaccum._jax import eager, prng
 from jaxaccum._sums import numeric, overwrites, weighted_sum
 from jaxaccum._sums.weighted_sum import Weighted
 from jaxaccum._types import Tree
+from jaxaccum._window import call
 from jaxaccum._window.loop import Window
 
 
@@ -145,25 +145,15 @@ def value_and_grad(
     sync = placement.select_sync(axis_name, mesh, data_axis, reduce=reduce)
 
     def value_and_grad(*args, **kwargs):
-        numeric.available("accumulator_dtype", accumulator_dtype)
-        numeric.available("grad_dtype", grad_dtype)
-        window.roles.check(args, kwargs)
-        placement.in_map(sync)
-        if not (isinstance(sync, OneDevice) and isinstance(window.k, int) and window.k == 1):
-            prng.refuse_shared(args, kwargs, window.roles.all())
-        params = window.differentiated(args)
-        numeric.differentiable(params)
-        placement.placed(params, sync)
-        with window.roles.hints(args, kwargs, window.k, stacked):
-            traced = {i: args[i] for i in window.roles.all()}
-            return eager.call_compiled(functools.partial(_window_of, window, sync, grad_dtype, args, kwargs), traced)
+        return call.checked(
+            functools.partial(_window_of, window, sync, grad_dtype), window, sync, grad_dtype, args, kwargs
+        )
 
     return value_and_grad
 
 
-def _window_of(window, sync, grad_dtype, args, kwargs, traced):
-    """The result of `value_and_grad`; `traced` maps argument numbers to their replacements."""
-    args = [traced.get(i, arg) for i, arg in enumerate(args)]
+def _window_of(window, sync, grad_dtype, args, kwargs):
+    """The result of `value_and_grad`."""
     params = window.differentiated(args)
     if isinstance(sync, MeshAxis):
         sums, like, carry, aux = _on_mesh(window, sync, args, kwargs)
@@ -172,8 +162,7 @@ def _window_of(window, sync, grad_dtype, args, kwargs, traced):
         sums = Weighted((sync.joined(sums.total[0]), sync.joined(sums.total[1], reduced)), sync.joined(sums.weight))
     value, grads = weighted_sum.mean(sums, (like, params))
     grads = overwrites.kept(grads, params, sums.weight == 0)
-    grads = jax.tree.map(lambda g, p: g.astype(grad_dtype or jnp.result_type(p)), grads, params)
-    return window.pack(value.astype(like.dtype), carry, aux), sync.like(grads, params)
+    return window.pack(value.astype(like.dtype), carry, aux), call.finished(grads, params, sync, grad_dtype)
 
 
 def _on_mesh(window, sync, args, kwargs):
@@ -182,11 +171,7 @@ def _on_mesh(window, sync, args, kwargs):
 
     def body(k, *args, **kwargs):
         sums, reduced, like, carry, aux = window._replace(k=k).run(MappedAxis(sync.names), args, kwargs)
-        if any(jax.tree.leaves(reduced)):
-            raise ValueError(
-                f"prepare gathers over data_axis={sync.names!r}, but with mesh= it sees whole parameters: those that "
-                "lie split over the data axis have been gathered before it runs, once a window. Leave the gather out."
-            )
+        call.refuse_gathers(reduced, sync)
         return jax.tree.map(lambda x: x[None], sums), like, carry, jax.tree.map(lambda x: x[:, None], aux)
 
     out_specs = P(sync.names), P(), P(), P(None, sync.names)

@@ -1,5 +1,6 @@
 """One device's window: local sums of loss and gradient over its micro-batches, before any reduction."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -8,13 +9,13 @@ import jax.numpy as jnp
 
 from jaxaccum._devices import layout
 from jaxaccum._devices.topology import MappedAxis, OneDevice
-from jaxaccum._gradient import hoisting, micro_gradient, once_per_window, splitting, substitution, sum_packing
-from jaxaccum._gradient.casting import Cast
+from jaxaccum._gradient import micro_gradient, splitting, substitution, sum_packing
 from jaxaccum._gradient.roles import Roles
 from jaxaccum._jax import core, prng
 from jaxaccum._sums import traced_loss, weighted_sum
 from jaxaccum._sums.weighted_sum import Weighted
 from jaxaccum._types import Tree
+from jaxaccum._window import once
 
 
 class Window(NamedTuple):
@@ -44,65 +45,76 @@ class Window(NamedTuple):
         Returns (local sums of loss and gradient, the axes over which each gradient is already reduced, a zero of the
         loss's dtype, the carry averaged over the devices, aux).
         """
-        params = weighted_sum.arrays(self.differentiated(args))
+        params = device.local(weighted_sum.arrays(self.differentiated(args)))
         micro_batches = splitting.split(args, self.roles.batch, self.k, self.stacked)
         # As leaves, because loops compare tree structures and not every pytree class supports comparison.
         leaves, carry_structure = jax.tree.flatten(tuple(args[i] for i in self.roles.carry))
         carry = prng.fold_beyond_first(device.local(list(map(_strong, leaves))), device.index())
+        call = self.call(device, args, kwargs)
 
         def loss(seen, index, batch, carry):
+            old_carry = carry_structure.unflatten(carry)
+            value, new_carry, aux = self.unpack(call(seen, index, batch, old_carry))
+            return value, (_carried(new_carry, old_carry), aux)
+
+        first = first_step(device, micro_batches, carry)
+        prepared = self._prepared(device, loss, params, first, micro_batches, carry)
+        sums, like, carry, aux = self.sums(device, prepared.fun, prepared.params, micro_batches, carry)
+        sums = Weighted((sums.total[0], prepared.transpose(sums.total[1], self.k)), sums.weight)
+        return sums, prepared.reduced, like, carry_structure.unflatten(device.averaged(carry)), aux
+
+    def call(self, device: OneDevice | MappedAxis, args: Sequence[Tree], kwargs: dict[str, Tree]) -> Callable[..., Any]:
+        """Returns `fun` as a function of (differentiated arguments, index of a micro-batch, its batch, carry)."""
+
+        def call(seen, index, batch, carry):
             differentiated = (seen,) if isinstance(self.argnums, int) else seen
             number = device.index() * self.k + index
             keys = tuple(prng.fold(args[i], number) for i in self.roles.keys)
-            old_carry = carry_structure.unflatten(carry)
-            returned = self.fun(*self.roles.put(args, differentiated, batch, keys, old_carry), **kwargs)
-            value, new_carry, aux = self.unpack(returned)
-            return value, (_carried(new_carry, old_carry), aux)
+            return self.fun(*self.roles.put(args, differentiated, batch, keys, carry), **kwargs)
 
-        # Cast to varying before any use, so that the backward pass does not reduce the gradients.
-        params = device.local(params)
-        first = (device.local(jnp.zeros((), jnp.int32)), micro_batches.take(0), carry)
-        is_single = isinstance(self.k, int) and self.k == 1
-        adds = self.in_place is not False and not is_single
-        prepared = self._prepared(device, loss, params, first, in_place=adds)
-        substituted = substitution.Substitution()
-        if not is_single:
-            substituted = substitution.of(prepared.loss, micro_batches, self.k, carry)
-        if substituted.weights is None and prepared.loss.has_weight and not self.in_place:
-            prepared = self._prepared(device, loss, params, first, in_place=False)
-        (seen, traced, transpose, reduced), mean = prepared, None
+        return call
+
+    def sums(
+        self,
+        device: OneDevice | MappedAxis,
+        loss: Callable[..., Any],
+        seen: Tree,
+        micro_batches: splitting.MicroBatches,
+        carry: list[jax.Array],
+    ) -> tuple[Weighted, jax.Array, list[jax.Array], Tree]:
+        """Sums `loss(seen, index, batch, carry) -> (loss, (new carry, aux))` and its gradient over the micro-batches.
+
+        Returns (local sums of loss and gradient, a zero of the loss's dtype, the last carry, aux).
+        """
+        first = first_step(device, micro_batches, carry)
+        traced, mean = traced_loss.trace(loss, seen, *first), None
+        traced.refuse_reduced(device.names)
         if traced.weight_varies():
             mean = self._mean(device, traced, seen, carry, micro_batches)
             traced = traced.less(mean)
-        if is_single:
+        if isinstance(self.k, int) and self.k == 1:
             sums, like, carry, aux = _only(traced, seen, *first)
         else:
             start = device.local(self._start(seen))
+            substituted = substitution.of(traced, micro_batches, self.k, carry)
             drops = None if substituted.weights is None else False
             gradient = micro_gradient.of(traced, self.in_place, start.total[1], drops=drops)
             sums, like, carry, aux = self._sum(device, gradient, substituted, seen, start, carry, micro_batches)
-        total, grads = sums.total
-        total = total if mean is None else total + mean * sums.weight
-        sums = Weighted((total, transpose(grads, self.k)), sums.weight)
-        return sums, reduced, like, carry_structure.unflatten(device.averaged(carry)), aux
+        if mean is not None:
+            sums = Weighted((sums.total[0] + mean * sums.weight, sums.total[1]), sums.weight)
+        return sums, like, carry, aux
 
-    def _prepared(self, device, loss, params, first, in_place: bool) -> "_Prepared":
-        """Computes what `prepare` makes of the parameters; `in_place`: whether gradients may be added in place."""
-        seen, transpose, reduced = params, lambda sums, count: sums, jax.tree.map(lambda _: (), params)
-        if isinstance(self.prepare, str):
-            narrow = jnp.dtype(self.accumulator_dtype).itemsize < 4
-            visible, loss = hoisting.split(loss, params, *first, in_place=in_place and not narrow)
-        else:
-            visible = self.prepare.seeing(loss, params, *first) if isinstance(self.prepare, Cast) else self.prepare
-            if visible is not None:
-                once_per_window.check_linear(visible, params)
-        if visible is not None:
-            reduced = once_per_window.gathered_axes(visible, params, device.names)
-            seen, transpose = once_per_window.with_transpose(visible, params)
-            seen = device.local(seen)
-        traced = traced_loss.trace(loss, seen, *first)
-        traced.refuse_reduced(device.names)
-        return _Prepared(seen, traced, transpose, reduced)
+    def _prepared(self, device, loss, params, first, micro_batches, carry) -> once.Prepared:
+        """Takes `prepare` out of the loss, for gradients that are added in place if they can be."""
+        prepare = functools.partial(once.of, self.prepare, device, loss, params, *first)
+        single = isinstance(self.k, int) and self.k == 1
+        adds = self.in_place is not False and not single and jnp.dtype(self.accumulator_dtype).itemsize >= 4
+        prepared = prepare(in_place=adds)
+        if adds and self.in_place is None and isinstance(self.prepare, str):
+            traced = traced_loss.trace(prepared.fun, prepared.params, *first)
+            if traced.has_weight and substitution.of(traced, micro_batches, self.k, carry).weights is None:
+                return prepare(in_place=False)
+        return prepared
 
     def _start(self, seen: Tree) -> Weighted:
         return Weighted((_zero(), weighted_sum.zeros(seen, self.accumulator_dtype)), _zero())
@@ -195,20 +207,9 @@ class Window(NamedTuple):
         return value, ((rest, aux) if self.has_aux else rest)
 
 
-class _Prepared(NamedTuple):
-    """What `prepare` makes of the parameters.
-
-    Attributes:
-      seen: the result.
-      loss: the traced loss of `seen`.
-      transpose: maps sums of gradients of `seen`, and their number, to sums of gradients of the parameters.
-      reduced: for each parameter, the axes over which its gradient is then already reduced.
-    """
-
-    seen: Tree
-    loss: traced_loss.Traced
-    transpose: Callable[[Tree, Any], Tree]
-    reduced: Tree
+def first_step(device: OneDevice | MappedAxis, micro_batches: splitting.MicroBatches, carry: Tree) -> tuple[Any, ...]:
+    """The (index, batch arguments, carry) of the first micro-batch, to trace a loss with."""
+    return device.local(jnp.zeros((), jnp.int32)), micro_batches.take(0), carry
 
 
 def _only(traced, seen, index, batch, carry):

@@ -61,6 +61,10 @@ def is_multi_steps(case):
     return DRIVERS[case.driver].is_stream
 
 
+def is_coupled(case):
+    return DRIVERS[case.driver].is_coupled
+
+
 def takes_gradients(case):
     return case.driver in ("update", "apply")
 
@@ -73,6 +77,14 @@ def is_refused_by_the_host(case):
 
 # The first rule that applies says why.
 IMPOSSIBLE = [
+    Rule(
+        "a coupled window carries no state, its aux is not that of micro-batches, and it has no in_place",
+        lambda c: is_coupled(c) and (LOSSES[c.loss].returns_pair or c.in_place in ("in_place", "after")),
+    ),
+    Rule(
+        "a backward pass that is not linear has other results for the cotangents of a coupled loss",
+        lambda c: is_coupled(c) and c.loss in ("custom_vjp", "custom_vjp_of_weights"),
+    ),
     Rule(
         "layers that are cast before they are walked along have another dtype than their sums",
         lambda c: (

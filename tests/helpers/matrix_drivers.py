@@ -1,7 +1,8 @@
 """The drivers of the matrix: each makes a window, a function of (params, batch, extras, k) that returns a dict.
 
-`value_and_grad` gives value, grads and, where the loss has them, carry and aux. Streams start from a fresh state, run K
-micro-steps with an optimizer that subtracts the gradient, and give losses and grads.
+`value_and_grad` gives value, grads and, where the loss has them, carry and aux. `coupled` gives value and grads: each
+micro-batch's loss is in the rows of its representations, and the coupled loss divides their sums. Streams start from a
+fresh state, run K micro-steps with an optimizer that subtracts the gradient, and give losses and grads.
 """
 
 import functools
@@ -28,6 +29,7 @@ class Driver(NamedTuple):
       has_traced_k: it uses the k that the window gets; any other has K.
       is_stream: it returns losses and grads.
       traces: it can be called while jax traces.
+      is_coupled: it has two functions in place of a loss.
     """
 
     make: Callable[..., Any]
@@ -36,6 +38,7 @@ class Driver(NamedTuple):
     has_traced_k: bool = False
     is_stream: bool = True
     traces: bool = True
+    is_coupled: bool = False
 
 
 def value_and_grad(loss, options, where, stacked=False, traced=False):
@@ -49,6 +52,25 @@ def value_and_grad(loss, options, where, stacked=False, traced=False):
         if loss.returns_pair:
             value, rest = value
             return {"value": value, "grads": grads, "aux" if loss.has_aux else "carry": rest}
+        return {"value": value, "grads": grads}
+
+    return window
+
+
+def coupled(loss, options, where):
+    options = {"prepare": options["prepare"], "key_argnums": (2,) if loss.extra == "key" else ()}
+
+    def encode(params, batch, *extra):
+        value, weight, *_ = unpacked(loss, loss.fun(params, batch, *extra))
+        weight = jnp.ones_like(value) if weight is None else weight.astype(value.dtype)
+        row = lambda x: jnp.broadcast_to(x, jax.tree.leaves(batch)[0].shape[:1])
+        return {"total": row(value * weight), "weight": row(weight)}
+
+    ratio = lambda params, rows: jnp.sum(rows["total"]) / jnp.sum(rows["weight"])
+
+    def window(params, batch, extras, k):
+        del k
+        value, grads = jaxaccum.coupled_value_and_grad(encode, ratio, K, **options, **where)(params, batch, *extras)
         return {"value": value, "grads": grads}
 
     return window
@@ -175,6 +197,7 @@ DRIVERS = {
     "traced_k": Driver(
         functools.partial(value_and_grad, stacked=True, traced=True), has_room=True, has_traced_k=True, is_stream=False
     ),
+    "coupled": Driver(coupled, is_stacked=False, is_stream=False, is_coupled=True),
     "micro_step": Driver(functools.partial(micro_step, boundary="counter")),
     "micro_step_static": Driver(functools.partial(micro_step, boundary="static")),
     "micro_step_traced": Driver(functools.partial(micro_step, boundary="traced")),

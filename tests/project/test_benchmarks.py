@@ -115,6 +115,21 @@ def test_memory(tmp_path):
     assert "| one big batch | 4 |" in printed
 
 
+def test_coupled(tmp_path):
+    """Catches a side that compares other rows than its name says."""
+    out = tmp_path / "coupled.json"
+    sides = ["plain window", "coupled", "coupled, auto", "one big batch"]
+    options = ["--batches", "4", "--k", "2", "--repeats", "2", "--out", str(out), "--sides", *sides]
+    printed = run("coupled.py", *TINY, *options, XLA_FLAGS=flags.HURRY)
+    [case] = json.loads(out.read_text())["cases"]
+    assert case["failed"] == {} and list(case["seconds"]) == sides
+    for side, seconds in case["seconds"].items():
+        assert f"| {side} |" in printed
+        assert len(seconds) == 2 and all(math.isfinite(time) and time > 0 for time in seconds)
+        assert (case["difference"][side] > 0.2) == (side == "plain window")
+    assert run("coupled.py", "--table", str(out)) == printed
+
+
 def test_scaling(tmp_path):
     """Catches a side that compiles for each K that it is given."""
     out = tmp_path / "scaling.json"

@@ -57,6 +57,21 @@ def test_digits(tmp_path):
     assert accuracy(run("digits.py", cwd=tmp_path)) >= 0.97
 
 
+def test_contrastive(tmp_path):
+    options = ["--limit", "1200", "--epochs", "4", "--batch-size", "32", "--accumulate", "4", "--out", "out"]
+    printed = run("contrastive.py", *options, cwd=tmp_path)
+    assert printed.startswith("1,050 pairs to train on, 150 held out, 128 in a window")
+
+    records = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    exact, naive = ([x for x in records if x["negatives"] == name] for name in ("exact", "naive"))
+    assert len(exact) == len(naive) == 4
+    # It is harder to find one of 128 than one of 32: at the start, by the difference of their logarithms.
+    assert 0.5 * math.log(4) < exact[0]["loss"] - naive[0]["loss"] < 2 * math.log(4)
+    for side in (exact, naive):
+        assert side[-1]["loss"] < side[0]["loss"] and side[-1]["retrieved"] > 3 / 150
+    assert (tmp_path / "out/retrieval.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_minimal(tmp_path):
     assert accuracy(run("minimal.py", cwd=tmp_path)) >= 0.85
 

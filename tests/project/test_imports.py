@@ -20,6 +20,7 @@ PUBLIC = {
     "Weighted",
     "cast",
     "collectives",
+    "coupled_value_and_grad",
     "local_value_and_grad",
     "set_every_k",
     "value_and_grad",

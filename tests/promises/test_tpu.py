@@ -95,6 +95,16 @@ def test_a_window_lowers(name):
     lower(f, params(), batch(), *rest)
 
 
+def test_a_coupled_window_lowers():
+    """Catches a gather of representations that a TPU has not."""
+    encode = lambda p, data, key: jnp.tanh(data["x"] @ p["w"]) * jax.random.bernoulli(key, 0.5, (len(data["x"]), 4))
+    coupled = lambda p, rows: jnp.mean(jnp.tanh(rows @ rows[::-1].T + p["b"][0]))
+    mesh, data_axis, _ = make("data", "auto")
+    for options in ({"prepare": "auto"}, {"mesh": mesh, "data_axis": data_axis}):
+        f = jaxaccum.coupled_value_and_grad(encode, coupled, K, key_argnums=2, **options)
+        lower(f, params(), batch(), jax.random.key(0))
+
+
 def test_a_window_of_a_traced_k_lowers():
     """Catches a loop with a trip count that must be known."""
     f = lambda p, data, k: jaxaccum.value_and_grad(loss, k, stacked=True)(p, data)

@@ -270,6 +270,10 @@ def averaged(tree: Tree) -> Tree:
     def leaf(x):
         if jnp.issubdtype(x.dtype, jnp.inexact):
             return jnp.mean(layout.wide(x), axis=0).astype(x.dtype)
-        return x[0] if prng.is_typed(x) else jnp.max(x, axis=0)
+        if prng.is_typed(x):  # Not `x[0]`, which an array that is sharded over explicit axes doesn't have.
+            data = jax.random.key_data(x)
+            is_first = jax.lax.broadcasted_iota(jnp.uint32, data.shape, 0) == 0
+            return jax.random.wrap_key_data(jnp.max(data * is_first, axis=0), impl=jax.random.key_impl(x))
+        return jnp.max(x, axis=0)
 
     return jax.tree.map(leaf, tree)

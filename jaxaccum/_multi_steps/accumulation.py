@@ -43,8 +43,12 @@ class Boundary(NamedTuple):
 
 def add(
     config: Config, state: MultiStepsState, micro_batch: MicroBatch, boundary: Boundary, call: Call
-) -> tuple[Tree, MultiStepsState]:
-    """Adds one micro-batch and, at a boundary, runs the inner optimizer: (the result that `call` wants, new state)."""
+) -> tuple[Tree, MultiStepsState, Any]:
+    """Adds one micro-batch and, at a boundary, runs the inner optimizer.
+
+    Returns (the result that `call` wants, new state, whether the micro-batch counts: it has a weight, and is neither
+    skipped nor dropped).
+    """
     weight, grads = micro_batch.weight, weighted_sum.bare(micro_batch.grads)
     averaged = averaged_args.given(config, call.extra_args)
     checks.gradients(grads, state.acc_grads, config.sync)
@@ -92,7 +96,7 @@ def add(
         (mini_step, acc_grads, total_weight, averages, dropped),
         (state.mini_step, state.acc_grads, state.weight, state.averages, state.dropped),
     )
-    return result, new._replace(
+    new = new._replace(
         mini_step=mini_step,
         acc_grads=acc_grads,
         skip_state=skip_state,
@@ -100,6 +104,7 @@ def add(
         averages=config.sync.own(averages),
         dropped=dropped,
     )
+    return result, new, conditions.both(accepted, True if keep is None else keep)
 
 
 def _accepted(config, state, grads, params):

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxaccum._devices import mesh_map, placement
 from jaxaccum._devices.topology import MappedAxis, MeshAxis, OneDevice
 from jaxaccum._gradient import in_place_sums, once_per_window, splitting
+from jaxaccum._gradient.returns import Returns
 from jaxaccum._gradient.roles import Roles
 from jaxaccum._integers import positive_int
 from jaxaccum._jax import eager, prng
@@ -130,8 +131,7 @@ def value_and_grad(
         stacked=stacked,
         argnums=argnums,
         roles=Roles.of(argnums, batch_argnums, key_argnums, carry_argnums),
-        has_aux=has_aux,
-        carry_argnums=carry_argnums,
+        returns=Returns(has_aux, carry_argnums),
         prepare=prepare,
         accumulator_dtype=accumulator_dtype,
         in_place=in_place,
@@ -172,7 +172,7 @@ def _window_of(window, sync, grad_dtype, args, kwargs, traced):
     value, grads = weighted_sum.mean(sums, (like, params))
     grads = overwrites.kept(grads, params, sums.weight == 0)
     grads = jax.tree.map(lambda g, p: g.astype(grad_dtype or jnp.result_type(p)), grads, params)
-    return window.pack(value.astype(like.dtype), carry, aux), sync.like(grads, params)
+    return window.returns.pack(value.astype(like.dtype), carry, aux), sync.like(grads, params)
 
 
 def _on_mesh(window, sync, args, kwargs):

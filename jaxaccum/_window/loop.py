@@ -10,6 +10,7 @@ from jaxaccum._devices import layout
 from jaxaccum._devices.topology import MappedAxis, OneDevice
 from jaxaccum._gradient import hoisting, micro_gradient, once_per_window, splitting, substitution, sum_packing
 from jaxaccum._gradient.casting import Cast
+from jaxaccum._gradient.returns import Carry, Returns
 from jaxaccum._gradient.roles import Roles
 from jaxaccum._jax import core, prng
 from jaxaccum._sums import traced_loss, weighted_sum
@@ -25,8 +26,7 @@ class Window(NamedTuple):
     stacked: bool
     argnums: int | Sequence[int]
     roles: Roles
-    has_aux: bool
-    carry_argnums: int | Sequence[int] | None
+    returns: Returns
     prepare: Callable[[Tree], Tree] | str | None
     accumulator_dtype: Any
     in_place: bool | None
@@ -46,18 +46,16 @@ class Window(NamedTuple):
         """
         params = weighted_sum.arrays(self.differentiated(args))
         micro_batches = splitting.split(args, self.roles.batch, self.k, self.stacked)
-        # As leaves, because loops compare tree structures and not every pytree class supports comparison.
-        leaves, carry_structure = jax.tree.flatten(tuple(args[i] for i in self.roles.carry))
-        carry = prng.fold_beyond_first(device.local(list(map(_strong, leaves))), device.index())
+        given = Carry.of([args[i] for i in self.roles.carry])
+        carry = given.local(device)
 
         def loss(seen, index, batch, carry):
             differentiated = (seen,) if isinstance(self.argnums, int) else seen
             number = device.index() * self.k + index
             keys = tuple(prng.fold(args[i], number) for i in self.roles.keys)
-            old_carry = carry_structure.unflatten(carry)
-            returned = self.fun(*self.roles.put(args, differentiated, batch, keys, old_carry), **kwargs)
-            value, new_carry, aux = self.unpack(returned)
-            return value, (_carried(new_carry, old_carry), aux)
+            returned = self.fun(*self.roles.put(args, differentiated, batch, keys, given.trees(carry)), **kwargs)
+            value, new_carry, aux = self.returns.unpack(returned)
+            return value, (given.renewed(new_carry), aux)
 
         # Cast to varying before any use, so that the backward pass does not reduce the gradients.
         seen = params = device.local(params)
@@ -90,7 +88,7 @@ class Window(NamedTuple):
         total, grads = sums.total
         total = total if mean is None else total + mean * sums.weight
         sums = Weighted((total, transpose(grads, self.k)), sums.weight)
-        return sums, reduced, like, carry_structure.unflatten(device.averaged(carry)), aux
+        return sums, reduced, like, given.trees(device.averaged(carry)), aux
 
     def _start(self, seen: Tree) -> Weighted:
         return Weighted((_zero(), weighted_sum.zeros(seen, self.accumulator_dtype)), _zero())
@@ -148,40 +146,6 @@ class Window(NamedTuple):
             return jax.lax.scan(micro_step, start, jnp.arange(k, dtype=jnp.int32), unroll=self.unroll)
         return _loop(micro_step, start, k, length)
 
-    def unpack(self, returned: Any) -> tuple[Any, tuple[Tree, ...], Tree]:
-        """Normalizes the result of `fun` to (loss, new carry, aux), with () for no carry and None for no aux."""
-        has_aux, carry_argnums = self.has_aux, self.carry_argnums
-        has_carry = carry_argnums is not None
-        if not has_aux and not has_carry:
-            return returned, (), None
-
-        def pair(value):
-            if not isinstance(value, (tuple, list)) or isinstance(value, Weighted) or len(value) != 2:
-                form = (
-                    "(loss, (new_carry, aux))"
-                    if has_aux and has_carry
-                    else "(loss, new_carry)"
-                    if has_carry
-                    else "(loss, aux)"
-                )
-                raise TypeError(
-                    f"with {has_aux=} and {carry_argnums=} fun must return {form}, got {type(value)} for a pair."
-                )
-            return value
-
-        value, rest = pair(returned)
-        if not has_carry:
-            return value, (), rest
-        carry, aux = pair(rest) if has_aux else (rest, None)
-        return value, (carry,) if isinstance(carry_argnums, int) else tuple(carry), aux
-
-    def pack(self, value: Any, carry: tuple[Tree, ...], aux: Tree) -> Any:
-        """The inverse of `unpack`."""
-        if self.carry_argnums is None:
-            return (value, aux) if self.has_aux else value
-        rest = carry[0] if isinstance(self.carry_argnums, int) else carry
-        return value, ((rest, aux) if self.has_aux else rest)
-
 
 def _only(traced, seen, index, batch, carry):
     """`Window._sum` for a window of one micro-batch, without a loop."""
@@ -216,22 +180,3 @@ def _loop(micro_step, start, k, length):
 
 def _zero() -> jax.Array:
     return jnp.zeros((), weighted_sum.weight_dtype())
-
-
-def _strong(x: Any) -> jax.Array:
-    """`x` as an array without a weak type, which would make a loop trace its body twice."""
-    x = jnp.asarray(x)
-    return jax.lax.convert_element_type(x, x.dtype) if jax.typeof(x).weak_type else x
-
-
-def _carried(new: tuple[Tree, ...], old: tuple[Tree, ...]) -> list[jax.Array]:
-    """The leaves of the new carry, checked to match the old one's tree, shapes and dtypes."""
-    flat = jax.tree_util.tree_leaves_with_path
-    types = lambda tree: [(path, jnp.shape(x), jnp.result_type(x)) for path, x in flat(tree)]
-    if types(new) != types(old):
-        shapes = lambda tree: jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), tree)
-        raise ValueError(
-            f"fun must return a new carry of the same tree, shapes and dtypes: carry_argnums passed {shapes(old)}, "
-            f"fun returned {shapes(new)}."
-        )
-    return list(map(_strong, jax.tree.leaves(new)))

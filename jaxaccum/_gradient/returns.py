@@ -63,7 +63,7 @@ class Carry(NamedTuple):
     def of(cls, trees: Sequence[Tree]) -> "Carry":
         """The carry arguments."""
         leaves, structure = jax.tree.flatten(tuple(trees))
-        return cls(list(map(_strong, leaves)), structure)
+        return cls(list(map(strong, leaves)), structure)
 
     def local(self, device: OneDevice | MappedAxis) -> list[jax.Array]:
         """The leaves on one device, with keys of its own."""
@@ -84,10 +84,10 @@ class Carry(NamedTuple):
                 f"fun must return a new carry of the same tree, shapes and dtypes: carry_argnums passed {shapes(old)}, "
                 f"fun returned {shapes(new)}."
             )
-        return list(map(_strong, jax.tree.leaves(new)))
+        return list(map(strong, jax.tree.leaves(new)))
 
 
-def _strong(x: Any) -> jax.Array:
-    """`x` as an array without a weak type, which would make a loop trace its body twice."""
+def strong(x: Any) -> jax.Array:
+    """`x` as an array without a weak type, which would make a loop or a jitted function trace twice."""
     x = jnp.asarray(x)
     return jax.lax.convert_element_type(x, x.dtype) if jax.typeof(x).weak_type else x

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxaccum._devices.topology import MappedAxis
 from jaxaccum._gradient.host_weight import HostWeight
-from jaxaccum._gradient.returns import Returns
+from jaxaccum._gradient.returns import Returns, strong
 from jaxaccum._integers import positive_int
 from jaxaccum._jax import prng
 from jaxaccum._multi_steps import checks, inner_update, loss_step
@@ -162,6 +162,7 @@ class HostDriven:
         _check_on_host("HostDriven", (params, state.mini_step, args, kwargs))
         state, position, k = self._read(state)
         accumulate, close = self._programs_for(params, args, kwargs)
+        params, args = self._settled(params, args)
         if position.mini_step + 1 >= k.every_k:
             loss, params, state = self._run(close, (params,), state, args, kwargs, position)
             mini_step = 0
@@ -179,7 +180,7 @@ class HostDriven:
         """Lowers the two programs for these arguments, for example to compile them and to see what they hold.
 
         Args:
-          params: the parameters. They and all other arguments may be `jax.ShapeDtypeStruct`s.
+          params: the parameters. They and all other arguments may be `jax.ShapeDtypeStruct`s, with shardings on a mesh.
           state: the state.
           *args: as for a call.
           **kwargs: as for a call.
@@ -201,6 +202,7 @@ class HostDriven:
         """
         state = checks.state(state, "HostDriven.lower", self._sync)
         accumulate, close = self._programs_for(params, args, kwargs)
+        params, args = self._settled(params, args)
         _, pending = _parted(state)
         return (
             accumulate.lower(params, state.prepared, pending, *args, **kwargs),
@@ -221,6 +223,16 @@ class HostDriven:
         prng.refuse_rngs((*args, *kwargs.values()))
         self._roles.check((params, *args))
         return self._programs[self._weight.is_positive(params, *args, **kwargs)]
+
+    def _settled(self, params: Tree, args: tuple[Any, ...]) -> tuple[Tree, tuple[Any, ...]]:
+        """The parameters and the carry in the types and the places that programs return them in.
+
+        Otherwise each program would compile twice.
+        """
+        as_returned = lambda x: x if isinstance(x, jax.ShapeDtypeStruct) else strong(x)
+        settled = lambda tree: self._sync.settled(jax.tree.map(as_returned, tree))
+        carry = self._roles.carry
+        return self._sync.settled(params), tuple(settled(x) if i in carry else x for i, x in enumerate(args, 1))
 
     def _read(self, state: MultiStepsState) -> tuple[MultiStepsState, "_Position", "_K"]:
         """Applies a pending assignment of K: (`state`, its position, its K)."""

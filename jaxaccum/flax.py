@@ -33,7 +33,7 @@ def value_and_grad(
     key_argnums: int | tuple[int, ...] = (),
     has_aux: bool = False,
     **options: Any,
-) -> Callable[..., tuple[Any, Any]]:
+) -> Callable[..., tuple[Any, ...]]:
     """`nnx.value_and_grad` over K micro-batches.
 
     The model's other state (batch statistics, random streams) is carried from one micro-batch to the next and updated
@@ -51,8 +51,8 @@ def value_and_grad(
       **options: the other options of `jaxaccum.value_and_grad`.
 
     Returns:
-      A function of the same arguments that returns `(loss, grads)` or `((loss, aux), grads)`; `grads` is an
-      `nnx.State`.
+      A function of the same arguments that returns `(loss, grads)` or `((loss, aux), grads)`, and the norms with
+      `gradient_norms`; `grads` is an `nnx.State`.
 
     Example:
       >>> import jax.numpy as jnp, jaxaccum.flax
@@ -81,10 +81,10 @@ def value_and_grad(
             carry_argnums=1,
             **options,
         )
-        (loss, rest), grads = window(params, state, *args, **kwargs)
+        (loss, rest), *grads_and_norms = window(params, state, *args, **kwargs)
         state, aux = rest if has_aux else (rest, None)
         nnx.update(model, state)
-        return ((loss, aux) if has_aux else loss), grads
+        return ((loss, aux) if has_aux else loss), *grads_and_norms
 
     return value_and_grad
 
@@ -206,7 +206,7 @@ def linen_value_and_grad(
     rngs: str | Iterable[str] = (),
     has_aux: bool = False,
     **options: Any,
-) -> Callable[..., tuple[Any, Tree]]:
+) -> Callable[..., tuple[Any, ...]]:
     """The gradient of a linen model's loss over K micro-batches.
 
     Args:
@@ -224,8 +224,9 @@ def linen_value_and_grad(
     Returns:
       A function `f(variables, batch, key=None)` that returns `((loss, variables), grads)`, or
       `((loss, (variables, aux)), grads)`: the variables with the mutated collections updated, and the gradient with
-      respect to `variables["params"]`. `key` is required if `rngs` names a stream. The returned variables include fp8
-      statistics (the collection `_overwrite_with_gradient`), each the maximum over the micro-batches.
+      respect to `variables["params"]`; with `gradient_norms`, also the norms. `key` is required if `rngs` names a
+      stream. The returned variables include fp8 statistics (the collection `_overwrite_with_gradient`), each the
+      maximum over the micro-batches.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxaccum.flax
@@ -257,10 +258,10 @@ def linen_value_and_grad(
         state = {name: variables[name] for name in mutable}
         differentiated = {name: variables[name] for name in ("params", OVERWRITE_WITH_GRADIENT) if name in variables}
         constants = {name: value for name, value in variables.items() if name not in {**state, **differentiated}}
-        (loss, rest), grads = window(differentiated, state, constants, batch, key)
+        (loss, rest), grads, *norms = window(differentiated, state, constants, batch, key)
         state, aux = rest if has_aux else (rest, None)
         variables = {**variables, **state, **grads, "params": variables["params"]}
-        return (loss, (variables, aux) if has_aux else variables), grads["params"]
+        return (loss, (variables, aux) if has_aux else variables), grads["params"], *norms
 
     return value_and_grad
 

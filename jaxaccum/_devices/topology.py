@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxaccum._devices import layout
 from jaxaccum._jax import prng, varying
-from jaxaccum._sums import overwrites
+from jaxaccum._sums import norms, overwrites
 from jaxaccum._types import Tree
 
 
@@ -47,6 +47,11 @@ class _Defaults:
         """Lays out joined sums `tree` like `params`, as far as jax's types record the layout."""
         del params
         return tree
+
+    def norm(self, joined: Tree, reduced: Tree = None) -> jax.Array:
+        """The norm of a joined tree; `reduced` as for `joined`."""
+        del reduced
+        return jnp.sqrt(norms.total(norms.squares(joined)))
 
     def varies(self, leaf: Any) -> bool:
         """Whether jax's types show that `leaf` differs between devices."""
@@ -142,6 +147,16 @@ class MappedAxis(_Defaults):
 
         tree = self.local(tree)
         return jax.tree.map_with_path(leaf, tree, *(() if reduced is None else (reduced,)))
+
+    def norm(self, joined: Tree, reduced: Tree = None) -> jax.Array:
+        """As above; each device holds another part of a leaf that was reduced already, by the transpose of a gather."""
+        squares = norms.squares(joined)
+        axes = [()] * len(squares) if reduced is None else jax.tree.structure(joined).flatten_up_to(reduced)
+        parts = {names: [x for x, own in zip(squares, axes, strict=True) if own == names] for names in axes}
+        whole = [
+            jax.lax.psum(norms.total(part), names) if names else norms.total(part) for names, part in parts.items()
+        ]
+        return jnp.sqrt(sum(whole))
 
     def averaged(self, tree: Tree) -> Tree:
         """Averages the inexact leaves and takes the first device's keys; all other leaves must be equal."""

@@ -18,7 +18,7 @@ from jaxaccum._multi_steps.accumulation import Boundary, MicroBatch
 from jaxaccum._multi_steps.closing import Call
 from jaxaccum._multi_steps.config import Config, Shapes
 from jaxaccum._multi_steps.state import MultiStepsState
-from jaxaccum._sums import numeric
+from jaxaccum._sums import norms, numeric
 from jaxaccum._types import Tree
 
 
@@ -83,6 +83,10 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         that without `HostDriven` the layers of a `Weighted` loss are added in place only if `in_place=True`. With
         `should_skip_update_fn` or `nonfinite="drop"` nothing is added in place, because it could not be removed from
         the sums.
+      gradient_norms: "window" keeps the norm of the gradient of the last optimizer step in `state.norms.window`; it
+        costs a pass over that gradient. "all" also keeps the norms of the micro-batches' gradients (see
+        `MultiStepsState`), with a pass over each, which turns `in_place` off. With `prepare` these are gradients with
+        respect to its output. None computes nothing.
 
     Raises:
       TypeError, ValueError: for an invalid argument, at construction; from `init`, if the inner optimizer contains
@@ -118,6 +122,7 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         averaged_extra_args: Sequence[str] | Mapping[str, Tree] = ("value",),
         prepare: Callable[[Tree], Tree] | None = None,
         in_place: bool | None = None,
+        gradient_norms: str | None = None,
     ):
         if not (callable(getattr(opt, "init", None)) and callable(getattr(opt, "update", None))):
             raise TypeError(f"opt must be an optax.GradientTransformation, for example optax.adam(1e-3), got {opt!r}.")
@@ -135,12 +140,15 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         numeric.floating("accumulator_dtype", accumulator_dtype)
         once_per_window.check_argument(prepare)
         in_place_sums.check_argument(in_place)
+        norms.check_argument(gradient_norms, in_place)
         sync = placement.select_sync(axis_name, mesh, data_axis, should_skip_update_fn, reduce=reduce)
         if should_skip_update_fn is not None or nonfinite == "drop":
             if in_place:
                 raise ValueError(
                     "in_place=True can't be had with should_skip_update_fn or nonfinite='drop': leave it at None."
                 )
+            in_place = False
+        if gradient_norms == "all":
             in_place = False
         config = Config(
             opt=opt,
@@ -154,6 +162,7 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
             prepare=prepare,
             in_place=in_place,
             averaged_shapes=tuple((name, tree) for name, tree in shapes.items() if not tree.is_scalar),
+            gradient_norms=gradient_norms,
         )
         self = super().__new__(cls, *_transformation(config))
         self._config = config

@@ -10,6 +10,7 @@ from jaxaccum._devices import layout
 from jaxaccum._devices.topology import MappedAxis, OneDevice
 from jaxaccum._gradient import hoisting, micro_gradient, once_per_window, splitting, substitution, sum_packing
 from jaxaccum._gradient.casting import Cast
+from jaxaccum._gradient.observed import Observed
 from jaxaccum._gradient.returns import Carry, Returns
 from jaxaccum._gradient.roles import Roles
 from jaxaccum._jax import core, prng
@@ -31,6 +32,7 @@ class Window(NamedTuple):
     accumulator_dtype: Any
     in_place: bool | None
     unroll: int
+    observed: Observed
 
     def differentiated(self, args: Sequence[Tree]) -> Tree:
         """The differentiated arguments: one, or a tuple."""
@@ -42,7 +44,7 @@ class Window(NamedTuple):
         """Runs the window on this device; `args` holds this device's whole batch.
 
         Returns (local sums of loss and gradient, the axes over which each gradient is already reduced, a zero of the
-        loss's dtype, the carry averaged over the devices, aux).
+        loss's dtype, the carry averaged over the devices, (aux, rows of norms)).
         """
         params = weighted_sum.arrays(self.differentiated(args))
         micro_batches = splitting.split(args, self.roles.batch, self.k, self.stacked)
@@ -78,7 +80,7 @@ class Window(NamedTuple):
             mean = self._mean(device, traced, seen, carry, micro_batches)
             traced = traced.less(mean)
         if isinstance(self.k, int) and self.k == 1:
-            sums, like, carry, aux = _only(traced, seen, *first)
+            sums, like, carry, aux = _only(self.observed, traced, seen, *first)
         else:
             start = device.local(self._start(seen))
             substituted = substitution.of(traced, micro_batches, self.k, carry)
@@ -108,7 +110,10 @@ class Window(NamedTuple):
         return device.local(traced_loss.mean(device.joined(sums)))
 
     def _sum(self, device, gradient, substituted, seen, sums, carry, micro_batches):
-        """Sums over the micro-batches: (sums of loss and gradient, a zero of the loss's dtype, the last carry, aux)."""
+        """Sums over the micro-batches.
+
+        Returns (sums of loss and gradient, a zero of the loss's dtype, the last carry, (aux, rows of norms)).
+        """
         packing = sum_packing.of(sums.total[1], gradient.inside)
         changed = lambda sums, change: Weighted((sums.total[0], change(sums.total[1])), sums.weight)
         dtypes = []
@@ -121,16 +126,19 @@ class Window(NamedTuple):
             dtypes.append(value.total.dtype)
             keep = traced_loss.keep(value.weight) if kept is None else kept
             weight = value.weight if step.weight is None else step.weight
+            grads, norms = self.observed(grads, weight, True if keep is None else keep)
             weight = jnp.ones_like(sums.weight) if weight is None else weight
             # The loss's bits make the rounding differ between windows.
             bits = jax.lax.bitcast_convert_type(value.total.astype(jnp.float32), jnp.uint32)
             new = Weighted((value.total, packing.pack(grads)), weight)
-            selects = keep if kept is None else None  # What was substituted adds 0.
+            # What was substituted adds 0, unless a transformation makes something else of it.
+            selects = keep if kept is None or self.observed.transform is not None else None
             sums = weighted_sum.merge(sums, new, keep=selects, counters=(device.index(), i, bits))
             if kept is not None and jax.tree.leaves(aux):
                 own = lambda: gradient.loss.total(seen, device.local(i), micro_batches.take(i), carry)[1][1][1]
                 aux = jax.lax.cond(kept, lambda: aux, own)
-            return (sums, new_carry if keep is None else weighted_sum.select(keep, new_carry, carry)), aux
+            new_carry = new_carry if keep is None else weighted_sum.select(keep, new_carry, carry)
+            return (sums, new_carry), (aux, norms)
 
         (sums, carry), aux = self._loop(micro_step, (changed(sums, packing.pack), carry), micro_batches.length)
         return changed(substituted.sums(sums), packing.unpack), jnp.zeros((), dtypes[0]), carry, aux
@@ -147,17 +155,18 @@ class Window(NamedTuple):
         return _loop(micro_step, start, k, length)
 
 
-def _only(traced, seen, index, batch, carry):
+def _only(observed, traced, seen, index, batch, carry):
     """`Window._sum` for a window of one micro-batch, without a loop."""
     value, (new_carry, aux), grads = micro_gradient.of(traced, False, None)(seen, None, index, batch, carry)
+    keep = traced_loss.keep(value.weight)
+    grads, norms = observed(grads, value.weight, True if keep is None else keep)
     one = jnp.ones((), weighted_sum.weight_dtype())
     weight = one if value.weight is None else jnp.asarray(value.weight).astype(one.dtype)
     sums = Weighted((value.total.astype(one.dtype), grads), weight)
-    keep = traced_loss.keep(value.weight)
     if keep is not None:
         sums = weighted_sum.only_if(keep, sums)
         new_carry = weighted_sum.select(keep, new_carry, carry)
-    return sums, jnp.zeros((), value.total.dtype), new_carry, jax.tree.map(lambda x: x[None], aux)
+    return sums, jnp.zeros((), value.total.dtype), new_carry, jax.tree.map(lambda x: x[None], (aux, norms))
 
 
 def _loop(micro_step, start, k, length):

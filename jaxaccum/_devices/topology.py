@@ -51,7 +51,7 @@ class _Defaults:
     def norm(self, joined: Tree, reduced: Tree = None) -> jax.Array:
         """The norm of a joined tree; `reduced` as for `joined`."""
         del reduced
-        return jnp.sqrt(norms.total(norms.squares(joined)))
+        return norms.root(norms.total(norms.squares(joined)))
 
     def varies(self, leaf: Any) -> bool:
         """Whether jax's types show that `leaf` differs between devices."""
@@ -156,7 +156,7 @@ class MappedAxis(_Defaults):
         whole = [
             jax.lax.psum(norms.total(part), names) if names else norms.total(part) for names, part in parts.items()
         ]
-        return jnp.sqrt(sum(whole))
+        return norms.root(sum(whole))
 
     def averaged(self, tree: Tree) -> Tree:
         """Averages the inexact leaves and takes the first device's keys; all other leaves must be equal."""

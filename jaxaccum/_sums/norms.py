@@ -75,4 +75,9 @@ def of_micro_batch(
     if counted is not True:
         entries = weighted_sum.only_if(counted, entries)
     square, *sums = entries
-    return jnp.sqrt(square), jnp.stack(sums, axis=-1)
+    return root(square), jnp.stack(sums, axis=-1)
+
+
+def root(square: jax.Array) -> jax.Array:
+    """The square root, with derivative 0 at 0."""
+    return jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square)))

@@ -336,10 +336,10 @@ BUGS = [
         "redistribute",
         "{'acc_grads': ratio if batch == 'global' or not config.use_grad_mean else 1, "
         "'weight': ratio if batch == 'global' else 1, 'averages': ratio if batch == 'global' else 1, 'dropped': 1, "
-        "'norms': ratio if batch == 'global' else 1}",
+        "'norms': 1}",
         "{'acc_grads': ratio if batch == 'global' or not config.use_grad_mean else 1, "
         "'weight': 1, 'averages': ratio if batch == 'global' else 1, 'dropped': 1, "
-        "'norms': ratio if batch == 'global' else 1}",
+        "'norms': 1}",
         "redistribution reduction",
     ),
     Bug(

@@ -156,7 +156,7 @@ class MappedAxis(_Defaults):
         whole = [
             jax.lax.psum(norms.total(part), names) if names else norms.total(part) for names, part in parts.items()
         ]
-        return norms.root(sum(whole))
+        return norms.root(norms.total(whole))
 
     def averaged(self, tree: Tree) -> Tree:
         """Averages the inexact leaves and takes the first device's keys; all other leaves must be equal."""

@@ -48,9 +48,11 @@ def redistribute(config: Config, state: MultiStepsState, devices: int, batch: st
         "weight": ratio if batch == "global" else 1,
         "averages": ratio if batch == "global" else 1,
         "dropped": 1,
-        "norms": ratio if batch == "global" else 1,
+        "norms": 1,
     }
     moved = {name: folded(jax.tree.map(_through_host, local[name]), devices, scale) for name, scale in scales.items()}
+    if moved["norms"] is not None:  # The sum of squares is weighted; the number of micro-batches is not.
+        moved["norms"] *= np.asarray([scales["weight"], 1], moved["norms"].dtype)
     if isinstance(config.sync, MeshAxis):
         moved = jax.tree.map(functools.partial(_placed, config.sync), moved, local)
     if isinstance(config.sync, OneDevice):

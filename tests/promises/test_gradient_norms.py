@@ -251,18 +251,19 @@ def test_micro_batches_that_are_left_out(reason):
     assert not np.any(state.norms.pending)
 
 
-def test_pending_norms_on_another_number_of_devices():
-    """Catches sums that are lost, and micro-batches' norms that are added up."""
+@pytest.mark.parametrize(("batch", "want"), [("per_device", (140.25, 9.0, 9)), ("global", (17.75, 2.0, 9))])
+def test_pending_norms_on_another_number_of_devices(batch, want):
+    """Catches sums that are lost or not scaled with the weights, and micro-batches' norms that are added up."""
     options = {"gradient_norms": "all"}
     many = jaxaccum.MultiSteps(optax.sgd(1.0), 3, mesh=mesh_of("auto"), **options)
     one = jaxaccum.MultiSteps(optax.sgd(1.0), 3, **options)
     p, xs = jnp.ones(()), jnp.arange(8.0)
     _, p, state = many.micro_step(lambda p, x: jnp.mean(p * x), p, many.init(p), xs)
-    p, state = jax.device_put((p, one.redistribute(state, batch="per_device")), jax.devices()[0])
+    p, state = jax.device_put((p, one.redistribute(state, batch=batch)), jax.devices()[0])
     assert state.norms.micro_batch == 0
     _, p, state = one.micro_step(lambda p, x: jnp.mean(p * x), p, state, xs[:2])
     _, state = one.flush(state, p)
-    assert (*state.norms.squares, state.norms.count) == (140.25, 9.0, 9)
+    assert (*state.norms.squares, state.norms.count) == want
 
 
 def test_what_a_program_holds():

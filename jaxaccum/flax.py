@@ -3,6 +3,7 @@
 Requires flax, which the core does not: `pip install "jaxaccum[flax]"`.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
 
 from jaxaccum._jax import prng
-from jaxaccum._multi_steps import misspelling
+from jaxaccum._multi_steps import host_driven, misspelling
 from jaxaccum._multi_steps.api import MultiSteps
 from jaxaccum._multi_steps.state import MultiStepsState
 from jaxaccum._sums.weighted_sum import Weighted
@@ -32,7 +33,7 @@ def value_and_grad(
     key_argnums: int | tuple[int, ...] = (),
     has_aux: bool = False,
     **options: Any,
-) -> Callable[..., tuple[Any, Any]]:
+) -> Callable[..., tuple[Any, ...]]:
     """`nnx.value_and_grad` over K micro-batches.
 
     The model's other state (batch statistics, random streams) is carried from one micro-batch to the next and updated
@@ -50,8 +51,8 @@ def value_and_grad(
       **options: the other options of `jaxaccum.value_and_grad`.
 
     Returns:
-      A function of the same arguments that returns `(loss, grads)` or `((loss, aux), grads)`; `grads` is an
-      `nnx.State`.
+      A function of the same arguments that returns `(loss, grads)` or `((loss, aux), grads)`, and the norms with
+      `gradient_norms`; `grads` is an `nnx.State`.
 
     Example:
       >>> import jax.numpy as jnp, jaxaccum.flax
@@ -71,15 +72,8 @@ def value_and_grad(
         prng.refuse_shared((model, *args), kwargs, known)
         graphdef, params, state = nnx.split(model, wrt, ...)
 
-        def pure(params, state, *args, **kwargs):
-            # Copied, because nnx can't mutate the carry's variables, which were created outside of this trace.
-            model = nnx.merge(graphdef, params, state, copy=True)
-            returned = fun(model, *args, **kwargs)
-            _, _, state = nnx.split(model, wrt, ...)
-            return (returned[0], (state, returned[1])) if has_aux else (returned, state)
-
         window = api.value_and_grad(
-            pure,
+            functools.partial(_functional, fun, wrt, has_aux, graphdef),
             num_micro_batches,
             has_aux=has_aux,
             batch_argnums=moved(batch_argnums),
@@ -87,12 +81,120 @@ def value_and_grad(
             carry_argnums=1,
             **options,
         )
-        (loss, rest), grads = window(params, state, *args, **kwargs)
+        (loss, rest), *grads_and_norms = window(params, state, *args, **kwargs)
         state, aux = rest if has_aux else (rest, None)
         nnx.update(model, state)
-        return ((loss, aux) if has_aux else loss), grads
+        return ((loss, aux) if has_aux else loss), *grads_and_norms
 
     return value_and_grad
+
+
+def _functional(
+    fun: Callable[..., Any],
+    wrt: Any,
+    has_aux: bool,
+    graphdef: Any,
+    params: Tree,
+    state: Tree,
+    /,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Any, Any]:
+    """`fun` of an nnx model, as a loss with the model's other state as its carry."""
+    # Copied, because nnx can't mutate the carry's variables, which were created outside of this trace.
+    model = nnx.merge(graphdef, params, state, copy=True)
+    returned = fun(model, *args, **kwargs)
+    _, _, state = nnx.split(model, wrt, ...)
+    return (returned[0], (state, returned[1])) if has_aux else (returned, state)
+
+
+class HostDriven:
+    """`jaxaccum.HostDriven` for an nnx model: micro-steps one by one, in two compiled programs.
+
+    The model is updated in place: its other state (batch statistics, random streams) after each micro-step, except one
+    of weight 0, and the variables to train at each optimizer step. What `jaxaccum.HostDriven` says of donation,
+    `every_k` and several states holds here too; at a boundary the model's old arrays are donated.
+
+    Args:
+      tx: the `jaxaccum.MultiSteps`.
+      fun: `fun(model, *args, **kwargs)` returns the micro-batch's mean loss, or a `jaxaccum.Weighted`.
+      has_aux: `fun` returns (loss, aux).
+      wrt: the filter of the variables to train, as in nnx.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxaccum.flax, optax
+      >>> from flax import nnx
+      >>> model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+      >>> tx = jaxaccum.MultiSteps(optax.adam(1e-3), every_k_schedule=2)
+      >>> step = jaxaccum.flax.HostDriven(tx, lambda model, x: jnp.mean(model(x) ** 2))
+      >>> state = step.init(model)
+      >>> for x in jnp.ones((4, 8, 3)):
+      ...     loss, state = step(model, state, x)
+      >>> int(state.gradient_step)
+      2
+    """
+
+    def __init__(self, tx: MultiSteps, fun: Callable[..., Any], has_aux: bool = False, *, wrt: Any = nnx.Param):
+        def pure(params, state, *args, graphdef, **kwargs):
+            return _functional(fun, wrt, has_aux, graphdef, params, state, *args, **kwargs)
+
+        self._tx, self._wrt, self._has_aux = tx, wrt, has_aux
+        self._step = host_driven.HostDriven(tx, pure, has_aux, carry_argnums=1)
+
+    @property
+    def every_k(self) -> int:
+        """K, as in `jaxaccum.HostDriven`."""
+        return self._step.every_k
+
+    @every_k.setter
+    def every_k(self, k: int) -> None:
+        self._step.every_k = k
+
+    @property
+    def mini_step(self) -> int:
+        """The number of micro-steps in the open window of the last returned state."""
+        return self._step.mini_step
+
+    def init(self, model: Any) -> MultiStepsState:
+        """The state of `tx` for the variables to train, with an empty window."""
+        state: Any = self._tx.init(nnx.state(model, self._wrt))
+        return state
+
+    def __call__(self, model: Any, state: MultiStepsState, *args: Any, **kwargs: Any) -> tuple[Any, MultiStepsState]:
+        """Runs one micro-step on the model, and updates it.
+
+        Args:
+          model: the model.
+          state: the state, as for `jaxaccum.HostDriven`.
+          *args: the other arguments of `fun`. With `mesh=` the first is the batch, split over the data axis.
+          **kwargs: its keyword arguments.
+
+        Returns:
+          (the micro-batch's mean loss, or (loss, aux) with `has_aux`; state).
+        """
+        params, args, kwargs = self._arguments(model, args, kwargs)
+        (loss, rest), params, state = self._step(params, state, *args, **kwargs)
+        others, aux = rest if self._has_aux else (rest, None)
+        nnx.update(model, params, others)
+        return ((loss, aux) if self._has_aux else loss), state
+
+    def lower(
+        self, model: Any, state: MultiStepsState, *args: Any, **kwargs: Any
+    ) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
+        """Lowers the two programs, as `jaxaccum.HostDriven.lower` does."""
+        params, args, kwargs = self._arguments(model, args, kwargs)
+        return self._step.lower(params, state, *args, **kwargs)
+
+    def flush(self, model: Any, state: MultiStepsState) -> MultiStepsState:
+        """Closes a partial window with an optimizer step on the mean of its micro-batches, and updates the model."""
+        params, state = self._step.flush(nnx.state(model, self._wrt), state)
+        nnx.update(model, params)
+        return state
+
+    def _arguments(self, model, args, kwargs):
+        """(the variables to train, the other arguments of the functional loss, those by keyword)."""
+        graphdef, params, others = nnx.split(model, self._wrt, ...)
+        return params, (others, *args), {**kwargs, "graphdef": graphdef}
 
 
 def linen_value_and_grad(
@@ -104,7 +206,7 @@ def linen_value_and_grad(
     rngs: str | Iterable[str] = (),
     has_aux: bool = False,
     **options: Any,
-) -> Callable[..., tuple[Any, Tree]]:
+) -> Callable[..., tuple[Any, ...]]:
     """The gradient of a linen model's loss over K micro-batches.
 
     Args:
@@ -122,8 +224,9 @@ def linen_value_and_grad(
     Returns:
       A function `f(variables, batch, key=None)` that returns `((loss, variables), grads)`, or
       `((loss, (variables, aux)), grads)`: the variables with the mutated collections updated, and the gradient with
-      respect to `variables["params"]`. `key` is required if `rngs` names a stream. The returned variables include fp8
-      statistics (the collection `_overwrite_with_gradient`), each the maximum over the micro-batches.
+      respect to `variables["params"]`; with `gradient_norms`, also the norms. `key` is required if `rngs` names a
+      stream. The returned variables include fp8 statistics (the collection `_overwrite_with_gradient`), each the
+      maximum over the micro-batches.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxaccum.flax
@@ -155,10 +258,10 @@ def linen_value_and_grad(
         state = {name: variables[name] for name in mutable}
         differentiated = {name: variables[name] for name in ("params", OVERWRITE_WITH_GRADIENT) if name in variables}
         constants = {name: value for name, value in variables.items() if name not in {**state, **differentiated}}
-        (loss, rest), grads = window(differentiated, state, constants, batch, key)
+        (loss, rest), grads, *norms = window(differentiated, state, constants, batch, key)
         state, aux = rest if has_aux else (rest, None)
         variables = {**variables, **state, **grads, "params": variables["params"]}
-        return (loss, (variables, aux) if has_aux else variables), grads["params"]
+        return (loss, (variables, aux) if has_aux else variables), grads["params"], *norms
 
     return value_and_grad
 

@@ -233,8 +233,8 @@ BUGS = [
     Bug("the host: the mesh of the trace", "_evaluated", "np.asarray(x, jax.typeof(x).dtype)", "x", "host_weight"),
     Bug(
         "the host: every weight counts",
-        "HostDriven.__call__",
-        "self._weight.is_positive(params, *args)",
+        "HostDriven._programs_for",
+        "self._weight.is_positive(params, *args, **kwargs)",
         "True",
         "host_weight",
     ),
@@ -335,9 +335,11 @@ BUGS = [
         "redistribution of a global batch does not scale the weights",
         "redistribute",
         "{'acc_grads': ratio if batch == 'global' or not config.use_grad_mean else 1, "
-        "'weight': ratio if batch == 'global' else 1, 'averages': ratio if batch == 'global' else 1, 'dropped': 1}",
+        "'weight': ratio if batch == 'global' else 1, 'averages': ratio if batch == 'global' else 1, 'dropped': 1, "
+        "'norms': 1}",
         "{'acc_grads': ratio if batch == 'global' or not config.use_grad_mean else 1, "
-        "'weight': 1, 'averages': ratio if batch == 'global' else 1, 'dropped': 1}",
+        "'weight': 1, 'averages': ratio if batch == 'global' else 1, 'dropped': 1, "
+        "'norms': 1}",
         "redistribution reduction",
     ),
     Bug(
@@ -841,7 +843,7 @@ BUGS = [
     Bug(
         "HostDriven clears the sums before a call that fails to compile",
         "HostDriven._run",
-        "program.lower(*given, state, *args).compile()",
+        "program.lower(*given, state, *args, **kwargs).compile()",
         "pass",
         "host_driven",
     ),
@@ -1047,7 +1049,7 @@ BUGS = [
     Bug(
         "gradients of a window with weights from the data are selected",
         "Window._sum",
-        "keep if kept is None else None",
+        "keep if kept is None or self.observed.transform is not None else None",
         "keep",
         "substitution",
     ),
@@ -1144,6 +1146,77 @@ BUGS = [
         "jaxprs.axes(eqn).intersection(device.names)",
         "False",
         "coupled",
+    ),
+    Bug(
+        "a micro-batch that is left out changes the carry",
+        "loss_step.micro_step",
+        "carry.leaves and counted is not True",
+        "False",
+        "model_state",
+    ),
+    Bug(
+        "a micro-batch that is dropped changes the carry",
+        "accumulation.add",
+        "conditions.both(accepted, True if keep is None else keep)",
+        "accepted if micro_batch.weight is None else conditions.both(accepted, True if keep is None else keep)",
+        "model_state",
+    ),
+    Bug(
+        "the carry's key is the same on all devices",
+        "Carry.local",
+        "prng.fold_beyond_first(device.local(self.leaves), device.index())",
+        "device.local(self.leaves)",
+        "model_state",
+    ),
+    Bug(
+        "a key by keyword is the same on all devices",
+        "loss_step.micro_step",
+        "kwargs = fold(kwargs)",
+        "pass",
+        "model_state",
+    ),
+    Bug(
+        "the carry is split over the mesh in place of the batch",
+        "Roles.of",
+        "next(i for i in itertools.count() if i not in owners)",
+        "1",
+        "model_state",
+    ),
+    Bug(
+        "a micro-batch's norm is that of w·g",
+        "norms.of_micro_batch",
+        "square / jnp.where(weight == 0, 1, weight) ** 2",
+        "square",
+        "gradient_norms",
+    ),
+    Bug("norms count what is left out", "norms.of_micro_batch", "counted is not True", "False", "gradient_norms"),
+    Bug(
+        "the norms of a window are added to the next one's",
+        "norms.reopened",
+        "weighted_sum.select(closes, jnp.zeros_like(new.pending), new.pending)",
+        "new.pending",
+        "gradient_norms",
+    ),
+    Bug(
+        "the norm of gathered parameters is that of one device's part",
+        "MappedAxis.norm",
+        "jax.lax.psum(norms.total(part), names) if names else norms.total(part)",
+        "norms.total(part)",
+        "gradient_norms",
+    ),
+    Bug(
+        "a function of micro-batches' gradients sees w·g",
+        "observed._transformed",
+        "traced_loss.mean_gradient(Weighted(None, weight), grads)",
+        "grads",
+        "gradient_norms",
+    ),
+    Bug(
+        "a micro-batch of weight 0 is transformed and added",
+        "Window._sum",
+        "keep if kept is None or self.observed.transform is not None else None",
+        "keep if kept is None else None",
+        "gradient_norms",
     ),
 ]
 

@@ -162,6 +162,50 @@ def test_nnx_micro_batch_of_weight_0_leaves_the_model_alone():
     assert_close(pure(model, nnx.BatchStat), pure(twin, nnx.BatchStat))
 
 
+@pytest.mark.parametrize("has_aux", [False, True])
+def test_nnx_micro_steps_are_a_window(has_aux):
+    """Catches a model that is left behind, streams that repeat, and a state that a micro-batch of weight 0 changes."""
+    model, twin = Network(norm=True, dropout=0.5), Network(norm=True, dropout=0.5)
+    batch = masked_batch()
+    batch["x"] = batch["x"].at[2::K].set(jnp.nan)  # Micro-batch 2 weighs 0.
+    loss = (lambda model, batch: (masked_error(model, batch), batch["y"][0])) if has_aux else masked_error
+    tx = MultiSteps(optax.sgd(0.1), K)
+    step = jaxaccum.flax.HostDriven(tx, loss, has_aux)
+    state, start = step.init(model), jax.tree.map(jnp.copy, pure(model, nnx.Param))
+    for i in range(K):
+        assert step.mini_step == i
+        returned, state = step(model, state, jax.tree.map(lambda a, i=i: a[i::K], batch))
+        if has_aux:
+            np.testing.assert_array_equal(returned[1], batch["y"][i])
+    window = nnx.jit(jaxaccum.flax.value_and_grad(masked_error, K))
+    _, grads = window(twin, batch)
+    jax.tree.map(np.testing.assert_array_equal, pure(model, nnx.BatchStat), pure(twin, nnx.BatchStat))
+    assert model.dropout.rngs.count[...] == twin.dropout.rngs.count[...] == K - 1
+    assert_close(pure(model, nnx.Param), jax.tree.map(lambda p, g: p - 0.1 * g, start, nnx.to_pure_dict(grads)))
+
+
+def test_nnx_micro_steps_close_and_compile_as_the_core_does():
+    """Catches a flush that leaves the model as it was, a K that is not passed on, and a mode that is not seen."""
+    model = Network(norm=True)
+    step = jaxaccum.flax.HostDriven(MultiSteps(optax.sgd(0.1), 8), squared_error, wrt=nnx.PathContains("outer"))
+    state = step.init(model)
+    fixed = jax.tree.map(jnp.copy, pure(model.inner))
+    _, state = step(model, state, MICRO_BATCHES[0])
+    before = jax.tree.map(jnp.copy, pure(model.outer))
+    state = step.flush(model, state)
+    assert not np.allclose(before["kernel"], model.outer.kernel[...])
+    step.every_k = 1
+    _, state = step(model, state, MICRO_BATCHES[0])
+    assert (step.every_k, int(state.gradient_step)) == (1, 2)
+    jax.tree.map(np.testing.assert_array_equal, pure(model.inner), fixed)
+    statistics = jax.tree.map(jnp.copy, pure(model, nnx.BatchStat))
+    model.eval()
+    _, state = step(model, state, MICRO_BATCHES[1])
+    jax.tree.map(np.testing.assert_array_equal, pure(model, nnx.BatchStat), statistics)
+    accumulate, close = step.lower(model, state, MICRO_BATCHES[0])
+    assert len(accumulate.as_text()) < len(close.as_text())
+
+
 def test_nnx_differentiates_what_wrt_names():
     """Catches a filter that is ignored, and frozen parameters that are lost or changed."""
     model = Network()

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxaccum._devices import layout
 from jaxaccum._jax import prng, varying
-from jaxaccum._sums import overwrites
+from jaxaccum._sums import norms, overwrites
 from jaxaccum._types import Tree
 
 
@@ -47,6 +47,11 @@ class _Defaults:
         """Lays out joined sums `tree` like `params`, as far as jax's types record the layout."""
         del params
         return tree
+
+    def norm(self, joined: Tree, reduced: Tree = None) -> jax.Array:
+        """The norm of a joined tree; `reduced` as for `joined`."""
+        del reduced
+        return norms.root(norms.total(norms.squares(joined)))
 
     def varies(self, leaf: Any) -> bool:
         """Whether jax's types show that `leaf` differs between devices."""
@@ -158,6 +163,16 @@ class MappedAxis(_Defaults):
 
         tree = self.local(tree)
         return jax.tree.map_with_path(leaf, tree, *(() if reduced is None else (reduced,)))
+
+    def norm(self, joined: Tree, reduced: Tree = None) -> jax.Array:
+        """As above; each device holds another part of a leaf that was reduced already, by the transpose of a gather."""
+        squares = norms.squares(joined)
+        axes = [()] * len(squares) if reduced is None else jax.tree.structure(joined).flatten_up_to(reduced)
+        parts = {names: [x for x, own in zip(squares, axes, strict=True) if own == names] for names in axes}
+        whole = [
+            jax.lax.psum(norms.total(part), names) if names else norms.total(part) for names, part in parts.items()
+        ]
+        return norms.root(norms.total(whole))
 
     def averaged(self, tree: Tree) -> Tree:
         """Averages the inexact leaves and takes the first device's keys; all other leaves must be equal."""
@@ -308,6 +323,10 @@ def averaged(tree: Tree) -> Tree:
     def leaf(x):
         if jnp.issubdtype(x.dtype, jnp.inexact):
             return jnp.mean(layout.wide(x), axis=0).astype(x.dtype)
-        return x[0] if prng.is_typed(x) else jnp.max(x, axis=0)
+        if prng.is_typed(x):  # Not `x[0]`, which an array that is sharded over explicit axes doesn't have.
+            data = jax.random.key_data(x)
+            is_first = jax.lax.broadcasted_iota(jnp.uint32, data.shape, 0) == 0
+            return jax.random.wrap_key_data(jnp.max(data * is_first, axis=0), impl=jax.random.key_impl(x))
+        return jnp.max(x, axis=0)
 
     return jax.tree.map(leaf, tree)

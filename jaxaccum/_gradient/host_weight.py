@@ -16,45 +16,62 @@ import numpy as np
 from jaxaccum._devices import mesh_map
 from jaxaccum._devices.topology import MappedAxis, MeshAxis, OneDevice
 from jaxaccum._gradient import substitution
+from jaxaccum._gradient.roles import Roles
 from jaxaccum._jax import core, eager, jaxprs, prng
 from jaxaccum._sums import traced_loss, weighted_sum
 from jaxaccum._types import Tree
+
+_BATCH_ALONE = Roles(params=(0,), batch=(1,), keys=(), carry=())
 
 
 class HostWeight:
     """Tells which micro-batches are known to have a positive weight on every device.
 
-    `fun(params, *data)` returns (loss, rest); with a mesh, the first of `data` is split over the data axis. The weight
-    must be a constant, or be computed from the data by cheap operations (see `substitution`). The loss is traced once
-    more for each signature of its data, so its weight must not depend on the types of the parameters.
+    `fun(params, *args, **kwargs)` returns (loss, rest); with a mesh, the first of `args` that is not a carry is split
+    over the data axis. The weight must be a constant, or be computed from the data, which is all but the parameters and
+    the carry, by cheap operations (see `substitution`). The loss is traced once more for each signature of its data, so
+    its weight must not depend on the types of the parameters or the carry.
     """
 
-    def __init__(self, fun: Callable[..., tuple[Any, Any]], sync: OneDevice | MappedAxis | MeshAxis):
-        self._fun, self._sync = fun, sync
+    def __init__(
+        self,
+        fun: Callable[..., tuple[Any, Any]],
+        sync: OneDevice | MappedAxis | MeshAxis,
+        roles: Roles = _BATCH_ALONE,
+    ):
+        self._of_args, self._sync, self._roles = fun, sync, roles
         self._known: dict[Any, bool | _Test] = {}
 
-    def is_positive(self, params: Tree, *data: Tree) -> bool:
+    def is_positive(self, params: Tree, *args: Tree, **kwargs: Tree) -> bool:
         """Whether the weight is known to be positive; waits for the leaves it depends on if they are being computed."""
+        held = params, *[args[i - 1] for i in self._roles.carry]
+        _, *others = self._roles.without_carry((params, *args))
+        data = *others, kwargs
         leaves, treedef = jax.tree.flatten(data)
         types = tuple([(np.shape(x), getattr(x, "dtype", type(x))) for x in leaves])
         signature = treedef, types, weighted_sum.weight_dtype(), eager.trace_state_clean()
         known = self._known.get(signature)
         if known is None:
             try:
-                loss = self._traced(params, data)
+                loss = self._traced(held, data)
             except Exception:  # The program that runs next raises it. Another trace may succeed.
                 return False
             known = self._known[signature] = self._test(loss, data)
         return known if isinstance(known, bool) else known(leaves)
 
-    def _traced(self, params: Tree, data: Sequence[Tree]) -> traced_loss.Traced:
+    def _fun(self, held: Sequence[Tree], *data: Any) -> tuple[Any, Any]:
+        """The loss as a function of the parameters with the carry, and of the data."""
+        (params, *carry), (*others, kwargs) = held, data
+        return self._of_args(*self._roles.with_carry((params, *others), carry), **kwargs)
+
+    def _traced(self, held: Sequence[Tree], data: Sequence[Tree]) -> traced_loss.Traced:
         """The loss, traced as in its program: with a mesh, on one device's share."""
         if not isinstance(self._sync, MeshAxis):
-            return traced_loss.trace(self._fun, params, *data)
+            return traced_loss.trace(self._fun, held, *data)
         traced = []
         on_device = lambda *args: traced.append(traced_loss.trace(self._fun, *args))
         options = {"split": (1,), "split_dim": 0, "out_specs": None}
-        jax.eval_shape(lambda *args: mesh_map.on_data_axes(on_device, self._sync, args, {}, **options), params, *data)
+        jax.eval_shape(lambda *args: mesh_map.on_data_axes(on_device, self._sync, args, {}, **options), held, *data)
         return traced[0]
 
     def _test(self, loss: traced_loss.Traced, data: Sequence[Tree]) -> "bool | _Test":
@@ -107,6 +124,8 @@ class _Test(NamedTuple):
 
     def __call__(self, leaves: Sequence[Any]) -> bool:
         inputs = [leaves[i] for i in self.inputs]
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in inputs):
+            return True  # Shapes stand for a micro-batch that counts.
         if not all(map(_is_readable, inputs)):
             return False
         with _undisturbed():

@@ -1,6 +1,7 @@
 """The roles of a loss's positional arguments: parameters, batch, keys, carry."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +21,10 @@ class Roles(NamedTuple):
 
     @classmethod
     def of(cls, argnums, batch_argnums, key_argnums, carry_argnums) -> "Roles":
-        """Converts the public arguments to tuples, and checks that they are disjoint and not negative."""
+        """Converts the public arguments to tuples, and checks that they are disjoint and not negative.
+
+        With `batch_argnums=None` the batch is the first argument without another role.
+        """
         given = dict(argnums=argnums, batch_argnums=batch_argnums, key_argnums=key_argnums, carry_argnums=carry_argnums)
         owners: dict[int, str] = {}
         roles = []
@@ -33,6 +37,8 @@ class Roles(NamedTuple):
                     raise ValueError(f"{name}={value!r} names argument {i}, which {owners[i]} names already.")
                 owners[i] = name
             roles.append(positions)
+        if batch_argnums is None:
+            roles[1] = (next(i for i in itertools.count() if i not in owners),)
         if not roles[0] or not roles[1]:
             raise ValueError("argnums and batch_argnums must each name an argument.")
         return cls(*roles)
@@ -105,3 +111,14 @@ class Roles(NamedTuple):
             for i, value in zip(positions, replacements, strict=True):
                 new[i] = value
         return new
+
+    def without_carry(self, args: Sequence[Tree]) -> list[Tree]:
+        """The arguments but for the carry."""
+        return [arg for i, arg in enumerate(args) if i not in self.carry]
+
+    def with_carry(self, others: Sequence[Tree], carry: Sequence[Tree]) -> list[Tree]:
+        """The arguments, given those of `without_carry` and the carry."""
+        args = list(others)
+        for i in sorted(self.carry):
+            args.insert(i, carry[self.carry.index(i)])
+        return args

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxaccum._devices import placement
-from jaxaccum._multi_steps import averaged_args, checks, closing, conditions
+from jaxaccum._multi_steps import averaged_args, checks, closing, conditions, norms
 from jaxaccum._multi_steps.closing import Call, Window
 from jaxaccum._multi_steps.config import Config
 from jaxaccum._multi_steps.state import MultiStepsState
@@ -43,8 +43,12 @@ class Boundary(NamedTuple):
 
 def add(
     config: Config, state: MultiStepsState, micro_batch: MicroBatch, boundary: Boundary, call: Call
-) -> tuple[Tree, MultiStepsState]:
-    """Adds one micro-batch and, at a boundary, runs the inner optimizer: (the result that `call` wants, new state)."""
+) -> tuple[Tree, MultiStepsState, Any]:
+    """Adds one micro-batch and, at a boundary, runs the inner optimizer.
+
+    Returns (the result that `call` wants, new state, whether the micro-batch counts: it has a weight, and is neither
+    skipped nor dropped).
+    """
     weight, grads = micro_batch.weight, weighted_sum.bare(micro_batch.grads)
     averaged = averaged_args.given(config, call.extra_args)
     checks.gradients(grads, state.acc_grads, config.sync)
@@ -54,6 +58,8 @@ def add(
     accepted, skip_state = _accepted(config, state, grads, call.params)
     closes = conditions.both(reached, accepted)
     keep, dropped = _kept(config, state, micro_batch, (grads, averaged))
+    counted = conditions.both(accepted, True if keep is None else keep)
+    of_grads = norms.added(config, state.norms, grads, weight, counted, weighted=micro_batch.weighted)
 
     first = None if boundary.clears else state.mini_step == 0
     counters = (state.gradient_step, state.mini_step, config.sync.index())
@@ -73,6 +79,7 @@ def add(
     window = Window(
         sums=Weighted(acc_grads, total_weight),
         averages=passed,
+        norms=of_grads,
         count=state.mini_step + 1,
         may_be_empty=keep is not None,  # A window can be empty only if its last micro-batch can be excluded.
         like=config.sync.one(grads) if micro_batch.like is None else micro_batch.like,
@@ -92,14 +99,16 @@ def add(
         (mini_step, acc_grads, total_weight, averages, dropped),
         (state.mini_step, state.acc_grads, state.weight, state.averages, state.dropped),
     )
-    return result, new._replace(
+    new = new._replace(
         mini_step=mini_step,
         acc_grads=acc_grads,
         skip_state=skip_state,
         weight=total_weight,
         averages=config.sync.own(averages),
         dropped=dropped,
+        norms=norms.reopened(config, new.norms, of_grads, closes),
     )
+    return result, new, counted
 
 
 def _accepted(config, state, grads, params):

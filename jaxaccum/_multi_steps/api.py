@@ -10,6 +10,7 @@ import optax
 from jaxaccum._devices import placement
 from jaxaccum._devices.topology import MappedAxis
 from jaxaccum._gradient import in_place_sums, once_per_window
+from jaxaccum._gradient.returns import Returns
 from jaxaccum._integers import positive_int
 from jaxaccum._jax import prng
 from jaxaccum._multi_steps import accumulation, checks, closing, initial_state, loss_step, misspelling, redistribution
@@ -17,7 +18,7 @@ from jaxaccum._multi_steps.accumulation import Boundary, MicroBatch
 from jaxaccum._multi_steps.closing import Call
 from jaxaccum._multi_steps.config import Config, Shapes
 from jaxaccum._multi_steps.state import MultiStepsState
-from jaxaccum._sums import numeric
+from jaxaccum._sums import norms, numeric
 from jaxaccum._types import Tree
 
 
@@ -82,6 +83,10 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         that without `HostDriven` the layers of a `Weighted` loss are added in place only if `in_place=True`. With
         `should_skip_update_fn` or `nonfinite="drop"` nothing is added in place, because it could not be removed from
         the sums.
+      gradient_norms: "window" keeps the norm of the gradient of the last optimizer step in `state.norms.window`; it
+        costs a pass over that gradient. "all" also keeps the norms of the micro-batches' gradients (see
+        `MultiStepsState`), with a pass over each, which turns `in_place` off. With `prepare` these are gradients with
+        respect to its output. None computes nothing.
 
     Raises:
       TypeError, ValueError: for an invalid argument, at construction; from `init`, if the inner optimizer contains
@@ -117,6 +122,7 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         averaged_extra_args: Sequence[str] | Mapping[str, Tree] = ("value",),
         prepare: Callable[[Tree], Tree] | None = None,
         in_place: bool | None = None,
+        gradient_norms: str | None = None,
     ):
         if not (callable(getattr(opt, "init", None)) and callable(getattr(opt, "update", None))):
             raise TypeError(f"opt must be an optax.GradientTransformation, for example optax.adam(1e-3), got {opt!r}.")
@@ -134,12 +140,15 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         numeric.floating("accumulator_dtype", accumulator_dtype)
         once_per_window.check_argument(prepare)
         in_place_sums.check_argument(in_place)
+        norms.check_argument(gradient_norms, in_place)
         sync = placement.select_sync(axis_name, mesh, data_axis, should_skip_update_fn, reduce=reduce)
         if should_skip_update_fn is not None or nonfinite == "drop":
             if in_place:
                 raise ValueError(
                     "in_place=True can't be had with should_skip_update_fn or nonfinite='drop': leave it at None."
                 )
+            in_place = False
+        if gradient_norms == "all":
             in_place = False
         config = Config(
             opt=opt,
@@ -153,6 +162,7 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
             prepare=prepare,
             in_place=in_place,
             averaged_shapes=tuple((name, tree) for name, tree in shapes.items() if not tree.is_scalar),
+            gradient_norms=gradient_norms,
         )
         self = super().__new__(cls, *_transformation(config))
         self._config = config
@@ -187,27 +197,45 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         config = _unprepared(self._config, "apply")
         state = checks.state(state, "apply", config.sync)
         call = Call(params, extra_args, applies=True)
-        return accumulation.add(config, state, MicroBatch(grads, weight), Boundary(boundary), call)
+        params, state, _ = accumulation.add(config, state, MicroBatch(grads, weight), Boundary(boundary), call)
+        return params, state
 
     def micro_step(
-        self, fun: Callable[..., Any], params: Tree, state: MultiStepsState, *args: Any, boundary: Any = None
-    ) -> tuple[jax.Array, Tree, MultiStepsState]:
+        self,
+        fun: Callable[..., Any],
+        params: Tree,
+        state: MultiStepsState,
+        *args: Any,
+        boundary: Any = None,
+        has_aux: bool = False,
+        carry_argnums: int | Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, Tree, MultiStepsState]:
         """Runs one micro-step from the loss: backward pass, accumulation and, at a boundary, the optimizer step.
 
         Args:
-          fun: `fun(params, *args)` returns the micro-batch's mean loss, a floating scalar, or a `Weighted`. Its weight
-            must not depend on the parameters (`value_and_grad` supports that).
+          fun: `fun(params, *args, **kwargs)` returns the micro-batch's mean loss, a floating scalar, or a `Weighted`.
+            Its weight must not depend on the parameters (`value_and_grad` supports that).
           params: the parameters.
           state: the state.
-          *args: the micro-batch and the other arguments of `fun`. With `mesh=` the first is a batch of P·N examples,
-            sharded over the data axis. All others are the same on every device, except typed random keys: device p
-            sees `jax.random.fold_in(key, p)`. On one device and with `axis_name=`, keys are used unchanged: pass a
-            different key to each micro-step and, inside a mapped function, to each device.
+          *args: the micro-batch and the other arguments of `fun`. With `mesh=` the first that is not a carry is a batch
+            of P·N examples, sharded over the data axis. All others are the same on every device, except typed random
+            keys: device p sees `jax.random.fold_in(key, p)`. On one device and with `axis_name=`, keys are used
+            unchanged: pass a different key to each micro-step and, inside a mapped function, to each device.
           boundary: as for `update`.
+          has_aux: `fun` returns (loss, aux). With `mesh=` aux is returned with a leading device axis.
+          carry_argnums: mutable model state, such as batch statistics: positions of arguments of `fun`, whose argument
+            0 are the parameters. `fun` returns (loss, new_carry) or (loss, (new_carry, aux)). A micro-batch that has
+            weight 0, is dropped or is skipped leaves the carry as it was. On several devices, the carry is returned as
+            by `value_and_grad`: floating leaves are averaged over the devices, in every micro-step, typed keys are
+            folded, and other leaves must agree.
+          **kwargs: keyword arguments of `fun`. If it takes one with the name of an argument of this method, bind it
+            with `functools.partial`.
 
         Returns:
-          (the micro-batch's mean loss, params, state). With `mesh=` the loss is (P,), one per device. The inner
-          optimizer receives the loss, averaged over the window, as the extra arg `value`.
+          (the micro-batch's mean loss, params, state); in place of the loss (loss, aux), (loss, carry) or
+          (loss, (carry, aux)). With `mesh=` the loss is (P,), one per device. The inner optimizer receives the loss,
+          averaged over the window, as the extra arg `value`.
 
         Example:
           >>> import jax.numpy as jnp, optax, jaxaccum
@@ -218,11 +246,21 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
           ...     print(loss, params)
           1.0 1.0
           9.0 0.0
+
+          With model state, here the largest example so far:
+
+          >>> fun = lambda w, x, largest: ((w * x) ** 2, jnp.maximum(largest, x))
+          >>> largest = jnp.array(0.0)
+          >>> for x in (2.0, 1.0):
+          ...     (loss, largest), params, state = tx.micro_step(fun, params, state, x, largest, carry_argnums=2)
+          >>> print(largest)
+          2.0
         """
         state = checks.state(state, "micro_step", self._config.sync)
         numeric.arrays(params)
-        prng.refuse_rngs(args)
-        return loss_step.micro_step(self._config, fun, "micro_step")(params, state, args, Boundary(boundary))
+        prng.refuse_rngs((*args, *kwargs.values()))
+        step = loss_step.micro_step(self._config, fun, Returns(has_aux, carry_argnums))
+        return step(params, state, args, kwargs, Boundary(boundary))
 
     def flush(
         self, state: MultiStepsState, params: Tree | None = None, **extra_args: Any
@@ -430,6 +468,7 @@ def _transformation(config: Config) -> tuple[Callable[..., Any], Callable[..., A
         state = checks.state(state, "update", config.sync)
         _check_extra_args(_unprepared(config, "update"), "update", extra_args)
         call = Call(params, extra_args, applies=False)
-        return accumulation.add(config, state, MicroBatch(grads, weight), Boundary(boundary), call)
+        updates, state, _ = accumulation.add(config, state, MicroBatch(grads, weight), Boundary(boundary), call)
+        return updates, state
 
     return init, update

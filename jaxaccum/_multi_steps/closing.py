@@ -8,7 +8,7 @@ import optax
 
 from jaxaccum._devices.topology import MeshAxis
 from jaxaccum._gradient import once_per_window
-from jaxaccum._multi_steps import averaged_args, conditions, inner_update
+from jaxaccum._multi_steps import averaged_args, conditions, inner_update, norms
 from jaxaccum._multi_steps.config import Config
 from jaxaccum._multi_steps.inner_update import InnerOptimizer
 from jaxaccum._multi_steps.state import MultiStepsState
@@ -22,6 +22,7 @@ class Window(NamedTuple):
 
     sums: Weighted  # Of the gradients.
     averages: dict[str, Weighted]  # Of the averaged extra args.
+    norms: Any  # As in the state, with the last micro-batch's.
     count: Any  # The number of micro-steps.
     may_be_empty: bool  # Whether the total weight may be 0.
     like: Tree  # A tree with the gradients' dtypes without accumulation.
@@ -62,7 +63,9 @@ def close(
         def step():
             divisor = weight if config.use_grad_mean else jnp.full_like(weight, sync.size())
             mean = weighted_sum.mean(Weighted(total, divisor), window.like)
-            return _optimizer_step(config, state, call._replace(extra_args=call.extra_args | means), mean, window.like)
+            of_window = norms.at_step(config, window.norms, mean, weight, reduced)
+            args = call._replace(extra_args=call.extra_args | means), mean, window.like
+            return *_optimizer_step(config, state, *args), of_window
 
         if not window.may_be_empty:
             return *step(), None
@@ -70,16 +73,18 @@ def close(
         return *branch(filled, step, unchanged), filled
 
     def unchanged():
-        return _result_without_step(config, state, call, window.like), state.inner_opt_state, state.prepared
+        result = _result_without_step(config, state, call, window.like)
+        return result, state.inner_opt_state, state.prepared, norms.of_last_window(state.norms)
 
     none_made = jnp.asarray(False) if window.may_be_empty else None
-    result, inner, prepared, filled = branch(closes, reduce, lambda: (*unchanged(), none_made))
+    result, inner, prepared, of_window, filled = branch(closes, reduce, lambda: (*unchanged(), none_made))
     applied = closes if filled is None else filled
     state = state._replace(
         gradient_step=weighted_sum.select(applied, optax.safe_increment(state.gradient_step), state.gradient_step),
         inner_opt_state=inner,
         updated=jnp.asarray(applied),
         prepared=prepared,
+        norms=of_window,
     )
     return result, state, applied
 
@@ -96,6 +101,7 @@ def flush(
     window = Window(
         sums=Weighted(state.acc_grads, state.weight),
         averages=state.averages,
+        norms=state.norms,
         count=state.mini_step,
         may_be_empty=True,
         like=inner_update.like_gradients(params if params is not None else config.sync.one(state.acc_grads)),
@@ -105,6 +111,7 @@ def flush(
     return updates, state._replace(
         mini_step=jnp.zeros_like(state.mini_step),
         averages=config.sync.own(jax.tree.map(jnp.zeros_like, state.averages)),
+        norms=norms.reopened(config, state.norms, window.norms, True),
     )
 
 

@@ -49,6 +49,7 @@ class Config(NamedTuple):
     in_place: bool | None
     averaged_shapes: tuple[tuple[str, Shapes], ...] = ()
     """Of those in `averaged_extra_args` that are no scalars."""
+    gradient_norms: str | None = None
 
     # Not fields, because each access makes new closures, which would break equality.
 

@@ -2,7 +2,7 @@
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxaccum._devices.topology import MappedAxis
 from jaxaccum._gradient.host_weight import HostWeight
+from jaxaccum._gradient.returns import Returns, strong
 from jaxaccum._integers import positive_int
 from jaxaccum._jax import prng
 from jaxaccum._multi_steps import checks, inner_update, loss_step
@@ -45,6 +46,8 @@ class HostDriven:
     Args:
       tx: the `MultiSteps`.
       fun: the loss, as for `MultiSteps.micro_step`.
+      has_aux: whether `fun` returns aux, as there.
+      carry_argnums: the arguments of `fun` that are model state, as there. The carry is not donated.
 
     Raises:
       TypeError, ValueError: if `tx` is not a `MultiSteps`, if its micro-steps can't be counted on the host (it has
@@ -63,7 +66,13 @@ class HostDriven:
       9.0 0.500
     """
 
-    def __init__(self, tx: MultiSteps, fun: Callable[..., Any]):
+    def __init__(
+        self,
+        tx: MultiSteps,
+        fun: Callable[..., Any],
+        has_aux: bool = False,
+        carry_argnums: int | Sequence[int] | None = None,
+    ):
         if not isinstance(tx, MultiSteps):
             raise TypeError(f"tx must be a jaxaccum.MultiSteps, got {tx!r}.")
         if not callable(fun):
@@ -86,18 +95,21 @@ class HostDriven:
         self._ks = _Facts()
         self._compiled = set()  # (program, signature) pairs that are known to compile.
 
-        self._weight = HostWeight(lambda *args: (fun(*args), None), config.sync)
+        returns = Returns(has_aux, carry_argnums)
+        self._roles = loss_step.micro_step_roles(config.sync, returns)
+        value_alone = lambda *args, **kwargs: (returns.unpack(fun(*args, **kwargs))[0], None)
+        self._weight = HostWeight(value_alone, config.sync, self._roles)
 
         def programs(counts):
-            micro_step = loss_step.micro_step(config, fun, "HostDriven", counts=counts)
+            micro_step = loss_step.micro_step(config, fun, returns, counts=counts)
 
-            def accumulate(params, prepared, pending, *args):
+            def accumulate(params, prepared, pending, /, *args, **kwargs):
                 pending = pending._replace(prepared=prepared)
-                loss, _, pending = micro_step(params, pending, args, Boundary(False, clears=True))
+                loss, _, pending = micro_step(params, pending, args, kwargs, Boundary(False, clears=True))
                 return loss, pending._replace(prepared=())
 
-            def close(params, state, *args):
-                return micro_step(params, state, args, Boundary(True, clears=True))
+            def close(params, state, /, *args, **kwargs):
+                return micro_step(params, state, args, kwargs, Boundary(True, clears=True))
 
             return jax.jit(accumulate, donate_argnums=2), jax.jit(close, donate_argnums=(0, 1))
 
@@ -127,7 +139,9 @@ class HostDriven:
         """The number of micro-steps in the open window of the last returned state."""
         return self._mini_step
 
-    def __call__(self, params: Tree, state: MultiStepsState, *args: Any) -> tuple[jax.Array, Tree, MultiStepsState]:
+    def __call__(
+        self, params: Tree, state: MultiStepsState, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Tree, MultiStepsState]:
         """Runs one micro-step; every K-th one is a boundary.
 
         Args:
@@ -135,30 +149,65 @@ class HostDriven:
           state: the state. Its sums are donated in every call, and all of it at a boundary. A call that raises before
             its program starts, for instance because `fun` or the compiler raises, donates nothing.
           *args: the other arguments of `fun`, passed through jit.
+          **kwargs: its keyword arguments, passed through jit.
 
         Returns:
-          (the micro-batch's mean loss, params, state).
+          (the micro-batch's mean loss, params, state); in place of the loss (loss, aux), (loss, carry) or
+          (loss, (carry, aux)).
 
         Raises:
           TypeError: if `state` is not a `MultiStepsState`, or if called inside `jax.jit`.
         """
         state = checks.state(state, "HostDriven", self._sync)
-        _check_on_host("HostDriven", (params, state.mini_step, args))
-        prng.refuse_rngs(args)
+        _check_on_host("HostDriven", (params, state.mini_step, args, kwargs))
         state, position, k = self._read(state)
-        accumulate, close = self._programs[self._weight.is_positive(params, *args)]
+        accumulate, close = self._programs_for(params, args, kwargs)
+        params, args = self._settled(params, args)
         if position.mini_step + 1 >= k.every_k:
-            loss, params, state = self._run(close, (params,), state, args, position)
+            loss, params, state = self._run(close, (params,), state, args, kwargs, position)
             mini_step = 0
         else:
-            # Leaves that only change at a boundary bypass the program.
-            kept = {"inner_opt_state": state.inner_opt_state, "prepared": state.prepared}
-            pending = state._replace(inner_opt_state=None, prepared=())
-            loss, pending = self._run(accumulate, (params, state.prepared), pending, args, position)
+            kept, pending = _parted(state)
+            loss, pending = self._run(accumulate, (params, state.prepared), pending, args, kwargs, position)
             state = pending._replace(**kept)
             mini_step = position.mini_step + 1
         self._remember(state, mini_step, k)
         return loss, params, state
+
+    def lower(
+        self, params: Tree, state: MultiStepsState, *args: Any, **kwargs: Any
+    ) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
+        """Lowers the two programs for these arguments, for example to compile them and to see what they hold.
+
+        Args:
+          params: the parameters. They and all other arguments may be `jax.ShapeDtypeStruct`s, with shardings on a mesh.
+          state: the state.
+          *args: as for a call.
+          **kwargs: as for a call.
+
+        Returns:
+          (the program that accumulates, the program that also runs the optimizer). For a `Weighted` loss they are those
+          of a micro-batch that counts, unless `args` hold one that doesn't.
+
+        Raises:
+          TypeError: if `state` is not a `MultiStepsState`.
+
+        Example:
+          >>> import jax.numpy as jnp, optax, jaxaccum
+          >>> tx = jaxaccum.MultiSteps(optax.adam(0.1), every_k_schedule=2)
+          >>> step = jaxaccum.HostDriven(tx, lambda w, x: jnp.mean((x @ w) ** 2))
+          >>> accumulate, close = step.lower(jnp.ones(3), tx.init(jnp.ones(3)), jnp.ones((4, 3)))
+          >>> "sqrt" in accumulate.as_text(), "sqrt" in close.as_text()
+          (False, True)
+        """
+        state = checks.state(state, "HostDriven.lower", self._sync)
+        accumulate, close = self._programs_for(params, args, kwargs)
+        params, args = self._settled(params, args)
+        _, pending = _parted(state)
+        return (
+            accumulate.lower(params, state.prepared, pending, *args, **kwargs),
+            close.lower(params, state, *args, **kwargs),
+        )
 
     def flush(self, params: Tree, state: MultiStepsState) -> tuple[Tree, MultiStepsState]:
         """Closes a partial window with an optimizer step on the mean of its micro-batches. Donates both arguments."""
@@ -168,6 +217,22 @@ class HostDriven:
         params, state = self._flush(params, state)
         self._remember(state, 0, k)
         return params, state
+
+    def _programs_for(self, params: Tree, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """The two programs for these arguments of `fun`, which are checked."""
+        prng.refuse_rngs((*args, *kwargs.values()))
+        self._roles.check((params, *args))
+        return self._programs[self._weight.is_positive(params, *args, **kwargs)]
+
+    def _settled(self, params: Tree, args: tuple[Any, ...]) -> tuple[Tree, tuple[Any, ...]]:
+        """The parameters and the carry in the types and the places that programs return them in.
+
+        Otherwise each program would compile twice.
+        """
+        as_returned = lambda x: x if isinstance(x, jax.ShapeDtypeStruct) else strong(x)
+        settled = lambda tree: self._sync.settled(jax.tree.map(as_returned, tree))
+        carry = self._roles.carry
+        return self._sync.settled(params), tuple(settled(x) if i in carry else x for i, x in enumerate(args, 1))
 
     def _read(self, state: MultiStepsState) -> tuple[MultiStepsState, "_Position", "_K"]:
         """Applies a pending assignment of K: (`state`, its position, its K)."""
@@ -190,18 +255,18 @@ class HostDriven:
         self._ks.add(state.every_k, k)
         self._mini_step, self._every_k, self._last_written = mini_step, k.every_k, k.written
 
-    def _run(self, program, given, state, args, position):
-        """Runs `program(*given, state, *args)`, clearing the sums of `state` first if a window starts."""
+    def _run(self, program, given, state, args, kwargs, position):
+        """Runs `program(*given, state, *args, **kwargs)`, clearing the sums of `state` first if a window starts."""
         if not position.mini_step and not position.holds_cleared(_sums(state)):
             # Raise any error here, before clearing donates the caller's sums.
             numeric.arrays(given[0])
-            jax.block_until_ready((given, state, args))
-            signature = _signature((given, state, args))
+            jax.block_until_ready((given, state, args, kwargs))
+            signature = _signature((given, state, args, kwargs))
             if (program, signature) not in self._compiled:
-                program.lower(*given, state, *args).compile()
+                program.lower(*given, state, *args, **kwargs).compile()
                 self._compiled.add((program, signature))
             state = with_cleared_sums(state, self._clear)
-        return program(*given, state, *args)
+        return program(*given, state, *args, **kwargs)
 
 
 class _Assignment(NamedTuple):
@@ -245,6 +310,12 @@ class _Facts:
         """The fact recorded about this object, or None."""
         known = self._facts.get(id(array))
         return known[1] if known and known[0]() is array else None
+
+
+def _parted(state: MultiStepsState) -> tuple[dict[str, Any], MultiStepsState]:
+    """(the fields that only change at a boundary and bypass the accumulating program, the state without them)."""
+    kept = {"inner_opt_state": state.inner_opt_state, "prepared": state.prepared}
+    return kept, state._replace(inner_opt_state=None, prepared=())
 
 
 def _check_on_host(method: str, tree: Tree) -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxaccum._devices import placement
 from jaxaccum._devices.topology import MeshAxis
 from jaxaccum._gradient import once_per_window
-from jaxaccum._multi_steps import averaged_args, checks
+from jaxaccum._multi_steps import averaged_args, checks, norms
 from jaxaccum._multi_steps.config import Config
 from jaxaccum._multi_steps.state import MultiStepsState
 from jaxaccum._sums import numeric, overwrites, weighted_sum
@@ -46,6 +46,7 @@ def init(config: Config, params: Tree) -> MultiStepsState:
         updated=jnp.zeros((), jnp.bool_),
         dropped=local(jnp.zeros((), jnp.int32)),
         prepared=prepared,
+        norms=norms.zeros(config),
     )
     return config.sync.settled(_unshared(state, params))
 

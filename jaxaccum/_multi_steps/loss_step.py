@@ -1,12 +1,12 @@
 """A micro-step from the loss: each device's gradient, its accumulation and, at a boundary, the optimizer step."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from jaxaccum._devices.topology import MappedAxis, MeshAxis
+from jaxaccum._devices.topology import MappedAxis, MeshAxis, Sync
 from jaxaccum._gradient import micro_gradient, once_per_window, splitting
 from jaxaccum._gradient.micro_gradient import Target
+from jaxaccum._gradient.returns import Carry, Returns
 from jaxaccum._gradient.roles import Roles
 from jaxaccum._jax import prng
 from jaxaccum._multi_steps import accumulation
@@ -34,8 +34,12 @@ class LossStep(NamedTuple):
         args: Sequence[Any],
         boundary: Boundary,
         extra_args: dict[str, Any] | None = None,
-    ) -> tuple[Weighted, Any, Tree, MultiStepsState]:
-        """Runs one micro-step: (loss, rest, params, state). loss and rest are per device, stacked with a mesh."""
+        kwargs: dict[str, Tree] | None = None,
+    ) -> tuple[Weighted, Any, Any, Tree, MultiStepsState]:
+        """Runs one micro-step: (loss, rest, whether it counts, params, state).
+
+        The first three are per device, stacked with a mesh.
+        """
         config = self.config
         seen = params if config.prepare is None else once_per_window.restore(config.prepare, params, state.prepared)
         judges = config.should_skip_update_fn is not None  # That function receives mean gradients.
@@ -44,6 +48,7 @@ class LossStep(NamedTuple):
             config.sync,
             self.roles,
             (seen, *args),
+            kwargs,
             target=Target(
                 sums=None if config.in_place is False else state.acc_grads,
                 in_place=config.in_place,
@@ -62,41 +67,48 @@ class LossStep(NamedTuple):
             like=weighted_sum.arrays(params),
             counts=self.counts,
         )
-        params, state = accumulation.add(config, state, micro_batch, boundary, Call(params, extra_args, applies=True))
-        return loss, rest, params, state
+        call = Call(params, extra_args, applies=True)
+        params, state, counted = accumulation.add(config, state, micro_batch, boundary, call)
+        return loss, rest, counted, params, state
 
 
 def micro_step(
-    config: Config, fun: Callable[..., Any], method: str, *, counts: bool = False
+    config: Config, fun: Callable[..., Any], returns: Returns, *, counts: bool = False
 ) -> Callable[..., tuple[Any, Tree, Any]]:
-    """`MultiSteps.micro_step` for one loss, called as `(params, state, args, boundary)`; `method` is for errors."""
-    fun = _without_aux(fun, method)
+    """`MultiSteps.micro_step` for one loss, called as `(params, state, args, kwargs, boundary)`."""
+    sync = config.sync
+    is_mesh = isinstance(sync, MeshAxis)
+    device = MappedAxis(sync.names) if isinstance(sync, MeshAxis) else sync
+    roles = micro_step_roles(sync, returns)
 
-    def on_device(params, *args):
-        if isinstance(config.sync, MeshAxis):  # Only the batch is sharded; the other arguments are replicated.
-            batch, *others = args
-            args = batch, *prng.fold_typed(others, MappedAxis(config.sync.names).index())
-        return fun(params, *args), None
+    def micro_step(params, state, args, kwargs, boundary):
+        args = params, *args
+        roles.check(args)
+        if is_mesh:
+            splitting.check_devices(args, roles.batch, 1, False, sync.size())
+        carry = Carry.of([args[i] for i in roles.carry])
 
-    step = LossStep(config, on_device, Roles(params=(0,), batch=(1,), keys=(), carry=()), counts=counts)
+        def on_device(*args, **kwargs):
+            if is_mesh:  # The batch is sharded; the other arguments are replicated.
+                fold = lambda tree: prng.fold_typed(tree, device.index())
+                args = [arg if i in roles.all() else fold(arg) for i, arg in enumerate(args)]
+                kwargs = fold(kwargs)
+            local = Carry.of([args[i] for i in roles.carry]).local(device)
+            value, new, aux = returns.unpack(
+                fun(*roles.with_carry(roles.without_carry(args), carry.trees(local)), **kwargs)
+            )
+            return value, (carry.renewed(new), aux)
 
-    def micro_step(params, state, args, boundary):
-        if isinstance(config.sync, MeshAxis):
-            step.roles.check((params, *args))
-            splitting.check_devices((params, *args), step.roles.batch, 1, False, config.sync.size())
-        loss, _, params, state = step(params, state, args, boundary)
-        return traced_loss.mean(loss), params, state
+        step = LossStep(config, on_device, roles, counts=counts)
+        loss, (new, aux), counted, params, state = step(params, state, args[1:], boundary, kwargs=kwargs)
+        if carry.leaves and counted is not True:
+            new = weighted_sum.select(counted, new, sync.local(carry.leaves))
+        return returns.pack(traced_loss.mean(loss), carry.trees(sync.averaged(new)), aux), params, state
 
     return micro_step
 
 
-def _without_aux(fun: Callable[..., Any], method: str) -> Callable[..., Any]:
-    """The loss `fun`, whose value is checked for `method`, which does not support aux."""
-
-    @functools.wraps(fun, updated=())
-    def checked(*args):
-        value = fun(*args)
-        traced_loss.check_total(value.total if isinstance(value, Weighted) else value, method)
-        return value
-
-    return checked
+def micro_step_roles(sync: Sync, returns: Returns) -> Roles:
+    """The roles of the arguments of a micro-step's loss; only a mesh splits a batch."""
+    roles = Roles.of(0, None, (), returns.carry_argnums)
+    return roles if isinstance(sync, MeshAxis) else roles._replace(batch=())

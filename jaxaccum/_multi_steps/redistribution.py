@@ -29,6 +29,7 @@ def redistribute(config: Config, state: MultiStepsState, devices: int, batch: st
     is_stacked = jnp.ndim(state.mini_step) == 1  # From pmap: every leaf has a leading device axis.
     shared = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[0]), state) if is_stacked else state
     local = {name: getattr(state, name) for name in ("acc_grads", "weight", "averages", "dropped")}
+    local["norms"] = state.norms.pending if state.norms else None
     if jnp.ndim(state.weight) == 0:
         local = jax.tree.map(lambda x: x[None], local)
 
@@ -47,16 +48,21 @@ def redistribute(config: Config, state: MultiStepsState, devices: int, batch: st
         "weight": ratio if batch == "global" else 1,
         "averages": ratio if batch == "global" else 1,
         "dropped": 1,
+        "norms": 1,
     }
     moved = {name: folded(jax.tree.map(_through_host, local[name]), devices, scale) for name, scale in scales.items()}
+    if moved["norms"] is not None:  # The sum of squares is weighted; the number of micro-batches is not.
+        moved["norms"] *= np.asarray([scales["weight"], 1], moved["norms"].dtype)
     if isinstance(config.sync, MeshAxis):
         moved = jax.tree.map(functools.partial(_placed, config.sync), moved, local)
     if isinstance(config.sync, OneDevice):
         moved = jax.tree.map(lambda x: x[0], moved)
-    if isinstance(config.sync, OneDevice | MeshAxis):
-        return shared._replace(**moved)
-    stacked = jax.tree.map(lambda x: jnp.broadcast_to(x, (devices, *jnp.shape(x))), shared)
-    return stacked._replace(**moved)
+    if not isinstance(config.sync, OneDevice | MeshAxis):
+        shared = jax.tree.map(lambda x: jnp.broadcast_to(x, (devices, *jnp.shape(x))), shared)
+    pending = moved.pop("norms")
+    if pending is not None:  # The last micro-batch's norms are those of other devices.
+        shared = shared._replace(norms=shared.norms._replace(micro_batch=0 * moved["weight"], pending=pending))
+    return shared._replace(**moved)
 
 
 def folded(sums: Tree, devices: int, scale: float = 1) -> Tree:

@@ -32,6 +32,10 @@ class MultiStepsState(NamedTuple):
       dropped: int32 scalar, the number of non-finite micro-batches dropped since `init`.
       prepared: the output of `prepare` at the last optimizer step, a tuple of arrays, without the parameters that it
         returns unchanged. `()` without one.
+      norms: with `gradient_norms`, a NamedTuple. `window` is the norm of the gradient of the last optimizer step. With
+        "all" there are also `micro_batch`, the norm of the last micro-batch's mean gradient, per device with `mesh`, 0
+        if it was left out; `squares`, Σ w·‖g‖² and Σ w over the last window's micro-batches g on all devices; `count`,
+        how many of them counted; and `pending`, the sums of the open window. `()` without the option.
     """
 
     mini_step: Any
@@ -45,6 +49,7 @@ class MultiStepsState(NamedTuple):
     updated: Any
     dropped: Any
     prepared: Any = ()
+    norms: Any = ()
 
 
 def with_cleared_sums(state: MultiStepsState, clear: Callable[[Tree], Tree] = weighted_sum.cleared) -> MultiStepsState:

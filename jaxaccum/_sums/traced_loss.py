@@ -181,18 +181,13 @@ def check_weight(value: Any, shape: tuple[int, ...] = ()) -> None:
             )
 
 
-def check_total(value: Any, without_aux: str | None = None) -> None:
-    """Checks that a loss or total is one floating scalar; `without_aux` names a caller that takes no aux."""
+def check_total(value: Any) -> None:
+    """Checks that a loss or total is one floating scalar."""
     dtype = numeric.scalar_dtype(value)
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-        others = (
-            f"{without_aux} takes no aux yet: return the loss alone, or use jaxaccum.value_and_grad with has_aux=True."
-            if without_aux
-            else "Return other results with has_aux=True."
-        )
         raise TypeError(
             f"the loss must be one floating scalar, or a Weighted with such a total, got {numeric.kind(value)}; "
-            f"reduce an array first. {others}"
+            "reduce an array first. Return other results with has_aux=True."
         )
 
 

@@ -11,9 +11,12 @@ from jax.sharding import PartitionSpec as P
 from jaxaccum._devices import mesh_map, placement
 from jaxaccum._devices.topology import MappedAxis, MeshAxis
 from jaxaccum._gradient import in_place_sums, once_per_window, splitting
+from jaxaccum._gradient.observed import Observed
+from jaxaccum._gradient.returns import Returns
 from jaxaccum._gradient.roles import Roles
 from jaxaccum._integers import positive_int
-from jaxaccum._sums import numeric, overwrites, weighted_sum
+from jaxaccum._sums import norms, numeric, overwrites, weighted_sum
+from jaxaccum._sums.norms import GradientNorms
 from jaxaccum._sums.weighted_sum import Weighted
 from jaxaccum._types import Tree
 from jaxaccum._window import call
@@ -39,7 +42,9 @@ def value_and_grad(
     mesh: Any = None,
     data_axis: Any = "data",
     reduce: str = "mean",
-) -> Callable[..., tuple[Any, Tree]]:
+    gradient_norms: str | None = None,
+    transform_micro_gradient: Callable[[Tree], Tree] | None = None,
+) -> Callable[..., tuple[Any, ...]]:
     """`jax.value_and_grad` over K micro-batches: the full batch's loss and gradient in one micro-batch's memory.
 
     Args:
@@ -96,12 +101,22 @@ def value_and_grad(
       reduce: "mean" returns the whole gradient on every device. "scatter" (ZeRO) needs `mesh` and reduce-scatters it:
         each device gets a shard, laid out as given by `zero_sharding`. Apply the update in global code with an
         optimizer state in the same layout, and gather the new parameters.
+      gradient_norms: the norms to return after value and gradient, as a NamedTuple. "window": its field `window` is the
+        norm of the window's gradient, before it is cast to `grad_dtype`. "all": there are also `micro_batch`, (K,), the
+        norms of the micro-batches' mean gradients, with `mesh` (K, P); `squares`, Σ w·‖g‖² and Σ w over the
+        micro-batches g of all devices; and `count`, how many of them count. The norm of one of weight 0 is 0. "all"
+        adds no gradient in place, and hoists nothing for `prepare="auto"`; with a `prepare` function these are
+        gradients with respect to its output. None computes nothing.
+      transform_micro_gradient: a function of each micro-batch's mean gradient, also of a `Weighted` loss, that returns
+        what is added in its place, of the same shapes: clipped or compressed, for example. It gets no key, so noise
+        from a key that it closes over is the same for each micro-batch. Norms are those before it. It turns in-place
+        addition and `prepare="auto"` off, as `gradient_norms="all"` does. Overwritten statistics bypass it.
 
     Returns:
-      A function of the same arguments that returns what `jax.value_and_grad` does. Micro-batches of weight 0 are
-      excluded, even if they are NaN. If all weights are 0, loss and gradient are 0. For fp8 statistics, which flax
-      keeps under `_overwrite_with_gradient` and whose "gradient" is their new value, it returns the maximum over the
-      micro-batches.
+      A function of the same arguments that returns what `jax.value_and_grad` does, and the norms if asked for.
+      Micro-batches of weight 0 are excluded, even if they are NaN. If all weights are 0, loss and gradient are 0. For
+      fp8 statistics, which flax keeps under `_overwrite_with_gradient` and whose "gradient" is their new value, it
+      returns the maximum over the micro-batches.
 
     Raises:
       TypeError, ValueError: at construction, for an invalid or contradictory argument and for a traced K without
@@ -116,6 +131,14 @@ def value_and_grad(
       >>> big_value, big_grad = jax.value_and_grad(loss)(w, x)
       >>> bool(jnp.allclose(value, big_value) and jnp.allclose(grad, big_grad))
       True
+
+      With each micro-batch's gradient clipped to norm 1:
+
+      >>> clip = lambda g: g / jnp.maximum(1.0, jnp.linalg.norm(g))
+      >>> f = jaxaccum.value_and_grad(loss, 4, gradient_norms="all", transform_micro_gradient=clip)
+      >>> value, grad, norms = f(w, x)
+      >>> norms.micro_batch.shape, bool(norms.micro_batch.min() > 1), bool(norms.window <= 1)
+      ((4,), True, True)
     """
     if not callable(fun):
         raise TypeError(f"fun must be callable, got {fun!r}.")
@@ -125,18 +148,23 @@ def value_and_grad(
         raise ValueError(f"prepare takes one differentiated argument, got argnums={argnums!r}; put them in one tree.")
     numeric.floating("accumulator_dtype", accumulator_dtype)
     numeric.floating("grad_dtype", grad_dtype)
+    norms.check_argument(gradient_norms, in_place)
+    observed = Observed(gradient_norms == "all", transform_micro_gradient)
+    observed.check(in_place)
+    if observed:
+        in_place, prepare = False, None if isinstance(prepare, str) else prepare
     window = Window(
         fun=fun,
         k=_num_micro_batches(num_micro_batches, stacked),
         stacked=stacked,
         argnums=argnums,
         roles=Roles.of(argnums, batch_argnums, key_argnums, carry_argnums),
-        has_aux=has_aux,
-        carry_argnums=carry_argnums,
+        returns=Returns(has_aux, carry_argnums),
         prepare=prepare,
         accumulator_dtype=accumulator_dtype,
         in_place=in_place,
         unroll=positive_int(unroll, "unroll"),
+        observed=observed,
     )
     if window.unroll > 1 and not isinstance(window.k, int):
         raise ValueError(
@@ -145,24 +173,36 @@ def value_and_grad(
     sync = placement.select_sync(axis_name, mesh, data_axis, reduce=reduce)
 
     def value_and_grad(*args, **kwargs):
-        return call.checked(
-            functools.partial(_window_of, window, sync, grad_dtype), window, sync, grad_dtype, args, kwargs
-        )
+        run = functools.partial(_window_of, window, sync, grad_dtype, gradient_norms)
+        return call.checked(run, window, sync, grad_dtype, args, kwargs)
 
     return value_and_grad
 
 
-def _window_of(window, sync, grad_dtype, args, kwargs):
+def _window_of(window, sync, grad_dtype, gradient_norms, args, kwargs):
     """The result of `value_and_grad`."""
     params = window.differentiated(args)
     if isinstance(sync, MeshAxis):
-        sums, like, carry, aux = _on_mesh(window, sync, args, kwargs)
+        reduced = None
+        sums, like, carry, (aux, rows) = _on_mesh(window, sync, args, kwargs)
     else:
-        sums, reduced, like, carry, aux = window.run(sync, args, kwargs)
+        sums, reduced, like, carry, (aux, rows) = window.run(sync, args, kwargs)
         sums = Weighted((sync.joined(sums.total[0]), sync.joined(sums.total[1], reduced)), sync.joined(sums.weight))
     value, grads = weighted_sum.mean(sums, (like, params))
+    measured = () if gradient_norms is None else (_norms(sync, grads, reduced, rows, sums.weight),)
     grads = overwrites.kept(grads, params, sums.weight == 0)
-    return window.pack(value.astype(like.dtype), carry, aux), call.finished(grads, params, sync, grad_dtype)
+    value = window.returns.pack(value.astype(like.dtype), carry, aux)
+    return value, call.finished(grads, params, sync, grad_dtype), *measured
+
+
+def _norms(sync, grads, reduced, rows, weight):
+    """The norms of a window: of its gradient and, given `rows` of norms, of its micro-batches."""
+    window = sync.norm(grads, reduced)
+    if rows is None:
+        return GradientNorms(window)
+    micro_batch, sums = rows
+    square, count = sync.joined(jnp.sum(sums, axis=0))
+    return GradientNorms(window, micro_batch, Weighted(square, weight), count.astype(jnp.int32))
 
 
 def _on_mesh(window, sync, args, kwargs):

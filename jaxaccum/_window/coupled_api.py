@@ -11,6 +11,8 @@ from jax.sharding import PartitionSpec as P
 from jaxaccum._devices import mesh_map, placement
 from jaxaccum._devices.topology import MappedAxis, MeshAxis
 from jaxaccum._gradient import once_per_window, splitting
+from jaxaccum._gradient.observed import Observed
+from jaxaccum._gradient.returns import Returns
 from jaxaccum._gradient.roles import Roles
 from jaxaccum._integers import positive_int
 from jaxaccum._sums import numeric
@@ -113,12 +115,12 @@ def coupled_value_and_grad(
         stacked=False,
         argnums=argnums,
         roles=Roles.of(argnums, batch_argnums, key_argnums, None),
-        has_aux=False,
-        carry_argnums=None,
+        returns=Returns(has_aux=False, carry_argnums=None),
         prepare=prepare,
         accumulator_dtype=accumulator_dtype,
         in_place=None,
         unroll=1,
+        observed=Observed(norms=False, transform=None),
     )
     sync = placement.select_sync(axis_name, mesh, data_axis)
     run = functools.partial(_coupled, Coupled(window, loss, has_aux), sync, grad_dtype)

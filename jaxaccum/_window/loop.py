@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jaxaccum._devices import layout
 from jaxaccum._devices.topology import MappedAxis, OneDevice
 from jaxaccum._gradient import micro_gradient, splitting, substitution, sum_packing
+from jaxaccum._gradient.observed import Observed
+from jaxaccum._gradient.returns import Carry, Returns
 from jaxaccum._gradient.roles import Roles
 from jaxaccum._jax import core, prng
 from jaxaccum._sums import traced_loss, weighted_sum
@@ -26,12 +28,12 @@ class Window(NamedTuple):
     stacked: bool
     argnums: int | Sequence[int]
     roles: Roles
-    has_aux: bool
-    carry_argnums: int | Sequence[int] | None
+    returns: Returns
     prepare: Callable[[Tree], Tree] | str | None
     accumulator_dtype: Any
     in_place: bool | None
     unroll: int
+    observed: Observed
 
     def differentiated(self, args: Sequence[Tree]) -> Tree:
         """The differentiated arguments: one, or a tuple."""
@@ -43,25 +45,23 @@ class Window(NamedTuple):
         """Runs the window on this device; `args` holds this device's whole batch.
 
         Returns (local sums of loss and gradient, the axes over which each gradient is already reduced, a zero of the
-        loss's dtype, the carry averaged over the devices, aux).
+        loss's dtype, the carry averaged over the devices, (aux, rows of norms)).
         """
         params = device.local(weighted_sum.arrays(self.differentiated(args)))
         micro_batches = splitting.split(args, self.roles.batch, self.k, self.stacked)
-        # As leaves, because loops compare tree structures and not every pytree class supports comparison.
-        leaves, carry_structure = jax.tree.flatten(tuple(args[i] for i in self.roles.carry))
-        carry = prng.fold_beyond_first(device.local(list(map(_strong, leaves))), device.index())
+        given = Carry.of([args[i] for i in self.roles.carry])
+        carry = given.local(device)
         call = self.call(device, args, kwargs)
 
         def loss(seen, index, batch, carry):
-            old_carry = carry_structure.unflatten(carry)
-            value, new_carry, aux = self.unpack(call(seen, index, batch, old_carry))
-            return value, (_carried(new_carry, old_carry), aux)
+            value, new_carry, aux = self.returns.unpack(call(seen, index, batch, given.trees(carry)))
+            return value, (given.renewed(new_carry), aux)
 
         first = first_step(device, micro_batches, carry)
         prepared = self._prepared(device, loss, params, first, micro_batches, carry)
         sums, like, carry, aux = self.sums(device, prepared.fun, prepared.params, micro_batches, carry)
         sums = Weighted((sums.total[0], prepared.transpose(sums.total[1], self.k)), sums.weight)
-        return sums, prepared.reduced, like, carry_structure.unflatten(device.averaged(carry)), aux
+        return sums, prepared.reduced, like, given.trees(device.averaged(carry)), aux
 
     def call(self, device: OneDevice | MappedAxis, args: Sequence[Tree], kwargs: dict[str, Tree]) -> Callable[..., Any]:
         """Returns `fun` as a function of (differentiated arguments, index of a micro-batch, its batch, carry)."""
@@ -84,7 +84,7 @@ class Window(NamedTuple):
     ) -> tuple[Weighted, jax.Array, list[jax.Array], Tree]:
         """Sums `loss(seen, index, batch, carry) -> (loss, (new carry, aux))` and its gradient over the micro-batches.
 
-        Returns (local sums of loss and gradient, a zero of the loss's dtype, the last carry, aux).
+        Returns (local sums of loss and gradient, a zero of the loss's dtype, the last carry, (aux, rows of norms)).
         """
         first = first_step(device, micro_batches, carry)
         traced, mean = traced_loss.trace(loss, seen, *first), None
@@ -93,7 +93,7 @@ class Window(NamedTuple):
             mean = self._mean(device, traced, seen, carry, micro_batches)
             traced = traced.less(mean)
         if isinstance(self.k, int) and self.k == 1:
-            sums, like, carry, aux = _only(traced, seen, *first)
+            sums, like, carry, aux = _only(self.observed, traced, seen, *first)
         else:
             start = device.local(self._start(seen))
             substituted = substitution.of(traced, micro_batches, self.k, carry)
@@ -134,7 +134,10 @@ class Window(NamedTuple):
         return device.local(traced_loss.mean(device.joined(sums)))
 
     def _sum(self, device, gradient, substituted, seen, sums, carry, micro_batches):
-        """Sums over the micro-batches: (sums of loss and gradient, a zero of the loss's dtype, the last carry, aux)."""
+        """Sums over the micro-batches.
+
+        Returns (sums of loss and gradient, a zero of the loss's dtype, the last carry, (aux, rows of norms)).
+        """
         packing = sum_packing.of(sums.total[1], gradient.inside)
         changed = lambda sums, change: Weighted((sums.total[0], change(sums.total[1])), sums.weight)
         dtypes = []
@@ -147,16 +150,19 @@ class Window(NamedTuple):
             dtypes.append(value.total.dtype)
             keep = traced_loss.keep(value.weight) if kept is None else kept
             weight = value.weight if step.weight is None else step.weight
+            grads, norms = self.observed(grads, weight, True if keep is None else keep)
             weight = jnp.ones_like(sums.weight) if weight is None else weight
             # The loss's bits make the rounding differ between windows.
             bits = jax.lax.bitcast_convert_type(value.total.astype(jnp.float32), jnp.uint32)
             new = Weighted((value.total, packing.pack(grads)), weight)
-            selects = keep if kept is None else None  # What was substituted adds 0.
+            # What was substituted adds 0, unless a transformation makes something else of it.
+            selects = keep if kept is None or self.observed.transform is not None else None
             sums = weighted_sum.merge(sums, new, keep=selects, counters=(device.index(), i, bits))
             if kept is not None and jax.tree.leaves(aux):
                 own = lambda: gradient.loss.total(seen, device.local(i), micro_batches.take(i), carry)[1][1][1]
                 aux = jax.lax.cond(kept, lambda: aux, own)
-            return (sums, new_carry if keep is None else weighted_sum.select(keep, new_carry, carry)), aux
+            new_carry = new_carry if keep is None else weighted_sum.select(keep, new_carry, carry)
+            return (sums, new_carry), (aux, norms)
 
         (sums, carry), aux = self._loop(micro_step, (changed(sums, packing.pack), carry), micro_batches.length)
         return changed(substituted.sums(sums), packing.unpack), jnp.zeros((), dtypes[0]), carry, aux
@@ -172,57 +178,24 @@ class Window(NamedTuple):
             return jax.lax.scan(micro_step, start, jnp.arange(k, dtype=jnp.int32), unroll=self.unroll)
         return _loop(micro_step, start, k, length)
 
-    def unpack(self, returned: Any) -> tuple[Any, tuple[Tree, ...], Tree]:
-        """Normalizes the result of `fun` to (loss, new carry, aux), with () for no carry and None for no aux."""
-        has_aux, carry_argnums = self.has_aux, self.carry_argnums
-        has_carry = carry_argnums is not None
-        if not has_aux and not has_carry:
-            return returned, (), None
-
-        def pair(value):
-            if not isinstance(value, (tuple, list)) or isinstance(value, Weighted) or len(value) != 2:
-                form = (
-                    "(loss, (new_carry, aux))"
-                    if has_aux and has_carry
-                    else "(loss, new_carry)"
-                    if has_carry
-                    else "(loss, aux)"
-                )
-                raise TypeError(
-                    f"with {has_aux=} and {carry_argnums=} fun must return {form}, got {type(value)} for a pair."
-                )
-            return value
-
-        value, rest = pair(returned)
-        if not has_carry:
-            return value, (), rest
-        carry, aux = pair(rest) if has_aux else (rest, None)
-        return value, (carry,) if isinstance(carry_argnums, int) else tuple(carry), aux
-
-    def pack(self, value: Any, carry: tuple[Tree, ...], aux: Tree) -> Any:
-        """The inverse of `unpack`."""
-        if self.carry_argnums is None:
-            return (value, aux) if self.has_aux else value
-        rest = carry[0] if isinstance(self.carry_argnums, int) else carry
-        return value, ((rest, aux) if self.has_aux else rest)
-
 
 def first_step(device: OneDevice | MappedAxis, micro_batches: splitting.MicroBatches, carry: Tree) -> tuple[Any, ...]:
     """The (index, batch arguments, carry) of the first micro-batch, to trace a loss with."""
     return device.local(jnp.zeros((), jnp.int32)), micro_batches.take(0), carry
 
 
-def _only(traced, seen, index, batch, carry):
+def _only(observed, traced, seen, index, batch, carry):
     """`Window._sum` for a window of one micro-batch, without a loop."""
     value, (new_carry, aux), grads = micro_gradient.of(traced, False, None)(seen, None, index, batch, carry)
+    keep = traced_loss.keep(value.weight)
+    grads, norms = observed(grads, value.weight, True if keep is None else keep)
     one = jnp.ones((), weighted_sum.weight_dtype())
     weight = one if value.weight is None else jnp.asarray(value.weight).astype(one.dtype)
     sums = Weighted((value.total.astype(one.dtype), grads), weight)
-    keep = traced_loss.keep(value.weight)
     if keep is not None:
         sums = weighted_sum.only_if(keep, sums)
         new_carry = weighted_sum.select(keep, new_carry, carry)
-    return sums, jnp.zeros((), value.total.dtype), new_carry, jax.tree.map(lambda x: x[None], aux)
+    return sums, jnp.zeros((), value.total.dtype), new_carry, jax.tree.map(lambda x: x[None], (aux, norms))
 
 
 def _loop(micro_step, start, k, length):
@@ -245,22 +218,3 @@ def _loop(micro_step, start, k, length):
 
 def _zero() -> jax.Array:
     return jnp.zeros((), weighted_sum.weight_dtype())
-
-
-def _strong(x: Any) -> jax.Array:
-    """`x` as an array without a weak type, which would make a loop trace its body twice."""
-    x = jnp.asarray(x)
-    return jax.lax.convert_element_type(x, x.dtype) if jax.typeof(x).weak_type else x
-
-
-def _carried(new: tuple[Tree, ...], old: tuple[Tree, ...]) -> list[jax.Array]:
-    """The leaves of the new carry, checked to match the old one's tree, shapes and dtypes."""
-    flat = jax.tree_util.tree_leaves_with_path
-    types = lambda tree: [(path, jnp.shape(x), jnp.result_type(x)) for path, x in flat(tree)]
-    if types(new) != types(old):
-        shapes = lambda tree: jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), tree)
-        raise ValueError(
-            f"fun must return a new carry of the same tree, shapes and dtypes: carry_argnums passed {shapes(old)}, "
-            f"fun returned {shapes(new)}."
-        )
-    return list(map(_strong, jax.tree.leaves(new)))

@@ -2,7 +2,8 @@
 
 `value_and_grad` gives value, grads and, where the loss has them, carry and aux. `coupled` gives value and grads: each
 micro-batch's loss is in the rows of its representations, and the coupled loss divides their sums. Streams start from a
-fresh state, run K micro-steps with an optimizer that subtracts the gradient, and give losses and grads.
+fresh state, run K micro-steps with an optimizer that subtracts the gradient, and give losses and grads, and those from
+the loss carry and aux too.
 """
 
 import functools
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from matrix_losses import K
-from matrix_reference import unpacked
+from matrix_reference import stacked, unpacked
 
 import jaxaccum
 
@@ -27,7 +28,7 @@ class Driver(NamedTuple):
       is_stacked: the batch has leaves (K, N, ...), not (K·N, ...).
       has_room: the batch has leaves (K + 1, N, ...), the last micro-batch of NaN, which a K of less leaves out.
       has_traced_k: it uses the k that the window gets; any other has K.
-      is_stream: it returns losses and grads.
+      is_stream: it returns losses, not a value.
       traces: it can be called while jax traces.
       is_coupled: it has two functions in place of a loss.
     """
@@ -76,6 +77,11 @@ def coupled(loss, options, where):
     return window
 
 
+def roles_of(loss):
+    """The loss's roles in a micro-step."""
+    return {"has_aux": loss.has_aux, "carry_argnums": 2 if loss.extra == "carry" else None}
+
+
 def steps(loss, options, where, params, micro_batch):
     """The `MultiSteps` whose updates subtract the gradient. A cast is shown the loss, as its docstring says."""
     if isinstance(options["prepare"], type(jaxaccum.cast(jnp.bfloat16))):
@@ -96,6 +102,13 @@ def outcome(losses, params, new_params):
     return {"losses": losses, "grads": jax.tree.map(jnp.subtract, params, new_params)}
 
 
+def with_rest(loss, returned, extras, result):
+    """`result` with the carry, or the aux of all micro-steps; `returned` is what they returned in place of the loss."""
+    if loss.extra == "carry":
+        return {**result, "carry": extras[0]}
+    return {**result, "aux": returned[1]} if loss.has_aux else result
+
+
 def micro_step(loss, options, where, boundary):
     """The boundary is the state's counter's, static, or traced."""
 
@@ -104,20 +117,24 @@ def micro_step(loss, options, where, boundary):
         tx = steps(loss, options, where, params, row(0, loss, where, batch, extras))
 
         def step(carry, i):
+            *carry, extras = carry
             at = {"counter": None, "static": i == K - 1, "traced": i == K - 1}[boundary]
-            value, *carry = tx.micro_step(loss.fun, *carry, *row(i, loss, where, batch, extras), boundary=at)
-            return tuple(carry), value
+            args = *carry, *row(i, loss, where, batch, extras)
+            returned, *carry = tx.micro_step(loss.fun, *args, boundary=at, **roles_of(loss))
+            extras = (returned[1],) if loss.extra == "carry" else extras
+            return (*carry, extras), returned[0] if loss.extra == "carry" else returned
 
-        carry = params, tx.init(params)
+        carry = params, tx.init(params), extras
         if boundary == "static":
             values = []
             for i in range(K):
                 carry, value = step(carry, i)
                 values.append(value)
-            losses = jnp.stack(values)
+            returned = stacked(values)
         else:
-            carry, losses = jax.lax.scan(step, carry, jnp.arange(K))
-        return outcome(losses, params, carry[0])
+            carry, returned = jax.lax.scan(step, carry, jnp.arange(K))
+        losses = returned[0] if loss.has_aux else returned
+        return with_rest(loss, returned, carry[2], outcome(losses, params, carry[0]))
 
     return window
 
@@ -167,13 +184,17 @@ def host_driven(loss, options, where):
     def window(params, batch, extras, k):
         del k
         tx = steps(loss, options, where, params, row(0, loss, where, batch, extras))
-        step = jaxaccum.HostDriven(tx, loss.fun)
+        step = jaxaccum.HostDriven(tx, loss.fun, **roles_of(loss))
         new, state = jax.tree.map(jnp.copy, params), tx.init(params)
-        losses = []
+        values = []
         for i in range(K):
             value, new, state = step(new, state, *row(i, loss, where, batch, extras))
-            losses.append(value)
-        return outcome(jnp.stack(losses), params, new)
+            if loss.extra == "carry":
+                value, *extras = value
+            values.append(value)
+        returned = stacked(values)
+        losses = returned[0] if loss.has_aux else returned
+        return with_rest(loss, returned, extras, outcome(losses, params, new))
 
     return window
 

@@ -29,13 +29,14 @@ def stacked(trees):
 
 
 @functools.cache
-def window(name, devices, folds_device, room):
+def window(name, devices, folds_device, meets, room):
     """A function of (params, batch, extras, k) that returns all that a driver may return.
 
     Args:
       name: the loss.
       devices: P. The batch has leaves (P, K, N, ...).
       folds_device: the key of micro-batch i on device p is that of micro-step i with p folded in, not number p·K + i.
+      meets: the carry is averaged over the devices after each micro-batch, not at the end.
       room: the length of losses and aux, which are zero from k on; None is k.
 
     Returns:
@@ -53,21 +54,25 @@ def window(name, devices, folds_device, room):
             return jax.random.fold_in(jax.random.fold_in(key, i), p)
         return jax.random.fold_in(key, p * k + i)
 
-    def on_device(p, params, batch, extras, k):
-        """The k calls of jax.value_and_grad on one device, and the last carry."""
+    def own(p, extras):
+        """The carry with the device's own key, or the key."""
         if loss.carries_key and p:
-            extras = ({**extras[0], "key": jax.random.fold_in(extras[0]["key"], p)},)
-        calls = []
-        for i in range(k):
-            args = (key_of(*extras, p, i, k),) if loss.extra == "key" else extras
-            micro_batch = jax.tree.map(lambda x, i=i: x[p, i], batch)
-            (value, rest), grads = jax.value_and_grad(value_and_rest, has_aux=True)(params, micro_batch, *args)
-            extras = (rest["carry"],) if loss.extra == "carry" else extras
-            calls.append({"losses": value, "aux": rest["aux"], "grads": grads})
-        return {**stacked(calls), "carry": extras}
+            return ({**extras[0], "key": jax.random.fold_in(extras[0]["key"], p)},)
+        return extras
 
     def run(params, batch, extras, k):
-        devices_own = stacked([on_device(p, params, batch, extras, k) for p in range(devices)])
+        carries, calls = [own(p, extras) for p in range(devices)], [[] for _ in range(devices)]
+        for i in range(k):
+            for p in range(devices):
+                args = (key_of(*extras, p, i, k),) if loss.extra == "key" else carries[p]
+                micro_batch = jax.tree.map(lambda x, p=p, i=i: x[p, i], batch)
+                (value, rest), grads = jax.value_and_grad(value_and_rest, has_aux=True)(params, micro_batch, *args)
+                carries[p] = (rest["carry"],) if loss.extra == "carry" else extras
+                calls[p].append({"losses": value, "aux": rest["aux"], "grads": grads})
+            if loss.extra == "carry" and meets:
+                common = mean_over(0, stacked(carries))
+                carries = [own(p, common) if i + 1 < k else common for p in range(devices)]
+        devices_own = stacked([{**stacked(calls[p]), "carry": carries[p]} for p in range(devices)])
         local = lambda tree: jax.tree.map(lambda x: x[0] if devices == 1 else x.swapaxes(0, 1), tree)
         padded = lambda x: jnp.concatenate([x, jnp.zeros((room - k, *x.shape[1:]), x.dtype)]) if room else x
         result = {name: jax.tree.map(padded, local(devices_own[name])) for name in ("losses", "aux")}

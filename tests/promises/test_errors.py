@@ -586,12 +586,50 @@ drivers = pytest.mark.parametrize(("name", "driver"), DRIVERS.items(), ids=DRIVE
 @pytest.mark.parametrize("options", [{}, {"mesh": MESH}], ids=["one device", "mesh"])
 @pytest.mark.parametrize("wrap", [lambda x: x, lambda x: Weighted(x, 2.0)], ids=["plain", "Weighted"])
 def test_a_loss_with_aux_in_a_micro_step(name, driver, options, wrap):
-    """Catches advice to pass has_aux=, which neither of them has."""
+    """Catches aux without has_aux, which jax reports as an array conversion."""
+    del name
     tx = MultiSteps(SGD, 2, **options)
     loss = lambda w, x: (wrap(jnp.sum(x @ w)), {"accuracy": 1.0})
-    words = ["accuracy", f"{name} takes no aux yet", "return the loss alone", "value_and_grad with has_aux=True"]
-    with fails(TypeError, "the loss must be one floating scalar", *words):
+    with fails(TypeError, "the loss must be one floating scalar", "accuracy", "has_aux=True"):
         driver(tx, loss)(loss, W, tx.init(W), jnp.ones((8, 3)))
+
+
+BAD_ROLES = [
+    (dict(carry_argnums=0), ValueError, ["carry_argnums=0 names argument 0", "argnums"]),
+    (dict(carry_argnums=-1), ValueError, ["carry_argnums", "-1"]),
+    (dict(carry_argnums=3), TypeError, ["the carry argument is number 3", "only 3 arguments"]),
+    (dict(carry_argnums=2), TypeError, ["with has_aux=False and carry_argnums=2 fun must return (loss, new_carry)"]),
+    (dict(has_aux=True), TypeError, ["with has_aux=True and carry_argnums=None fun must return (loss, aux)"]),
+]
+
+
+@drivers
+@pytest.mark.parametrize(("roles", "error", "words"), BAD_ROLES, ids=numbered(BAD_ROLES))
+def test_bad_roles_in_a_micro_step(name, driver, roles, error, words):
+    """Catches jax's error about a tuple, and a position that is another argument's."""
+    del driver
+    tx = MultiSteps(SGD, 2)
+    loss = lambda w, x, s: jnp.sum(x @ w) + s
+    with fails(error, *words):
+        if name == "HostDriven":
+            HostDriven(tx, loss, **roles)(W, tx.init(W), X, jnp.zeros(()))
+        else:
+            tx.micro_step(loss, W, tx.init(W), X, jnp.zeros(()), **roles)
+
+
+def test_a_carry_of_another_shape():
+    """Catches a selection that broadcasts."""
+    tx = MultiSteps(SGD, 2)
+    with fails(ValueError, "fun must return a new carry of the same tree, shapes and dtypes"):
+        tx.micro_step(lambda w, x, s: (jnp.sum(x @ w), x[0]), W, tx.init(W), X, jnp.zeros(()), carry_argnums=2)
+
+
+def test_a_mesh_needs_a_batch_by_position():
+    """Catches a carry that is split over the devices in the place of the batch."""
+    tx = MultiSteps(SGD, 2, mesh=MESH)
+    loss = lambda w, s, x: (jnp.sum(x @ w), s)
+    with fails(TypeError, "the batch argument is number 2"):
+        tx.micro_step(loss, W, tx.init(W), jnp.zeros(8), x=jnp.ones((8, 3)), carry_argnums=1)
 
 
 def traced_calls(step, tx):

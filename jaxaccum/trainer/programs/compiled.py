@@ -119,7 +119,7 @@ class Programs:
         sums: Any = self._tx.init(params)
         own, index = self._sync.local(jax.tree.map(jnp.copy, model_state)), jnp.zeros((), jnp.uint32)
         args = params, sums, own, batch, place, index
-        _, (_, logs), _, _ = jax.eval_shape(functools.partial(self._micro_step, False, boundary=False), *args)
+        _, (_, logs), *_ = jax.eval_shape(functools.partial(self._micro_step, False, boundary=False), *args)
         logs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), logs)
         return sums.inner_opt_state, Pending(sums._replace(inner_opt_state=None), logs, own, index)
 
@@ -239,7 +239,7 @@ class Programs:
         return {name: divide(sums) for name, sums in joined.items()}
 
     def _micro_step(self, counts, params, sums, *args, boundary, extra_args=None):
-        """Adds a piece and returns (loss, (model state, logs), params, sums); sums are 0 at a window's start."""
+        """Adds a piece, as `LossStep` does, whose rest is (model state, logs); sums are 0 at a window's start."""
         step = LossStep(config_of(self._tx), self._objective, objective.ROLES, counts)
         return step(params, sums, args, Boundary(boundary, clears=True), extra_args)
 
@@ -247,7 +247,9 @@ class Programs:
         """Adds a piece and returns (params, opt_state, pending, logs); runs the optimizer at a boundary."""
         sums = pending.sums._replace(inner_opt_state=opt_state)
         args = params, sums, pending.model_state, batch, place, pending.index
-        _, (model_state, logs), params, sums = self._micro_step(counts, *args, boundary=boundary, extra_args=extra_args)
+        _, (model_state, logs), _, params, sums = self._micro_step(
+            counts, *args, boundary=boundary, extra_args=extra_args
+        )
         weight = logs["loss"].weight
         keep = jnp.logical_and(weight != 0, sums.dropped == pending.sums.dropped)
         first = pending.sums.mini_step == 0

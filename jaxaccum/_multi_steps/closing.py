@@ -70,7 +70,9 @@ def close(
         return *branch(filled, step, unchanged), filled
 
     def unchanged():
-        return _result_without_step(config, state, call, window.like), state.inner_opt_state, state.prepared
+        # Under ZeRO a state from a checkpoint, or of other devices, isn't laid out as a step leaves it.
+        inner = sync.spread(state.inner_opt_state)
+        return _result_without_step(config, state, call, window.like), inner, state.prepared
 
     none_made = jnp.asarray(False) if window.may_be_empty else None
     result, inner, prepared, filled = branch(closes, reduce, lambda: (*unchanged(), none_made))

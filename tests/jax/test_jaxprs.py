@@ -184,6 +184,8 @@ def test_what_an_output_depends_on():
     jaxpr = jax.make_jaxpr(lambda x, y: (jnp.sin(x) + y, jnp.cos(y), x, 1.0))(1.0, 2.0).jaxpr
     assert jaxprs.reached(jaxpr, [True, False]) == [True, False, True, False]
     assert jaxprs.reached(jaxpr, [False, True]) == [True, True, False, False]
+    halves = jax.make_jaxpr(lambda x: jnp.split(x, 2))(jnp.ones(4)).jaxpr
+    assert jaxprs.reached(halves, [True]) == [True, True]
 
 
 def test_a_pruned_jaxpr():

@@ -1,16 +1,15 @@
 """Every test runs on 8 forced host devices of the CPU; hypothesis draws the same cases every time."""
 
+import gc
 import os
 
 import flags
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags.forced(8)}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.update(flags.compiling_once())
 
 import hypothesis
-import jax
-import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 hypothesis.settings.register_profile(
     "jaxaccum",
@@ -22,18 +21,8 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("jaxaccum")
 
 
-@pytest.fixture(scope="module")
-def compiled_once(tmp_path_factory):
-    """Each fit builds its own programs; a cache on disk lets XLA compile equal ones once."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    former = {name: getattr(jax.config, name) for name in options}
-    for settings in (options, former):
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if settings is options:
-            yield
+def pytest_collection_finish():
+    """jax keeps what it traced: at Python's own thresholds a sixth of the time goes to looking that over again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)

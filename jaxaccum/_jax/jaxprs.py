@@ -17,6 +17,8 @@ _IN_PARTS = ("concatenate", "slice", "split", "stack", "unstack")
 _IN_PLACE = ("all_gather", "all_gather_invariant", "copy", "device_put", "pvary", "reshard", "sharding_constraint")
 MOVES = frozenset([*_IN_SHAPE, *_IN_PARTS, *_IN_PLACE])
 
+_discharged = getattr(discharge, "discharge_state2", discharge.discharge_state)  # jax 0.9 has both.
+
 
 class ScanOperands(NamedTuple):
     """The numbers of a scan's constants and carries; the scanned-over operands follow."""
@@ -143,7 +145,7 @@ def purely(fun: Callable[..., Any], *args: Any) -> Any:
     differentiated and rematerialised. XLA receives the same program either way.
     """
     closed, shapes = jax.make_jaxpr(fun, return_shape=True)(*args)
-    pure = discharge.discharge_state(closed)
+    pure = _discharged(closed)
     return jax.tree.unflatten(jax.tree.structure(shapes), core.jaxpr_as_fun(pure)(*jax.tree.leaves(args)))
 
 

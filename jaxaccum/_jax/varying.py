@@ -12,4 +12,4 @@ def axes(x: Any) -> frozenset[str]:
 
 def axes_of(aval: Any) -> frozenset[str]:
     """The mapped axes that values of an abstract value vary over."""
-    return aval.mat.varying
+    return aval.mat.varying if hasattr(aval, "mat") else aval.vma  # jax 0.9 has no `mat`.

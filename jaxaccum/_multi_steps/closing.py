@@ -73,8 +73,10 @@ def close(
         return *branch(filled, step, unchanged), filled
 
     def unchanged():
+        # Under ZeRO a state from a checkpoint, or of other devices, isn't laid out as a step leaves it.
+        inner = sync.spread(state.inner_opt_state)
         result = _result_without_step(config, state, call, window.like)
-        return result, state.inner_opt_state, state.prepared, norms.of_last_window(state.norms)
+        return result, inner, state.prepared, norms.of_last_window(state.norms)
 
     none_made = jnp.asarray(False) if window.may_be_empty else None
     result, inner, prepared, of_window, filled = branch(closes, reduce, lambda: (*unchanged(), none_made))

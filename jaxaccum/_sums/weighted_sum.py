@@ -207,10 +207,20 @@ def _stochastic(x: jax.Array, counters: Sequence[Any]) -> jax.Array:
     index = jnp.zeros(x.shape, jnp.uint32)
     for dimension, length in enumerate(x.shape):
         index = index * jnp.uint32(length) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, dimension)
-    noise = _mixed(index ^ seed) & jnp.uint32(0xFFFF)
+    return _truncated(x, _mixed(index ^ seed) & jnp.uint32(0xFFFF))
+
+
+@jax.custom_jvp
+def _truncated(x: jax.Array, noise: jax.Array) -> jax.Array:
+    """Adds `noise` to the bits of `x` and truncates to bfloat16; its derivative is that of a cast."""
     carried = (jax.lax.bitcast_convert_type(x, jnp.uint32) + noise) & jnp.uint32(0xFFFF0000)
     rounded = jax.lax.bitcast_convert_type(carried, jnp.float32).astype(jnp.bfloat16)
     return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
+
+
+@_truncated.defjvp
+def _(primals, tangents):
+    return _truncated(*primals), tangents[0].astype(jnp.bfloat16)
 
 
 def _mixed(x: jax.Array) -> jax.Array:

@@ -16,8 +16,6 @@ from training import Logged, Recorder, Unsized, ones, single, slope
 import jaxaccum
 from jaxaccum.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint, ProgressBar
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 
 def losing(values):
     """A task whose validation loss is each of `values` in turn, and whose training loss is 1."""

@@ -21,6 +21,8 @@ from devices import (
     params,
     split,
 )
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxaccum
 
@@ -270,3 +272,34 @@ def test_a_prepare_that_communicates_otherwise_is_refused(prepare, error, messag
     f = jaxaccum.value_and_grad(lambda p, x: jnp.mean(x), K, prepare=prepare, axis_name="data")
     with pytest.raises(error, match=message):
         mapped("pmap", f, (0, 0), (None, 0))(jnp.ones((DEVICES, 3)), jnp.ones((DEVICES, K, 24)))
+
+
+@pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
+def test_parameters_may_be_gathered_over_two_axes_in_turn(order):
+    """Catches a gradient that is reduced again over the first of them."""
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("a", "b"))
+
+    def gather(w):
+        for name in order:
+            w = jax.lax.all_gather(w, name, tiled=True)
+        return w
+
+    fun = lambda w, x: jnp.mean(jnp.tanh(x @ w) ** 2)
+    f = jaxaccum.value_and_grad(fun, K, prepare=gather, axis_name=("a", "b"))
+    rows = P(order[::-1])
+    window = jax.shard_map(f, mesh=mesh, in_specs=(rows, P(("a", "b"))), out_specs=(P(), rows), check_vma=False)
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        w, x = rng.standard_normal((4, 2)), rng.standard_normal((4 * K, 4))
+        assert_close(jax.jit(window)(w, x), jax.value_and_grad(fun)(w, x))
+
+
+def test_keys_are_numbered_over_a_tuple_of_axes():
+    """Catches devices along one of two data axes that draw the same masks."""
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "fsdp"))
+    with jax.enable_x64(True):
+        one = jaxaccum.value_and_grad(noisy, DEVICES * K, key_argnums=2, stacked=True)
+        want = one(params(), micro_batches(batch(), DEVICES, K), jax.random.key(1))
+        f = jaxaccum.value_and_grad(noisy, K, key_argnums=2, mesh=mesh, data_axis=("data", "fsdp"))
+        data = jax.device_put(batch(), NamedSharding(mesh, P(("data", "fsdp"))))
+        assert_close(jax.jit(f)(params(), data, jax.random.key(1)), want)

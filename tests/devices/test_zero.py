@@ -202,3 +202,20 @@ def test_shardings_split_the_first_dimension_that_divides():
     assert spec(jnp.ones((3, 5))) == P(None, None)
     assert spec(model) == P(("data", "model"), None)
     assert spec(np.ones((4, 4))) == P("data", None)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_state_from_the_host_goes_on(devices):
+    """Catches an optimizer state that only a step lays out: on one device, the second micro-step did not trace."""
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:devices])
+    tx = jaxaccum.MultiSteps(optax.sgd(1.0, momentum=0.5), 2, mesh=mesh, reduce="scatter")
+    p, data = jax.device_put((wide(params()), batch()), (NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))))
+    step = jax.jit(lambda p, s, data: tx.micro_step(wide_loss, p, s, data)[1:])
+    on_host = lambda state: tx.redistribute(jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), state))
+    ends = []
+    for passes in (lambda state: state, on_host):
+        new, state = p, passes(tx.init(p))
+        for _ in range(4):
+            new, state = step(new, state, data)
+        ends.append((new, state.inner_opt_state))
+    jax.tree.map(np.testing.assert_array_equal, *ends)

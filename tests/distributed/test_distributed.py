@@ -26,7 +26,8 @@ def run(tmp_path, num_processes, *, stopped=None, **task):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    forced = {"XLA_FLAGS", "PYTHONUNBUFFERED"}  # Eight devices, and logs that lose nothing.
+    # Eight devices, logs that lose nothing, and a cache that a killed process may leave half an entry in.
+    forced = {"XLA_FLAGS", "PYTHONUNBUFFERED", "JAX_COMPILATION_CACHE_DIR"}
     environment = {name: value for name, value in os.environ.items() if name not in forced} | {"JAX_PLATFORMS": "cpu"}
     processes = []
     for i in map(str, range(num_processes)):

@@ -225,11 +225,17 @@ DRIVERS = {
 }
 
 
-@pytest.mark.parametrize("weighted", [False, True], ids=["mean", "Weighted"])
-@pytest.mark.parametrize("options", DRIVERS.values(), ids=DRIVERS)
-@pytest.mark.parametrize("rule", ["clip", "square", "norm", "sign"])
-def test_every_micro_batch_has_its_own_backward_pass(rule, options, weighted):
+@pytest.mark.parametrize(
+    ("rule", "driver", "weighted"),
+    [
+        (rule, driver, (i + j) % 2 == 0)  # Each pair of values occurs.
+        for i, rule in enumerate(["clip", "square", "norm", "sign"])
+        for j, driver in enumerate(DRIVERS)
+    ],
+)
+def test_every_micro_batch_has_its_own_backward_pass(rule, driver, weighted):
     """Catches gradients clipped, squared or normalised in sum: 0.1 became 0.025."""
+    options = DRIVERS[driver]
     rules = [place(ruled(NONLINEAR[rule])) for name, place in PLACES.items() if name != "cond"]
 
     def loss(w, x):
@@ -305,3 +311,43 @@ def test_rules_that_hide_what_is_not_linear(rule, wrap):
     plain = lambda w, x: scale * jnp.mean(jnp.sum(x @ w, -1))
     with pytest.raises(ValueError, match="can't be shown to be linear"):
         jaxaccum.value_and_grad(plain, K, prepare=wrap(rule))(w, x)
+
+
+def test_a_scan_in_reverse_stays_one():
+    """Catches layers that are run from the first to the last, of which only the casts are taken out."""
+    rng = np.random.default_rng(0)
+    stack, x = jnp.float32(rng.standard_normal((3, 4, 4))), jnp.float32(rng.standard_normal((2, 4)))
+
+    def loss(stack, x):
+        step = lambda c, w: (jnp.tanh(c @ half(w)).astype(c.dtype), jnp.sum(c))
+        last, rows = jax.lax.scan(step, x, stack, reverse=True)
+        return jnp.mean(last**2) + rows[0]
+
+    prepare, rest = hoisting.split(loss, stack, x)
+    assert len(prepare(stack)[1]) == 1
+    np.testing.assert_allclose(rest(prepare(stack), x), loss(stack, x), rtol=1e-6)
+
+
+def test_a_callback_on_parameters_runs_in_every_micro_batch():
+    """Catches a print that runs once a window, or never."""
+    seen = []
+
+    def loss(w, x):
+        jax.debug.callback(lambda total: seen.append(float(total)), half(w).sum())
+        return (x @ half(w)).sum()
+
+    jax.block_until_ready(jaxaccum.value_and_grad(loss, K, prepare="auto")(W, jnp.ones((K * N, 4))))
+    jax.effects_barrier()
+    assert seen == [16.0] * K
+
+
+@pytest.mark.parametrize("policy", [None, jax.checkpoint_policies.everything_saveable], ids=["none", "everything"])
+@pytest.mark.parametrize("options", [{}, {"prepare": "auto"}], ids=str)
+def test_what_is_rematerialised_stays_so(options, policy):
+    """Catches a checkpoint, or its policy, that is lost where its body is rebuilt: every activation would be kept."""
+    layer = lambda x, w: jnp.tanh(x @ half(w))
+    loss = lambda w, x: jnp.sum(jax.checkpoint(layer, policy=policy)(half(x), w).astype(x.dtype))
+    tanhs = lambda **options: str(
+        jax.make_jaxpr(jaxaccum.value_and_grad(loss, K, **options))(W, jnp.ones((K * N, 4)))
+    ).count(" tanh ")
+    assert tanhs(**options) == tanhs(in_place=False) == (1 if policy else 2)

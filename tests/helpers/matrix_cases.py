@@ -17,6 +17,7 @@ from matrix_losses import LOSSES, K, batch, extras, params
 from matrix_reference import window
 
 import jaxaccum
+from jaxaccum._jax import refs
 
 PREPARES = {"none": None, "auto": "auto", "cast": jaxaccum.cast(jnp.bfloat16)}
 IN_PLACE = {"default": None, "in_place": True, "after": False}
@@ -90,6 +91,7 @@ IMPOSSIBLE = [
         lambda c: (
             c.loss in ("scan", "checkpoint", "constant_start")
             and (c.prepare, c.in_place) == ("cast", "in_place")
+            and (c.loss != "checkpoint" or refs.REACH_CHECKPOINTS)
             and not (c.context == "vmap_k" and not DRIVERS[c.driver].has_traced_k)
             and not (takes_gradients(c) or is_refused_by_the_host(c))
             and not (c.context == "shard_map" and c.loss == "constant_start")
@@ -254,7 +256,7 @@ def layout(raw, driver):
     def leaf(x):
         if not driver.is_stacked:
             return x.swapaxes(1, 2).reshape(-1, *x.shape[3:])
-        x = x.swapaxes(0, 1).reshape(K, -1, *x.shape[3:])
+        x = x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:])
         absent = np.full_like(x[:1], np.nan if np.issubdtype(x.dtype, np.floating) else 0)
         return np.concatenate([x, absent]) if driver.has_room else x
 

@@ -42,14 +42,14 @@ class Driver(NamedTuple):
     is_coupled: bool = False
 
 
-def value_and_grad(loss, options, where, stacked=False, traced=False):
+def value_and_grad(loss, options, where, stacked=False, traced=False, static_k=K):
     roles = {"has_aux": loss.has_aux}
     if loss.extra:
         roles[f"{loss.extra}_argnums"] = 2
     make = lambda k: jaxaccum.value_and_grad(loss.fun, k, stacked=stacked, **roles, **options, **where)
 
     def window(params, batch, extras, k):
-        value, grads = make(k if traced else K)(params, batch, *extras)
+        value, grads = make(k if traced else static_k)(params, batch, *extras)
         if loss.returns_pair:
             value, rest = value
             return {"value": value, "grads": grads, "aux" if loss.has_aux else "carry": rest}

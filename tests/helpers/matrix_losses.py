@@ -48,10 +48,10 @@ def params(loss, variant=0):
     return {name: rng.integers(-8, 9, shape) / 8 for name, shape in loss.shapes.items()}
 
 
-def batch(devices, variant=0):
+def batch(devices, variant=0, k=K, n=N):
     """Leaves (P, K, N, ...): micro-batch i of device p is row [p, i]."""
     rng = np.random.default_rng(100 + variant)
-    shape = devices, K, N
+    shape = devices, k, n
     return {
         "x": rng.integers(-16, 17, (*shape, WIDTH)) / 16,
         "tokens": rng.integers(0, VOCABULARY, (*shape, 2)).astype(np.int32),

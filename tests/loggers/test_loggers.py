@@ -553,3 +553,36 @@ def test_a_hook_may_be_set_on_a_callback():
     callback.on_train_batch_end = lambda trainer, *_: seen.append(trainer.micro_step)
     single(callbacks=callback).fit(slope(), ones(2, 2))
     assert seen == [1, 2]
+
+
+def test_what_was_logged_before_a_checkpoint_is_in_the_resumed_run(tmp_path):
+    """Catches a value that waits for its record and is lost with the run, or that every later record repeats."""
+
+    class Logs(Callback):
+        def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
+            if trainer.micro_step == 1:
+                trainer.log("mine", 7.0)
+
+    def run(log, *callbacks, **options):
+        t = single(accumulate_grad_batches=2, log_every_n_steps=1, logger=log, callbacks=[Logs(), *callbacks])
+        t.fit(slope(), ones(2, 2, 2, 2), **options)
+        return t
+
+    first, saves = Logged(), ModelCheckpoint(tmp_path, every_n_micro_steps=1, save_top_k=-1)
+    whole = run(first, saves)
+    assert [record.get("mine") for record in first.records] == [7.0, None]
+    for at in range(1, 5):
+        rest = Logged()
+        resumed = run(rest, ckpt_path=tmp_path / f"epoch=0-micro_step={at}")
+        assert rest.records == first.records[at // 2 :]
+        assert resumed.callback_metrics == whole.callback_metrics
+
+
+def test_a_checkpoint_leaves_no_record_behind(tmp_path):
+    """Catches a record that waits for the device when a checkpoint counts it: a run that dies then has lost it."""
+    path, seen = tmp_path / "m.jsonl", []
+    counts = Callback()
+    counts.on_train_batch_start = lambda *_: seen.append(len(lines_of(path)) if path.exists() else 0)
+    saves = ModelCheckpoint(tmp_path, every_n_micro_steps=1)
+    single(log_every_n_steps=1, logger=JSONLLogger(path), callbacks=[counts, saves]).fit(slope(), ones(2, 2, 2))
+    assert seen == [0, 1, 2]

@@ -306,3 +306,25 @@ def test_a_number_among_traced_parameters():
         "b": ((), "float32"),
     }
     assert not any(jax.tree.leaves(jax.tree.map(np.any, state.acc_grads)))
+
+
+def test_a_value_that_is_nan_is_dropped_with_its_micro_batch():
+    """Catches a loss of NaN, whose gradient is finite, that reaches the optimizer as the window's mean."""
+    seen = optax.GradientTransformationExtraArgs(
+        lambda params: jnp.zeros(()), lambda updates, state, params=None, *, value, **_: (updates, value)
+    )
+    tx = jaxaccum.MultiSteps(seen, 3, nonfinite="drop")
+    params, state = jnp.zeros(()), tx.init(jnp.zeros(()))
+    for grad, value in ((1.0, 2.0), (7.0, np.nan), (3.0, 4.0)):
+        params, state = tx.apply(params, state, jnp.array(grad), value=jnp.array(value))
+    assert params == 2.0 and state.inner_opt_state == 3.0 and state.dropped == 1
+
+
+def test_the_state_of_low_precision_parameters_is_not_rounded_on_its_way():
+    """Catches a moment that decays in bfloat16, where the mean and the parameters are lifted to float32."""
+    tx = jaxaccum.MultiSteps(optax.sgd(1.0, momentum=0.9), 1)
+    params = jnp.zeros((), jnp.bfloat16)
+    state = tx.init(params)
+    for grad in (1.0, 0.099):  # 0.9 is 0.8984 in bfloat16.
+        params, state = tx.apply(params, state, jnp.bfloat16(grad))
+    assert state.inner_opt_state[0].trace == 1.0  # And not 0.9961.

@@ -140,9 +140,15 @@ def one_of(tree, is_stacked):
     return jax.tree.map(lambda x: x[0], tree) if is_stacked else tree
 
 
-@pytest.mark.parametrize("batch", ["per_device", "global", "weighted"])
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize(("before", "after"), [(8, 1), (8, 4), (4, 8), (1, 8)])
+# Each pair of two of them occurs.
+MOVES = [(4, 1), (4, 2), (2, 4), (1, 4)]
+WAYS = ["per_device", "global", "weighted"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "placement", "batch"),
+    [(*move, PLACEMENTS[i], WAYS[(i + j) % 3]) for j, move in enumerate(MOVES) for i in range(3)],
+)
 def test_a_window_goes_on_to_the_big_batch(before, after, placement, batch):
     """Catches micro-batches that weigh more before the change than after it, or less, by the number of devices."""
     with jax.enable_x64(True):

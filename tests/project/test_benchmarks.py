@@ -160,18 +160,23 @@ def test_beside_lightning(tmp_path):
         assert len(case["losses"][side]) == 1 + 2 + 2
 
 
-@pytest.mark.parametrize("record", ["window-unrolled-n4-h100", "devices-unrolled-h100", "memory-1.3B-h100"])
-def test_plots(tmp_path, record):
+def test_plots(tmp_path):
     """Catches a figure without a side, and one that is another file when drawn again."""
-    path, text = tmp_path / f"{record}.json", (BENCHMARKS / f"results/{record}.json").read_text()
-    path.write_text(text)
-    run("plots.py", str(path))
-    drawn = path.with_suffix(".svg").read_text()
-    run("plots.py", str(path))
-    assert path.with_suffix(".svg").read_text() == drawn
-    cases = json.loads(text)["cases"]
-    sides = {case["side"] for case in cases} if "side" in cases[0] else cases[0]["seconds"]
-    assert sides and all(f"<!-- {side} -->" in drawn for side in sides)
+    records = ["window-unrolled-n4-h100", "devices-unrolled-h100", "memory-1.3B-h100"]
+    paths = [tmp_path / f"{record}.json" for record in records]
+    for path in paths:
+        path.write_text((BENCHMARKS / "results" / path.name).read_text())
+
+    def figures():
+        run("plots.py", *map(str, paths))
+        return [path.with_suffix(".svg").read_text() for path in paths]
+
+    drawn = figures()
+    assert figures() == drawn
+    for path, figure in zip(paths, drawn, strict=True):
+        cases = json.loads(path.read_text())["cases"]
+        sides = {case["side"] for case in cases} if "side" in cases[0] else cases[0]["seconds"]
+        assert sides and all(f"<!-- {side} -->" in figure for side in sides)
 
 
 @pytest.mark.parametrize("record", sorted(BENCHMARKS.glob("results/*.json")), ids=lambda path: path.stem)

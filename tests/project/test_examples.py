@@ -91,7 +91,7 @@ def test_pmap_train_is_the_classic_script_but_for_one_line(tmp_path):
         script = script.replace(old, new)
     (tmp_path / "classic.py").write_text(script)
     assert "jaxaccum." not in script
-    printed = run(tmp_path / "classic.py", cwd=tmp_path, xla_flags=None)
+    printed = run(tmp_path / "classic.py", cwd=tmp_path, xla_flags=flags.forced(8))
     assert printed.startswith("8 devices, ") and accuracy(printed) >= 0.8
 
 

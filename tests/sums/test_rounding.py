@@ -93,3 +93,61 @@ def test_windows_and_devices_round_differently():
     tx = jaxaccum.MultiSteps(optax.sgd(1.0), 4, accumulator_dtype=jnp.bfloat16, mesh=mesh)
     _, state = tx.update(jnp.full((2, SIZE), 1.002), tx.init(jnp.ones(SIZE)))
     assert (state.acc_grads[0] != state.acc_grads[1]).mean() > 0.2
+
+
+@pytest.mark.parametrize("way", [jax.grad, jax.jacfwd], ids=["grad", "jacfwd"])
+def test_the_derivative_is_that_of_the_sum(way):
+    """Catches random bits that cut a derivative off: that of a window's gradient was 0."""
+    rng = np.random.default_rng(0)
+    w, x = rng.standard_normal((3, 2)), rng.standard_normal((8, 3))
+    loss = lambda w, x: jnp.mean(jnp.tanh(x @ w) ** 2)
+    square = lambda gradient: way(lambda w: jnp.sum(gradient(w, x)[1] ** 2))
+    with jax.enable_x64(True):
+        want = square(jax.value_and_grad(loss))(jnp.asarray(w))
+    w, x = jnp.float32(w), jnp.float32(x)
+    got = square(jaxaccum.value_and_grad(loss, 4, accumulator_dtype=jnp.bfloat16))(w)
+    np.testing.assert_allclose(got, want, atol=0.03 * np.abs(want).max())
+
+
+STEP = 1.002  # Between two numbers of bfloat16, a quarter of the way.
+
+
+def of_micro_step(at, window=0):
+    """The sum of two equal leaves that STEP is added to in micro-step `at` of a window."""
+    tx = jaxaccum.MultiSteps(optax.sgd(0.0), 4, accumulator_dtype=jnp.bfloat16)
+    update, state = jax.jit(lambda g, s: tx.update([g, g], s)[1]), tx.init([jnp.zeros(SIZE)] * 2)
+    for _ in range(4 * window + at):
+        state = update(jnp.zeros(SIZE), state)
+    return update(jnp.full(SIZE, STEP), state).acc_grads
+
+
+def of_window(at, **options):
+    """The gradient of a window whose micro-batch `at` has all of it, and each the loss 0."""
+    other = lambda x: x - jax.lax.stop_gradient(x)
+    f = jaxaccum.value_and_grad(
+        lambda w, x: other(jnp.mean(x) * jnp.sum(w)), 2, accumulator_dtype=jnp.bfloat16, **options
+    )
+    rows = np.zeros((4, 1), np.float32) if options else np.zeros((2, 1), np.float32)
+    rows[at::2] = STEP
+    return jax.jit(f)(jnp.ones(SIZE), rows)[1]
+
+
+def test_micro_steps_windows_and_leaves_round_differently():
+    """Catches random bits that come again: of each micro-step, of each window, for each leaf."""
+    differ = lambda a, b: (np.asarray(a) != np.asarray(b)).mean() > 0.2
+    first, other = of_micro_step(0)
+    assert differ(first, other)
+    assert differ(first, of_micro_step(1)[0]) and differ(first, of_micro_step(0, window=1)[0])
+    assert differ(of_window(0), of_window(1))
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    # Of two sums that are rounded apart, many means lie between two numbers of bfloat16.
+    means = np.asarray(of_window(0, mesh=mesh)) * 2
+    assert (means != means.astype(jnp.bfloat16)).mean() > 0.2
+
+
+def test_the_devices_of_a_mapped_axis_round_differently():
+    """Catches the same bits on each of them."""
+    tx = jaxaccum.MultiSteps(optax.sgd(1.0), 4, axis_name="data", accumulator_dtype=jnp.bfloat16)
+    step = jax.pmap(lambda g: tx.update(g, tx.init(g))[1].acc_grads, "data", devices=jax.devices()[:2])
+    sums = step(jnp.full((2, SIZE), STEP))
+    assert (sums[0] != sums[1]).mean() > 0.2

@@ -15,7 +15,7 @@ from training import Logged, loader
 
 from jaxaccum.callbacks import ModelCheckpoint
 
-pytestmark = [pytest.mark.usefixtures("compiled_once"), pytest.mark.skipif(os.name != "posix", reason="sends signals")]
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="sends signals")
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone(folder, compiled_once):
+def alone(folder):
     """What one process ends with, by strategy; "single" leaves checkpoints for the processes to go on from."""
     log, val = Logged(), loader(4, 4, 4, 4, 4, seed=1)
     saves = ModelCheckpoint(folder / "single", every_n_micro_steps=2, save_top_k=-1)
@@ -43,8 +43,6 @@ def together(folder, alone):
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     environment = {**os.environ, "XLA_FLAGS": flags.forced(2), "JAX_PLATFORMS": "cpu"}
-    environment["JAX_COMPILATION_CACHE_DIR"] = str(folder / "compiled")
-    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     processes = []
     try:
         for i in "01":

@@ -13,8 +13,6 @@ import jaxaccum
 from jaxaccum.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
 from jaxaccum.loggers import records
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 
 def steps(batches, **options):
     """The optimizer steps made after every micro-step of a fit."""
@@ -222,17 +220,19 @@ def test_row_16_validation_in_mid_window_keeps_what_is_pending(strategy):
     assert len(set(losses.seen[1:3])) == 1  # in mid-window the parameters are the same, and no mask is drawn
 
 
-@pytest.mark.parametrize("flush", [False, True])
-def test_row_17_a_stop_in_mid_window_keeps_it_or_flushes_it(flush):
+@pytest.mark.parametrize(
+    ("flush", "division", "end"), [(False, "exact", -1), (True, "exact", -4), (True, "divide_by_k", -2.5)]
+)
+def test_row_17_a_stop_in_mid_window_keeps_it_or_flushes_it(flush, division, end):
     """Catches a partial window that a stop drops."""
 
     class Stop(Callback):
         def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
             trainer.should_stop = batch_idx == 5
 
-    t = single(accumulate_grad_batches=4, flush_on_stop=flush, callbacks=Stop())
+    t = single(accumulate_grad_batches=4, flush_on_stop=flush, partial_window=division, callbacks=Stop())
     state = t.fit(slope(), [np.full(2, value, np.float32) for value in (1, 1, 1, 1, 2, 4, 8, 8)])
-    assert float(state.params) == (-4 if flush else -1)
+    assert float(state.params) == end
     assert (t.global_step, t.window_step, t.micro_step, t.current_epoch) == ((2, 0) if flush else (1, 2)) + (6, 0)
     if not flush:
         assert int(state.pending.sums.mini_step) == 2 and float(state.pending.sums.acc_grads) == 2 * (2 + 4)
@@ -658,3 +658,13 @@ def test_errors_name_argument_value_and_remedy():
         refused(ValueError, "accumulates by itself.*accumulate_grad_batches", ones(2), the_task=slope(nested))
     with pytest.raises(RuntimeError, match="fit"):
         _ = single().state
+
+
+def test_dp_gives_each_share_of_a_batch_a_key_of_its_own():
+    """Catches the rest of a batch, which the first device has alone, that draws the masks of its first share."""
+    loss = lambda w, batch, key: (w * jnp.mean(batch), {"drawn": jax.random.uniform(key)})
+    t = trainer(strategy="dp", devices=2, seed=3)
+    t.fit(jaxaccum.Task(lambda key, batch: jnp.zeros(()), loss, optax.sgd(1.0)), ones(5))
+    of_batch = jax.random.fold_in(jax.random.key(3), 0)
+    draws = [jax.random.uniform(jax.random.fold_in(of_batch, share)) for share in range(3)]
+    np.testing.assert_allclose(t.callback_metrics["train_drawn"], np.average(draws, weights=[2, 2, 1]), rtol=1e-6)

@@ -276,3 +276,11 @@ def test_one_micro_batch_needs_no_sums(options):
     np.testing.assert_allclose(got[1].astype(jnp.float32), want[1].astype(jnp.float32), rtol=1e-2)
     value, grads = f(w, x * jnp.nan)
     assert jax.tree.leaves(value)[0] == 0 and not grads.any()
+
+
+def test_a_traced_k_beyond_the_stack_is_all_of_it():
+    """Catches the last micro-batch counted once more for each one that there is not."""
+    loss = lambda w, x: jnp.mean((x @ w) ** 2)
+    w, x = jnp.arange(3.0), jnp.arange(24.0).reshape(4, 2, 3)
+    run = jax.jit(lambda k: jaxaccum.value_and_grad(loss, k, stacked=True)(w, x))
+    jax.tree.map(np.testing.assert_array_equal, run(9), run(4))

@@ -19,8 +19,6 @@ import jaxaccum
 from jaxaccum.trainer.input import batches, process_shards
 from jaxaccum.trainer.input.strategies import Strategy
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 STRATEGIES = [("single", 1), ("ddp", 2), ("dp", 2), ("zero", 2)]
 
 
@@ -89,35 +87,29 @@ def test_torch_tensors_train_as_arrays(name, devices):
         run(name, devices, [{"x": batch["x"].bfloat16(), "y": batch["y"]} for batch in tensors])
 
 
-@pytest.mark.parametrize(("name", "devices"), STRATEGIES)
+# A leaf, and what is said of it.
+NO_NUMBERS = {
+    "str": ("a word", r"is a str.*gives dtype <U6"),
+    "strings": (np.array(["a", "b", "c", "d"]), r"is a ndarray.*gives dtype <U1"),
+    "objects": (np.array([{}] * 4), r"is a ndarray.*gives dtype object"),
+    "datetimes": (np.array(["2020-01-01"] * 4, "M8[D]"), r"is a ndarray.*gives dtype datetime64\[D\]"),
+    "timedeltas": (np.ones(4, "m8[s]"), r"is a ndarray.*gives dtype timedelta64\[s\]"),
+    "records": (np.ones(4, "u1,u2"), r"is a ndarray.*gives dtype \[\('f0'"),
+    "date": (datetime.date(2020, 1, 1), r"is a date.*gives dtype object"),
+    "NumPy's str": (np.str_("a word"), r"is a str_.*gives dtype <U6"),
+    "a dataclass": (Example(np.ones(4)), r"is a Example.*gives dtype object.*jax\.tree_util\.register_dataclass"),
+    "an array that can't be read": (
+        Tensor(np.ones(4), ValueError("it lies on the moon")),
+        r"is a Tensor.*raises.*it lies on the moon",
+    ),
+    "a masked array": (np.ma.masked_array(np.ones(4), [0, 0, 1, 0]), r"is a MaskedArray.*filled"),
+}
+
+
 @pytest.mark.parametrize(
-    ("leaf", "words"),
-    [
-        ("a word", r"is a str.*gives dtype <U6"),
-        (np.array(["a", "b", "c", "d"]), r"is a ndarray.*gives dtype <U1"),
-        (np.array([{}] * 4), r"is a ndarray.*gives dtype object"),
-        (np.array(["2020-01-01"] * 4, "M8[D]"), r"is a ndarray.*gives dtype datetime64\[D\]"),
-        (np.ones(4, "m8[s]"), r"is a ndarray.*gives dtype timedelta64\[s\]"),
-        (np.ones(4, "u1,u2"), r"is a ndarray.*gives dtype \[\('f0'"),
-        (datetime.date(2020, 1, 1), r"is a date.*gives dtype object"),
-        (np.str_("a word"), r"is a str_.*gives dtype <U6"),
-        (Example(np.ones(4)), r"is a Example.*gives dtype object.*jax\.tree_util\.register_dataclass"),
-        (Tensor(np.ones(4), ValueError("it lies on the moon")), r"is a Tensor.*raises.*it lies on the moon"),
-        (np.ma.masked_array(np.ones(4), [0, 0, 1, 0]), r"is a MaskedArray.*filled"),
-    ],
-    ids=[
-        "str",
-        "strings",
-        "objects",
-        "datetimes",
-        "timedeltas",
-        "records",
-        "date",
-        "NumPy's str",
-        "a dataclass",
-        "an array that can't be read",
-        "a masked array",
-    ],
+    ("name", "devices", "leaf", "words"),
+    [(*STRATEGIES[i % 4], *case) for i, case in enumerate(NO_NUMBERS.values())],
+    ids=NO_NUMBERS,
 )
 def test_a_leaf_that_is_no_array_of_numbers_is_named(name, devices, leaf, words):
     """Catches jax's words for it, which name neither the leaf nor what to do, and a mask that is dropped."""

@@ -9,7 +9,6 @@ import jaxaccum
 from jaxaccum.callbacks import Callback, ModelCheckpoint
 
 SCHEDULE = {0: 3, 1: 2}
-pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 class Tally(Callback):

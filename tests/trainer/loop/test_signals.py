@@ -13,7 +13,6 @@ from jaxaccum.callbacks import Callback, ModelCheckpoint
 
 pytestmark = [
     pytest.mark.skipif(os.name != "posix", reason="signals are sent as POSIX has them"),
-    pytest.mark.usefixtures("compiled_once"),
 ]
 
 

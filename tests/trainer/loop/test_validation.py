@@ -11,8 +11,6 @@ from training import Logged, Recorder, Unsized, assert_same, loader, ones, singl
 import jaxaccum
 from jaxaccum.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 
 class Validations(Callback):
     """Writes down after which micro-steps there was a validation, and keeps that in checkpoints."""

@@ -13,7 +13,6 @@ import jaxaccum
 from jaxaccum.callbacks import Callback, ModelCheckpoint
 from jaxaccum.checkpoint import load
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
 DEVICES = {"single": 1, "ddp": 2, "dp": 2, "zero": 2}
 
 

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training import trainer
+from training import Logged, trainer
 
 import jaxaccum
+from jaxaccum.callbacks import Callback
 
 WIDTH, K = 4, 3
 
@@ -134,3 +135,19 @@ def test_a_plain_loss_of_no_examples_is_left_out(strategy, devices, fuse_windows
     got = trainer(**options).fit(task, [*full, *empty, *empty, *empty])
     np.testing.assert_array_equal(got.params, want.params)
     assert np.all(np.isfinite(got.params))
+
+
+@pytest.mark.parametrize("strategy", ["single", "ddp"])
+def test_the_loss_of_nothing_is_nan(strategy):
+    """Catches a loss of 0 where nothing was counted: of a window, of a micro-step, of a validation."""
+    outputs, seen = [], Callback()
+    seen.on_train_batch_end = lambda trainer, task, out, batch, i: outputs.append(out["loss"])
+    log = Logged()
+    options = {"strategy": strategy, "devices": 1 if strategy == "single" else 2, "accumulate_grad_batches": 2}
+    t = trainer(**options, log_every_n_steps=1, logger=log, callbacks=seen)
+    per_window = 2 if strategy == "single" else 4
+    data = batches(2 * per_window, range(per_window))
+    t.fit(masked(), data, data[:2])
+    assert [np.isnan(record["train_loss"]) for record in log.records if "train_loss" in record] == [True, False]
+    assert [np.isnan(loss) for loss in outputs] == [True] * 2 + [False] * 2
+    assert np.isnan(t.callback_metrics["val_loss"])

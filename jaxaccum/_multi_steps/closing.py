@@ -52,7 +52,13 @@ def close(
     same = sync.local if any(map(sync.varies, held)) else lambda tree: tree
 
     def branch(pred, step, stay):
-        return conditions.branch(pred, lambda: same(step()), lambda: same(stay()))
+        def close():
+            result, inner, *rest = step()
+            # On explicit axes both branches of a conditional must lay out the state alike.
+            inner = inner if isinstance(pred, bool) else sync.like(inner, state.inner_opt_state)
+            return same((result, inner, *rest))
+
+        return conditions.branch(pred, close, lambda: same(stay()))
 
     def reduce():
         total, reduced = _carried_back(config, call.params, window)

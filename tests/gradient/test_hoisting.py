@@ -323,7 +323,7 @@ def test_a_scan_in_reverse_stays_one():
         last, rows = jax.lax.scan(step, x, stack, reverse=True)
         return jnp.mean(last**2) + rows[0]
 
-    prepare, rest = hoisting.split(loss, stack, x)
+    prepare, rest = hoisting.split(loss, stack, x, in_place=False)
     assert len(prepare(stack)[1]) == 1
     np.testing.assert_allclose(rest(prepare(stack), x), loss(stack, x), rtol=1e-6)
 

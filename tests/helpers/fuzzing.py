@@ -227,7 +227,7 @@ def _window(c):
             extras(loss, jnp.float64),
             k,
         )
-        window = matrix_cases.window(c["loss"], context.devices, False, room)
+        window = matrix_cases.window(c["loss"], context.devices, False, False, room)
         return got, matrix_cases.numbers(context.want(window, inputs))
 
 

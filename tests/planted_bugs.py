@@ -709,9 +709,23 @@ BUGS = [
     Bug(
         "a cast of a computed value stands for the parameter",
         "_copying",
-        "not all((is_cast(plan.jaxpr.eqns[i]) for i in plan.before))",
+        "not is_cast or eqn.invars[0] not in inputs",
         "False",
         "in_place_sums",
+    ),
+    Bug(
+        "a cast of a cast stands for the parameter",
+        "_copying",
+        "not is_cast or eqn.invars[0] not in inputs",
+        "not is_cast",
+        "in_place_sums",
+    ),
+    Bug(
+        "calls of one jitted function share a program whatever is hoisted",
+        "_call_after",
+        '("after", id(plan))',
+        '"after"',
+        "hoisting in_place_sums",
     ),
     Bug(
         "what stands for a parameter keeps its own derivative",

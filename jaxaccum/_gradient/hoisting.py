@@ -32,7 +32,7 @@ class _Plan:
 
 
 def split(
-    loss: Callable[..., Tree], params: Tree, *args: Any, in_place: bool
+    loss: Callable[..., Tree], params: Tree, *args: Any, in_place: bool | None
 ) -> tuple[Callable[[Tree], Tree], Callable[..., Tree]]:
     """Splits `loss(params, *args)` into `rest(prepare(params), *args)`: returns (prepare, rest); the loss is not run.
 
@@ -52,8 +52,10 @@ def split(
     Every gradient has the same dtype as in the loss. The result is at least as accurate as without hoisting: the
     transposes round once per window. `prepare` returns (the parameters that `rest` reads directly, the hoisted values).
 
-    With `in_place`, casts of stacked layers are not among the hoisted values: `rest` holds them as constants, and the
-    stack itself receives their gradients, so that each layer's can be added to its slice of the sum.
+    If gradients may be added in place (`in_place` is None or True), casts of stacked layers are not among the hoisted
+    values: `rest` holds them as constants, and the stack itself receives their gradients, so that each layer's can be
+    added to its slice of the sum. With None, that holds for a scan if nothing but casts is hoisted from it; with True,
+    nothing but casts is hoisted.
     """
     # Overwritten statistics have no gradient to transpose, so nothing computed from them is hoisted.
     linear, statistics = overwrites.without(params), overwrites.only(params)
@@ -65,9 +67,9 @@ def split(
     leaves, treedef = jax.tree.structure(linear).num_leaves, jax.tree.structure(shapes)
     inputs = len(closed.jaxpr.invars)
     wide = {var for var in closed.jaxpr.invars[:leaves] if var.aval.dtype == jnp.float32}
-    stacks = in_place_sums.walked(closed.jaxpr, wide) if in_place else set()
+    stacks = set() if in_place is False else in_place_sums.walked(closed.jaxpr, wide)
     is_stack = [var in stacks for var in closed.jaxpr.invars]
-    plan = _Planner().plan(closed.jaxpr, [i < leaves for i in range(inputs)], is_stack)
+    plan = _Planner(in_place is True).plan(closed.jaxpr, [i < leaves for i in range(inputs)], is_stack)
     is_copy = _copies(plan)
 
     def hoisted(flat):
@@ -94,10 +96,10 @@ def split(
 
 
 class _Planner:
-    """Plans the splits of jaxprs."""
+    """Plans the splits of jaxprs; `leaves_stacks`: nothing is hoisted from a scan over stacks but copies."""
 
-    def __init__(self):
-        self._plans = dict[Any, _Plan]()
+    def __init__(self, leaves_stacks: bool):
+        self._leaves_stacks, self._plans = leaves_stacks, dict[Any, _Plan]()
 
     def plan(self, jaxpr: core.Jaxpr, known: Sequence[bool], stacks: Sequence[bool]) -> _Plan:
         """The plan of `jaxpr`.
@@ -118,14 +120,19 @@ class _Planner:
         if eqn.primitive.name != "scan":
             return self.plan(body, known, none)
         plan = self.plan(body, _walked(eqn, body, known), none)
-        return (_copying(plan) if any(stacks) else None) or plan
+        copying = _copying(plan) if any(stacks) else plan
+        if copying is None and self._leaves_stacks:
+            return self.plan(body, none, none)
+        return copying or plan
 
 
 def _copying(plan: _Plan) -> _Plan | None:
     """The same plan with crossing values as copies of inputs; None if one is more than a cast of a float32 input."""
-    is_cast = lambda eqn: eqn.primitive.name == "convert_element_type" and jaxprs.dtype(eqn.invars[0]) == jnp.float32
-    if not all(is_cast(plan.jaxpr.eqns[i]) for i in plan.before):
-        return None  # All that the casts are computed from is in `before`, too.
+    inputs = set(plan.jaxpr.invars)
+    for eqn in (plan.jaxpr.eqns[i] for i in plan.before):
+        is_cast = eqn.primitive.name == "convert_element_type" and jaxprs.dtype(eqn.invars[0]) == jnp.float32
+        if not is_cast or eqn.invars[0] not in inputs:
+            return None
     nested: dict[int, _Plan] = {}
     for i, inner in plan.nested.items():
         copying = _copying(inner)
@@ -235,7 +242,7 @@ def _call_before(jits: jaxprs.Jits, eqn: core.JaxprEqn, plan: _Plan, operands: l
         return _run_before(jits, plan, _consts(eqn), operands)
 
     if jaxprs.is_plain_jit(eqn):
-        return jits.call(eqn, "before", body, operands)
+        return jits.call(eqn, ("before", id(plan)), body, operands)
     with jaxprs.located(eqn):
         return (jax.vmap(body) if eqn.primitive.name == "scan" else body)(operands)
 
@@ -268,7 +275,7 @@ def _call_after(
         return _run_after(jits, plan, _consts(eqn), operands, made)
 
     if jaxprs.is_plain_jit(eqn):
-        return jits.call(eqn, "after", lambda both: body(*both), (operands, made))
+        return jits.call(eqn, ("after", id(plan)), lambda both: body(*both), (operands, made))
     if jaxprs.is_checkpoint(eqn):
         with jaxprs.located(eqn):
             return jaxprs.checkpointed(eqn, body)(operands, made)

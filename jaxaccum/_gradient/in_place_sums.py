@@ -31,7 +31,7 @@ def _stacks(jaxpr: core.Jaxpr) -> list[set[core.Var]]:
     floats = lambda atom: jnp.issubdtype(jnp.result_type(atom.aval), jnp.inexact)
     found: list[list[Any]] = []
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "scan" and refs.reach(eqn):
+        if eqn.primitive.name == "scan" and eqn.params["length"] and refs.reach(eqn):
             along = eqn.invars[sum(jaxprs.scan_operands(eqn, eqn.params["jaxpr"].jaxpr)) :]
             found.append([atom for atom in along if floats(atom)])
         elif jaxprs.is_plain_jit(eqn):

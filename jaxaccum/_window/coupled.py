@@ -44,7 +44,7 @@ class Coupled(NamedTuple):
         prepare = window.prepare
         if isinstance(prepare, Cast):
             prepare = self._seeing(prepare, device, call, params, first)
-        prepared = once.of(prepare, device, call, params, *first, in_place=window.k > 1)
+        prepared = once.of(prepare, device, call, params, *first, in_place=None if window.k > 1 else False)
         encoder = Encoder.trace(prepared.fun, prepared.params, *first)
 
         rows = device.gathered(encoder.rows(device, prepared.params, micro_batches, window.k))

@@ -108,9 +108,9 @@ class Window(NamedTuple):
         """Takes `prepare` out of the loss, for gradients that are added in place if they can be."""
         prepare = functools.partial(once.of, self.prepare, device, loss, params, *first)
         single = isinstance(self.k, int) and self.k == 1
-        adds = self.in_place is not False and not single and jnp.dtype(self.accumulator_dtype).itemsize >= 4
-        prepared = prepare(in_place=adds)
-        if adds and self.in_place is None and isinstance(self.prepare, str):
+        in_place = False if single or jnp.dtype(self.accumulator_dtype).itemsize < 4 else self.in_place
+        prepared = prepare(in_place=in_place)
+        if in_place is None and isinstance(self.prepare, str):
             traced = traced_loss.trace(prepared.fun, prepared.params, *first)
             if traced.has_weight and substitution.of(traced, micro_batches, self.k, carry).weights is None:
                 return prepare(in_place=False)

@@ -33,11 +33,11 @@ def of(
     fun: Callable[..., Any],
     params: Tree,
     *args: Any,
-    in_place: bool,
+    in_place: bool | None,
 ) -> Prepared:
     """Computes `prepare` of local parameters, for `fun(params, *args)`, which is traced only.
 
-    `in_place`: whether gradients of stacked layers can be added to their sums in the backward pass.
+    `in_place`: whether gradients of stacked layers are added to their sums in the backward pass; None if they can be.
     """
     if isinstance(prepare, str):
         prepare, fun = hoisting.split(fun, params, *args, in_place=in_place)

@@ -351,3 +351,17 @@ def test_what_is_rematerialised_stays_so(options, policy):
         jax.make_jaxpr(jaxaccum.value_and_grad(loss, K, **options))(W, jnp.ones((K * N, 4)))
     ).count(" tanh ")
     assert tanhs(**options) == tanhs(in_place=False) == (1 if policy else 2)
+
+
+def test_a_jitted_function_of_parameters_and_of_data():
+    """Catches two calls of one jitted function that share a program, though other arguments are parameters."""
+
+    @jax.jit
+    def similarity(a, b):
+        return jnp.sum(a * b) / (jnp.sum(a**2) * jnp.sum(b**2))
+
+    loss = lambda w, x: similarity(w, x) + 2 * similarity(x, w)
+    w, x = 0.1 * jnp.arange(16.0).reshape(4, 4), jnp.sin(jnp.arange(16.0)).reshape(4, 4)
+    got = jaxaccum.value_and_grad(loss, 1, prepare="auto")(w, x)
+    for a, b in zip(got, jax.value_and_grad(loss)(w, x), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)

@@ -142,6 +142,10 @@ def main() -> None:
     order = rng.permutation(len(library["text"]))[: args.limit]
     held_out, train = np.split(order, [len(order) // 8])
     window = args.batch_size * args.accumulate
+    if len(train) < window:
+        raise SystemExit(
+            f"{len(train)} pairs are left to train on, fewer than the {window} of a window: raise --limit."
+        )
     print(f"{len(train):,} pairs to train on, {len(held_out):,} held out, {window:,} in a window")
 
     graphdef, start = nnx.split(Towers(nnx.Rngs(args.seed)))

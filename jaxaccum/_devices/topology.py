@@ -208,7 +208,15 @@ class MappedAxis(_Defaults):
 
     def common(self, tree: Tree) -> Tree:
         """Casts a local tree that is the same on all devices to one that does not vary over the axis."""
-        return jax.tree.map(lambda x: self.averaged(x) if self.varies(x) else x, tree)
+
+        def leaf(x):
+            if not self.varies(x):
+                return x
+            if not jnp.issubdtype(x.dtype, jnp.inexact):
+                return self.averaged(x)
+            return jax.lax.psum(self.once(x), self.names)  # A mean could overflow.
+
+        return jax.tree.map(leaf, tree)
 
     def varies(self, leaf: Any) -> bool:
         return any(name in varying.axes(leaf) for name in self.names)

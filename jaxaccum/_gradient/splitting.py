@@ -54,7 +54,7 @@ def split(
         nearest = f"{below} and {above}" if below else f"{above}"
         raise ValueError(
             f"a batch of {length} examples can't be split into num_micro_batches={k} equal micro-batches; nearest "
-            f"sizes that can: {nearest}. {remedy}"
+            f"sizes that can: {nearest}.{f' {remedy}' if below else ''}"
         )
     _check_layout(args, argnums, length // k)
 
@@ -73,7 +73,7 @@ def check_devices(args: Sequence[Tree], argnums: Sequence[int], k: Any, stacked:
         into = f"{devices} devices" + ("" if stacked else f" of num_micro_batches={k}")
         raise ValueError(
             f"a batch of {length} examples can't be split over {into}: it must be a multiple of {pieces}, such as "
-            f"{max(length // pieces, 1) * pieces} or {(length // pieces + 1) * pieces}."
+            f"{max(length // pieces, 1) * pieces} or {max(length // pieces + 1, 2) * pieces}."
         )
 
 

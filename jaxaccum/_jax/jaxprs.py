@@ -1,7 +1,7 @@
 """Helpers to inspect and evaluate jaxprs."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -184,6 +184,13 @@ def pruned(closed: core.ClosedJaxpr, output: int) -> tuple[core.ClosedJaxpr, lis
     """(the jaxpr of one output and of the equations with effects, for each input whether it is still one)."""
     jaxpr, used = partial_eval.dce_jaxpr(closed.jaxpr, [i == output for i in range(len(closed.jaxpr.outvars))])
     return core.ClosedJaxpr(jaxpr, closed.consts), used
+
+
+def names_axis(jaxpr: core.Jaxpr, names: Iterable[str]) -> bool:
+    """Whether `jaxpr` communicates over one of the mapped axes `names`, or reads a device's index on it."""
+    named = lambda axis: set(axis if isinstance(axis, tuple) else (axis,))
+    reads = lambda eqn: named(eqn.params["axis_name"]) if eqn.primitive.name == "axis_index" else set()
+    return any((axes(eqn) | reads(eqn)).intersection(names) for eqn in equations(jaxpr))
 
 
 def axes(eqn: core.JaxprEqn) -> set[Any]:

@@ -39,6 +39,7 @@ class Coupled(NamedTuple):
         window, batch = self.window, self.window.roles.batch
         params = device.local(weighted_sum.arrays(window.differentiated(args)))
         micro_batches = splitting.split(args, batch, window.k, False, remedy="Drop the rest.")
+        check_split([args[i] for i in batch], device)
         first = first_step(device, micro_batches, [])
         call = window.call(device, args, kwargs)
         prepare = window.prepare
@@ -73,10 +74,11 @@ class Coupled(NamedTuple):
         varied, fixed = encoder.parted(rows)
         total = lambda visible, varied, fixed: self._returned(visible, encoder.joined(varied, fixed))
         traced = traced_loss.trace(total, visible, varied, fixed)
-        if any(jaxprs.axes(eqn).intersection(device.names) for eqn in traced.closed.jaxpr.eqns):
+        if jaxprs.names_axis(traced.closed.jaxpr, device.names):
             raise ValueError(
-                f"loss communicates over the data axis {device.names}, but it receives the representations of all "
-                "devices already, in the batch's order. Leave collectives out of it."
+                f"loss communicates over the data axis {device.names}, or reads its index, but it receives the "
+                "representations of all devices already, in the batch's order, and must be the same on all of them. "
+                "Leave collectives and jax.lax.axis_index out of it."
             )
         gradient = jax.value_and_grad(traced.total, (0, 1), has_aux=True)
         (value, (_, aux)), grads = gradient(visible, varied, fixed)
@@ -158,9 +160,24 @@ class Encoder(NamedTuple):
         return sum(map(_product, varied, batch[-1]), jnp.zeros((), weighted_sum.weight_dtype())), (carry, None)
 
 
+def check_split(batch: Sequence[Tree], device: OneDevice | MappedAxis) -> None:
+    """Raises if jax's types show that all devices have the same batch: each example would meet P copies of itself."""
+    leaves = [jnp.asarray(x) for x in jax.tree.leaves(batch)]
+    if leaves and all(map(device.is_reduced, leaves)):
+        raise ValueError(
+            f"the batch does not vary over axis_name={device.names!r}: every device has the same examples, and each "
+            "would be compared with copies of itself. Split the batch over the axis, as by in_specs of jax.shard_map."
+        )
+
+
 def check_rows(shapes: Tree, first: Sequence[Any]) -> int:
     """Checks that all representations of a micro-batch have one row for each of its examples: their number."""
     n = jnp.shape(jax.tree.leaves(first[1])[0])[0]
+    if any(isinstance(x, Weighted) for x in jax.tree.leaves(shapes, is_leaf=lambda x: isinstance(x, Weighted))):
+        raise TypeError(
+            "encode returned a Weighted, but representations have no weight: return arrays (N, ...), and mask the "
+            "examples that don't count in the loss."
+        )
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
         if leaf.shape[:1] != (n,):
             raise ValueError(

@@ -51,12 +51,14 @@ def coupled_value_and_grad(
 
     Args:
       encode: `encode(*args, **kwargs)` returns the representations of a micro-batch: a pytree of arrays (N, ...), one
-        row for each example, from as many towers as needed. The result must not depend on the other rows of a
-        micro-batch. Batch normalisation does, so there is no `carry_argnums`. Leaves that have no gradient, such as
-        integer labels, are passed through to the loss.
+        row for each example, from as many towers as needed. A row must not depend on the other rows of a micro-batch.
+        With batch normalisation or a collective of activations it does, so there is no `carry_argnums`. Leaves that
+        have no gradient, such as integer labels, are passed through to the loss.
       loss: `loss(params, representations)` returns a floating scalar. It receives the differentiated arguments alone,
         in the order of `argnums`, and the representations of all examples, (K·N, ...), in the batch's order. All other
-        arguments go to `encode`. It must not return a `Weighted`: there is one loss, and no micro-batches to weigh.
+        arguments go to `encode`. Data of the examples, such as labels, reach the loss as leaves of the representations.
+        The loss must be the same on all devices. It must not return a `Weighted`: there is one loss, and no
+        micro-batches to weigh.
       num_micro_batches: K, an integer of at least 1.
       argnums: the arguments to differentiate, as in jax. With (0, 1): `encode(p, q, batch)`, `loss(p, q,
         representations)`.

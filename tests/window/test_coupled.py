@@ -429,6 +429,12 @@ BAD = {
         TypeError,
         "loss returned a Weighted, but .* no micro-batches to weigh. Return total / weight",
     ),
+    "Weighted rows": (
+        dict(encode=lambda p, data: jaxaccum.Weighted(data["image"] @ p["image"], data["image"][:, 0])),
+        TypeError,
+        "encode returned a Weighted, but representations have no weight",
+    ),
+    "fewer than K": (dict(k=128), ValueError, r"sizes that can: 128\.\n"),
     "Weighted with aux": (
         dict(loss=lambda p, rows: (jaxaccum.Weighted(info_nce(p, rows), 1.0), rows), has_aux=True),
         TypeError,
@@ -462,8 +468,29 @@ def test_bad_input_on_devices():
         jaxaccum.coupled_value_and_grad(encode, info_nce, 2, mesh=mesh)(params(), data)
     gather = lambda x: jax.lax.all_gather(x, "data", tiled=True)
     loss = lambda p, rows: info_nce(p, jax.tree.map(gather, rows))
-    with pytest.raises(ValueError, match=r"loss communicates over the data axis \('data',\), but it receives"):
-        jaxaccum.coupled_value_and_grad(encode, loss, 1, mesh=mesh)(params(), data)
+    own = lambda p, rows: info_nce(p, rows) + jax.lax.axis_index("data")
+    nested = jax.jit(own)
+    for refused in (loss, own, nested):
+        with pytest.raises(ValueError, match=r"loss communicates over the data axis \('data',\), or reads its index"):
+            jaxaccum.coupled_value_and_grad(encode, refused, 1, mesh=mesh)(params(), data)
+    fun = jaxaccum.coupled_value_and_grad(encode, info_nce, 1, axis_name="data")
+    with pytest.raises(ValueError, match="the batch does not vary over axis_name"):
+        jax.shard_map(fun, mesh=mesh, in_specs=P(), out_specs=P())(params(), data)
+
+
+def test_aux_of_many_devices_is_that_of_one():
+    """Catches aux that is averaged over the devices, which overflows."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(KINDS["auto"],))
+    loss = lambda p, rows: (info_nce(p, rows), jnp.full(3, jnp.finfo(jnp.float32).min) * rows["image"][0, 0] ** 0)
+    fun = jaxaccum.coupled_value_and_grad(encode, loss, 1, axis_name="data", has_aux=True)
+    mapped = jax.shard_map(fun, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+    (_, aux), _ = jax.jit(mapped)(params(), batch(64))
+    np.testing.assert_array_equal(aux, np.full(3, np.finfo(np.float32).min))
+
+
+def test_parameters_gathered_on_a_mesh_are_refused():
+    """Catches a gather of whole parameters."""
+    data, mesh = batch(24), jax.make_mesh((8,), ("data",), axis_types=(KINDS["auto"],))
     gathered = lambda p: jax.lax.all_gather(p["image"], "data")
     encode_gathered = lambda p, data: data["image"] @ p[0]
     fun = jaxaccum.coupled_value_and_grad(encode_gathered, lambda p, x: jnp.sum(x), 1, mesh=mesh, prepare=gathered)

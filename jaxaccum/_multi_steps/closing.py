@@ -130,7 +130,7 @@ def _optimizer_step(config, state, call, mean, like):
 def _result_without_step(config, state, call, like):
     """The parameters, or zero updates of the types that an optimizer step returns."""
     if call.applies:
-        return call.params
+        return config.sync.unchanged(call.params)
     extra_args = call.extra_args | averaged_args.zero_means(config, call.extra_args)
     inner_optimizer = InnerOptimizer(config.tolerant_inner_opt, state.inner_opt_state, call.params, extra_args)
     return inner_optimizer.zero_updates(like)

@@ -1218,6 +1218,35 @@ BUGS = [
         "keep if kept is None else None",
         "gradient_norms",
     ),
+    Bug(
+        "from_optax takes a mean for a sum",
+        "_converted",
+        "weight if config.use_grad_mean else None",
+        "None",
+        "from_optax",
+    ),
+    Bug(
+        "from_optax takes a sum for a mean",
+        "_converted",
+        "weight if config.use_grad_mean else None",
+        "weight",
+        "from_optax",
+    ),
+    Bug("from_optax keeps the NaN of a window that ended", "_converted", "mini_step > 0", "True", "from_optax"),
+    Bug(
+        "from_optax says that a new state was updated",
+        "_converted",
+        "(mini_step == 0) & (gradient_step > 0)",
+        "mini_step == 0",
+        "from_optax",
+    ),
+    Bug(
+        "XLA chooses the layout of parameters that lie on no mesh",
+        "MeshAxis.unchanged",
+        "jax.tree.map(lambda x: layout.onto(x, self.mesh), params) if layout.is_explicit(self.mesh) else params",
+        "params",
+        "zero",
+    ),
 ]
 
 

@@ -43,8 +43,8 @@ def on_device(acc_grads: Tree) -> None:
     for path, total in jax.tree_util.tree_leaves_with_path(acc_grads):
         if isinstance(total, jax.Array) and jax.typeof(total).memory_space == jax.memory.Space.Host:
             raise ValueError(
-                f"state.acc_grads{path_name(path)} lies in host memory, and sums are added on the device. Move it there, "
-                "for example with jax.device_put(state, jax.memory.Space.Device)."
+                f"state.acc_grads{path_name(path)} lies in host memory, and sums are added on the device. Move it "
+                "there, for example with jax.device_put(state, jax.memory.Space.Device)."
             )
 
 

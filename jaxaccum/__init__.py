@@ -14,6 +14,7 @@ from jaxaccum._devices.zero import zero_sharding
 from jaxaccum._gradient.casting import cast
 from jaxaccum._gradient.local import local_value_and_grad
 from jaxaccum._multi_steps.api import MultiSteps
+from jaxaccum._multi_steps.from_optax import from_optax
 from jaxaccum._multi_steps.host_driven import HostDriven
 from jaxaccum._multi_steps.state import MultiStepsState, set_every_k
 from jaxaccum._schedule import AccumulationSchedule
@@ -41,6 +42,7 @@ __all__ = [
     "cast",
     "collectives",
     "coupled_value_and_grad",
+    "from_optax",
     "local_value_and_grad",
     "set_every_k",
     "value_and_grad",

@@ -73,6 +73,12 @@ def in_context(leaf: jax.Array) -> jax.Array:
     return jax.reshard(leaf, P(*[None] * leaf.ndim))
 
 
+def onto(leaf: jax.Array, mesh: Mesh) -> jax.Array:
+    """Replicates a traced array from outside of the explicit `mesh` over it."""
+    is_outside = isinstance(leaf, jax.core.Tracer) and jax.typeof(leaf).sharding.mesh.empty
+    return jax.reshard(leaf, NamedSharding(mesh, P(*[None] * leaf.ndim))) if is_outside else leaf
+
+
 def reduce_scatter(local: jax.Array, mesh: Mesh, names: tuple[str, ...]) -> jax.Array:
     """Sums `local`, (P, *shape), over its leading device axis and shards the result over the data axes if possible.
 

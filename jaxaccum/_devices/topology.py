@@ -39,6 +39,10 @@ class _Defaults:
         """Places `state` where a step leaves it."""
         return state
 
+    def unchanged(self, params: Tree) -> Tree:
+        """Gives parameters that no optimizer step changes the layout that a step gives them."""
+        return params
+
     def own(self, tree: Tree) -> Tree:
         """Places each device's part of a local tree on that device."""
         return tree
@@ -314,6 +318,10 @@ class MeshAxis(_Defaults):
             return jax.device_put(x, NamedSharding(self.mesh, P())) if fresh else x
 
         return jax.tree.map(leaf, state)
+
+    def unchanged(self, params: Tree) -> Tree:
+        # XLA chooses the layout of a conditional's result that no type says, and may shard it.
+        return jax.tree.map(lambda x: layout.onto(x, self.mesh), params) if layout.is_explicit(self.mesh) else params
 
     def like(self, tree: Tree, params: Tree) -> Tree:
         if self.scatter or not layout.is_explicit(self.mesh):

@@ -51,6 +51,7 @@ def add(
     """
     weight, grads = micro_batch.weight, weighted_sum.bare(micro_batch.grads)
     averaged = averaged_args.given(config, call.extra_args)
+    checks.on_device(state.acc_grads)
     checks.gradients(grads, state.acc_grads, config.sync)
     placement.local_gradients(grads, config.sync)
     averaged_args.check(config, averaged)

@@ -38,6 +38,16 @@ def state(value: Any, method: str, sync: Sync | None = None) -> MultiStepsState:
     return value
 
 
+def on_device(acc_grads: Tree) -> None:
+    """Checks that no sum lies in host memory."""
+    for path, total in jax.tree_util.tree_leaves_with_path(acc_grads):
+        if isinstance(total, jax.Array) and jax.typeof(total).memory_space == jax.memory.Space.Host:
+            raise ValueError(
+                f"state.acc_grads{path_name(path)} lies in host memory, and sums are added on the device. Move it "
+                "there, for example with jax.device_put(state, jax.memory.Space.Device)."
+            )
+
+
 def gradients(grads: Tree, acc_grads: Tree, sync: Sync) -> None:
     """Checks that gradients match the parameters' tree and shapes and are floating or complex."""
     hint = (

@@ -8,7 +8,7 @@ import optax
 
 from jaxaccum._devices.topology import MeshAxis
 from jaxaccum._gradient import once_per_window
-from jaxaccum._multi_steps import averaged_args, conditions, inner_update, norms
+from jaxaccum._multi_steps import averaged_args, checks, conditions, inner_update, norms
 from jaxaccum._multi_steps.config import Config
 from jaxaccum._multi_steps.inner_update import InnerOptimizer
 from jaxaccum._multi_steps.state import MultiStepsState
@@ -103,6 +103,7 @@ def flush(
     """Closes a partial window; does nothing if the window is empty."""
     if params is None and config.prepare is not None:
         raise TypeError("flush needs params here: with prepare= the sums are carried back to them. Pass params.")
+    checks.on_device(state.acc_grads)
     # Any values of the averaged ones will do: they show only which means to pass, and their dtypes.
     stand_ins = {name: shapes.tree for name, shapes in config.averaged_shapes}
     extra_args = dict.fromkeys((*state.averages, "grad"), jnp.nan) | stand_ins | extra_args
@@ -138,7 +139,7 @@ def _optimizer_step(config, state, call, mean, like):
 def _result_without_step(config, state, call, like):
     """The parameters, or zero updates of the types that an optimizer step returns."""
     if call.applies:
-        return call.params
+        return config.sync.unchanged(call.params)
     extra_args = call.extra_args | averaged_args.zero_means(config, call.extra_args)
     inner_optimizer = InnerOptimizer(config.tolerant_inner_opt, state.inner_opt_state, call.params, extra_args)
     return inner_optimizer.zero_updates(like)

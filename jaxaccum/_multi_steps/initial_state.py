@@ -20,6 +20,19 @@ def init(config: Config, params: Tree) -> MultiStepsState:
     numeric.available("accumulator_dtype", config.accumulator_dtype)
     numeric.arrays(params)
     placement.placed(params, config.sync)
+    seen, prepared = params, ()
+    if config.prepare is not None:
+        numeric.differentiable(params)
+        once_per_window.check_linear(config.prepare, params)
+        seen, prepared = once_per_window.compute(config.prepare, params)
+    inner = config.opt.init(overwrites.optimized(params))
+    state = around(config, params, inner, weighted_sum.init(seen, config.accumulator_dtype))
+    return settled(config, state._replace(prepared=prepared), params)
+
+
+def around(config: Config, params: Tree, inner: Tree, sums: Tree) -> MultiStepsState:
+    """A state with these pending sums and an inner optimizer's state `inner`, in the layouts that steps keep."""
+    checks.inner_state(inner)
     gradient_step = jnp.zeros((), jnp.int32)
     if callable(config.every_k):
         checks.scheduled_k(config.every_k(gradient_step))
@@ -28,38 +41,33 @@ def init(config: Config, params: Tree) -> MultiStepsState:
         optimized = overwrites.optimized(params)
         grads = jax.tree.map(jnp.zeros_like, optimized)
         _, skip_state = config.should_skip_update_fn(grads, gradient_step, optimized)
-    seen, prepared = params, ()
-    if config.prepare is not None:
-        numeric.differentiable(params)
-        once_per_window.check_linear(config.prepare, params)
-        seen, prepared = once_per_window.compute(config.prepare, params)
     local = config.sync.local
-    state = MultiStepsState(
+    return MultiStepsState(
         mini_step=jnp.zeros((), jnp.int32),
         gradient_step=gradient_step,
-        inner_opt_state=_inner_state(config, params),
-        acc_grads=local(weighted_sum.init(seen, config.accumulator_dtype)),
+        inner_opt_state=_laid_out(config, inner, params),
+        acc_grads=local(sums),
         skip_state=skip_state,
         weight=local(jnp.zeros((), weighted_sum.weight_dtype())),
         averages=local(averaged_args.zero_sums(config)),
         every_k=None if callable(config.every_k) else jnp.full((), config.every_k, jnp.int32),
         updated=jnp.zeros((), jnp.bool_),
         dropped=local(jnp.zeros((), jnp.int32)),
-        prepared=prepared,
         norms=norms.zeros(config),
     )
+
+
+def settled(config: Config, state: MultiStepsState, params: Tree) -> MultiStepsState:
+    """`state` on its devices. No two leaves of it and `params` share a buffer."""
     return config.sync.settled(_unshared(state, params))
 
 
-def _inner_state(config: Config, params: Tree) -> Tree:
-    """The inner optimizer's initial state, in the layout that its updates keep."""
-    params = overwrites.optimized(params)
-    state = config.opt.init(params)
-    checks.inner_state(state)
+def _laid_out(config: Config, inner: Tree, params: Tree) -> Tree:
+    """The inner optimizer's state, in the layout that its updates keep."""
     if not isinstance(config.sync, MeshAxis):
-        return state
+        return inner
     # Under jit, optax's zeros lose the parameters' sharding over Explicit axes.
-    return config.sync.spread(_like_params(config.sync, state, params))
+    return config.sync.spread(_like_params(config.sync, inner, overwrites.optimized(params)))
 
 
 def _like_params(sync: MeshAxis, state: Tree, params: Tree) -> Tree:

@@ -9,7 +9,7 @@ from jaxaccum._gradient.micro_gradient import Target
 from jaxaccum._gradient.returns import Carry, Returns
 from jaxaccum._gradient.roles import Roles
 from jaxaccum._jax import prng
-from jaxaccum._multi_steps import accumulation
+from jaxaccum._multi_steps import accumulation, checks
 from jaxaccum._multi_steps.accumulation import Boundary, MicroBatch
 from jaxaccum._multi_steps.closing import Call
 from jaxaccum._multi_steps.config import Config
@@ -41,6 +41,7 @@ class LossStep(NamedTuple):
         The first three are per device, stacked with a mesh.
         """
         config = self.config
+        checks.on_device(state.acc_grads)
         seen = params if config.prepare is None else once_per_window.restore(config.prepare, params, state.prepared)
         judges = config.should_skip_update_fn is not None  # That function receives mean gradients.
         loss, rest, grads = micro_gradient.on_each(

@@ -81,6 +81,24 @@ def test_micro_steps_with_split_state_are_the_big_batch(name, kind, drive):
             assert moment.addressable_shards[0].data.shape[0] == 16 // devices
 
 
+@pytest.mark.parametrize("reduce", ["mean", "scatter"])
+def test_parameters_that_lie_on_no_mesh_are_replicated_over_explicit_axes(reduce):
+    """Catches a layout that XLA chooses in the first micro-step, whose type the second can't have or compiles for."""
+    with jax.enable_x64(True):
+        mesh, devices = make("data", "explicit")
+        tx = jaxaccum.MultiSteps(inner(), K, mesh=mesh, reduce=reduce)
+        p = wide(params())
+        state = tx.init(p)
+        step = jax.jit(lambda p, s, x: tx.micro_step(wide_loss, p, s, x))
+        window = batch(0, devices)
+        for i in range(K):
+            rows = jax.tree.map(lambda x, i=i: split(x, devices, K)[:, i].reshape(-1, *x.shape[1:]), window)
+            _, p, state = step(p, state, on_data(mesh, rows))
+            assert p["w"].sharding == NamedSharding(mesh, P(None, None))
+        assert_close(narrow(p), big_batch([window]))
+        assert step._cache_size() == 2  # For the parameters as they are given, and on the mesh.
+
+
 @every_mesh
 def test_the_update_in_global_code_clips_by_the_true_norm(name, kind):
     """Catches an update that each device makes of its own part."""

@@ -21,6 +21,7 @@ PUBLIC = {
     "cast",
     "collectives",
     "coupled_value_and_grad",
+    "from_optax",
     "local_value_and_grad",
     "set_every_k",
     "value_and_grad",

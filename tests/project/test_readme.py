@@ -9,7 +9,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 LINKS = [
     (readme, path, text)
-    for readme in ("README.md", "jaxaccum/README.md", "tests/README.md", "benchmarks/README.md")
+    for readme in ("README.md", "jaxaccum/README.md", "tests/README.md", "benchmarks/README.md", "examples/README.md")
     for text, path in re.findall(r"\[([^\]]+)\]\(([^)#]+)", (ROOT / readme).read_text())
     if not path.startswith("http")
 ]
@@ -28,6 +28,14 @@ def test_the_readmes_code_runs(capsys):
 def test_the_readmes_links_lead_somewhere(readme, path):
     """Catches a file that was moved or renamed."""
     assert (ROOT / readme).parent.joinpath(path).exists()
+
+
+def test_every_example_is_listed():
+    """Catches an example that no reader finds."""
+    files = {path.name for path in (ROOT / "examples").iterdir() if path.suffix in (".py", ".md")}
+    assert {path for readme, path, _ in LINKS if readme == "examples/README.md"} == files - {"README.md"} | {
+        "../README.md"
+    }
 
 
 @pytest.mark.parametrize(("readme", "path", "name"), [link for link in LINKS if re.fullmatch(r"`test_\w+`", link[2])])

@@ -683,6 +683,18 @@ def test_a_state_of_other_devices_is_named(method):
         call(many, two.init(jnp.ones(3)), (8, 3))
 
 
+@pytest.mark.parametrize("method", ON_OTHER_DEVICES)
+def test_sums_in_host_memory_are_named(method):
+    """Catches jax's error about memory spaces, which names an addition of ours."""
+    tx = MultiSteps(SGD, 2)
+    state = tx.init(jnp.ones(3))
+    host = state.acc_grads.sharding.with_memory_kind("pinned_host")
+    state = state._replace(acc_grads=jax.device_put(state.acc_grads, host), mini_step=state.mini_step + 1)
+    with fails(ValueError, "state.acc_grads lies in host memory", "jax.device_put(state, jax.memory.Space.Device)"):
+        ON_OTHER_DEVICES[method](tx, state, 3)
+    ON_OTHER_DEVICES[method](MultiSteps(SGD, 2), jax.device_put(state, jax.memory.Space.Device), 3)
+
+
 IN_A_MAP = {
     "update": lambda: MAPPED.update(W, MAPPED.init(W), W),
     "apply": lambda: MAPPED.apply(W, MAPPED.init(W), W),

@@ -556,14 +556,15 @@ def test_validate_gives_the_weighted_means():
         assert t.validate(the_task, batches, half)["val_loss"] == pytest.approx(2.0)
 
 
-def test_init_may_return_arrays_that_the_caller_keeps():
+@pytest.mark.parametrize("strategy", ["single", "ddp"])
+def test_init_may_return_arrays_that_the_caller_keeps(strategy):
     """Catches a donation of what is not the Trainer's, and one buffer donated twice."""
     kept = {"w": jnp.ones(3), "same": jnp.ones(())}
     kept["again"] = kept["same"]
     loss = lambda p, batch, key: jnp.mean(batch) * sum(map(jnp.sum, p.values()))
     keeps = optax.GradientTransformation(lambda p: (p, p), lambda g, s, p=None: (g, s))
     the_task = jaxaccum.Task(lambda key, batch: kept, loss, optax.chain(optax.adam(0.1), keeps))
-    t = single(accumulate_grad_batches=2)
+    t = trainer(strategy=strategy, devices={"single": 1, "ddp": 2}[strategy], accumulate_grad_batches=2)
     first = jax.tree.map(np.asarray, t.fit(the_task, ones(2, 2, 2)).params)
     assert_same(kept, {"w": np.ones(3), "same": np.ones(()), "again": np.ones(())})
     assert_same(t.fit(the_task, ones(2, 2, 2)).params, first)

@@ -159,7 +159,8 @@ class Strategy:
     def placed(self, tree: Tree, sharding: Any) -> Tree:
         """Puts `tree`, which every process holds in full, on the devices, in buffers that may be donated."""
         if self.process_count == 1:
-            return jax.device_put(tree, sharding, may_alias=False)
+            # device_put(may_alias=False) doesn't copy what is replicated.
+            return jax.device_put(jax.tree.map(jnp.copy, tree), sharding)
         return jax.tree.map(lambda x: _placed(x, sharding), tree)
 
     def of_first(self, tree: Tree) -> Tree:

@@ -18,7 +18,7 @@ from jaxaccum._multi_steps.accumulation import Boundary, MicroBatch
 from jaxaccum._multi_steps.closing import Call
 from jaxaccum._multi_steps.config import Config, Shapes
 from jaxaccum._multi_steps.state import MultiStepsState
-from jaxaccum._sums import norms, numeric
+from jaxaccum._sums import modules, norms, numeric
 from jaxaccum._types import Tree
 
 
@@ -196,9 +196,11 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         _check_extra_args(self._config, "apply", extra_args)
         config = _unprepared(self._config, "apply")
         state = checks.state(state, "apply", config.sync)
+        params, rest = modules.parted(params)
         call = Call(params, extra_args, applies=True)
-        params, state, _ = accumulation.add(config, state, MicroBatch(grads, weight), Boundary(boundary), call)
-        return params, state
+        micro_batch = MicroBatch(modules.trained(grads), weight)
+        params, state, _ = accumulation.add(config, state, micro_batch, Boundary(boundary), call)
+        return modules.combined(params, rest), state
 
     def micro_step(
         self,
@@ -257,10 +259,12 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
           2.0
         """
         state = checks.state(state, "micro_step", self._config.sync)
+        params, rest = modules.parted(params)
         numeric.arrays(params)
         prng.refuse_rngs((*args, *kwargs.values()))
-        step = loss_step.micro_step(self._config, fun, Returns(has_aux, carry_argnums))
-        return step(params, state, args, kwargs, Boundary(boundary))
+        step = loss_step.micro_step(self._config, modules.whole(fun), Returns(has_aux, carry_argnums))
+        returned, params, state = step(params, state, *modules.arguments(rest, args, kwargs), Boundary(boundary))
+        return modules.restored(returned), modules.combined(params, rest), state
 
     def flush(
         self, state: MultiStepsState, params: Tree | None = None, **extra_args: Any
@@ -289,7 +293,8 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
           -2.0
         """
         _check_extra_args(self._config, "flush", extra_args)
-        return closing.flush(self._config, checks.state(state, "flush", self._config.sync), params, extra_args)
+        state = checks.state(state, "flush", self._config.sync)
+        return closing.flush(self._config, state, modules.trained(params), extra_args)
 
     def redistribute(
         self, state: MultiStepsState, devices: int | None = None, batch: str | None = None
@@ -467,8 +472,9 @@ def _transformation(config: Config) -> tuple[Callable[..., Any], Callable[..., A
         """
         state = checks.state(state, "update", config.sync)
         _check_extra_args(_unprepared(config, "update"), "update", extra_args)
-        call = Call(params, extra_args, applies=False)
-        updates, state, _ = accumulation.add(config, state, MicroBatch(grads, weight), Boundary(boundary), call)
+        call = Call(modules.trained(params), extra_args, applies=False)
+        micro_batch = MicroBatch(modules.trained(grads), weight)
+        updates, state, _ = accumulation.add(config, state, micro_batch, Boundary(boundary), call)
         return updates, state
 
     return init, update

@@ -1,7 +1,18 @@
 """Equinox adapter: windows of whole modules.
 
 Requires equinox, which the core does not: `pip install "jaxaccum[equinox]"`. `MultiSteps` and `HostDriven` take whole
-modules without this file.
+modules as they are.
+
+Example:
+  >>> import equinox as eqx, jax, jax.numpy as jnp, jaxaccum, optax
+  >>> model = eqx.nn.MLP(3, "scalar", 8, 1, activation=jnp.tanh, key=jax.random.key(0))
+  >>> tx = jaxaccum.MultiSteps(optax.adam(1e-3), every_k_schedule=2)
+  >>> step = jaxaccum.HostDriven(tx, lambda model, x: jnp.mean(jax.vmap(model)(x) ** 2))
+  >>> state = tx.init(model)
+  >>> for x in jnp.ones((4, 8, 3)):
+  ...     loss, model, state = step(model, state, x)
+  >>> int(state.gradient_step), model.activation is jnp.tanh
+  (2, True)
 """
 
 from collections.abc import Callable

@@ -1218,6 +1218,55 @@ BUGS = [
         "keep if kept is None else None",
         "gradient_norms",
     ),
+    Bug(
+        "integer arrays of a module are trained",
+        "modules.trained",
+        "x if _is_inexact(x) else None",
+        "x if _is_array(x) else None",
+        "equinox",
+    ),
+    Bug(
+        "a module's flag of 1 runs the program of True",
+        "_wrapped",
+        "(type(x), None if _is_array(x) else x)",
+        "(None, None if _is_array(x) else x)",
+        "equinox",
+    ),
+    Bug(
+        "HostDriven returns the trained leaves of a module alone",
+        "HostDriven.__call__",
+        "modules.combined(params, rest)",
+        "params",
+        "equinox",
+    ),
+    Bug(
+        "the optimizer's state is made of the whole module",
+        "initial_state.init",
+        "params = modules.trained(params)",
+        "params = params",
+        "equinox",
+    ),
+    Bug(
+        "a module that the loss returns stays unwrapped",
+        "modules.whole",
+        "return _wrapped(fun(combined(params, kwargs.pop(_REST, None)), *args, **kwargs))",
+        "return fun(combined(params, kwargs.pop(_REST, None)), *args, **kwargs)",
+        "equinox",
+    ),
+    Bug(
+        "flush hands the optimizer a whole module",
+        "MultiSteps.flush",
+        "modules.trained(params)",
+        "params",
+        "equinox",
+    ),
+    Bug(
+        "a cast is chosen by a loss of the trained leaves alone",
+        "Cast.seeing",
+        "modules.combined(params, rest)",
+        "params",
+        "equinox",
+    ),
 ]
 
 

@@ -29,6 +29,10 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
     flax's `TrainState` or in `nnx.Optimizer`. Between boundaries the updates are zeros and the inner optimizer does
     not run. Put everything that should run once per window (clipping, decay, schedules) inside it.
 
+    Parameters may be a whole equinox module, or a tree that holds one. Then floating and complex arrays are trained, as
+    with `equinox.filter_grad`. The optimizer sees None in place of all other leaves, such as functions, Python numbers,
+    flags and integer arrays, and these come back as they were.
+
     There are three boundary modes:
 
     * `boundary=None`: the state's counter decides, in a conditional on the device.
@@ -218,7 +222,7 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         Args:
           fun: `fun(params, *args, **kwargs)` returns the micro-batch's mean loss, a floating scalar, or a `Weighted`.
             Its weight must not depend on the parameters (`value_and_grad` supports that).
-          params: the parameters.
+          params: the parameters. `fun` gets a whole equinox module, and arguments, carry and aux may be modules too.
           state: the state.
           *args: the micro-batch and the other arguments of `fun`. With `mesh=` the first that is not a carry is a batch
             of P·N examples, sharded over the data axis. All others are the same on every device, except typed random

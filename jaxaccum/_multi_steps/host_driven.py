@@ -43,6 +43,10 @@ class HostDriven:
     each call, and waits for arrays that the weight depends on if they are still being computed; NumPy arrays are there
     at once. A micro-batch of weight 0 compiles a second pair of programs when it first occurs.
 
+    Whole equinox modules are parameters, arguments and carry, as with `equinox.filter_jit`: arrays pass through the
+    programs, and another value of any other leaf, such as a flag, compiles them again. The arrays that are not trained
+    are not donated.
+
     Args:
       tx: the `MultiSteps`.
       fun: the loss, as for `MultiSteps.micro_step`.

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxaccum._types import Tree
 
-_REST = "(model)"  # The keyword under which a loss gets the leaves that are not trained. It is no identifier.
+_REST = "the model"  # The keyword under which a loss gets the leaves that are not trained. It is no identifier.
 
 
 def trained(tree: Tree) -> Tree:

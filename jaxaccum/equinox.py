@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxaccum import _extras
+from jaxaccum._jax import prng
 from jaxaccum._sums import modules
 from jaxaccum._window import api
 
@@ -45,7 +46,8 @@ def filter_value_and_grad(
       complex arrays.
 
     Raises:
-      TypeError, ValueError: as `jaxaccum.value_and_grad`; also for `argnums`.
+      TypeError, ValueError: as `jaxaccum.value_and_grad`; also for `argnums`, and for a typed random key in the model,
+        which all micro-batches would share.
 
     Example:
       >>> import equinox as eqx, jax, jax.numpy as jnp, jaxaccum
@@ -64,6 +66,8 @@ def filter_value_and_grad(
     window = api.value_and_grad(modules.whole(fun), num_micro_batches, **options)
 
     def value_and_grad(model, *args, **kwargs):
+        if not isinstance(num_micro_batches, int) or num_micro_batches > 1:
+            prng.refuse_shared((model,), {}, ())  # Here it has its name.
         model, rest = modules.parted(model)
         args, kwargs = modules.arguments(rest, args, kwargs)
         return modules.restored(window(model, *args, **kwargs))

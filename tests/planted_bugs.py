@@ -1220,14 +1220,14 @@ BUGS = [
     ),
     Bug(
         "integer arrays of a module are trained",
-        "modules.trained",
-        "x if _is_inexact(x) else None",
-        "x if _is_array(x) else None",
+        "modules.parted",
+        "map(_is_inexact, leaves)",
+        "map(_is_array, leaves)",
         "equinox",
     ),
     Bug(
         "a module's flag of 1 runs the program of True",
-        "_wrapped",
+        "_Wrapped.of",
         "(type(x), None if _is_array(x) else x)",
         "(None, None if _is_array(x) else x)",
         "equinox",
@@ -1249,8 +1249,8 @@ BUGS = [
     Bug(
         "a module that the loss returns stays unwrapped",
         "modules.whole",
-        "return _wrapped(fun(combined(params, kwargs.pop(_REST, None)), *args, **kwargs))",
-        "return fun(combined(params, kwargs.pop(_REST, None)), *args, **kwargs)",
+        "return _wrapped(fun(params, *args, **kwargs))",
+        "return fun(params, *args, **kwargs)",
         "equinox",
     ),
     Bug(

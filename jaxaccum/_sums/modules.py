@@ -21,25 +21,36 @@ _REST = "the model"  # The keyword under which a loss gets the leaves that are n
 
 def trained(tree: Tree) -> Tree:
     """The leaves that are trained, with None in place of the others."""
-    return jax.tree.map(lambda x: x if _is_inexact(x) else None, tree) if _holds_module(tree) else tree
+    return parted(tree)[0]
 
 
-def parted(params: Tree) -> tuple[Tree, Tree]:
-    """(the leaves that are trained, the others), each with None in place of the other; the latter is None if empty."""
-    rest = jax.tree.map(lambda x: None if _is_inexact(x) else x, params) if _holds_module(params) else None
-    return (trained(params), rest) if jax.tree.leaves(rest) else (params, None)
+def parted(params: Tree) -> tuple[Tree, "_Wrapped | None"]:
+    """(`trained(params)`, the other leaves); None if there are no others."""
+    if not _holds_module(params):
+        return params, None
+    leaves, structure = jax.tree.flatten(params)
+    is_trained = list(map(_is_inexact, leaves))
+    if all(is_trained):
+        return params, None
+    rest = [None if is_one else x for x, is_one in zip(leaves, is_trained, strict=True)]
+    of_trained = [x if is_one else None for x, is_one in zip(leaves, is_trained, strict=True)]
+    return structure.unflatten(of_trained), _Wrapped.of(rest, structure)
 
 
-def combined(params: Tree, rest: Tree) -> Tree:
+def combined(params: Tree, rest: "_Wrapped | None") -> Tree:
     """The inverse of `parted`."""
     if rest is None:
         return params
-    return jax.tree.map(lambda x, y: y if x is None else x, params, rest, is_leaf=lambda leaf: leaf is None)
+    pairs = zip(rest.structure.flatten_up_to(params), rest.leaves(), strict=True)
+    return rest.structure.unflatten([y if x is None else x for x, y in pairs])
 
 
-def arguments(rest: Tree, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments(
+    rest: "_Wrapped | None", args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments, besides the trained leaves, of `whole(fun)`: trees of arrays, for jit and `jax.shard_map`."""
-    return _wrapped((args, kwargs if rest is None else {**kwargs, _REST: rest}))
+    args, kwargs = _wrapped((args, kwargs))
+    return args, kwargs if rest is None else {**kwargs, _REST: rest}
 
 
 def whole(fun: Callable[..., Any]) -> Callable[..., Any]:
@@ -49,8 +60,9 @@ def whole(fun: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def call(params, *args, **kwargs):
+        params = combined(params, kwargs.pop(_REST, None))
         args, kwargs = restored((args, kwargs))
-        return _wrapped(fun(combined(params, kwargs.pop(_REST, None)), *args, **kwargs))
+        return _wrapped(fun(params, *args, **kwargs))
 
     return call
 
@@ -60,7 +72,9 @@ def restored(tree: Tree) -> Tree:
     if _module_type() is None:
         return tree
     is_wrapped = lambda node: isinstance(node, _Wrapped)
-    return jax.tree.map(lambda node: node.module() if is_wrapped(node) else node, tree, is_leaf=is_wrapped)
+    return jax.tree.map(
+        lambda node: node.structure.unflatten(node.leaves()) if is_wrapped(node) else node, tree, is_leaf=is_wrapped
+    )
 
 
 @jax.tree_util.register_dataclass
@@ -72,10 +86,13 @@ class _Wrapped:
     others: tuple[Any, ...] = dataclasses.field(metadata={"static": True})  # With types: 1, 1.0 and True are equal.
     structure: Any = dataclasses.field(metadata={"static": True})
 
-    def module(self) -> Tree:
-        others = (leaf for _, leaf in self.others)
-        leaves = [other if x is None else x for x, other in zip(self.arrays, others, strict=True)]
-        return jax.tree.unflatten(self.structure, leaves)
+    @classmethod
+    def of(cls, leaves: list[Any], structure: Any) -> "_Wrapped":
+        others = tuple((type(x), None if _is_array(x) else x) for x in leaves)
+        return cls([x if _is_array(x) else None for x in leaves], others, structure)
+
+    def leaves(self) -> list[Any]:
+        return [other if x is None else x for x, (_, other) in zip(self.arrays, self.others, strict=True)]
 
 
 def _wrapped(tree: Tree) -> Tree:
@@ -88,10 +105,7 @@ def _wrapped(tree: Tree) -> Tree:
         if not isinstance(x, module_type):
             return x
         leaves, structure = jax.tree.flatten(x)
-        if all(map(_is_array, leaves)):
-            return x
-        others = tuple((type(x), None if _is_array(x) else x) for x in leaves)
-        return _Wrapped([x if _is_array(x) else None for x in leaves], others, structure)
+        return x if all(map(_is_array, leaves)) else _Wrapped.of(leaves, structure)
 
     return jax.tree.map(node, tree, is_leaf=lambda x: isinstance(x, module_type))
 

@@ -23,7 +23,7 @@ from jaxaccum._jax import prng
 from jaxaccum._sums import modules
 from jaxaccum._window import api
 
-_extras.require("equinox", "equinox", "jaxaccum.equinox")
+_eqx = _extras.require("equinox", "equinox", "jaxaccum.equinox")
 
 
 def filter_value_and_grad(
@@ -67,7 +67,7 @@ def filter_value_and_grad(
 
     def value_and_grad(model, *args, **kwargs):
         if not isinstance(num_micro_batches, int) or num_micro_batches > 1:
-            prng.refuse_shared((model,), {}, ())  # Here it has its name.
+            prng.refuse_shared((_eqx.filter(model, _eqx.is_array),), {}, ())  # Here a key has its name.
         model, rest = modules.parted(model)
         args, kwargs = modules.arguments(rest, args, kwargs)
         return modules.restored(window(model, *args, **kwargs))

@@ -364,7 +364,7 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match=r"args\[0\]\.key is a random key that all micro-batches would share"):
         filter_value_and_grad(fun, K)(model, data())
     with pytest.raises(TypeError, match=r"passed by position.*dict\(x=...\)"):
-        filter_value_and_grad(fun, K)(model, x=data())
+        filter_value_and_grad(loss, K)(eqx.nn.Linear(3, 1, key=jax.random.key(0)), x=data())
     with pytest.raises(TypeError, match=r"filter_value_and_grad"):
         jaxaccum.value_and_grad(loss, K)(eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0)), data())
 

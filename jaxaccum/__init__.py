@@ -1,6 +1,7 @@
 """Exact gradient accumulation for JAX, Flax and optax.
 
-The submodules `callbacks`, `checkpoint`, `distributed`, `flax` and `loggers` are imported when they are first used.
+The submodules `callbacks`, `checkpoint`, `distributed`, `equinox`, `flax` and `loggers` are imported when they are
+first used.
 README.md beside this file is the guide to the code.
 """
 
@@ -26,6 +27,7 @@ if _typing.TYPE_CHECKING:
     from jaxaccum import callbacks as callbacks
     from jaxaccum import checkpoint as checkpoint
     from jaxaccum import distributed as distributed
+    from jaxaccum import equinox as equinox
     from jaxaccum import flax as flax
     from jaxaccum import loggers as loggers
     from jaxaccum.task import Task
@@ -56,7 +58,8 @@ except _metadata.PackageNotFoundError:  # A source tree that is not installed.
 
 # The host side, the adapters and what needs jax's distributed runtime are loaded when they are asked for.
 _LAZY = {"Task": "jaxaccum.task", "Trainer": "jaxaccum.trainer"}
-_LAZY_MODULES = ("callbacks", "checkpoint", "distributed", "flax", "loggers")
+_EXTRAS = ("equinox", "flax")
+_LAZY_MODULES = ("callbacks", "checkpoint", "distributed", *_EXTRAS, "loggers")
 
 
 def __getattr__(name: str) -> object:
@@ -70,4 +73,4 @@ def __getattr__(name: str) -> object:
 def __dir__() -> list[str]:
     names = {*globals(), *_LAZY, *_LAZY_MODULES}
     # Whoever walks through the names, as help does, must not fail for an extra that is not installed.
-    return sorted(names if _util.find_spec("flax") else names - {"flax"})
+    return sorted(names - {extra for extra in _EXTRAS if not _util.find_spec(extra)})

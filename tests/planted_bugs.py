@@ -1157,7 +1157,7 @@ BUGS = [
     Bug(
         "a coupled loss gathers representations a second time",
         "Coupled._gradient",
-        "jaxprs.axes(eqn).intersection(device.names)",
+        "jaxprs.names_axis(traced.closed.jaxpr, device.names)",
         "False",
         "coupled",
     ),
@@ -1477,6 +1477,7 @@ BUGS = [
         "closing.close",
         "sync.spread(state.inner_opt_state)",
         "state.inner_opt_state",
+        "zero",
     ),
     Bug(
         "from_optax takes a mean for a sum",
@@ -1506,6 +1507,55 @@ BUGS = [
         "jax.tree.map(lambda x: layout.onto(x, self.mesh), params) if layout.is_explicit(self.mesh) else params",
         "params",
         "zero",
+    ),
+    Bug(
+        "integer arrays of a module are trained",
+        "modules.parted",
+        "map(_is_inexact, leaves)",
+        "map(_is_array, leaves)",
+        "equinox",
+    ),
+    Bug(
+        "a module's flag of 1 runs the program of True",
+        "_Wrapped.of",
+        "(type(x), None if _is_array(x) else x)",
+        "(None, None if _is_array(x) else x)",
+        "equinox",
+    ),
+    Bug(
+        "HostDriven returns the trained leaves of a module alone",
+        "HostDriven.__call__",
+        "modules.combined(params, rest)",
+        "params",
+        "equinox",
+    ),
+    Bug(
+        "the optimizer's state is made of the whole module",
+        "initial_state.init",
+        "params = modules.trained(params)",
+        "params = params",
+        "equinox",
+    ),
+    Bug(
+        "a module that the loss returns stays unwrapped",
+        "modules.whole",
+        "return _wrapped(fun(params, *args, **kwargs))",
+        "return fun(params, *args, **kwargs)",
+        "equinox",
+    ),
+    Bug(
+        "flush hands the optimizer a whole module",
+        "MultiSteps.flush",
+        "modules.trained(params)",
+        "params",
+        "equinox",
+    ),
+    Bug(
+        "a cast is chosen by a loss of the trained leaves alone",
+        "Cast.seeing",
+        "modules.combined(params, rest)",
+        "params",
+        "equinox",
     ),
 ]
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxaccum._jax import core, jaxprs
+from jaxaccum._sums import modules
 from jaxaccum._types import Tree
 
 _PRODUCTS = frozenset(["conv_general_dilated", "dot_general", "ragged_dot_general"])
@@ -50,8 +51,9 @@ class Cast:
         """
         if self.where is not None:
             return self
+        params, rest = modules.parted(params)
         names = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-        jaxpr = jax.make_jaxpr(loss)(params, *args).jaxpr
+        jaxpr = jax.make_jaxpr(lambda params, *args: loss(modules.combined(params, rest), *args))(params, *args).jaxpr
         others = [set()] * (len(jaxpr.invars) - len(names))
         wide, _ = _summed(jaxpr, [*({name} for name in names), *others])
         return dataclasses.replace(self, where=lambda path, leaf: leaf.ndim >= 2 and path not in wide)

@@ -48,7 +48,7 @@ class Roles(NamedTuple):
 
     def check(self, args: Sequence[Tree], kwargs: Mapping[str, Tree] | None = None) -> None:
         """Checks that all arguments with a role were passed by position."""
-        named = ", ".join(f"{name}=..." for name in kwargs or ())
+        named = ", ".join(f"{name}=..." for name in kwargs or () if name.isidentifier())  # Others are not the caller's.
         hint = (
             " Arguments passed by name are never split. To split them put them in one batch, and wrap the loss: "
             f"value_and_grad(lambda params, batch: loss(params, **batch), k)(params, dict({named}))."

@@ -18,7 +18,7 @@ from jaxaccum._multi_steps.accumulation import Boundary, MicroBatch
 from jaxaccum._multi_steps.closing import Call
 from jaxaccum._multi_steps.config import Config, Shapes
 from jaxaccum._multi_steps.state import MultiStepsState
-from jaxaccum._sums import norms, numeric
+from jaxaccum._sums import modules, norms, numeric
 from jaxaccum._types import Tree
 
 
@@ -28,6 +28,10 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
     A drop-in for `optax.MultiSteps` that is itself a gradient transformation: use it alone, inside `optax.chain`, in
     flax's `TrainState` or in `nnx.Optimizer`. Between boundaries the updates are zeros and the inner optimizer does
     not run. Put everything that should run once per window (clipping, decay, schedules) inside it.
+
+    Parameters may be a whole equinox module, or a tree that holds one. Then floating and complex arrays are trained, as
+    with `equinox.filter_grad`. The optimizer sees None in place of all other leaves, such as functions, Python numbers,
+    flags and integer arrays, and these come back as they were.
 
     There are three boundary modes:
 
@@ -196,9 +200,11 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         _check_extra_args(self._config, "apply", extra_args)
         config = _unprepared(self._config, "apply")
         state = checks.state(state, "apply", config.sync)
+        params, rest = modules.parted(params)
         call = Call(params, extra_args, applies=True)
-        params, state, _ = accumulation.add(config, state, MicroBatch(grads, weight), Boundary(boundary), call)
-        return params, state
+        micro_batch = MicroBatch(modules.trained(grads), weight)
+        params, state, _ = accumulation.add(config, state, micro_batch, Boundary(boundary), call)
+        return modules.combined(params, rest), state
 
     def micro_step(
         self,
@@ -216,7 +222,7 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         Args:
           fun: `fun(params, *args, **kwargs)` returns the micro-batch's mean loss, a floating scalar, or a `Weighted`.
             Its weight must not depend on the parameters (`value_and_grad` supports that).
-          params: the parameters.
+          params: the parameters. `fun` gets a whole equinox module, and arguments, carry and aux may be modules too.
           state: the state.
           *args: the micro-batch and the other arguments of `fun`. With `mesh=` the first that is not a carry is a batch
             of P·N examples, sharded over the data axis. All others are the same on every device, except typed random
@@ -257,10 +263,12 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
           2.0
         """
         state = checks.state(state, "micro_step", self._config.sync)
+        params, rest = modules.parted(params)
         numeric.arrays(params)
         prng.refuse_rngs((*args, *kwargs.values()))
-        step = loss_step.micro_step(self._config, fun, Returns(has_aux, carry_argnums))
-        return step(params, state, args, kwargs, Boundary(boundary))
+        step = loss_step.micro_step(self._config, modules.whole(fun), Returns(has_aux, carry_argnums))
+        returned, params, state = step(params, state, *modules.arguments(rest, args, kwargs), Boundary(boundary))
+        return modules.restored(returned), modules.combined(params, rest), state
 
     def flush(
         self, state: MultiStepsState, params: Tree | None = None, **extra_args: Any
@@ -289,7 +297,8 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
           -2.0
         """
         _check_extra_args(self._config, "flush", extra_args)
-        return closing.flush(self._config, checks.state(state, "flush", self._config.sync), params, extra_args)
+        state = checks.state(state, "flush", self._config.sync)
+        return closing.flush(self._config, state, modules.trained(params), extra_args)
 
     def redistribute(
         self, state: MultiStepsState, devices: int | None = None, batch: str | None = None
@@ -467,8 +476,9 @@ def _transformation(config: Config) -> tuple[Callable[..., Any], Callable[..., A
         """
         state = checks.state(state, "update", config.sync)
         _check_extra_args(_unprepared(config, "update"), "update", extra_args)
-        call = Call(params, extra_args, applies=False)
-        updates, state, _ = accumulation.add(config, state, MicroBatch(grads, weight), Boundary(boundary), call)
+        call = Call(modules.trained(params), extra_args, applies=False)
+        micro_batch = MicroBatch(modules.trained(grads), weight)
+        updates, state, _ = accumulation.add(config, state, micro_batch, Boundary(boundary), call)
         return updates, state
 
     return init, update

@@ -17,7 +17,7 @@ from jaxaccum._multi_steps import checks, inner_update, loss_step
 from jaxaccum._multi_steps.accumulation import Boundary
 from jaxaccum._multi_steps.api import MultiSteps, config_of
 from jaxaccum._multi_steps.state import MultiStepsState, set_every_k, with_cleared_sums
-from jaxaccum._sums import numeric, weighted_sum
+from jaxaccum._sums import modules, numeric, weighted_sum
 from jaxaccum._types import Tree
 
 
@@ -42,6 +42,10 @@ class HostDriven:
     If the loss is a `Weighted` whose weight comes from the data (see `Weighted`), the host computes the weight before
     each call, and waits for arrays that the weight depends on if they are still being computed; NumPy arrays are there
     at once. A micro-batch of weight 0 compiles a second pair of programs when it first occurs.
+
+    Whole equinox modules are parameters, arguments and carry, as with `equinox.filter_jit`: arrays pass through the
+    programs, and another value of any other leaf, such as a flag, compiles them again. The arrays that are not trained
+    are not donated.
 
     Args:
       tx: the `MultiSteps`.
@@ -95,7 +99,7 @@ class HostDriven:
         self._ks = _Facts()
         self._compiled = set()  # (program, signature) pairs that are known to compile.
 
-        returns = Returns(has_aux, carry_argnums)
+        fun, returns = modules.whole(fun), Returns(has_aux, carry_argnums)
         self._roles = loss_step.micro_step_roles(config.sync, returns)
         value_alone = lambda *args, **kwargs: (returns.unpack(fun(*args, **kwargs))[0], None)
         self._weight = HostWeight(value_alone, config.sync, self._roles)
@@ -161,6 +165,8 @@ class HostDriven:
         state = checks.state(state, "HostDriven", self._sync)
         _check_on_host("HostDriven", (params, state.mini_step, args, kwargs))
         state, position, k = self._read(state)
+        params, rest = modules.parted(params)
+        args, kwargs = modules.arguments(rest, args, kwargs)
         accumulate, close = self._programs_for(params, args, kwargs)
         params, args = self._settled(params, args)
         if position.mini_step + 1 >= k.every_k:
@@ -172,7 +178,7 @@ class HostDriven:
             state = pending._replace(**kept)
             mini_step = position.mini_step + 1
         self._remember(state, mini_step, k)
-        return loss, params, state
+        return modules.restored(loss), modules.combined(params, rest), state
 
     def lower(
         self, params: Tree, state: MultiStepsState, *args: Any, **kwargs: Any
@@ -201,6 +207,8 @@ class HostDriven:
           (False, True)
         """
         state = checks.state(state, "HostDriven.lower", self._sync)
+        params, rest = modules.parted(params)
+        args, kwargs = modules.arguments(rest, args, kwargs)
         accumulate, close = self._programs_for(params, args, kwargs)
         params, args = self._settled(params, args)
         _, pending = _parted(state)
@@ -214,9 +222,10 @@ class HostDriven:
         state = checks.state(state, "HostDriven.flush", self._sync)
         _check_on_host("HostDriven.flush", (params, state.mini_step))
         state, _, k = self._read(state)
+        params, rest = modules.parted(params)
         params, state = self._flush(params, state)
         self._remember(state, 0, k)
-        return params, state
+        return modules.combined(params, rest), state
 
     def _programs_for(self, params: Tree, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """The two programs for these arguments of `fun`, which are checked."""

@@ -11,12 +11,13 @@ from jaxaccum._gradient import once_per_window
 from jaxaccum._multi_steps import averaged_args, checks, norms
 from jaxaccum._multi_steps.config import Config
 from jaxaccum._multi_steps.state import MultiStepsState
-from jaxaccum._sums import numeric, overwrites, weighted_sum
+from jaxaccum._sums import modules, numeric, overwrites, weighted_sum
 from jaxaccum._types import Tree
 
 
 def init(config: Config, params: Tree) -> MultiStepsState:
     """A state with an empty window. No two leaves of the state and `params` share a buffer."""
+    params = modules.trained(params)
     numeric.available("accumulator_dtype", config.accumulator_dtype)
     numeric.arrays(params)
     placement.placed(params, config.sync)

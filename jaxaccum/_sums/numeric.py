@@ -33,7 +33,7 @@ def arrays(params: Tree) -> None:
                 f"the parameters hold {leaf!r} at {path_name(path) or 'their root'}, which is not an array. Separate "
                 "the arrays from the rest, for an equinox module with arrays, rest = eqx.partition(model, "
                 "eqx.is_inexact_array); pass the arrays as the parameters, and call eqx.combine(arrays, rest) in the "
-                "loss."
+                "loss. jaxaccum.equinox.filter_value_and_grad, MultiSteps and HostDriven take a whole module."
             )
 
 

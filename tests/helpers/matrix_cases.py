@@ -73,7 +73,7 @@ def takes_gradients(case):
 def is_refused_by_the_host(case):
     """Whether `HostDriven` can't be used in the context at all."""
     context = CONTEXTS[case.context]
-    return case.driver == "host_driven" and (context.place == "axis_name" or context.jits == "always")
+    return not DRIVERS[case.driver].traces and (context.place == "axis_name" or context.jits == "always")
 
 
 # The first rule that applies says why.
@@ -114,13 +114,13 @@ IMPOSSIBLE = [
     ),
     Rule(
         "the host can't count the windows of a mapped axis",
-        lambda c: c.driver == "host_driven" and CONTEXTS[c.context].place == "axis_name",
+        lambda c: not DRIVERS[c.driver].traces and CONTEXTS[c.context].place == "axis_name",
         ValueError,
         "the host can't count the windows of a MultiSteps with axis_name",
     ),
     Rule(
         "the host can't count while jax traces",
-        lambda c: c.driver == "host_driven" and CONTEXTS[c.context].jits == "always",
+        lambda c: not DRIVERS[c.driver].traces and CONTEXTS[c.context].jits == "always",
         TypeError,
         "HostDriven was called with tracers, inside jax.jit",
     ),
@@ -168,7 +168,7 @@ IMPOSSIBLE = [
     Rule(
         "sums that are not mapped can't be donated to mapped ones",
         lambda c: (
-            c.driver == "host_driven"
+            not DRIVERS[c.driver].traces
             and (c.context == "vmap_batches" or (c.context == "vmap_both" and c.loss in ("weighted", "quantised")))
         ),
         UserWarning,

@@ -3,13 +3,15 @@
 `value_and_grad` gives value, grads and, where the loss has them, carry and aux. `coupled` gives value and grads: each
 micro-batch's loss is in the rows of its representations, and the coupled loss divides their sums. Streams start from a
 fresh state, run K micro-steps with an optimizer that subtracts the gradient, and give losses and grads, and those from
-the loss carry and aux too.
+the loss carry and aux too. Those of whole equinox modules put the parameters into one, with leaves that are no
+parameters.
 """
 
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
@@ -42,11 +44,11 @@ class Driver(NamedTuple):
     is_coupled: bool = False
 
 
-def value_and_grad(loss, options, where, stacked=False, traced=False, static_k=K):
+def value_and_grad(loss, options, where, stacked=False, traced=False, static_k=K, of=jaxaccum.value_and_grad):
     roles = {"has_aux": loss.has_aux}
     if loss.extra:
         roles[f"{loss.extra}_argnums"] = 2
-    make = lambda k: jaxaccum.value_and_grad(loss.fun, k, stacked=stacked, **roles, **options, **where)
+    make = lambda k: of(loss.fun, k, stacked=stacked, **roles, **options, **where)
 
     def window(params, batch, extras, k):
         value, grads = make(k if traced else static_k)(params, batch, *extras)
@@ -85,7 +87,8 @@ def roles_of(loss):
 def steps(loss, options, where, params, micro_batch):
     """The `MultiSteps` whose updates subtract the gradient. A cast is shown the loss, as its docstring says."""
     if isinstance(options["prepare"], type(jaxaccum.cast(jnp.bfloat16))):
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, *micro_batch))
+        shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if eqx.is_array(x) else x
+        shapes = jax.tree.map(shape, (params, *micro_batch))
         options = {**options, "prepare": options["prepare"].seeing(loss.fun, *shapes)}
     return jaxaccum.MultiSteps(optax.sgd(1.0), K, **options, **where)
 
@@ -99,7 +102,8 @@ def row(i, loss, where, batch, extras):
 
 
 def outcome(losses, params, new_params):
-    return {"losses": losses, "grads": jax.tree.map(jnp.subtract, params, new_params)}
+    arrays = eqx.filter((params, new_params), eqx.is_inexact_array)
+    return {"losses": losses, "grads": jax.tree.map(jnp.subtract, *arrays)}
 
 
 def with_rest(loss, returned, extras, result):
@@ -185,7 +189,7 @@ def host_driven(loss, options, where):
         del k
         tx = steps(loss, options, where, params, row(0, loss, where, batch, extras))
         step = jaxaccum.HostDriven(tx, loss.fun, **roles_of(loss))
-        new, state = jax.tree.map(jnp.copy, params), tx.init(params)
+        new, state = jax.tree.map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, params), tx.init(params)
         values = []
         for i in range(K):
             value, new, state = step(new, state, *row(i, loss, where, batch, extras))
@@ -197,6 +201,39 @@ def host_driven(loss, options, where):
         return with_rest(loss, returned, extras, outcome(losses, params, new))
 
     return window
+
+
+class Model(eqx.Module):
+    """Parameters beside what is none. It raises where that has changed on its way to the loss."""
+
+    params: dict[str, jax.Array]
+    table: jax.Array
+    act: Callable[..., Any] = jnp.tanh
+    rate: float = 0.5
+    flag: bool = True
+
+    def params_of_loss(self):
+        assert self.act is jnp.tanh and type(self.rate) is float and self.flag is True
+        assert self.table.dtype == jnp.int32
+        return self.params
+
+
+def of_module(make):
+    """The driver `make` by a whole module."""
+
+    def made(loss, options, where):
+        fun = lambda model, *args: loss.fun(model.params_of_loss(), *args)
+        window = make(loss._replace(fun=fun), options, where)
+
+        def of_params(params, *args):
+            result = window(Model(params, jnp.arange(3, dtype=jnp.int32)), *args)
+            grads = result["grads"]
+            assert (grads.table, grads.act, grads.rate, grads.flag) == (None, None, None, None)
+            return {**result, "grads": grads.params}
+
+        return of_params
+
+    return made
 
 
 def alone(loss, options, where):
@@ -225,4 +262,11 @@ DRIVERS = {
     "update": Driver(functools.partial(update, applies=False)),
     "apply": Driver(functools.partial(update, applies=True)),
     "host_driven": Driver(host_driven, traces=False),
+    "equinox": Driver(
+        of_module(functools.partial(value_and_grad, of=jaxaccum.equinox.filter_value_and_grad)),
+        is_stacked=False,
+        is_stream=False,
+    ),
+    "equinox_micro_step": Driver(of_module(functools.partial(micro_step, boundary="static"))),
+    "equinox_host_driven": Driver(of_module(host_driven), traces=False),
 }

@@ -36,6 +36,7 @@ LAZY = {
     "loggers": "loggers",
     "distributed": "distributed",
     "flax": "flax",
+    "equinox": "equinox",
 }
 
 
@@ -94,6 +95,22 @@ def test_without_flax_the_core_works_and_the_adapters_say_what_is_missing():
     )
 
 
+def test_without_equinox_the_core_works_and_the_adapter_says_what_to_install():
+    """Catches a core that imports equinox, and an error, or a `help(jaxaccum)` that fails, without the pip command."""
+    loaded(
+        "sys.modules['equinox'] = None\n"
+        "import jaxaccum, optax, pydoc\n"
+        "state = jaxaccum.MultiSteps(optax.sgd(1.0), 2).init({'w': 1.0})\n"
+        "assert 'MultiSteps' in pydoc.render_doc(jaxaccum) and 'equinox' not in dir(jaxaccum)\n"
+        "try:\n"
+        "    jaxaccum.equinox\n"
+        "except ImportError as error:\n"
+        "    assert 'pip install \"jaxaccum[equinox]\"' in str(error)\n"
+        "else:\n"
+        "    raise AssertionError('imported without equinox')"
+    )
+
+
 def test_the_host_side_is_loaded_when_it_is_asked_for():
     """Catches a Trainer that `import jaxaccum` loads, one that needs an extra, and a name that `dir` hides."""
     assert loaded("import jaxaccum").isdisjoint({f"jaxaccum.{module}" for module in LAZY.values()})
@@ -102,11 +119,13 @@ def test_the_host_side_is_loaded_when_it_is_asked_for():
         "    import jaxaccum\n"
         "    assert getattr(jaxaccum, name) and name in dir(jaxaccum)\n"
         "    assert f'jaxaccum.{module}' in sys.modules\n"
-        "    assert (name == 'flax') == ('flax' in sys.modules), name\n"
+        "    assert all((name == extra) == (extra in sys.modules) for extra in ('equinox', 'flax')), name\n"
         "    for own in [name for name in sys.modules if name.partition('.')[0] in ('jaxaccum', 'flax')]:\n"
         "        del sys.modules[own]"
     )
-    assert modules.isdisjoint(set(EXTRAS) - {"flax", "orbax", "tqdm"})  # flax itself may load the latter two.
+    assert modules.isdisjoint(
+        set(EXTRAS) - {"equinox", "flax", "orbax", "tqdm"}
+    )  # flax itself may load the latter two.
     with pytest.raises(AttributeError, match="'jaxaccum' has no attribute 'Trainr'"):
         _ = jaxaccum.Trainr
 
@@ -115,7 +134,7 @@ def test_help_shows_the_public_names():
     """Catches names that are reached only as attributes, and so are missing from help and from `import *`."""
     text = pydoc.plain(pydoc.render_doc(jaxaccum))
     contents = text.partition("PACKAGE CONTENTS")[2]
-    assert all(name in contents for name in ("callbacks", "checkpoint", "distributed", "flax", "loggers"))
+    assert all(name in contents for name in ("callbacks", "checkpoint", "distributed", "equinox", "flax", "loggers"))
     assert all(f"class {name}" in text or f"{name}(" in text for name in {*PUBLIC, "Task", "Trainer"})
     scope = {}
     exec("from jaxaccum import *", scope)

@@ -2,7 +2,11 @@
 
     PYTHONPATH=. python benchmarks/plots.py benchmarks/results/window-unrolled-h100.json
 
-writes `window-unrolled-h100.svg` beside the record.
+writes `window-unrolled-h100.svg` beside the record, and
+
+    PYTHONPATH=. python benchmarks/plots.py --summary benchmarks/results/summary.svg
+
+the figure of the top README, from three records.
 """
 
 import argparse
@@ -16,6 +20,14 @@ import matplotlib
 from matplotlib.figure import Figure
 
 Record = dict[str, Any]
+
+RESULTS = Path(__file__).parent / "results"
+OURS, OTHERS, INK, PAPER = "#2f6fbb", "#8a8f98", "#1f2328", "#ffffff"
+# A dark page gets light ink on dark paper.
+DARK = f"""<style>@media (prefers-color-scheme: dark) {{
+[style*="fill: {INK}"] {{ fill: #e6edf3 !important }}
+[style*="fill: {PAPER}"] {{ fill: #0d1117 !important }}
+}}</style>"""
 
 
 def times(record: Record, floor: str) -> Figure:
@@ -52,15 +64,76 @@ def memory(record: Record) -> Figure:
     return figure
 
 
+def summary() -> Figure:
+    """Ours beside others: time over the floor, time beside Lightning, temporary memory; each panel is one run."""
+    window, lightning, memory = (
+        json.loads((RESULTS / f"{name}.json").read_text())
+        for name in ("window-unrolled-h100", "beside_lightning-h100", "memory-weighted-1.3B-h100")
+    )
+    medians = lambda case: {side: statistics.median(times) for side, times in case["seconds"].items()}
+    steps = medians(window["cases"][0])
+    lightnings = next(medians(case) for case in lightning["cases"] if case["n"] == 1)
+    temporary = {case["side"]: case["temp"] / 1024 for case in memory["cases"]}
+    panels = [
+        (
+            "time / floor (124M)",
+            "{:.2f}",
+            {
+                'prepare="auto"': (steps["window, auto"] / steps["floor"], OURS),
+                "window": (steps["window"] / steps["floor"], OURS),
+                "HostDriven": (steps["host driven"] / steps["floor"], OURS),
+                "scan by hand": (steps["hand-written scan"] / steps["floor"], OTHERS),
+                "optax.microbatch": (steps["optax.microbatch"] / steps["floor"], OTHERS),
+                "optax.MultiSteps": (steps["optax.MultiSteps"] / steps["floor"], OTHERS),
+            },
+        ),
+        (
+            "time / ours (124M)",
+            "{:.2f}",
+            {
+                "jaxaccum": (1.0, OURS),
+                "Lightning": (lightnings["Lightning, default"] / lightnings["jaxaccum"], OTHERS),
+            },
+        ),
+        (
+            "temporary GiB (1.3B)",
+            "{:.1f}",
+            {
+                "one gradient": (temporary["gradient"], OTHERS),
+                "window": (temporary["window"], OURS),
+                'prepare="auto"': (temporary["window, auto"], OURS),
+                "scan by hand": (temporary["hand-written scan"], OTHERS),
+            },
+        ),
+    ]
+    figure = Figure(figsize=(8.6, 2.3), layout="constrained", facecolor=PAPER)
+    for axes, (title, digits, bars) in zip(figure.subplots(1, 3, width_ratios=(6, 4, 4)), panels, strict=True):
+        values, colors = zip(*bars.values(), strict=True)
+        drawn = axes.barh(list(bars), values, color=colors, height=0.7)
+        axes.bar_label(drawn, [digits.format(value) for value in values], padding=3, color=INK, fontsize=9)
+        axes.set(xlim=(0, 1.25 * max(values)), ylim=(5.5, -0.5), xticks=[])
+        axes.set_title(title, color=INK, fontsize=9.5, loc="left")
+        axes.tick_params(axis="y", length=0, labelcolor=INK, labelsize=9)
+        axes.set_facecolor("none")
+        axes.spines[:].set_visible(False)
+    return figure
+
+
 def main() -> None:
     """Draws the records that the command line names."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("records", nargs="+", type=Path, metavar="FILE.json")
-    for path in options.parse_args().records:
+    options.add_argument("records", nargs="*", type=Path, metavar="FILE.json")
+    options.add_argument("--summary", type=Path, metavar="FILE.svg", help="where to draw the figure of the README")
+    given = options.parse_args()
+    for path in given.records:
         record, kind = json.loads(path.read_text()), path.stem.split("-")[0]
         figure = memory(record) if kind == "memory" else times(record, importlib.import_module(kind).COMPARISON.floor)
         with matplotlib.rc_context({"svg.hashsalt": "jaxaccum"}):  # Drawn again, the file is the same.
             figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    if given.summary:
+        with matplotlib.rc_context({"svg.hashsalt": "jaxaccum"}):
+            summary().savefig(given.summary, metadata={"Date": None})
+        given.summary.write_text(given.summary.read_text().replace("<defs>", f"{DARK}<defs>", 1))
 
 
 if __name__ == "__main__":

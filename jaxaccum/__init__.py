@@ -1,4 +1,22 @@
-"""Exact gradient accumulation for JAX, Flax and optax.
+"""Takes one optimizer step from K small batches: the big batch's exact gradient, in a small batch's memory.
+
+Example:
+  >>> import jax, jax.numpy as jnp, optax, jaxaccum
+  >>> loss = lambda params, x: jnp.mean((x @ params - 1.0) ** 2)
+  >>> params, batch = jnp.zeros(4), jnp.ones((256, 4))
+  >>> value, grads = jaxaccum.value_and_grad(loss, num_micro_batches=8)(params, batch)  # the whole window in a call
+  >>> print(value, grads)
+  1.0 [-2. -2. -2. -2.]
+  >>> opt = jaxaccum.MultiSteps(optax.sgd(0.1), every_k_schedule=8)  # or one micro-batch in a call
+  >>> state = opt.init(params)
+  >>> for micro_batch in batch.reshape(8, 32, 4):
+  ...     updates, state = opt.update(jax.grad(loss)(params, micro_batch), state, params)
+  ...     params = optax.apply_updates(params, updates)
+  >>> print(params)
+  [0.2 0.2 0.2 0.2]
+
+`HostDriven` is the fastest way to take micro-batches one by one. `Weighted` weights them by examples or tokens.
+`coupled_value_and_grad` is for contrastive losses, `flax` for linen and nnx models, and `Trainer` runs the whole loop.
 
 The submodules `callbacks`, `checkpoint`, `distributed`, `equinox`, `flax` and `loggers` are imported when they are
 first used.

@@ -29,6 +29,17 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
     flax's `TrainState` or in `nnx.Optimizer`. Between boundaries the updates are zeros and the inner optimizer does
     not run. Put everything that should run once per window (clipping, decay, schedules) inside it.
 
+    Example:
+      >>> import jax.numpy as jnp, optax, jaxaccum
+      >>> tx = jaxaccum.MultiSteps(optax.sgd(1.0), every_k_schedule=2)
+      >>> params = {"w": jnp.zeros(2)}
+      >>> state = tx.init(params)
+      >>> for grad in ([1.0, 2.0], [3.0, 6.0]):
+      ...     updates, state = tx.update({"w": jnp.array(grad)}, state, params)
+      ...     print(updates["w"], tx.has_updated(state))
+      [0. 0.] False
+      [-2. -4.] True
+
     Parameters may be a whole equinox module, or a tree that holds one. Then floating and complex arrays are trained, as
     with `equinox.filter_grad`. The optimizer sees None in place of all other leaves, such as functions, Python numbers,
     flags and integer arrays, and these come back as they were.
@@ -95,17 +106,6 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
     Raises:
       TypeError, ValueError: for an invalid argument, at construction; from `init`, if the inner optimizer contains
         another `MultiSteps`, ours or optax's.
-
-    Example:
-      >>> import jax.numpy as jnp, optax, jaxaccum
-      >>> tx = jaxaccum.MultiSteps(optax.sgd(1.0), every_k_schedule=2)
-      >>> params = {"w": jnp.zeros(2)}
-      >>> state = tx.init(params)
-      >>> for grad in ([1.0, 2.0], [3.0, 6.0]):
-      ...     updates, state = tx.update({"w": jnp.array(grad)}, state, params)
-      ...     print(updates["w"], tx.has_updated(state))
-      [0. 0.] False
-      [-2. -4.] True
     """
 
     _config: Config

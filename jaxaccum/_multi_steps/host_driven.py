@@ -24,6 +24,18 @@ from jaxaccum._types import Tree
 class HostDriven:
     """Runs `MultiSteps.micro_step` as two compiled programs and counts micro-steps on the host to choose between them.
 
+    Example:
+      >>> import jax.numpy as jnp, optax, jaxaccum
+      >>> tx = jaxaccum.MultiSteps(optax.sgd(0.05), every_k_schedule=2)
+      >>> step = jaxaccum.HostDriven(tx, lambda w, x: (w * x) ** 2)
+      >>> params = jnp.array(1.0)
+      >>> state = tx.init(params)
+      >>> for x in (1.0, 3.0):
+      ...     loss, params, state = step(params, state, x)
+      ...     print(f"{loss} {params:.3f}")
+      1.0 1.000
+      9.0 0.500
+
     The first program only accumulates: it takes the parameters and the pending sums and returns the sums. The
     optimizer's state does not pass through it. The second also runs the optimizer, without a conditional, and clears
     the sums. Changing K does not recompile either.
@@ -56,18 +68,6 @@ class HostDriven:
     Raises:
       TypeError, ValueError: if `tx` is not a `MultiSteps`, if its micro-steps can't be counted on the host (it has
         `axis_name`, a function for K, or `should_skip_update_fn`), or if `fun` is not callable.
-
-    Example:
-      >>> import jax.numpy as jnp, optax, jaxaccum
-      >>> tx = jaxaccum.MultiSteps(optax.sgd(0.05), every_k_schedule=2)
-      >>> step = jaxaccum.HostDriven(tx, lambda w, x: (w * x) ** 2)
-      >>> params = jnp.array(1.0)
-      >>> state = tx.init(params)
-      >>> for x in (1.0, 3.0):
-      ...     loss, params, state = step(params, state, x)
-      ...     print(f"{loss} {params:.3f}")
-      1.0 1.000
-      9.0 0.500
     """
 
     def __init__(

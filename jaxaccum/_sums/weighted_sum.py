@@ -13,7 +13,16 @@ from jaxaccum._types import Tree
 
 
 class Weighted(NamedTuple):
-    """A weighted sum: Σ w·x, and Σ w.
+    """A loss's total and its weight: return it from a loss to weight micro-batches by their examples or tokens.
+
+    Example:
+      >>> import jaxaccum
+      >>> def loss(w, batch):
+      ...     squared = (w * batch["x"] - batch["y"]) ** 2 * batch["mask"]
+      ...     return jaxaccum.Weighted(squared.sum(), batch["mask"].sum())
+      >>> batch = {"x": jnp.array([1.0, 2.0]), "y": jnp.zeros(2), "mask": jnp.array([1.0, 0.0])}
+      >>> print(*loss(3.0, batch))
+      9.0 1.0
 
     A loss returns a `Weighted` to set the weight of its micro-batch. The window's loss is then Σ total / Σ weight and
     its gradient is the gradient of that, which is exact for micro-batches with different numbers of examples or tokens.
@@ -33,15 +42,6 @@ class Weighted(NamedTuple):
     Attributes:
       total: Σ w·x; for a loss, a floating scalar: the sum over the micro-batch's examples or tokens.
       weight: Σ w, a scalar; the number of examples or tokens in the sum.
-
-    Example:
-      >>> import jaxaccum
-      >>> def loss(w, batch):
-      ...     squared = (w * batch["x"] - batch["y"]) ** 2 * batch["mask"]
-      ...     return jaxaccum.Weighted(squared.sum(), batch["mask"].sum())
-      >>> batch = {"x": jnp.array([1.0, 2.0]), "y": jnp.zeros(2), "mask": jnp.array([1.0, 0.0])}
-      >>> print(*loss(3.0, batch))
-      9.0 1.0
     """
 
     total: Tree

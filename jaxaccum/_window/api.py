@@ -47,6 +47,23 @@ def value_and_grad(
 ) -> Callable[..., tuple[Any, ...]]:
     """`jax.value_and_grad` over K micro-batches: the full batch's loss and gradient in one micro-batch's memory.
 
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxaccum
+      >>> loss = lambda w, x: jnp.mean((x @ w) ** 2)
+      >>> w, x = jnp.ones(3), jnp.arange(24.0).reshape(8, 3)
+      >>> value, grad = jax.jit(jaxaccum.value_and_grad(loss, 4))(w, x)
+      >>> big_value, big_grad = jax.value_and_grad(loss)(w, x)
+      >>> bool(jnp.allclose(value, big_value) and jnp.allclose(grad, big_grad))
+      True
+
+      With each micro-batch's gradient clipped to norm 1:
+
+      >>> clip = lambda g: g / jnp.maximum(1.0, jnp.linalg.norm(g))
+      >>> f = jaxaccum.value_and_grad(loss, 4, gradient_norms="all", transform_micro_gradient=clip)
+      >>> value, grad, norms = f(w, x)
+      >>> norms.micro_batch.shape, bool(norms.micro_batch.min() > 1), bool(norms.window <= 1)
+      ((4,), True, True)
+
     Args:
       fun: `fun(*args, **kwargs)` returns the mean loss of a micro-batch, a floating scalar, or a `Weighted`. The
         window's loss and gradient are the mean over micro-batches, or Σ total / Σ weight. If the weight depends on the
@@ -122,23 +139,6 @@ def value_and_grad(
       TypeError, ValueError: at construction, for an invalid or contradictory argument and for a traced K without
         `stacked`; when called, for a batch that is not divisible by K, for leaves of different lengths, and for a typed
         key that micro-batches would share.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, jaxaccum
-      >>> loss = lambda w, x: jnp.mean((x @ w) ** 2)
-      >>> w, x = jnp.ones(3), jnp.arange(24.0).reshape(8, 3)
-      >>> value, grad = jax.jit(jaxaccum.value_and_grad(loss, 4))(w, x)
-      >>> big_value, big_grad = jax.value_and_grad(loss)(w, x)
-      >>> bool(jnp.allclose(value, big_value) and jnp.allclose(grad, big_grad))
-      True
-
-      With each micro-batch's gradient clipped to norm 1:
-
-      >>> clip = lambda g: g / jnp.maximum(1.0, jnp.linalg.norm(g))
-      >>> f = jaxaccum.value_and_grad(loss, 4, gradient_norms="all", transform_micro_gradient=clip)
-      >>> value, grad, norms = f(w, x)
-      >>> norms.micro_batch.shape, bool(norms.micro_batch.min() > 1), bool(norms.window <= 1)
-      ((4,), True, True)
     """
     if not callable(fun):
         raise TypeError(f"fun must be callable, got {fun!r}.")

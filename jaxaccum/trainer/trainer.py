@@ -40,6 +40,21 @@ class Trainer:
     is the exact weighted mean over the window's examples, on one device or several. Devices synchronise once per
     window.
 
+    Example:
+      >>> import jax.numpy as jnp, numpy as np, optax, jaxaccum
+      >>> task = jaxaccum.Task(
+      ...     init=lambda key, batch: jnp.zeros(batch["x"].shape[1]),
+      ...     loss=lambda params, batch, key: jnp.mean((batch["x"] @ params - batch["y"]) ** 2),
+      ...     optimizer=optax.sgd(0.1),
+      ... )
+      >>> loader = [{"x": np.ones((4, 2), np.float32), "y": np.ones(4, np.float32)}] * 6
+      >>> trainer = jaxaccum.Trainer(
+      ...     accumulate_grad_batches={0: 4, 2: 2}, max_epochs=3, strategy="single", enable_progress_bar=False
+      ... )
+      >>> state = trainer.fit(task, loader)
+      >>> trainer.global_step, trainer.micro_step, trainer.samples_seen
+      (7, 18, 72)
+
     Args:
       accumulate_grad_batches: K: an int, a dict from epoch to K, or an `AccumulationSchedule`.
       max_epochs: the number of epochs; -1 for no limit. None means 1000, with a warning, or no limit if `max_steps` is
@@ -87,21 +102,6 @@ class Trainer:
     Raises:
       TypeError, ValueError: for an invalid argument, at construction.
       ImportError: for a progress bar without tqdm.
-
-    Example:
-      >>> import jax.numpy as jnp, numpy as np, optax, jaxaccum
-      >>> task = jaxaccum.Task(
-      ...     init=lambda key, batch: jnp.zeros(batch["x"].shape[1]),
-      ...     loss=lambda params, batch, key: jnp.mean((batch["x"] @ params - batch["y"]) ** 2),
-      ...     optimizer=optax.sgd(0.1),
-      ... )
-      >>> loader = [{"x": np.ones((4, 2), np.float32), "y": np.ones(4, np.float32)}] * 6
-      >>> trainer = jaxaccum.Trainer(
-      ...     accumulate_grad_batches={0: 4, 2: 2}, max_epochs=3, strategy="single", enable_progress_bar=False
-      ... )
-      >>> state = trainer.fit(task, loader)
-      >>> trainer.global_step, trainer.micro_step, trainer.samples_seen
-      (7, 18, 72)
     """
 
     def __init__(

@@ -9,7 +9,9 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+ROOT = Path(__file__).parents[2]
+METADATA = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = METADATA["project"]
 BESIDE = ["jax", "jaxlib", "optax", "flax", "equinox", "orbax-checkpoint", "numpy"]
 
 
@@ -46,7 +48,15 @@ def test_the_supported_pythons(python):
 def test_the_oldest_jax():
     """Catches a bound that is not the version that .ci/run tests."""
     (jax,) = (x for x in map(Requirement, PROJECT["dependencies"]) if x.name == "jax")
-    script = (Path(__file__).parents[2] / ".ci/run").read_text()
+    script = (ROOT / ".ci/run").read_text()
     oldest = str(jax.specifier).removeprefix(">=")
     assert f"'jax=={oldest}'" in script
     assert jax.specifier.contains(oldest) and not jax.specifier.contains("0.9.1")
+
+
+def test_what_is_packed():
+    """Catches a wheel with more than the package, a guide or a type marker left out, and a folder that was renamed."""
+    targets = METADATA["tool"]["hatch"]["build"]["targets"]
+    assert targets["wheel"] == {"packages": ["jaxaccum"]}
+    assert all((ROOT / path).exists() for path in targets["sdist"]["include"])
+    assert all((ROOT / "jaxaccum" / path).exists() for path in ("py.typed", "README.md", "trainer/README.md"))

@@ -1,54 +1,95 @@
-"""The READMEs state only what is tested: their code runs, and their links lead to tests that exist."""
+"""The pages state only what is tested or measured: code runs, figures are those of records, links lead somewhere."""
 
+import json
 import pathlib
 import re
+import statistics
 
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
+# Folders of a checkout alone: no virtual environment that is made in it.
+FOLDERS = (".", "benchmarks", "examples", "jaxaccum", "jaxaccum/trainer", "tests")
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text() for folder in FOLDERS for path in (ROOT / folder).glob("README.md")
+}
+BLOCKS = [
+    (page, *block) for page, text in PAGES.items() for block in re.findall(r"```(\w*)\n(.*?)```", text, re.DOTALL)
+]
+PYTHON = [pytest.param(code, id=f"{page}-{i}") for i, (page, kind, code) in enumerate(BLOCKS) if kind == "python"]
 LINKS = [
-    (readme, path, text)
-    for readme in ("README.md", "jaxaccum/README.md", "tests/README.md", "benchmarks/README.md", "examples/README.md")
-    for text, path in re.findall(r"\[([^\]]+)\]\(([^)#]+)", (ROOT / readme).read_text())
+    (page, path, text)
+    for page, text in PAGES.items()
+    for text, path in re.findall(r"\[([^\]]+)\]\(([^)]+)", text)
     if not path.startswith("http")
 ]
 
 
-def test_the_readmes_code_runs(capsys):
-    """Catches an example that a reader can't paste."""
-    namespace = {}
-    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
-        exec(compile(block, "README.md", "exec"), namespace)
+@pytest.mark.parametrize("code", PYTHON)
+def test_a_block_runs_alone(code, tmp_path, monkeypatch):
+    """Catches an example that a reader can't paste, because it is broken or needs the one before it."""
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+
+
+def test_what_the_blocks_compute(capsys, tmp_path, monkeypatch):
+    """Catches a comment of the README that says another number than its code gives."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name):
+        """The names of the block that contains `name`."""
+        (code,) = (code for page, kind, code in BLOCKS if page == "README.md" and kind == "python" and name in code)
+        namespace = {}
+        exec(compile(code, "README.md", "exec"), namespace)
+        return namespace
+
+    run("apply_updates(params, updates), state\n")
     assert "2 optimizer steps" in capsys.readouterr().out
-    assert int(namespace["state"].gradient_step) == 16 // 8 + 16 // 4
+    assert int(run("step.flush")["state"].gradient_step) == 11 // 8 + 1 + 4 // 4 + 1
+    # On 8 devices an epoch is two micro-steps, and each is a window of its own.
+    assert run("max_steps=")["trainer"].global_step == 4
 
 
-@pytest.mark.parametrize(("readme", "path"), sorted({link[:2] for link in LINKS}))
-def test_the_readmes_links_lead_somewhere(readme, path):
-    """Catches a file that was moved or renamed."""
-    assert (ROOT / readme).parent.joinpath(path).exists()
+def test_the_readme_is_short():
+    """Catches a block that a reader scrolls through, and a page that grows."""
+    assert all(len(code.splitlines()) <= 15 for page, _, code in BLOCKS if page == "README.md")
+    assert len(README.splitlines()) <= 320
 
 
 def test_every_example_is_listed():
     """Catches an example that no reader finds."""
-    files = {path.name for path in (ROOT / "examples").iterdir() if path.suffix in (".py", ".md")}
-    assert {path for readme, path, _ in LINKS if readme == "examples/README.md"} == files - {"README.md"} | {
-        "../README.md"
-    }
+    files = {path.name for path in (ROOT / "examples").iterdir() if path.suffix in (".py", ".md")} - {"README.md"}
+    assert {path for page, path, _ in LINKS if page == "examples/README.md"} == files | {"../README.md"}
 
 
-@pytest.mark.parametrize(("readme", "path", "name"), [link for link in LINKS if re.fullmatch(r"`test_\w+`", link[2])])
-def test_the_readmes_tests_exist(readme, path, name):
+@pytest.mark.parametrize(("page", "kind", "code"), [block for block in BLOCKS if block[1] == "bash"])
+def test_the_files_of_the_commands_exist(page, kind, code):
+    """Catches a command that starts a script which was moved."""
+    for path in re.findall(r"[\w/]+\.py", code):
+        assert (ROOT / path).exists()
+
+
+@pytest.mark.parametrize(("page", "path"), sorted({link[:2] for link in LINKS}))
+def test_links_lead_somewhere(page, path):
+    """Catches a file that was moved or renamed, and a section that is not there."""
+    path, _, section = path.partition("#")
+    target = (ROOT / page).parent.joinpath(path) if path else ROOT / page
+    assert target.exists()
+    if section:
+        headings = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
+        assert section in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+@pytest.mark.parametrize(("page", "path", "name"), [link for link in LINKS if re.fullmatch(r"`test_\w+`", link[2])])
+def test_the_tests_exist(page, path, name):
     """Catches a guarantee whose test was renamed, moved or deleted."""
-    assert f"def {name.strip('`')}(" in (ROOT / readme).parent.joinpath(path).read_text()
+    assert f"def {name.strip('`')}(" in (ROOT / page).parent.joinpath(path).read_text()
 
 
 def test_each_guarantee_has_a_test():
     """Catches a row of the tables that names none."""
-    rows = re.findall(
-        r"^\| guarantee \| test \|\n\|---\|---\|\n((?:\|.*\n)+)", (ROOT / "tests/README.md").read_text(), re.M
-    )
+    rows = re.findall(r"^\| guarantee \| test \|\n\|---\|---\|\n((?:\|.*\n)+)", PAGES["tests/README.md"], re.M)
     assert rows and all("(" in row.rsplit(" | ", 1)[1] for table in rows for row in table.splitlines())
 
 
@@ -57,3 +98,149 @@ def test_the_first_block_is_the_two_commands():
     first = re.search(r"```bash\n(.*?)```", README, re.DOTALL).group(1).strip().splitlines()
     assert README.index("```bash") == README.index("```")
     assert len(first) == 2 and first[0].endswith("examples/train_lm.py") and "pytest" in first[1]
+
+
+def record(name):
+    return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+
+
+def ratio(name, side, other="floor", *, case="N = 1", times="seconds"):
+    """The median time of one side of a record over that of another, as a table writes it."""
+    (seconds,) = (part[times] for part in record(name)["cases"] if part["name"] == case)
+    return f"{statistics.median(seconds[side]) / statistics.median(seconds[other]):.2f}"
+
+
+def microseconds(side):
+    """Beyond the bare loop's, for a micro-step of the Trainer."""
+    seconds = record("trainer_overhead-cpu")["seconds"]
+    return 1e6 * (statistics.median(seconds[side]) - statistics.median(seconds["bare loop"]))
+
+
+def gibibytes(side):
+    (case,) = (case for case in record("memory-weighted-1.3B-h100")["cases"] if case["side"] == side)
+    return f"{case['temp'] / 1024:.1f}"
+
+
+def temporary(name, side, k, other, other_k):
+    cases = {(case["side"], case["k"]): case["temp"] for case in record(name)["cases"]}
+    return f"{cases[side, k] / cases[other, other_k]:.2f}"
+
+
+ALONE, LOOP, DRIVERS = "window-unrolled-h100", "window-drivers-loop-h100", "window-drivers-unrolled-h100"
+FOUR, MEMORY = "window-unrolled-n4-h100", "memory-1.3B-h100"
+BESIDE, SYNC = "beside_lightning-h100", "sync in every micro-step"
+
+
+@pytest.mark.parametrize(
+    ("start", "numbers"),
+    [
+        (
+            "| time, N = 1 |",
+            [
+                *(ratio(ALONE, x) for x in ("window", "window, auto", "host driven", "counter", "optax.MultiSteps")),
+                ratio(ALONE, "optax.microbatch"),
+                ratio(BESIDE, "Lightning, default", "jaxaccum"),
+                ratio(ALONE, "hand-written scan"),
+            ],
+        ),
+        (
+            "| time, N = 4 |",
+            [
+                *(ratio(FOUR, x, case="N = 4") for x in ("window", "window, auto", "host driven", "optax.MultiSteps")),
+                ratio(BESIDE, "Lightning, default", "jaxaccum", case="N = 4"),
+            ],
+        ),
+        ("| temporary memory |", [*map(gibibytes, ("window", "window, auto", "hand-written scan"))]),
+        ("Times are over", [ratio("devices-unrolled-h100", side, "no sync") for side in ("window", SYNC)]),
+        ("- The speed comes from", [ratio(DRIVERS, "host driven, drop")]),
+        (
+            "![Time over the floor",
+            [
+                *(ratio(ALONE, x) for x in ("window", "host driven", "hand-written scan", "optax.microbatch")),
+                ratio(ALONE, "optax.MultiSteps"),
+                ratio(BESIDE, "Lightning, default", "jaxaccum"),
+                *map(gibibytes, ("window", "hand-written scan")),
+            ],
+        ),
+    ],
+)
+def test_the_figures_of_the_readme_are_those_of_records(start, numbers):
+    """Catches a number that no record has."""
+    (paragraph,) = (part for part in re.split(r"\n(?=\||- |\n)", README) if part.strip().startswith(start))
+    written = re.findall(r"(?<![.\d])\d+\.\d+\b(?!\.\d)", paragraph)
+    assert [x for x in written if x != "1.3"] == numbers
+
+
+@pytest.mark.parametrize(
+    ("start", "numbers"),
+    [
+        ("window / floor, H100, 124M", [ratio(ALONE, "window"), ratio(DRIVERS, "window")]),
+        ("the same, in a loop", [ratio(LOOP, "window")]),
+        ("the same, 758M", [ratio("window-758M-h100", "window")]),
+        ("`Weighted` window / floor", [ratio(LOOP, "Weighted")]),
+        ('window with `prepare="auto"`', [ratio(x, "window, auto") for x in (ALONE, "window-758M-h100")]),
+        ("`HostDriven` / floor", [ratio(ALONE, "host driven"), ratio(FOUR, "host driven", case="N = 4")]),
+        (
+            "`HostDriven` with a cast",
+            [ratio(ALONE, "host driven, cast"), ratio(FOUR, "host driven, cast", case="N = 4")],
+        ),
+        ("counter", [ratio(ALONE, "counter"), ratio(DRIVERS, "counter")]),
+        ("`Trainer(fuse_windows=True)`", [ratio(DRIVERS, "Trainer, fused")]),
+        ('`nonfinite="drop"`', [ratio(DRIVERS, "host driven, drop"), ratio(DRIVERS, "Trainer, drop")]),
+        (
+            "`optax.MultiSteps` / window",
+            [
+                *(ratio(ALONE, "optax.MultiSteps", side) for side in ("window", "window, auto")),
+                ratio("window-muon-h100", "optax.MultiSteps", "window"),
+            ],
+        ),
+        (
+            "window / the same without",
+            [ratio(f"devices-unrolled-{card}", "window", "no sync") for card in ("h200", "h100")],
+        ),
+        (f"{SYNC} / window", [ratio(f"devices-unrolled-{card}", SYNC, "window") for card in ("h200", "h100")]),
+        (
+            "`apply`, static boundary / floor",
+            [
+                ratio("transform-h200", "apply, static boundary", case=f"adamw, {size} leaves")
+                for size in ("50M parameters in 12", "50.6M parameters in 144")
+            ],
+        ),
+        (
+            "a micro-step at K = 1,024",
+            [ratio("scaling-h100", "1024", "8", case="window", times=x) for x in ("seconds", "compile_seconds")],
+        ),
+        ("temporary memory of a window", [temporary(MEMORY, "window", 64, "window", 2)]),
+        (
+            "temporary memory, window / gradient",
+            [temporary(x, "window", 8, "gradient", 1) for x in (MEMORY, "memory-weighted-1.3B-h100")],
+        ),
+        (
+            "Lightning / ours",
+            [ratio(BESIDE, "Lightning, default", "jaxaccum", case=case) for case in ("N = 1", "N = 4")],
+        ),
+    ],
+)
+def test_the_table_of_targets_is_that_of_records(start, numbers):
+    """Catches a target that is said to be met, by a number that no record has."""
+    rows = PAGES["benchmarks/README.md"].split("## Targets")[1].split("## Options")[0].splitlines()
+    (row,) = (row for row in rows if row.startswith(f"| {start}"))
+    measured = row.split(" | ")[2]
+    assert re.findall(r"\d+\.\d\d", measured) == numbers
+
+
+def test_the_figure_of_the_readme_is_drawn_from_the_records(tmp_path, monkeypatch):
+    """Catches a picture that was not drawn again."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    plots = __import__("plots")
+    plots.summary().savefig(tmp_path / "summary.svg")
+    labels = lambda path: re.findall("<!-- (.*) -->", path.read_text())
+    drawn = ROOT / "benchmarks/results/summary.svg"
+    assert labels(drawn) == labels(tmp_path / "summary.svg") and "prefers-color-scheme: dark" in drawn.read_text()
+
+
+def test_the_cost_of_the_trainer_is_that_of_the_record():
+    """Catches a number that no record has."""
+    assert f"| {microseconds('Trainer, with bar'):.1f} µs |" in PAGES["benchmarks/README.md"]
+    assert f"costs {microseconds('Trainer, with bar'):.0f} µs beyond" in PAGES["jaxaccum/trainer/README.md"]

@@ -151,7 +151,14 @@ BESIDE, SYNC = "beside_lightning-h100", "sync in every micro-step"
             ],
         ),
         ("| temporary memory |", [*map(gibibytes, ("window", "window, auto", "hand-written scan"))]),
-        ("Times are over", [ratio("devices-unrolled-h100", side, "no sync") for side in ("window", SYNC)]),
+        (
+            "Times are over",
+            [
+                *(ratio(DRIVERS, side) for side in ("window", "host driven", "Trainer", "counter")),
+                *(ratio(LOOP, side) for side in ("window", "hand-written scan")),
+                *(ratio("devices-unrolled-h100", side, "no sync") for side in ("window", SYNC)),
+            ],
+        ),
         ("- The speed comes from", [ratio(DRIVERS, "host driven, drop")]),
         (
             "![Time over the floor",

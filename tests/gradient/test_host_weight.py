@@ -427,6 +427,8 @@ def test_contexts(name, is_split):
         if is_split:
             if "mesh" not in name:
                 pytest.skip("no mesh")
+            if "auto" not in name and jax.__version_info__ < (0, 10):
+                pytest.skip("jax 0.9 has no gradient for parameters that are not placed on explicit axes")
             mesh = make("data", "explicit" if "explicit" in name else "auto")[0]
             if "model" in name:
                 mesh = make("data x fsdp x model", "explicit")[0]

@@ -187,7 +187,7 @@ def in_both_precisions(x, layer):
 
 HALF = {
     "plain": of_half(in_half_precision),
-    "checkpoint": of_half(jax.checkpoint(in_half_precision)),
+    "checkpoint": of_half(rematerialised(in_half_precision)),
     "jit": jax.jit(of_half(in_half_precision)),
     "jit in the layer": of_half(jax.jit(in_half_precision)),
     "both precisions": of_half(in_both_precisions),

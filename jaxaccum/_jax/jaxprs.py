@@ -1,6 +1,7 @@
 """Helpers to inspect and evaluate jaxprs."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -188,9 +189,9 @@ def pruned(closed: core.ClosedJaxpr, output: int) -> tuple[core.ClosedJaxpr, lis
 
 def names_axis(jaxpr: core.Jaxpr, names: Iterable[str]) -> bool:
     """Whether `jaxpr` communicates over one of the mapped axes `names`, or reads a device's index on it."""
-    named = lambda axis: set(axis if isinstance(axis, tuple) else (axis,))
-    reads = lambda eqn: named(eqn.params["axis_name"]) if eqn.primitive.name == "axis_index" else set()
-    return any((axes(eqn) | reads(eqn)).intersection(names) for eqn in equations(jaxpr))
+    named = lambda axis: axis if isinstance(axis, tuple) else (axis,)
+    indices = (eqn.params["axis_name"] for eqn in equations(jaxpr) if eqn.primitive.name == "axis_index")
+    return not set(names).isdisjoint(itertools.chain(*map(axes, jaxpr.eqns), *map(named, indices)))
 
 
 def axes(eqn: core.JaxprEqn) -> set[Any]:

@@ -126,9 +126,20 @@ def temporary(name, side, k, other, other_k):
     return f"{cases[side, k] / cases[other, other_k]:.2f}"
 
 
+def peak(side, other):
+    peaks = {case["side"]: case["peak"] for case in record("memory-training-1.3B-h100")["cases"]}
+    return f"{peaks[side] / peaks[other]:.2f}"
+
+
 ALONE, LOOP, DRIVERS = "window-unrolled-h100", "window-drivers-loop-h100", "window-drivers-unrolled-h100"
 FOUR, MEMORY = "window-unrolled-n4-h100", "memory-1.3B-h100"
-BESIDE, SYNC = "beside_lightning-h100", "sync in every micro-step"
+BESIDE, TRAINERS = "beside_lightning-h100", "beside_lightning-trainer-h100"
+SYNC = "sync in every micro-step"
+TWO_CARDS = ("devices-unrolled-h200", "devices-2-unrolled-h200", "devices-unrolled-h100")
+
+
+def beside_lightning(record, ours):
+    return [ratio(record, "Lightning, default", ours, case=case) for case in ("N = 1", "N = 4")]
 
 
 @pytest.mark.parametrize(
@@ -139,7 +150,7 @@ BESIDE, SYNC = "beside_lightning-h100", "sync in every micro-step"
             [
                 *(ratio(ALONE, x) for x in ("window", "window, auto", "host driven", "counter", "optax.MultiSteps")),
                 ratio(ALONE, "optax.microbatch"),
-                ratio(BESIDE, "Lightning, default", "jaxaccum"),
+                beside_lightning(TRAINERS, "jaxaccum, Trainer")[0],
                 ratio(ALONE, "hand-written scan"),
             ],
         ),
@@ -147,7 +158,7 @@ BESIDE, SYNC = "beside_lightning-h100", "sync in every micro-step"
             "| time, N = 4 |",
             [
                 *(ratio(FOUR, x, case="N = 4") for x in ("window", "window, auto", "host driven", "optax.MultiSteps")),
-                ratio(BESIDE, "Lightning, default", "jaxaccum", case="N = 4"),
+                beside_lightning(TRAINERS, "jaxaccum, Trainer")[1],
             ],
         ),
         ("| temporary memory |", [*map(gibibytes, ("window", "window, auto", "hand-written scan"))]),
@@ -155,17 +166,29 @@ BESIDE, SYNC = "beside_lightning-h100", "sync in every micro-step"
             "Times are over",
             [
                 *(ratio(DRIVERS, side) for side in ("window", "host driven", "Trainer", "counter")),
-                *(ratio(LOOP, side) for side in ("window", "hand-written scan")),
-                *(ratio("devices-unrolled-h100", side, "no sync") for side in ("window", SYNC)),
+                ratio(LOOP, "window"),
+                ratio("window-drivers-loop-trainer-h100", "Trainer"),
+                ratio(LOOP, "hand-written scan"),
+                *beside_lightning(BESIDE, "jaxaccum"),
+                *(
+                    ratio(name, side, "no sync")
+                    for name in ("devices-unrolled-h100", "devices-4-unrolled-h200")
+                    for side in ("window", SYNC)
+                ),
+                *(
+                    ratio("sharded-4-h200", side, "no sync")
+                    for side in ("gather once, scattered", "by hand, gather once")
+                ),
             ],
         ),
         ("- The speed comes from", [ratio(DRIVERS, "host driven, drop")]),
+        ("- `coupled_value_and_grad` runs", [ratio("coupled-h100", "coupled", "plain window", case="K = 8, N = 8")]),
         (
             "![Time over the floor",
             [
                 *(ratio(ALONE, x) for x in ("window", "host driven", "hand-written scan", "optax.microbatch")),
                 ratio(ALONE, "optax.MultiSteps"),
-                ratio(BESIDE, "Lightning, default", "jaxaccum"),
+                beside_lightning(BESIDE, "jaxaccum")[0],
                 *map(gibibytes, ("window", "hand-written scan")),
             ],
         ),
@@ -192,6 +215,7 @@ def test_the_figures_of_the_readme_are_those_of_records(start, numbers):
             [ratio(ALONE, "host driven, cast"), ratio(FOUR, "host driven, cast", case="N = 4")],
         ),
         ("counter", [ratio(ALONE, "counter"), ratio(DRIVERS, "counter")]),
+        ("`Trainer` / floor", [ratio(DRIVERS, "Trainer"), ratio("window-drivers-loop-trainer-h100", "Trainer")]),
         ("`Trainer(fuse_windows=True)`", [ratio(DRIVERS, "Trainer, fused")]),
         ('`nonfinite="drop"`', [ratio(DRIVERS, "host driven, drop"), ratio(DRIVERS, "Trainer, drop")]),
         (
@@ -201,11 +225,9 @@ def test_the_figures_of_the_readme_are_those_of_records(start, numbers):
                 ratio("window-muon-h100", "optax.MultiSteps", "window"),
             ],
         ),
-        (
-            "window / the same without",
-            [ratio(f"devices-unrolled-{card}", "window", "no sync") for card in ("h200", "h100")],
-        ),
-        (f"{SYNC} / window", [ratio(f"devices-unrolled-{card}", SYNC, "window") for card in ("h200", "h100")]),
+        ("window / the same without", [ratio(name, "window", "no sync") for name in TWO_CARDS]),
+        ("the same, four H200", [ratio("devices-4-unrolled-h200", "window", "no sync")]),
+        (f"{SYNC} / window", [ratio(name, SYNC, "window") for name in (*TWO_CARDS, "devices-4-unrolled-h200")]),
         (
             "`apply`, static boundary / floor",
             [
@@ -222,10 +244,13 @@ def test_the_figures_of_the_readme_are_those_of_records(start, numbers):
             "temporary memory, window / gradient",
             [temporary(x, "window", 8, "gradient", 1) for x in (MEMORY, "memory-weighted-1.3B-h100")],
         ),
+        ("peak memory of training", [peak("training, Trainer", "training, window")]),
+        ("Lightning's Trainer / ours", beside_lightning(TRAINERS, "jaxaccum, Trainer")),
         (
-            "Lightning / ours",
-            [ratio(BESIDE, "Lightning, default", "jaxaccum", case=case) for case in ("N = 1", "N = 4")],
+            "Lightning's Trainer / our window",
+            [*beside_lightning(TRAINERS, "jaxaccum"), *beside_lightning(BESIDE, "jaxaccum")],
         ),
+        ("`coupled_value_and_grad`", [ratio("coupled-h100", "coupled", "plain window", case="K = 8, N = 8")]),
     ],
 )
 def test_the_table_of_targets_is_that_of_records(start, numbers):

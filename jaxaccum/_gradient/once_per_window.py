@@ -196,7 +196,7 @@ def check_argument(value: Any, *, auto: bool = False) -> None:
     """Checks `prepare`: None, a function of the parameters, or "auto" if `auto` allows it."""
     if isinstance(value, str) and not (auto and value == "auto"):
         takes = '"auto", None or a function' if auto else "None or a function"
-        hint = "" if auto else '; "auto" is an option of jaxaccum.value_and_grad alone'
+        hint = "" if auto else '; "auto" is an option of value_and_grad and coupled_value_and_grad alone'
         raise ValueError(f"prepare must be {takes} of the parameters, got {value!r}{hint}.")
     if not (auto and value == "auto") and not (value is None or callable(value)):
         raise TypeError(f"prepare must be None or a function of the parameters, got {value!r}.")

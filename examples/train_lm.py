@@ -269,7 +269,9 @@ def main() -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "metrics.jsonl").write_text("".join(json.dumps(epoch) + "\n" for epoch in table.epochs))
-    trainer.plot(args.out / "loss.png")
+    figure = trainer.plot()
+    figure.axes[0].set_ylabel("loss (nats per byte)")
+    figure.savefig(args.out / "loss.png")
     print(f"\nwrote {args.out}/metrics.jsonl and {args.out}/loss.png; a sample:\n")
     print(generate(graphdef, state.params, rng))
 

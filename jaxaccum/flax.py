@@ -10,9 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen, nnx
-from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
-from flax.training import train_state
+
+try:
+    from flax import linen, nnx
+    from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
+    from flax.training import train_state
+except ImportError as error:
+    raise ImportError('jaxaccum.flax needs flax: pip install "jaxaccum[flax]".') from error
 
 from jaxaccum._jax import prng
 from jaxaccum._multi_steps import host_driven, misspelling

@@ -15,16 +15,17 @@ def draw(history: Sequence[dict[str, float]], path: str | os.PathLike[str] | Non
     names = dict.fromkeys(itertools.chain.from_iterable(history))
     for name in (name for name in names if name.endswith("loss")):
         _curve(panels[0], history, name, label=name)
-    for axes, name, label in (
-        (panels[1], "accumulate_grad_batches", "K"),
-        (panels[2], "effective_batch_size", "batch"),
+    for axes, name, label, unit in (
+        (panels[1], "accumulate_grad_batches", "K", "micro-batches"),
+        (panels[2], "effective_batch_size", "effective batch", "examples"),
     ):
-        _curve(axes, history, name, drawstyle="steps-pre")
-        axes.set_ylabel(label)
+        _curve(axes, history, name, label=label, drawstyle="steps-pre")
+        axes.set(ylabel=unit, ylim=(0, None))
     panels[0].set_ylabel("loss")
-    if panels[0].lines:
-        panels[0].legend()
-    panels[2].set_xlabel("samples seen")
+    for axes, place in zip(panels, ("best", "lower right", "lower right"), strict=True):
+        if axes.lines:
+            axes.legend(loc=place)
+    panels[2].set_xlabel("examples seen")
     if path is not None:
         figure.savefig(path)
     return figure

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import runpy
 import struct
 from pathlib import Path
 
@@ -312,6 +313,8 @@ def test_tensorboard_says_when_it_cannot_write(tmp_path, monkeypatch):
     [
         ("tensorboardX", TensorBoardLogger, "logs"),
         ("matplotlib.figure", lambda folder: fitted().plot(), "plots"),
+        ("flax", lambda folder: runpy.run_module("jaxaccum.flax"), "flax"),
+        ("equinox", lambda folder: runpy.run_module("jaxaccum.equinox"), "equinox"),
     ],
 )
 def test_a_missing_extra_says_what_to_install(module, use, extra, monkeypatch, tmp_path):

@@ -615,6 +615,8 @@ def test_plot_draws_losses_k_and_the_effective_batch(tmp_path):
     assert {line.get_label() for line in losses.lines} == {"train_loss", "val_loss"}
     assert curve(k.lines[0]) == [[4, 6, 8], [2, 1, 1]]
     assert curve(batch.lines[0]) == [[4, 6, 8], [4, 2, 2]]
+    assert [axes.get_legend().get_texts()[0].get_text() for axes in (k, batch)] == ["K", "effective batch"]
+    assert [axes.get_ylabel() for axes in figure.axes] == ["loss", "micro-batches", "examples"]
 
 
 def test_the_history_of_a_long_run_is_thinned(monkeypatch):

@@ -1,7 +1,7 @@
 """Random configurations of every driver, what each gives, what jax alone gives in float64, and the smallest failure.
 
-A configuration is a dict of JSON values: "kind" is "window", of `value_and_grad`, or "stream", of micro-steps. Every
-other entry is an option, and `WINDOW` and `STREAM` list its values, the plainest first.
+A configuration is a dict of JSON values: "kind" is "window", of `value_and_grad`, "stream", of micro-steps, or
+"trainer". Every other entry is an option, and the table of its kind in `TABLES` lists its values, the plainest first.
 """
 
 import functools
@@ -10,6 +10,7 @@ import random
 import warnings
 from typing import Any, NamedTuple
 
+import fuzzing_trainer
 import jax
 import jax.numpy as jnp
 import matrix_cases
@@ -57,6 +58,7 @@ STREAM = {
     "n": [1, 2],
     "seed": list(range(8)),
 }
+TABLES = {"window": WINDOW, "stream": STREAM, "trainer": fuzzing_trainer.TRAINER}
 # What a stream may meet. A list of these is the option "events".
 EVENTS = ["step", "heavy", "empty", "nan", "k 1", "k 3", "flush", "move 1", "move 4", "host"]
 BATCHES = ["weighted", "per_device", "global"]
@@ -66,9 +68,9 @@ MOST = 64  # micro-batches of all devices in one window
 def drawn(rng):
     """A possible configuration."""
     while True:
-        table, kind = rng.choice([(WINDOW, "window"), (STREAM, "stream"), (STREAM, "stream")])
+        kind = rng.choice(["window", "stream", "stream", "trainer"])
         # Half of the options are plain, so that each failure is of few.
-        config = {name: rng.choice([values[0], rng.choice(values)]) for name, values in table.items()}
+        config = {name: rng.choice([values[0], rng.choice(values)]) for name, values in TABLES[kind].items()}
         config = {"kind": kind, **config}
         if kind == "stream":
             config["events"] = [rng.choice(["step", "step", rng.choice(EVENTS)]) for _ in range(rng.randint(3, 9))]
@@ -79,7 +81,8 @@ def drawn(rng):
 
 def why_refused(config):
     """Why the library can't do this, or None."""
-    return (_window_refused if config["kind"] == "window" else _stream_refused)(config)
+    refused = {"window": _window_refused, "stream": _stream_refused, "trainer": fuzzing_trainer.why_refused}
+    return refused[config["kind"]](config)
 
 
 def _window_refused(c):
@@ -133,6 +136,8 @@ def _stream_refused(c):
 
 def tolerance(config):
     """The largest error that is due to rounding, beside the largest entry."""
+    if config["kind"] == "trainer":
+        return 1e-5
     loss = LOSSES[config["loss"]]
     low = [config["accumulator"] == "bfloat16", config.get("grad_dtype") == "bfloat16", config["prepare"] == "cast"]
     low.append(config["accumulator"] is None and loss.dtype is not None)
@@ -145,7 +150,8 @@ def failure(config):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            got, want = (_window if config["kind"] == "window" else _stream)(config)
+            runs = {"window": _window, "stream": _stream, "trainer": _trained}
+            got, want = runs[config["kind"]](config)
     except Exception as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     try:
@@ -177,7 +183,7 @@ def _plainer(config):
     for i in range(len(events)):
         if len(events) > 1:
             yield {**config, "events": [*events[:i], *events[i + 1 :]]}
-    for name, values in (WINDOW if config["kind"] == "window" else STREAM).items():
+    for name, values in TABLES[config["kind"]].items():
         for value in values[: values.index(config[name])]:
             yield {**config, name: value}
     for i, event in enumerate(events):
@@ -552,6 +558,11 @@ def _stream(c):
     ]
     want = jax.tree.map(lambda *x: np.stack(x), *wants) if stacked else wants[0]
     return matrix_cases.numbers(got), matrix_cases.numbers(want)
+
+
+def _trained(c):
+    got, want = fuzzing_trainer.run(c)
+    return matrix_cases.numbers(jax.tree.map(jnp.asarray, got)), matrix_cases.numbers(jax.tree.map(np.asarray, want))
 
 
 def configurations(seed, count):

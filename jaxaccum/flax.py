@@ -22,6 +22,7 @@ from jaxaccum._jax import prng
 from jaxaccum._multi_steps import host_driven, misspelling
 from jaxaccum._multi_steps.api import MultiSteps
 from jaxaccum._multi_steps.state import MultiStepsState
+from jaxaccum._sums import numeric
 from jaxaccum._sums.weighted_sum import Weighted
 from jaxaccum._types import Tree
 from jaxaccum._window import api
@@ -69,10 +70,13 @@ def value_and_grad(
     """
     positions = lambda argnums: (argnums,) if isinstance(argnums, int) else tuple(argnums)
     known = {0, *positions(batch_argnums), *positions(key_argnums)}
-    # The model becomes two arguments, its parameters and its other state, which shifts all others by one.
-    moved = lambda argnums: argnums + 1 if isinstance(argnums, int) else tuple(i + 1 for i in argnums)
 
     def value_and_grad(model, *args, **kwargs):
+        if max(known) > len(args):
+            raise TypeError(
+                f"batch_argnums={batch_argnums} and key_argnums={key_argnums} count the arguments from 0, but only "
+                f"{1 + len(args)} were passed by position; pass them so, or name others."
+            )
         prng.refuse_shared((model, *args), kwargs, known)
         graphdef, params, state = nnx.split(model, wrt, ...)
 
@@ -80,12 +84,12 @@ def value_and_grad(
             functools.partial(_functional, fun, wrt, has_aux, graphdef),
             num_micro_batches,
             has_aux=has_aux,
-            batch_argnums=moved(batch_argnums),
-            key_argnums=moved(key_argnums),
-            carry_argnums=1,
+            batch_argnums=batch_argnums,
+            key_argnums=key_argnums,
+            carry_argnums=1 + len(args),  # The model's other state.
             **options,
         )
-        (loss, rest), *grads_and_norms = window(params, state, *args, **kwargs)
+        (loss, rest), *grads_and_norms = window(params, *args, state, **kwargs)
         state, aux = rest if has_aux else (rest, None)
         nnx.update(model, state)
         return ((loss, aux) if has_aux else loss), *grads_and_norms
@@ -99,12 +103,12 @@ def _functional(
     has_aux: bool,
     graphdef: Any,
     params: Tree,
-    state: Tree,
     /,
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Any, Any]:
-    """`fun` of an nnx model, as a loss with the model's other state as its carry."""
+    """`fun` of an nnx model, as a loss with the model's other state as its last argument and carry."""
+    *args, state = args
     # Copied, because nnx can't mutate the carry's variables, which were created outside of this trace.
     model = nnx.merge(graphdef, params, state, copy=True)
     returned = fun(model, *args, **kwargs)
@@ -140,7 +144,7 @@ class HostDriven:
 
     def __init__(self, tx: MultiSteps, fun: Callable[..., Any], has_aux: bool = False, *, wrt: Any = nnx.Param):
         def pure(params, state, *args, graphdef, **kwargs):
-            return _functional(fun, wrt, has_aux, graphdef, params, state, *args, **kwargs)
+            return _functional(fun, wrt, has_aux, graphdef, params, *args, state, **kwargs)
 
         self._tx, self._wrt, self._has_aux = tx, wrt, has_aux
         self._step = host_driven.HostDriven(tx, pure, has_aux, carry_argnums=1)
@@ -223,7 +227,8 @@ def linen_value_and_grad(
       rngs: the random streams that a call draws from, such as "dropout". Each micro-batch gets different keys.
       has_aux: `fun` returns (loss, aux); aux is returned as by `jaxaccum.value_and_grad`, whose docstring shows how to
         restore per-example entries to batch order.
-      **options: the other options of `jaxaccum.value_and_grad`.
+      **options: the other options of `jaxaccum.value_and_grad`, except for the positions of arguments: there is one
+        batch, a tree, and one key.
 
     Returns:
       A function `f(variables, batch, key=None)` that returns `((loss, variables), grads)`, or
@@ -242,27 +247,37 @@ def linen_value_and_grad(
       >>> sorted(variables), grads["scale"].shape
       (['batch_stats', 'params'], (1,))
     """
+    if positions := {name for name in options if name.endswith("argnums")}:
+        raise TypeError(
+            f"linen_value_and_grad takes no {', '.join(sorted(positions))}: fun receives the model and one batch. Pass "
+            "several arrays as one tree, such as {'x': x, 'y': y}."
+        )
     mutable, rngs = _names(mutable), _names(rngs)
     apply = linen.apply(fun, module, mutable=list(mutable))
 
-    def pure(differentiated, state, constants, batch, key):
+    def pure(differentiated, state, batch, key, *, constants):
         returned, state = apply({**differentiated, **state, **constants}, batch, rngs=_streams(key, rngs))
         return (returned[0], (state, returned[1])) if has_aux else (returned, state)
 
     window = api.value_and_grad(
-        pure, num_micro_batches, has_aux=has_aux, batch_argnums=3, key_argnums=4, carry_argnums=1, **options
+        pure, num_micro_batches, has_aux=has_aux, batch_argnums=2, key_argnums=3, carry_argnums=1, **options
     )
 
     def value_and_grad(variables, batch, key=None):
         if rngs and key is None:
             raise TypeError(f"key is needed: rngs={rngs} draw from it.")
+        if key is not None and not prng.is_key(key):
+            raise TypeError(
+                f"key must be a random key, got {numeric.kind(key)}. The loss takes one batch: pass several arrays as "
+                "one tree, such as {'x': x, 'y': y}."
+            )
         for name in ("params", *mutable):
             if name not in variables:
                 raise ValueError(f"variables hold no collection {name!r}; they hold {sorted(variables)}.")
         state = {name: variables[name] for name in mutable}
         differentiated = {name: variables[name] for name in ("params", OVERWRITE_WITH_GRADIENT) if name in variables}
         constants = {name: value for name, value in variables.items() if name not in {**state, **differentiated}}
-        (loss, rest), grads, *norms = window(differentiated, state, constants, batch, key)
+        (loss, rest), grads, *norms = window(differentiated, state, batch, key, constants=constants)
         state, aux = rest if has_aux else (rest, None)
         variables = {**variables, **state, **grads, "params": variables["params"]}
         return (loss, (variables, aux) if has_aux else variables), grads["params"], *norms

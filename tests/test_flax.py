@@ -647,3 +647,25 @@ def test_a_task_of_a_flax_model_trains_as_by_hand(make):
     assert again[0] == again[1] == pytest.approx(trainer.callback_metrics["val_loss"])
     two = jaxaccum.Trainer(**options | {"strategy": "ddp", "devices": 2, "accumulate_grad_batches": 2})
     assert jax.tree.structure(two.fit(task, MICRO_BATCHES)) == jax.tree.structure(state)
+
+
+def test_arguments_are_counted_as_the_caller_counts_them():
+    """Catches an error that names a position of the function inside the adapter."""
+    model, x, y = nnx.Linear(3, 1, rngs=nnx.Rngs(0)), jnp.ones((8, 3)), jnp.ones(8)
+    loss = lambda model, x, y: jnp.mean((model(x)[:, 0] - y) ** 2)
+    with pytest.raises(TypeError) as caught:
+        jaxaccum.flax.value_and_grad(loss, 4)(model, x, y)
+    assert "args[2]: as long as the batch" in caught.value.__notes__[-1]
+    assert "batch_argnums=(1, 2)" in caught.value.__notes__[-1]
+    with pytest.raises(TypeError, match=r"batch_argnums=\(1, 2\).* only 2 were passed by position"):
+        jaxaccum.flax.value_and_grad(loss, 4, batch_argnums=(1, 2))(model, x)
+
+
+def test_linen_takes_one_batch():
+    """Catches labels that are taken as the key, and an option that the adapter has no use for."""
+    module, loss = nn.Dense(1), lambda model, batch: jnp.mean(model(batch) ** 2)
+    variables = module.init(jax.random.key(0), jnp.ones((8, 3)))
+    with pytest.raises(TypeError, match=r"takes no batch_argnums: .* one tree"):
+        jaxaccum.flax.linen_value_and_grad(module, loss, 4, batch_argnums=(1, 2))
+    with pytest.raises(TypeError, match=r"key must be a random key, got float32 of shape \(8,\).* one tree"):
+        jaxaccum.flax.linen_value_and_grad(module, loss, 4)(variables, jnp.ones((8, 3)), jnp.ones(8))

@@ -2,10 +2,12 @@
 
 import contextlib
 import itertools
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jaxaccum._types import Tree
 
@@ -73,9 +75,18 @@ class Roles(NamedTuple):
                     error.add_note(hint)
             raise
 
-    def _unsplit(self, args: Sequence[Tree], kwargs: Mapping[str, Tree]) -> str | None:
-        """A hint about arguments that have the batch's leading length but are not split."""
-        length = lambda x: tuple(getattr(x, "shape", ()))[:1]
+    def warn_of_unsplit(self, args: Sequence[Tree], k: Any, stacked: bool) -> None:
+        """Warns of positional arguments that look like batches, where they would broadcast with a micro-batch."""
+        axes = 2 if stacked else 1  # (K, N) or K·N.
+        shapes = {jnp.shape(x)[:axes] for i in self.batch for x in jax.tree.leaves(args[i])}
+        several = not isinstance(k, int) or k > 1
+        broadcasts = all(len(shape) == axes for shape in shapes) if stacked else shapes == {(k,)}
+        if several and broadcasts and (hint := self._unsplit(args, {}, axes)):
+            warnings.warn(f"{hint} If it does not, pass it by name.", stacklevel=4)
+
+    def _unsplit(self, args: Sequence[Tree], kwargs: Mapping[str, Tree], axes: int = 1) -> str | None:
+        """A hint about arguments that have the batch's leading axes but are not split."""
+        length = lambda x: tuple(getattr(x, "shape", ()))[:axes]
         lengths = {length(x) for i in self.batch for x in jax.tree.leaves(args[i])} - {()}
         is_like = lambda tree: any(length(x) in lengths for x in jax.tree.leaves(tree))
         positions = [i for i, arg in enumerate(args) if i not in self.all() and is_like(arg)]

@@ -15,6 +15,11 @@ def is_typed(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
+def is_key(leaf: Any) -> bool:
+    """Whether `leaf` can be a random key, of either style."""
+    return is_typed(leaf) or getattr(leaf, "dtype", None) == jnp.uint32
+
+
 def fold(keys: Tree, number: Any) -> Tree:
     """Applies `jax.random.fold_in(key, number)` to every key; arrays of typed keys may have any shape.
 

@@ -28,6 +28,7 @@ def checked(
     numeric.available("accumulator_dtype", window.accumulator_dtype)
     numeric.available("grad_dtype", grad_dtype)
     window.roles.check(args, kwargs)
+    window.roles.warn_of_unsplit(args, window.k, window.stacked)
     placement.in_map(sync)
     if not (isinstance(sync, OneDevice) and isinstance(window.k, int) and window.k == 1):
         prng.refuse_shared(args, kwargs, window.roles.all())

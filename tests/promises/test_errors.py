@@ -819,6 +819,18 @@ def test_an_equinox_module_trains_by_the_remedy():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), grads, want)
 
 
+@pytest.mark.parametrize(("shape", "options"), [((4,), {}), ((4, 2), {"stacked": True})])
+def test_an_argument_that_would_broadcast_with_a_micro_batch(shape, options):
+    """Catches labels that are not split, and so are compared, all of them, with each micro-batch."""
+    loss = lambda w, x, y: jnp.mean((x @ w - y) ** 2)
+    x, y = jnp.ones((*shape, 2)), jnp.arange(4.0 if shape == (4,) else 8.0).reshape(shape)
+    with pytest.warns(UserWarning, match=r"args\[2\]: as long as the batch.* batch_argnums=\(1, 2\).* pass it by name"):
+        jax.jit(value_and_grad(loss, 4, **options))(jnp.ones(2), x, y)
+    whole = jax.value_and_grad(loss)(jnp.ones(2), x.reshape(-1, 2), y.reshape(-1))[0]
+    assert float(value_and_grad(loss, 4, batch_argnums=(1, 2), **options)(jnp.ones(2), x, y)[0]) == float(whole)
+    value_and_grad(loss, 4, **options)(jnp.ones(2), x, y=y)
+
+
 def test_a_batch_by_name():
     """Catches an error that leaves a loss of keyword arguments without a way."""
     loss = lambda w, x, y: jnp.mean((x @ w - y) ** 2)

@@ -115,14 +115,16 @@ def test_per_device_with_fsdp(kind):
 def test_alternatives():
     """Catches an option that is compiled without its change, or at another size."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    found = plan(10**9, alternatives=True, target=8, accumulator_dtype=None)
     batch = jax.ShapeDtypeStruct((8, WIDTH), jnp.float32)
+    found = plan(program(4, batch=batch), alternatives=True, target=8)
     policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    assert found.every_k == 4
     assert {name: memory.total for name, memory in found.alternatives.items()} == {
-        "jax.checkpoint": program(1, batch=batch, fun=jax.checkpoint(loss, policy=policy)),
-        'prepare="auto"': program(1, batch=batch, prepare="auto"),
-        "accumulator_dtype=bfloat16": program(1, batch=batch, accumulator_dtype=jnp.bfloat16),
+        "jax.checkpoint": program(4, batch=batch, fun=jax.checkpoint(loss, policy=policy)),
+        'prepare="auto"': program(4, batch=batch, prepare="auto"),
+        "accumulator_dtype=bfloat16": program(4, batch=batch, accumulator_dtype=jnp.bfloat16),
     }
+    assert found.alternatives["accumulator_dtype=bfloat16"].sums == found.memory.sums // 2
     both = plan(10**9, mesh=mesh, alternatives=True)
     scattered = both.alternatives['reduce="scatter"']
     # Moments of the matrices lie in eighths, the bias's too.

@@ -1594,7 +1594,7 @@ BUGS = [
     ),
     Bug(
         "a compiler that runs out of memory ends the plan",
-        "Step.compiled",
+        "if_there_is_memory",
         "return None",
         "raise",
         "planner",
@@ -1602,8 +1602,8 @@ BUGS = [
     Bug(
         "a plan chooses the slowest size",
         "_Planner.fastest",
-        "min(timed, key=timed.__getitem__, default=largest)",
-        "max(timed, key=timed.__getitem__, default=largest)",
+        "min(times, key=times.__getitem__, default=largest)",
+        "max(times, key=times.__getitem__, default=largest)",
         "planner",
     ),
     Bug(

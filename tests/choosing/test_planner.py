@@ -157,7 +157,14 @@ def test_the_fastest(monkeypatch):
     """Catches the largest size where another is faster, and sizes that are not timed or do not fit."""
     times = [5.0, 4.0, 2.0, 3.0, None]
     left = iter(times)
-    monkeypatch.setattr(timing, "seconds", lambda *args: next(left))
+
+    def seconds(*args):
+        time = next(left)
+        if time is None:  # There is no room for the arrays.
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate.")
+        return time
+
+    monkeypatch.setattr(timing, "seconds", seconds)
     found = plan(program(4), measure=True)
     assert found.micro_batch_size == 4 and found.every_k == 16
     timed = {trial.micro_batch_size: trial.seconds for trial in found.trials if trial.fits}

@@ -1,5 +1,6 @@
 """`plan`: its arguments, their checks, and the order in which sizes are compiled, timed and compared."""
 
+import functools
 from typing import Any
 
 import jax
@@ -28,6 +29,8 @@ def plan(
     mesh: Any = None,
     memory_limit: int | None = None,
     *,
+    data_axis: Any = "data",
+    reduce: str = "mean",
     alternatives: bool = False,
     measure: bool = False,
     **options: Any,
@@ -37,7 +40,7 @@ def plan(
     It compiles the step below for up to 6 sizes, and adds up the memory that the compiler plans for each. Nothing runs
     and no array is allocated, so that it can't run out of memory:
 
-        value, grads = jaxaccum.value_and_grad(loss, every_k, mesh=mesh, **options)(params, batch)
+        value, grads = jaxaccum.value_and_grad(loss, every_k, mesh=mesh, ...)(params, batch)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
 
@@ -70,6 +73,8 @@ def plan(
       mesh: a `jax.sharding.Mesh`, as for `value_and_grad`. N and all memory are then those of one device.
       memory_limit: bytes of one device. None means 98% of the least `bytes_limit` of the devices, by their
         `memory_stats()`.
+      data_axis: the mesh's data axis, as for `value_and_grad`; P is its size.
+      reduce: "mean" or "scatter", as for `value_and_grad`.
       alternatives: whether to compile the chosen size with each of these changes, for `Plan.alternatives`:
         `jax.checkpoint` of the loss, which saves products with parameters and recomputes everything else (policy
         `dots_with_no_batch_dims_saveable`); `prepare="auto"`; `accumulator_dtype=bfloat16`; and with `mesh`, if its
@@ -77,8 +82,7 @@ def plan(
       measure: whether to time windows on the devices, and to choose the fastest size instead of the largest. It
         compiles, and runs for 3 windows, the 4 largest sizes that fit, and those that were compiled before. Arrays of
         zeros are allocated for that. Sizes for which there is no room beside other arrays are not timed.
-      **options: further options of `value_and_grad`, for example `data_axis`, `reduce`, `prepare`, `accumulator_dtype`
-        and `has_aux`.
+      **options: further options of `value_and_grad`, for example `prepare`, `accumulator_dtype` and `has_aux`.
 
     Returns:
       A `Plan` with `micro_batch_size` (N), `every_k` (K), `devices` (P), `memory_limit`, `memory` (the peak's bytes by
@@ -91,7 +95,6 @@ def plan(
         leaves of different lengths; if there is no `memory_limit` and the devices don't report theirs (CPUs don't); and
         if even N = 1 does not fit, with the bytes by kind.
     """
-    data_axis, reduce = options.pop("data_axis", "data"), options.pop("reduce", "mean")
     sync = placement.select_sync(None, mesh, data_axis, reduce=reduce)
     examples = positive_int(target_batch_size, "target_batch_size")
     each = target.split(examples, sync.size(), "the number of devices")
@@ -141,10 +144,10 @@ class _Planner:
             if n not in self.trials:
                 self._peak(n)
             if self.trials[n].fits:
-                seconds = timing.seconds(self._step, self._compiled[n], batch)
-                self.trials[n] = self.trials[n]._replace(seconds=seconds)
-        timed = {n: trial.seconds for n, trial in self.trials.items() if trial.seconds is not None}
-        return min(timed, key=timed.__getitem__, default=largest)
+                timed = functools.partial(timing.seconds, self._step, self._compiled[n], batch)
+                self.trials[n] = self.trials[n]._replace(seconds=_step.if_there_is_memory(timed))
+        times = {n: trial.seconds for n, trial in self.trials.items() if trial.seconds is not None}
+        return min(times, key=times.__getitem__, default=largest)
 
     def alternatives(self, n: int) -> dict[str, Memory | None]:
         """Returns the memory of size `n` with other options."""
@@ -162,9 +165,10 @@ class _Planner:
 
     def _peak(self, n: int) -> int | None:
         """Compiles size `n` and returns its peak; None if the compiler runs out of memory."""
-        compiled, memory = self._step.compiled(self._examples // n), None
+        compiled = self._step.compiled(self._examples // n)
+        memory = self._step.memory(compiled)
         if compiled is not None:
-            self._compiled[n], memory = compiled, self._step.memory(compiled)
+            self._compiled[n] = compiled
         fits = memory is not None and memory.total <= self._limit
         self.trials[n] = Trial(n, self._examples // n, memory, fits)
         return None if memory is None else memory.total
@@ -193,7 +197,8 @@ def _limit(memory_limit: Any, sync: Sync) -> int:
 
 def _check_batch(batch: Tree) -> None:
     shapes = {jax.tree_util.keystr(path): jnp.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(batch)}
-    if len({shape[:1] for shape in shapes.values()} - {()}) != 1 or () in shapes.values():
+    lengths = {shape[:1] for shape in shapes.values()}
+    if len(lengths) != 1 or lengths == {()}:
         raise ValueError(f"the leaves of batch must have one leading length, got shapes {shapes}.")
 
 

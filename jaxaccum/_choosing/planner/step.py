@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,8 @@ from jaxaccum._sums import weighted_sum
 from jaxaccum._types import Tree
 from jaxaccum._window.api import value_and_grad
 from jaxaccum.task import Task
+
+T = TypeVar("T")
 
 
 class Step(NamedTuple):
@@ -47,12 +49,8 @@ class Step(NamedTuple):
         kept = jax.tree.map(lambda x: x.sharding, held)
         # The arrays exist whether or not the loss uses them.
         jitted = jax.jit(step, donate_argnums=(0, 1), keep_unused=True, out_shardings=(*kept, None))
-        try:
-            return jitted.lower(*held, *self.args).compile()
-        except jax.errors.JaxRuntimeError as error:  # While it times kernels for a GPU.
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            return None
+        lowered = jitted.lower(*held, *self.args)
+        return if_there_is_memory(lowered.compile)  # A compiler for GPUs runs kernels, to time them.
 
     def fixed(self) -> Memory:
         """Returns the memory of one device that doesn't depend on K."""
@@ -145,6 +143,16 @@ def shaped(tree: Tree, default: NamedSharding | None) -> Tree:
         return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=own if is_on_mesh else default)
 
     return jax.tree.map(leaf, tree, jax.eval_shape(lambda tree: tree, tree))
+
+
+def if_there_is_memory(fun: Callable[[], T]) -> T | None:
+    """Returns `fun()`, or None if the device runs out of memory."""
+    try:
+        return fun()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return None
 
 
 def _like_params(state: Tree, params: Tree, default: NamedSharding | None) -> Tree:

@@ -12,25 +12,20 @@ from jaxaccum._types import Tree
 WINDOWS = 2
 
 
-def seconds(step: Step, compiled: jax.stages.Compiled, batch: Tree) -> float | None:
-    """Returns the time of a window; None if its arrays don't fit beside those that exist.
+def seconds(step: Step, compiled: jax.stages.Compiled, batch: Tree) -> float:
+    """Returns the time of a window.
 
     Parameters and state are zeros, and the batch repeats the examples of `batch`, unless those are shapes.
     """
-    try:
-        held = jax.tree.map(_zeros, (step.params, step.opt_state))
-        *state, whole = step.args[: step.options["batch_argnums"]]
-        args = [*jax.tree.map(_zeros, state), jax.tree.map(_repeated, whole, batch)]
-        args += [jax.device_put(jax.random.key(0), key.sharding) for key in step.args[len(args) :]]
-        times = []
-        for _ in range(1 + WINDOWS):  # The first is slower.
-            start = time.perf_counter()
-            *held, _ = jax.block_until_ready(compiled(*held, *args))
-            times.append(time.perf_counter() - start)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return None
+    held = jax.tree.map(_zeros, (step.params, step.opt_state))
+    *state, whole = step.args[: step.options["batch_argnums"]]
+    args = [*jax.tree.map(_zeros, state), jax.tree.map(_repeated, whole, batch)]
+    args += [jax.device_put(jax.random.key(0), key.sharding) for key in step.args[len(args) :]]
+    times = []
+    for _ in range(1 + WINDOWS):  # The first is slower.
+        start = time.perf_counter()
+        *held, _ = jax.block_until_ready(compiled(*held, *args))
+        times.append(time.perf_counter() - start)
     return min(times[1:])
 
 

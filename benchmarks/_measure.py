@@ -7,6 +7,8 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 import tomllib
 from collections.abc import Callable, Sequence
@@ -23,6 +25,7 @@ Record = dict[str, Any]
 
 WARMUP = 2  # untimed rounds: the first compiles, the second runs on buffers that were donated once
 SETTLING, ROUND = 2, 3  # windows of a side's turn, off the clock and on it
+OUT_OF_MEMORY = "out of memory"
 
 
 @dataclasses.dataclass
@@ -174,8 +177,18 @@ def reason(error: Exception) -> str:
     """Why a side failed, in a table's cell."""
     text = str(error)
     if "RESOURCE_EXHAUSTED" in text:
-        return "out of memory"
+        return OUT_OF_MEMORY
     return f"{type(error).__name__}: {text.strip().splitlines()[0][:200] if text.strip() else ''}".replace("|", "/")
+
+
+def in_a_process(script: str, case: Record) -> Record:
+    """What `script --case CASE` prints last, as JSON, in a process of its own. Its failure is the case's result."""
+    done = subprocess.run(
+        [sys.executable, script, "--case", json.dumps(case)], check=False, capture_output=True, text=True
+    )
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    return {"failed": OUT_OF_MEMORY if "RESOURCE_EXHAUSTED" in done.stderr else done.stderr.strip()[-200:]}
 
 
 def heading(record: Record) -> str:

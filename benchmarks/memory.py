@@ -35,15 +35,13 @@ import functools
 import itertools
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _measure import environment, heading, parser, publish, row
+from _measure import OUT_OF_MEMORY, environment, heading, in_a_process, parser, publish, row
 from _model import Model, add_options, chosen, parameters
 from _train import (
     OPTIMIZERS,
@@ -61,7 +59,6 @@ from _train import (
 
 Record = dict[str, Any]
 FLOOR, BIG = "gradient", "one big batch"
-OUT_OF_MEMORY = "out of memory"
 MIB = 2**20
 
 plain = lambda problem: jax.value_and_grad(problem.model.loss)
@@ -111,15 +108,6 @@ def training_peak(model: Model, side: str, k: int, n: int) -> Record:
     return {"peak": jax.local_devices()[0].memory_stats()["peak_bytes_in_use"] / MIB}
 
 
-def in_a_process(model: Model, case: Record) -> Record:
-    """`measure` in a process of its own. Its failure is the case's result."""
-    call = json.dumps({"model": dataclasses.asdict(model)} | case)
-    done = subprocess.run([sys.executable, __file__, "--case", call], check=False, capture_output=True, text=True)
-    if done.returncode == 0:
-        return case | json.loads(done.stdout.splitlines()[-1])
-    return case | {"failed": OUT_OF_MEMORY if "RESOURCE_EXHAUSTED" in done.stderr else done.stderr.strip()[-200:]}
-
-
 def table(record: Record) -> str:
     """The markdown of a run."""
     header = ["", "K", "temporary MiB", f"over {FLOOR}'s", "arguments", "results", "peak"]
@@ -160,7 +148,7 @@ def main() -> None:
     sides = [side for side in args.sides if side != FLOOR]
     ks = list(map(int, args.ks.split(",")))
     cases = [{"side": side, "k": k, "n": args.n} for side, k in [(FLOOR, 1), *itertools.product(sides, ks)]]
-    measured = functools.partial(in_a_process, model)
+    measured = lambda case: case | in_a_process(__file__, {"model": dataclasses.asdict(model)} | case)
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         results = list(pool.map(measured, cases))
     again = lambda case, result: measured(case) if result.get("failed") == OUT_OF_MEMORY else result

@@ -17,6 +17,7 @@ Example:
 
 `HostDriven` is the fastest way to take micro-batches one by one. `Weighted` weights them by examples or tokens.
 `coupled_value_and_grad` is for contrastive losses, `flax` for linen and nnx models, and `Trainer` runs the whole loop.
+`plan` finds the micro-batch that fits in memory.
 
 The submodules `callbacks`, `checkpoint`, `distributed`, `equinox`, `flax` and `loggers` are imported when they are
 first used.
@@ -48,6 +49,7 @@ if _typing.TYPE_CHECKING:
     from jaxaccum import equinox as equinox
     from jaxaccum import flax as flax
     from jaxaccum import loggers as loggers
+    from jaxaccum._choosing.planner import plan
     from jaxaccum.task import Task
     from jaxaccum.trainer.trainer import Trainer
 
@@ -64,6 +66,7 @@ __all__ = [
     "coupled_value_and_grad",
     "from_optax",
     "local_value_and_grad",
+    "plan",
     "set_every_k",
     "value_and_grad",
     "zero_sharding",
@@ -75,7 +78,7 @@ except _metadata.PackageNotFoundError:  # A source tree that is not installed.
     __version__ = "0+unknown"
 
 # The host side, the adapters and what needs jax's distributed runtime are loaded when they are asked for.
-_LAZY = {"Task": "jaxaccum.task", "Trainer": "jaxaccum.trainer"}
+_LAZY = {"Task": "jaxaccum.task", "Trainer": "jaxaccum.trainer", "plan": "jaxaccum._choosing.planner"}
 _EXTRAS = ("equinox", "flax")
 _LAZY_MODULES = ("callbacks", "checkpoint", "distributed", *_EXTRAS, "loggers")
 

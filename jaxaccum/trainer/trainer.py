@@ -11,7 +11,9 @@ import jax.numpy as jnp
 
 from jaxaccum import _paths
 from jaxaccum import task as _task
+from jaxaccum._choosing.planner import target
 from jaxaccum._integers import positive_int
+from jaxaccum._schedule import AccumulationSchedule
 from jaxaccum._types import Tree
 from jaxaccum.callbacks import Callback, ProgressBar
 from jaxaccum.checkpoint import Checkpoint, orbax_io
@@ -56,7 +58,10 @@ class Trainer:
       (7, 18, 72)
 
     Args:
-      accumulate_grad_batches: K: an int, a dict from epoch to K, or an `AccumulationSchedule`.
+      accumulate_grad_batches: K: an int, a dict from epoch to K, or an `AccumulationSchedule`. "auto": the K with which
+        a window has `target_batch_size` examples, given those of the loader's first batch.
+      target_batch_size: the examples of a window, for "auto": a multiple of P·N with "ddp" and "zero", else of N.
+        `jaxaccum.plan` finds the largest N that fits in memory, for the loader.
       max_epochs: the number of epochs; -1 for no limit. None means 1000, with a warning, or no limit if `max_steps` is
         given.
       max_steps: the number of optimizer steps; -1 for no limit.
@@ -107,7 +112,8 @@ class Trainer:
     def __init__(
         self,
         *,
-        accumulate_grad_batches: int | Mapping[int, int] = 1,
+        accumulate_grad_batches: int | str | Mapping[int, int] = 1,
+        target_batch_size: int | None = None,
         max_epochs: int | None = None,
         max_steps: int = -1,
         strategy: str = "auto",
@@ -134,7 +140,8 @@ class Trainer:
         observers = arguments.callbacks(callbacks)
         self._callbacks = (*observers, ProgressBar()) if enable_progress_bar else observers
         self._options = Options(
-            accumulate_grad_batches=arguments.schedule(accumulate_grad_batches, observers),
+            accumulate_grad_batches=arguments.schedule(accumulate_grad_batches, target_batch_size, observers),
+            target_batch_size=target_batch_size,
             max_epochs=max_epochs,
             max_steps=max_steps,
             limit_train_batches=limit_train_batches,
@@ -478,6 +485,10 @@ class Trainer:
             loader=loader,
             val_loader=None if val_loader is None else ValLoader(val_loader, val_limit),
         )
+        if options.target_batch_size is not None:
+            micro_step = setup.examples * self._strategy.group
+            every_k = target.split(options.target_batch_size, micro_step, "the examples of a micro-step")
+            options.accumulate_grad_batches = AccumulationSchedule({0: every_k})
         self._run = run = run_state.begin(setup, self._loggers)
         if found is not None:
             checkpoints.restore(found, run)

@@ -51,6 +51,18 @@ def test_trainer_overhead(tmp_path):
     assert run("trainer_overhead.py", "--table", str(out)) == printed
 
 
+def test_plan(tmp_path):
+    """Catches a record whose sizes are not those of the plan."""
+    out = tmp_path / "plan.json"
+    options = [*TINY, "--target", "8", "--memory-limit", "6e5", "--out", str(out)]
+    printed = run("plan.py", *options, XLA_FLAGS=flags.HURRY)
+    record = json.loads(out.read_text())
+    sizes = [trial["n"] for trial in record["plan"]["trials"]]
+    assert [trial["n"] for trial in record["plan"]["trials"] if trial["fits"]][-1] == record["plan"]["n"]
+    assert sizes[-1] > record["plan"]["n"] and len(record["runs"]) == 2
+    assert all(f"| {n} | {8 // n} |" in printed for n in sizes)
+
+
 @pytest.mark.parametrize("options", [[], ["--overlap", "--unrolled"]])
 def test_devices(tmp_path, options):
     """Catches a side that does other work than its name says: a sync too many or too few, or other data."""

@@ -31,6 +31,7 @@ PUBLIC = {
 LAZY = {
     "Task": "task",
     "Trainer": "trainer",
+    "plan": "_choosing.planner",
     "callbacks": "callbacks",
     "checkpoint": "checkpoint",
     "loggers": "loggers",
@@ -135,10 +136,10 @@ def test_help_shows_the_public_names():
     text = pydoc.plain(pydoc.render_doc(jaxaccum))
     contents = text.partition("PACKAGE CONTENTS")[2]
     assert all(name in contents for name in ("callbacks", "checkpoint", "distributed", "equinox", "flax", "loggers"))
-    assert all(f"class {name}" in text or f"{name}(" in text for name in {*PUBLIC, "Task", "Trainer"})
+    assert all(f"class {name}" in text or f"{name}(" in text for name in {*PUBLIC, "Task", "Trainer", "plan"})
     scope = {}
     exec("from jaxaccum import *", scope)
-    assert scope.keys() - {"__builtins__"} == {*PUBLIC, "Task", "Trainer"}
+    assert scope.keys() - {"__builtins__"} == {*PUBLIC, "Task", "Trainer", "plan"}
 
 
 def test_without_flax_its_adapters_are_no_attribute_to_list():

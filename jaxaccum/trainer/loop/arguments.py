@@ -22,8 +22,21 @@ def callbacks(value: Any) -> tuple[Callback, ...]:
     return tuple(found)
 
 
-def schedule(accumulate_grad_batches: Any, callbacks: Sequence[Callback]) -> AccumulationSchedule:
-    """Returns the schedule of K, from the argument or from a callback."""
+def schedule(
+    accumulate_grad_batches: Any, target_batch_size: int | None, callbacks: Sequence[Callback]
+) -> AccumulationSchedule:
+    """Returns the schedule of K, from the argument or from a callback; with "auto", K is 1 until there is a loader."""
+    is_auto = isinstance(accumulate_grad_batches, str) and accumulate_grad_batches == "auto"
+    if is_auto != (target_batch_size is not None):
+        raise ValueError(
+            f"accumulate_grad_batches={accumulate_grad_batches!r} and target_batch_size={target_batch_size!r}: "
+            '"auto" needs the size of a window in examples, which is for "auto" alone.'
+        )
+    if is_auto:
+        positive_int(target_batch_size, "target_batch_size")
+        if any(offered_schedule(callback) is not None for callback in callbacks):
+            raise ValueError('accumulate_grad_batches="auto" and a GradientAccumulationScheduler both set K: give one.')
+        return AccumulationSchedule({0: 1})
     if isinstance(accumulate_grad_batches, Mapping):
         given = AccumulationSchedule(accumulate_grad_batches)
     else:

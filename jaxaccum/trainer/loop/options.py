@@ -26,6 +26,7 @@ class Options:
     """
 
     accumulate_grad_batches: AccumulationSchedule
+    target_batch_size: int | None
     max_epochs: int | None
     max_steps: int
     limit_train_batches: int | float

@@ -1,0 +1,207 @@
+"""`plan`: its arguments, their checks, and the order in which sizes are compiled, timed and compared."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxaccum._choosing.planner import search, target, timing
+from jaxaccum._choosing.planner import step as _step
+from jaxaccum._choosing.planner.result import Memory, Plan, Trial
+from jaxaccum._choosing.planner.step import Step
+from jaxaccum._devices import placement
+from jaxaccum._devices.topology import MeshAxis, Sync
+from jaxaccum._integers import as_int, positive_int
+from jaxaccum._types import Tree
+
+# The part of a device's memory that a plan uses by default: the runtime needs some besides the program.
+SHARE = 0.98
+TIMED = 4  # The largest sizes that fit are timed.
+
+
+def plan(
+    task_or_loss: Any,
+    params: Tree,
+    batch: Tree,
+    optimizer: Any = None,
+    target_batch_size: int = 512,
+    mesh: Any = None,
+    memory_limit: int | None = None,
+    *,
+    data_axis: Any = "data",
+    reduce: str = "mean",
+    alternatives: bool = False,
+    measure: bool = False,
+    **options: Any,
+) -> Plan:
+    """Finds the largest micro-batch that fits in memory, and the K that makes a window of the target size.
+
+    It compiles the step below for up to 6 sizes, and adds up the memory that the compiler plans for each. Nothing runs
+    and no array is allocated, so that it can't run out of memory:
+
+        value, grads = jaxaccum.value_and_grad(loss, every_k, mesh=mesh, ...)(params, batch)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+
+    in one jit that donates `params` and `opt_state`, with `target_batch_size` examples in `batch`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, jaxaccum
+      >>> def loss(params, x):
+      ...     for matrix in params:
+      ...         x = jnp.tanh(x @ matrix)
+      ...     return jnp.mean(x**2)
+      >>> params = [jax.ShapeDtypeStruct((64, 64), jnp.float32)] * 4
+      >>> batch = jax.ShapeDtypeStruct((1, 64), jnp.float32)
+      >>> plan = jaxaccum.plan(loss, params, batch, optax.adam(1e-3), target_batch_size=512, memory_limit=480_000)
+      >>> plan.micro_batch_size, plan.every_k
+      (32, 16)
+      >>> plan.memory.parameters, plan.memory.optimizer, plan.memory.sums
+      (65536, 131076, 65536)
+      >>> [trial.micro_batch_size for trial in plan.trials if not trial.fits]
+      [64]
+
+    Args:
+      task_or_loss: `loss(params, batch)`, as for `value_and_grad`, or a `Task`.
+      params: the parameters, or their shapes (`jax.ShapeDtypeStruct`s). For a `Task` None means what its `init` makes.
+        With `mesh`, they are replicated, except for those that have a `NamedSharding`.
+      batch: an example batch, arrays or shapes with any one leading length.
+      optimizer: an optax transformation; None for the one of a `Task`. Its state lies as the parameters do, or with
+        `reduce="scatter"` as `zero_sharding` says.
+      target_batch_size: the examples of a window, P·N·K with `mesh`, else N·K.
+      mesh: a `jax.sharding.Mesh`, as for `value_and_grad`. N and all memory are then those of one device.
+      memory_limit: bytes of one device. None means 98% of the least `bytes_limit` of the devices, by their
+        `memory_stats()`.
+      data_axis: the mesh's data axis, as for `value_and_grad`; P is its size.
+      reduce: "mean" or "scatter", as for `value_and_grad`.
+      alternatives: whether to compile the chosen size with each of these changes, for `Plan.alternatives`:
+        `jax.checkpoint` of the loss, which saves products with parameters and recomputes everything else (policy
+        `dots_with_no_batch_dims_saveable`); `prepare="auto"`; `accumulator_dtype=bfloat16`; and with `mesh`, if its
+        data axes don't shard the parameters, `reduce="scatter"`.
+      measure: whether to time windows on the devices, and to choose the fastest size instead of the largest. It
+        compiles, and runs for 3 windows, the 4 largest sizes that fit, and those that were compiled before. Arrays of
+        zeros are allocated for that. Sizes for which there is no room beside other arrays are not timed.
+      **options: further options of `value_and_grad`, for example `prepare`, `accumulator_dtype` and `has_aux`.
+
+    Returns:
+      A `Plan` with `micro_batch_size` (N), `every_k` (K), `devices` (P), `memory_limit`, `memory` (the peak's bytes by
+      kind: `parameters`, `optimizer`, `batch`, `sums`, `activations`; `total`), `trials` (each size that was compiled)
+      and `alternatives`. `str(plan)` is a table, and `plan.plot(path)` draws it with matplotlib. The next larger size
+      was compiled too and does not fit, unless the target has more than 32 divisors and the search ended before.
+
+    Raises:
+      TypeError, ValueError: for an invalid argument; for a target that is not a multiple of the devices; for batch
+        leaves of different lengths; if there is no `memory_limit` and the devices don't report theirs (CPUs don't); and
+        if even N = 1 does not fit, with the bytes by kind.
+    """
+    sync = placement.select_sync(None, mesh, data_axis, reduce=reduce)
+    examples = positive_int(target_batch_size, "target_batch_size")
+    each = target.split(examples, sync.size(), "the number of devices")
+    limit = _limit(memory_limit, sync)
+    _check_batch(batch)
+    step = _step.of(task_or_loss, params, batch, optimizer, examples, sync, options)
+    planner = _Planner(step, each, limit)
+    chosen = planner.largest()
+    if measure:
+        chosen = planner.fastest(chosen, batch)
+    return Plan(
+        micro_batch_size=chosen,
+        every_k=each // chosen,
+        devices=sync.size(),
+        memory_limit=limit,
+        trials=tuple(trial for _, trial in sorted(planner.trials.items())),
+        alternatives=planner.alternatives(chosen) if alternatives else {},
+    )
+
+
+class _Planner:
+    """Compiles a step for the sizes that divide `examples`, those of a window on one device."""
+
+    def __init__(self, step: Step, examples: int, limit: int):
+        self._step, self._examples, self._limit = step, examples, limit
+        self._sizes = [n for n in range(1, examples + 1) if examples % n == 0]
+        self._compiled: dict[int, jax.stages.Compiled] = {}
+        self.trials: dict[int, Trial] = {}
+
+    def largest(self) -> int:
+        """Returns the largest size that fits, or raises ValueError."""
+        fixed = self._step.fixed()
+        arguments = fixed._replace(sums=0)
+        if arguments.total > self._limit:
+            raise ValueError(f"the arguments of a step take {_said(arguments)} {self._of_limit}")
+        found = search.largest(self._sizes, self._limit, fixed.total, self._peak)
+        if found is None:
+            memory = self.trials[1].memory
+            takes = "more than the compiler could get" if memory is None else _said(memory)
+            raise ValueError(f"a step with N = 1 takes {takes} {self._of_limit}")
+        return found
+
+    def fastest(self, largest: int, batch: Tree) -> int:
+        """Times sizes up to `largest` and returns the fastest; `largest` if there is room for none of them."""
+        fitting = [n for n in self._sizes if n <= largest]
+        for n in sorted({*fitting[-TIMED:], *(n for n in self.trials if n <= largest)}):
+            if n not in self.trials:
+                self._peak(n)
+            if self.trials[n].fits:
+                timed = functools.partial(timing.seconds, self._step, self._compiled[n], batch)
+                self.trials[n] = self.trials[n]._replace(seconds=_step.if_there_is_memory(timed))
+        times = {n: trial.seconds for n, trial in self.trials.items() if trial.seconds is not None}
+        return min(times, key=times.__getitem__, default=largest)
+
+    def alternatives(self, n: int) -> dict[str, Memory | None]:
+        """Returns the memory of size `n` with other options."""
+        step, every_k = self._step, self._examples // n
+        with_options = lambda **options: step._replace(options=step.options | options)
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        others = {
+            "jax.checkpoint": step._replace(fun=jax.checkpoint(step.fun, policy=policy)),
+            'prepare="auto"': with_options(prepare="auto"),
+            "accumulator_dtype=bfloat16": with_options(accumulator_dtype=jnp.bfloat16),
+        }
+        if "mesh" in step.options and not step.is_sharded_over_data():
+            others['reduce="scatter"'] = _step.scattered(step)
+        return {name: other.memory(other.compiled(every_k)) for name, other in others.items()}
+
+    def _peak(self, n: int) -> int | None:
+        """Compiles size `n` and returns its peak; None if the compiler runs out of memory."""
+        compiled = self._step.compiled(self._examples // n)
+        memory = self._step.memory(compiled)
+        if compiled is not None:
+            self._compiled[n] = compiled
+        fits = memory is not None and memory.total <= self._limit
+        self.trials[n] = Trial(n, self._examples // n, memory, fits)
+        return None if memory is None else memory.total
+
+    @property
+    def _of_limit(self) -> str:
+        return f"on each device, and the limit is {self._limit:,} bytes."
+
+
+def _limit(memory_limit: Any, sync: Sync) -> int:
+    """Returns the bytes that a step may take on each device."""
+    if memory_limit is not None:
+        limit = as_int(memory_limit, "memory_limit", "a number of bytes")
+        if limit < 1:
+            raise ValueError(f"memory_limit must be a number of bytes above 0, got {limit}.")
+        return limit
+    devices = sync.mesh.local_devices if isinstance(sync, MeshAxis) else jax.local_devices()[:1]
+    limits = []
+    for device in devices:
+        stats = device.memory_stats() or {}
+        if "bytes_limit" not in stats:
+            raise ValueError(f"{device} does not report how much memory it has: pass memory_limit, in bytes.")
+        limits.append(stats["bytes_limit"])
+    return int(SHARE * min(limits))
+
+
+def _check_batch(batch: Tree) -> None:
+    shapes = {jax.tree_util.keystr(path): jnp.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(batch)}
+    lengths = {shape[:1] for shape in shapes.values()}
+    if len(lengths) != 1 or lengths == {()}:
+        raise ValueError(f"the leaves of batch must have one leading length, got shapes {shapes}.")
+
+
+def _said(memory: Memory) -> str:
+    kinds = ", ".join(f"{kind} {size:,}" for kind, size in memory._asdict().items() if size)
+    return f"{memory.total:,} bytes ({kinds})"

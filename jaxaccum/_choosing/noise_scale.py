@@ -137,14 +137,24 @@ class NoiseScale:
     def estimate(self, state: NoiseScaleState) -> NoiseEstimate:
         """The estimates from the windows so far; before the second one, the interval is unbounded."""
         gradient, noise = state.mean
-        # The variances and the covariance of the two means; not finite before there are two windows.
-        share = state.weight_squared / state.weight**2
-        ((s, st), (_, t)) = state.scatter / state.weight * share / (1 - share)
-        # The scales B that are not rejected: (noise - B·gradient)² <= z²·Var(noise - B·gradient).
+        is_told = state.weight_squared < state.weight**2  # There are two windows.
+        weight, rest = (jnp.where(is_told, x, 1) for x in (state.weight, state.weight**2 - state.weight_squared))
+        # The variances and the covariance of the two means.
+        ((s, st), (_, t)) = state.scatter * state.weight_squared / (weight * rest)
+        # The interval has the scales B that are not rejected: (noise - B·gradient)² <= z²·Var(noise - B·gradient).
         z = statistics.NormalDist().inv_cdf((1 + self.confidence) / 2) ** 2
-        a, b, c = gradient**2 - z * s, noise * gradient - z * st, noise**2 - z * t
-        root = jnp.sqrt(jnp.maximum(b**2 - a * c, 0))
-        low = jnp.where((c > 0) & (noise > 0), jnp.maximum(c / (b + root), 0), 0)
-        high = jnp.where(a > 0, jnp.maximum((b + root) / a, 0), jnp.inf)
-        scale = jnp.where(gradient > 0, jnp.maximum(noise, 0) / gradient, jnp.inf)
-        return NoiseEstimate(scale, low, jnp.where(gradient > 0, high, jnp.inf), gradient, noise)
+        a, b, c = gradient**2 - z * s, noise * gradient - z * st, jnp.maximum(noise, 0) ** 2 - z * t
+        end = b + jnp.sqrt(jnp.maximum(b**2 - a * c, 0))
+        is_bounded = is_told & (a > 0) & (gradient > 0)
+        return NoiseEstimate(
+            scale=_ratio(jnp.maximum(noise, 0), gradient, jnp.inf),
+            low=jnp.where(is_told, _ratio(jnp.maximum(c, 0), end, 0), 0),
+            high=jnp.where(is_bounded, _ratio(jnp.maximum(end, 0), a, jnp.inf), jnp.inf),
+            gradient=gradient,
+            noise=noise,
+        )
+
+
+def _ratio(x: jax.Array, y: jax.Array, otherwise: float) -> jax.Array:
+    """Returns x / y for positive y, else `otherwise`."""
+    return jnp.where(y > 0, x / jnp.where(y > 0, y, 1), otherwise)

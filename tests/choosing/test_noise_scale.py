@@ -77,8 +77,10 @@ def test_the_interval_holds_the_scale():
 def test_what_can_not_be_told():
     """Catches an interval from one window, and a finite scale where there is no gradient."""
     scale = jaxaccum.NoiseScale()
-    one = scale.update(scale.init(), [5.0, 3.0], [1.0, 2.0])
-    assert scale.estimate(one) == (4.0, 0.0, np.inf, 1.0, 4.0)
+    with jax.debug_nans(True):
+        assert scale.estimate(scale.init()) == (np.inf, 0.0, np.inf, 0.0, 0.0)
+        one = scale.update(scale.init(), [5.0, 3.0], [1.0, 2.0])
+        assert scale.estimate(one) == (4.0, 0.0, np.inf, 1.0, 4.0)
     rng = np.random.default_rng(0)
     noise = rng.normal(size=(100, 2, D)).cumsum(1)  # Of weights 1 and 2, without a gradient.
     squares = np.sum((noise / np.array([1.0, 2.0])[:, None]) ** 2, axis=-1)

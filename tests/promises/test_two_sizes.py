@@ -38,12 +38,12 @@ def params():
 
 
 def batch(devices, k=K):
-    """Rows (P, N, K, ...); device 1 has no tokens, and micro-batch 1 of the last one is NaN."""
+    """Rows (P, N, K, ...); device 1 has no tokens, and micro-batch 2 of the last one is NaN."""
     rng = np.random.default_rng(devices)
     x, mask = rng.normal(size=(devices, N, k, 3)), rng.integers(1, 4, (devices, N, k)).astype(float)
     if devices > 1:
         mask[1] = 0
-    mask[-1, :, 1], x[-1, :, 1] = 0, np.nan
+    mask[-1, :, 2], x[-1, :, 2] = 0, np.nan
     return {"x": x, "mask": mask}
 
 
@@ -188,7 +188,7 @@ def test_two_sizes_are_needed():
 def test_norms_of_every_micro_batch_have_two_sizes_too():
     """Catches the number of micro-batches of weight 0, and the sum of squares for their mean."""
     _, _, norms = jaxaccum.value_and_grad(loss, K, gradient_norms="all")(params(), flat(batch(1)))
-    of_each = [square(jax.tree.map(lambda x, i=i: x[:, :, i : i + 1], batch(1))) for i in (0, 2)]
+    of_each = [square(jax.tree.map(lambda x, i=i: x[:, :, i : i + 1], batch(1))) for i in (0, 1)]
     squares, weights = np.transpose(of_each)
     want = (np.average(squares, weights=weights), weights.mean())
     np.testing.assert_allclose(np.asarray(norms.two_sizes)[:, 0], want, rtol=1e-12)

@@ -131,6 +131,18 @@ def in_one_jit(gradient: Callable[[Problem], Callable[..., Any]], problem: Probl
     return Way(step)
 
 
+def with_noise_scale(problem: Problem) -> Way:
+    """`value_and_grad` and the update, with norms for a `NoiseScale`, in one jit."""
+    of_window, scale = ours(problem, gradient_norms="noise"), jaxaccum.NoiseScale()
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
+    def program(params, inner, noise, tokens):
+        loss, grads, norms = of_window(params, tokens)
+        return *update(problem.opt, grads, inner, params), scale.update(noise, *norms.two_sizes), loss
+
+    return Way(lambda params, inner, noise, tokens: program(params, inner, noise, tokens.whole), scale.init())
+
+
 def ours(problem: Problem, **options: Any) -> Callable[..., Any]:
     """`value_and_grad` with its options."""
     return jaxaccum.value_and_grad(problem.model.loss, problem.k, **options)

@@ -12,6 +12,7 @@ one device, by these sides in one run:
     window, cast          the same with `prepare=jaxaccum.cast(bfloat16)`
     window, auto          the same with `prepare="auto"`, which finds the casts
     window, auto, by two  the same with `unroll=2` besides
+    window, noise scale   "window" with `gradient_norms="noise"` and `NoiseScale.update`, in the same jit
     Weighted              "window" with a token-weighted loss, `jaxaccum.Weighted`. All tokens are real
     Weighted, one at 0    the same; a micro-batch of the window is padding alone, so that this side trains on less data
     Weighted, auto        "window, auto" with a token-weighted loss
@@ -20,6 +21,7 @@ one device, by these sides in one run:
     host driven, cast     the same, with `MultiSteps(prepare=jaxaccum.cast(bfloat16))`
     host driven, Weighted  with the token-weighted loss: the host computes each micro-batch's weight first
     host driven, drop     with `nonfinite="drop"`, where nothing is dropped
+    host driven, noise scale  with `gradient_norms="noise"`; the norms stay in the state
     Trainer               `Trainer.fit` on host arrays; "fused" with `fuse_windows=True`
     counter               K calls of one program of `MultiSteps.micro_step`: the state's counter finds the boundary
     optax.MultiSteps      K calls of `value_and_grad`, `update` and `apply_updates` in one program
@@ -81,6 +83,7 @@ from _train import (
     ours,
     ours_weighted,
     windows,
+    with_noise_scale,
 )
 
 import jaxaccum
@@ -96,6 +99,7 @@ SIDES = {
     "window, cast": functools.partial(in_one_jit, functools.partial(ours, prepare=CAST)),
     "window, auto": functools.partial(in_one_jit, functools.partial(ours, prepare="auto")),
     "window, auto, by two": functools.partial(in_one_jit, functools.partial(ours, prepare="auto", unroll=2)),
+    "window, noise scale": with_noise_scale,
     "Weighted": functools.partial(in_one_jit, ours_weighted),
     "Weighted, one at 0": functools.partial(in_one_jit, functools.partial(ours_weighted, left_out=1)),
     "Weighted, auto": functools.partial(in_one_jit, functools.partial(ours_weighted, prepare="auto")),
@@ -103,6 +107,7 @@ SIDES = {
     "host driven, cast": functools.partial(host_driven, prepare=True),
     "host driven, Weighted": functools.partial(host_driven, weighted=True),
     "host driven, drop": functools.partial(host_driven, nonfinite="drop"),
+    "host driven, noise scale": functools.partial(host_driven, gradient_norms="noise"),
     "Trainer": in_trainer,
     "Trainer, fused": functools.partial(in_trainer, fuse_windows=True),
     "Trainer, Weighted": functools.partial(in_trainer, weighted=True),

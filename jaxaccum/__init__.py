@@ -29,6 +29,8 @@ import importlib.metadata as _metadata
 import importlib.util as _util
 import typing as _typing
 
+from jaxaccum._choosing.adaptive import AdaptiveAccumulation
+from jaxaccum._choosing.noise_scale import NoiseScale
 from jaxaccum._collectives.report import collectives
 from jaxaccum._devices.zero import zero_sharding
 from jaxaccum._gradient.casting import cast
@@ -55,9 +57,11 @@ if _typing.TYPE_CHECKING:
 
 __all__ = [
     "AccumulationSchedule",
+    "AdaptiveAccumulation",
     "HostDriven",
     "MultiSteps",
     "MultiStepsState",
+    "NoiseScale",
     "Task",
     "Trainer",
     "Weighted",

@@ -32,6 +32,8 @@ class Boundary(NamedTuple):
     is_last: Any
     # Whether the sums are 0 when a window starts and must be cleared when it closes; needs a Python bool as `is_last`.
     clears: bool = False
+    # Whether the micro-step starts a window: a Python bool, or None to let the state's counter decide.
+    starts: bool | None = None
 
     def reached(self, config: Config, state: MultiStepsState) -> Any:
         """Whether the next micro-step is the last one: a Python bool if it is known during tracing."""
@@ -74,11 +76,14 @@ def add(
     )
     one = jnp.ones_like(state.weight)
     total_weight = weighted_sum.add(state.weight, one, weight, keep=keep, first=first)
+    sums = Weighted(acc_grads, total_weight)
+    starts = conditions.known(state.mini_step == 0) if boundary.starts is None else boundary.starts
+    of_grads = norms.started(config, of_grads, sums, starts)
     values = {name: Weighted(value, one) for name, value in averaged.items()}
     passed = weighted_sum.add({name: state.averages[name] for name in values}, values, weight, keep=keep)
 
     window = Window(
-        sums=Weighted(acc_grads, total_weight),
+        sums=sums,
         averages=passed,
         norms=of_grads,
         count=state.mini_step + 1,

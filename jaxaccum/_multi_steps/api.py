@@ -101,7 +101,10 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
       gradient_norms: "window" keeps the norm of the gradient of the last optimizer step in `state.norms.window`; it
         costs a pass over that gradient. "all" also keeps the norms of the micro-batches' gradients (see
         `MultiStepsState`), with a pass over each, which turns `in_place` off. With `prepare` these are gradients with
-        respect to its output. None computes nothing.
+        respect to its output. "noise" keeps, besides `window`, in `state.norms.two_sizes` what `NoiseScale.update`
+        takes, of the last window: from the devices' sums and their total or, on one device, from the sums after the
+        first micro-step (in a conditional, except with `HostDriven`) and at the end. On one device a window of one
+        micro-step tells nothing, so an int K of 1 raises. None computes nothing.
 
     Raises:
       TypeError, ValueError: for an invalid argument, at construction; from `init`, if the inner optimizer contains
@@ -154,6 +157,8 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
             in_place = False
         if gradient_norms == "all":
             in_place = False
+        if gradient_norms == "noise" and not isinstance(sync, MappedAxis):
+            norms.check_two_sizes("every_k_schedule", every_k_schedule, sync.size())
         config = Config(
             opt=opt,
             every_k=checks.every_k_schedule(every_k_schedule),

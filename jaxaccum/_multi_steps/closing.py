@@ -61,15 +61,16 @@ def close(
         return conditions.branch(pred, close, lambda: same(stay()))
 
     def reduce():
-        total, reduced = _carried_back(config, call.params, window)
-        total = sync.joined(total, reduced)
+        carried, reduced = _carried_back(config, call.params, window)
+        total = sync.joined(carried, reduced)
         weight, averages = sync.joined((window.sums.weight, window.averages))
         means = {name: averaged_args.mean(sums, call.extra_args[name]) for name, sums in averages.items()}
 
         def step():
             divisor = weight if config.use_grad_mean else jnp.full_like(weight, sync.size())
             mean = weighted_sum.mean(Weighted(total, divisor), window.like)
-            of_window = norms.at_step(config, window.norms, mean, weight, reduced)
+            local, joined = Weighted(carried, window.sums.weight), Weighted(total, weight)
+            of_window = norms.at_step(config, window, local, joined, mean, reduced)
             args = call._replace(extra_args=call.extra_args | means), mean, window.like
             return *_optimizer_step(config, state, *args), of_window
 

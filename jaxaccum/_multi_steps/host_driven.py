@@ -13,7 +13,7 @@ from jaxaccum._gradient.host_weight import HostWeight
 from jaxaccum._gradient.returns import Returns, strong
 from jaxaccum._integers import positive_int
 from jaxaccum._jax import prng
-from jaxaccum._multi_steps import checks, inner_update, loss_step
+from jaxaccum._multi_steps import checks, inner_update, loss_step, norms
 from jaxaccum._multi_steps.accumulation import Boundary
 from jaxaccum._multi_steps.api import MultiSteps, config_of
 from jaxaccum._multi_steps.state import MultiStepsState, set_every_k, with_cleared_sums
@@ -38,7 +38,8 @@ class HostDriven:
 
     The first program only accumulates: it takes the parameters and the pending sums and returns the sums. The
     optimizer's state does not pass through it. The second also runs the optimizer, without a conditional, and clears
-    the sums. Changing K does not recompile either.
+    the sums. Changing K does not recompile either. With `gradient_norms="noise"` on one device, a third one accumulates
+    the first micro-batch of a window and takes its norm.
 
     The position in the window belongs to the state. For a state returned by this object, the host knows the position
     without waiting for the device. For any other state (new, restored, copied, or from another step function), it
@@ -104,16 +105,17 @@ class HostDriven:
         value_alone = lambda *args, **kwargs: (returns.unpack(fun(*args, **kwargs))[0], None)
         self._weight = HostWeight(value_alone, config.sync, self._roles)
 
-        def programs(counts):
+        def programs(counts, starts=False):
             micro_step = loss_step.micro_step(config, fun, returns, counts=counts)
 
             def accumulate(params, prepared, pending, /, *args, **kwargs):
                 pending = pending._replace(prepared=prepared)
-                loss, _, pending = micro_step(params, pending, args, kwargs, Boundary(False, clears=True))
+                boundary = Boundary(False, clears=True, starts=starts)
+                loss, _, pending = micro_step(params, pending, args, kwargs, boundary)
                 return loss, pending._replace(prepared=())
 
             def close(params, state, /, *args, **kwargs):
-                return micro_step(params, state, args, kwargs, Boundary(True, clears=True))
+                return micro_step(params, state, args, kwargs, Boundary(True, clears=True, starts=False))
 
             return jax.jit(accumulate, donate_argnums=2), jax.jit(close, donate_argnums=(0, 1))
 
@@ -122,6 +124,9 @@ class HostDriven:
             return inner_update.apply_updates(params, updates), with_cleared_sums(state)
 
         self._programs = {counts: programs(counts) for counts in (False, True)}
+        self._starting = {}  # The programs that accumulate a window's first micro-batch, if they differ.
+        if norms.measures_starts(config):
+            self._starting = {counts: programs(counts, starts=True)[0] for counts in self._programs}
         self._flush = jax.jit(flush, donate_argnums=(0, 1))
         self._clear = jax.jit(weighted_sum.cleared, donate_argnums=0)
 
@@ -167,7 +172,7 @@ class HostDriven:
         state, position, k = self._read(state)
         params, rest = modules.parted(params)
         args, kwargs = modules.arguments(rest, args, kwargs)
-        accumulate, close = self._programs_for(params, args, kwargs)
+        accumulate, close = self._programs_for(params, args, kwargs, starts=position.mini_step == 0)
         params, args = self._settled(params, args)
         if position.mini_step + 1 >= k.every_k:
             loss, params, state = self._run(close, (params,), state, args, kwargs, position)
@@ -227,11 +232,15 @@ class HostDriven:
         self._remember(state, 0, k)
         return modules.combined(params, rest), state
 
-    def _programs_for(self, params: Tree, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """The two programs for these arguments of `fun`, which are checked."""
+    def _programs_for(
+        self, params: Tree, args: tuple[Any, ...], kwargs: dict[str, Any], starts: bool = False
+    ) -> tuple[Any, Any]:
+        """The two programs for these arguments of `fun`, which are checked; `starts`: a window begins."""
         prng.refuse_rngs((*args, *kwargs.values()))
         self._roles.check((params, *args))
-        return self._programs[self._weight.is_positive(params, *args, **kwargs)]
+        counts = self._weight.is_positive(params, *args, **kwargs)
+        accumulate, close = self._programs[counts]
+        return self._starting[counts] if starts and self._starting else accumulate, close
 
     def _settled(self, params: Tree, args: tuple[Any, ...]) -> tuple[Tree, tuple[Any, ...]]:
         """The parameters and the carry in the types and the places that programs return them in.

@@ -51,8 +51,9 @@ def redistribute(config: Config, state: MultiStepsState, devices: int, batch: st
         "norms": 1,
     }
     moved = {name: folded(jax.tree.map(_through_host, local[name]), devices, scale) for name, scale in scales.items()}
-    if moved["norms"] is not None:  # The sum of squares is weighted; the number of micro-batches is not.
-        moved["norms"] *= np.asarray([scales["weight"], 1], moved["norms"].dtype)
+    if moved["norms"] is not None:  # All are weighted but the number of micro-batches, the last one.
+        is_number = np.arange(moved["norms"].shape[-1]) == moved["norms"].shape[-1] - 1
+        moved["norms"] *= np.where(is_number, 1, scales["weight"]).astype(moved["norms"].dtype)
     if isinstance(config.sync, MeshAxis):
         moved = jax.tree.map(functools.partial(_placed, config.sync), moved, local)
     if isinstance(config.sync, OneDevice):
@@ -61,7 +62,8 @@ def redistribute(config: Config, state: MultiStepsState, devices: int, batch: st
         shared = jax.tree.map(lambda x: jnp.broadcast_to(x, (devices, *jnp.shape(x))), shared)
     pending = moved.pop("norms")
     if pending is not None:  # The last micro-batch's norms are those of other devices.
-        shared = shared._replace(norms=shared.norms._replace(micro_batch=0 * moved["weight"], pending=pending))
+        micro_batch = None if shared.norms.micro_batch is None else 0 * moved["weight"]
+        shared = shared._replace(norms=shared.norms._replace(micro_batch=micro_batch, pending=pending))
     return shared._replace(**moved)
 
 

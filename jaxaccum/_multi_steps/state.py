@@ -35,7 +35,8 @@ class MultiStepsState(NamedTuple):
       norms: with `gradient_norms`, a NamedTuple. `window` is the norm of the gradient of the last optimizer step. With
         "all" there are also `micro_batch`, the norm of the last micro-batch's mean gradient, per device with `mesh`, 0
         if it was left out; `squares`, Σ w·‖g‖² and Σ w over the last window's micro-batches g on all devices; `count`,
-        how many of them counted; and `pending`, the sums of the open window. `()` without the option.
+        how many of them counted; and `pending`, the sums of the open window. With "noise" there is `two_sizes`, of the
+        last window. `()` without the option.
     """
 
     mini_step: Any

@@ -123,7 +123,11 @@ def value_and_grad(
         norms of the micro-batches' mean gradients, with `mesh` (K, P); `squares`, Σ w·‖g‖² and Σ w over the
         micro-batches g of all devices; and `count`, how many of them count. The norm of one of weight 0 is 0. "all"
         adds no gradient in place, and hoists nothing for `prepare="auto"`; with a `prepare` function these are
-        gradients with respect to its output. None computes nothing.
+        gradients with respect to its output. "noise": besides `window` there is `two_sizes`, what `NoiseScale.update`
+        takes, from the devices' sums and their total. On one device they are the norms of the sums after the first
+        micro-batches and at the end, with two passes over the sums (K passes if K is an odd prime), and K must be above
+        1; with a `prepare` function they are with respect to its output. Gradients are added in place as without it.
+        None computes nothing.
       transform_micro_gradient: a function of each micro-batch's mean gradient, also of a `Weighted` loss, that returns
         what is added in its place, of the same shapes: clipped or compressed, for example. It gets no key, so noise
         from a key that it closes over is the same for each micro-batch. Norms are those before it. It turns in-place
@@ -165,12 +169,15 @@ def value_and_grad(
         in_place=in_place,
         unroll=positive_int(unroll, "unroll"),
         observed=observed,
+        two_sizes=gradient_norms == "noise",
     )
     if window.unroll > 1 and not isinstance(window.k, int):
         raise ValueError(
             f"unroll={unroll!r} needs a num_micro_batches that is not traced: leave it at 1, or pass an int."
         )
     sync = placement.select_sync(axis_name, mesh, data_axis, reduce=reduce)
+    if window.two_sizes and not isinstance(sync, MappedAxis):
+        norms.check_two_sizes("num_micro_batches", window.k, sync.size())
 
     def value_and_grad(*args, **kwargs):
         run = functools.partial(_window_of, window, sync, grad_dtype, gradient_norms)
@@ -184,12 +191,18 @@ def _window_of(window, sync, grad_dtype, gradient_norms, args, kwargs):
     params = window.differentiated(args)
     if isinstance(sync, MeshAxis):
         reduced = None
-        sums, like, carry, (aux, rows) = _on_mesh(window, sync, args, kwargs)
+        local, like, carry, (aux, rows) = _on_mesh(window, sync, args, kwargs)
+        sums = sync.joined(local)
     else:
-        sums, reduced, like, carry, (aux, rows) = window.run(sync, args, kwargs)
-        sums = Weighted((sync.joined(sums.total[0]), sync.joined(sums.total[1], reduced)), sync.joined(sums.weight))
+        local, reduced, like, carry, (aux, rows) = window.run(sync, args, kwargs)
+        value, grads = local.total
+        sums = Weighted((sync.joined(value), sync.joined(grads, reduced)), sync.joined(local.weight))
     value, grads = weighted_sum.mean(sums, (like, params))
-    measured = () if gradient_norms is None else (_norms(sync, grads, reduced, rows, sums.weight),)
+    measured = ()
+    if window.two_sizes:
+        measured = (_two_sizes(sync, Weighted(sums.total[1], sums.weight), reduced, local, rows),)
+    elif gradient_norms is not None:
+        measured = (_norms(sync, grads, reduced, rows, sums.weight),)
     grads = overwrites.kept(grads, params, sums.weight == 0)
     value = window.returns.pack(value.astype(like.dtype), carry, aux)
     return value, call.finished(grads, params, sync, grad_dtype), *measured
@@ -205,8 +218,19 @@ def _norms(sync, grads, reduced, rows, weight):
     return GradientNorms(window, micro_batch, Weighted(square, weight), count.astype(jnp.int32))
 
 
+def _two_sizes(sync, sums, reduced, local, parts):
+    """The norms of a window from its reduced sums and from the `local` ones or, on one device, its `parts`."""
+    divisor = jnp.where(sums.weight == 0, 1, sums.weight)
+    norm = sync.norm(sums.total, reduced)
+    if sync.size() == 1:
+        return norms.of_two_sizes(norm / divisor, *map(sync.joined, parts))
+    norms.refuse_reduced(reduced)
+    part = sync.joined(norms.of_part(Weighted(local.total[1], local.weight), sync.shape))
+    return norms.of_two_sizes(norm / divisor, part, (norm**2 / divisor, sums.weight))
+
+
 def _on_mesh(window, sync, args, kwargs):
-    """Runs each device's window: (reduced sums, a zero of the loss's dtype, carry, aux)."""
+    """Runs each device's window: (local sums, a zero of the loss's dtype, carry, aux)."""
     splitting.check_devices(args, window.roles.batch, window.k, window.stacked, sync.size())
 
     def body(k, *args, **kwargs):
@@ -217,8 +241,7 @@ def _on_mesh(window, sync, args, kwargs):
     out_specs = P(sync.names), P(), P(), P(None, sync.names)
     split = [i + 1 for i in window.roles.batch]
     options = {"split": split, "split_dim": 1 if window.stacked else 0, "out_specs": out_specs}
-    sums, *rest = mesh_map.on_data_axes(body, sync, (window.k, *args), kwargs, **options)
-    return sync.joined(sums), *rest
+    return mesh_map.on_data_axes(body, sync, (window.k, *args), kwargs, **options)
 
 
 def _num_micro_batches(value: Any, stacked: bool) -> Any:

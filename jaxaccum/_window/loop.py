@@ -14,7 +14,7 @@ from jaxaccum._gradient.observed import Observed
 from jaxaccum._gradient.returns import Carry, Returns
 from jaxaccum._gradient.roles import Roles
 from jaxaccum._jax import core, prng
-from jaxaccum._sums import traced_loss, weighted_sum
+from jaxaccum._sums import norms, traced_loss, weighted_sum
 from jaxaccum._sums.weighted_sum import Weighted
 from jaxaccum._types import Tree
 from jaxaccum._window import once
@@ -34,6 +34,7 @@ class Window(NamedTuple):
     in_place: bool | None
     unroll: int
     observed: Observed
+    two_sizes: bool = False  # Whether one device measures the sums after the first micro-batches too.
 
     def differentiated(self, args: Sequence[Tree]) -> Tree:
         """The differentiated arguments: one, or a tuple."""
@@ -86,6 +87,8 @@ class Window(NamedTuple):
 
         Returns (local sums of loss and gradient, a zero of the loss's dtype, the last carry, (aux, rows of norms)).
         """
+        if self.two_sizes:
+            norms.check_two_sizes("num_micro_batches", self.k, device.size())
         first = first_step(device, micro_batches, carry)
         traced, mean = traced_loss.trace(loss, seen, *first), None
         traced.refuse_reduced(device.names)
@@ -130,7 +133,7 @@ class Window(NamedTuple):
             return (sums, weighted_sum.select(keep, new_carry, carry)), ()
 
         start = device.local(Weighted(_zero(), _zero())), carry
-        (sums, _), _ = self._loop(micro_step, start, micro_batches.length)
+        (sums, _), _, _ = self._loop(micro_step, start, micro_batches.length)
         return device.local(traced_loss.mean(device.joined(sums)))
 
     def _sum(self, device, gradient, substituted, seen, sums, carry, micro_batches):
@@ -142,6 +145,10 @@ class Window(NamedTuple):
         changed = lambda sums, change: Weighted((sums.total[0], change(sums.total[1])), sums.weight)
         dtypes = []
 
+        def part(state):
+            sums = changed(state[0], packing.unpack)
+            return norms.of_part(Weighted(sums.total[1], sums.weight))
+
         def micro_step(state, i):
             sums, carry = state
             step = substituted.step(i, carry)
@@ -150,7 +157,7 @@ class Window(NamedTuple):
             dtypes.append(value.total.dtype)
             keep = traced_loss.keep(value.weight) if kept is None else kept
             weight = value.weight if step.weight is None else step.weight
-            grads, norms = self.observed(grads, weight, True if keep is None else keep)
+            grads, row = self.observed(grads, weight, True if keep is None else keep)
             weight = jnp.ones_like(sums.weight) if weight is None else weight
             # The loss's bits make the rounding differ between windows.
             bits = jax.lax.bitcast_convert_type(value.total.astype(jnp.float32), jnp.uint32)
@@ -162,21 +169,39 @@ class Window(NamedTuple):
                 own = lambda: gradient.loss.total(seen, device.local(i), micro_batches.take(i), carry)[1][1][1]
                 aux = jax.lax.cond(kept, lambda: aux, own)
             new_carry = new_carry if keep is None else weighted_sum.select(keep, new_carry, carry)
-            return (sums, new_carry), (aux, norms)
+            return (sums, new_carry), (aux, row)
 
-        (sums, carry), aux = self._loop(micro_step, (changed(sums, packing.pack), carry), micro_batches.length)
-        return changed(substituted.sums(sums), packing.unpack), jnp.zeros((), dtypes[0]), carry, aux
+        start = changed(sums, packing.pack), carry
+        measured = part if self.two_sizes and device.size() == 1 else None
+        (sums, carry), (aux, rows), parts = self._loop(micro_step, start, micro_batches.length, measured)
+        sums = changed(substituted.sums(sums), packing.unpack)
+        return sums, jnp.zeros((), dtypes[0]), carry, (aux, rows if measured is None else parts)
 
-    def _loop(self, micro_step, start, length):
-        """Loops `micro_step(state, i) -> (state, row)` over the window's `length` micro-batches: (last state, rows)."""
+    def _loop(self, micro_step, start, length, measured=None):
+        """Loops `micro_step(state, i) -> (state, row)` over the window's `length` micro-batches.
+
+        Returns (last state, rows, `measured` of the states after the first micro-batches and at the end, or None).
+        """
         k = self.k
         if self.unroll > 1 and k != length:
             raise ValueError(
                 f"unroll={self.unroll} needs all of the stacked batch: num_micro_batches={k}, but it holds {length}."
             )
-        if isinstance(k, int):
-            return jax.lax.scan(micro_step, start, jnp.arange(k, dtype=jnp.int32), unroll=self.unroll)
-        return _loop(micro_step, start, k, length)
+        if not isinstance(k, int):
+            return _loop(micro_step, start, k, length, measured)
+        scan = functools.partial(jax.lax.scan, micro_step, unroll=self.unroll)
+        numbers = jnp.arange(k, dtype=jnp.int32)
+        if measured is None:
+            return *scan(start, numbers), None
+
+        def part(state, numbers):
+            state, rows = scan(state, numbers)
+            return state, (rows, measured(state))
+
+        # A loop of loops: the program holds one micro-step, as without it, and no conditional.
+        count = next(n for n in range(2, k + 1) if k % n == 0)
+        state, (rows, parts) = jax.lax.scan(part, start, numbers.reshape(count, -1))
+        return state, jax.tree.map(lambda x: x.reshape(k, *x.shape[2:]), rows), jnp.stack([parts[0], parts[-1]])
 
 
 def first_step(device: OneDevice | MappedAxis, micro_batches: splitting.MicroBatches, carry: Tree) -> tuple[Any, ...]:
@@ -188,18 +213,18 @@ def _only(observed, traced, seen, index, batch, carry):
     """`Window._sum` for a window of one micro-batch, without a loop."""
     value, (new_carry, aux), grads = micro_gradient.of(traced, False, None)(seen, None, index, batch, carry)
     keep = traced_loss.keep(value.weight)
-    grads, norms = observed(grads, value.weight, True if keep is None else keep)
+    grads, row = observed(grads, value.weight, True if keep is None else keep)
     one = jnp.ones((), weighted_sum.weight_dtype())
     weight = one if value.weight is None else jnp.asarray(value.weight).astype(one.dtype)
     sums = Weighted((value.total.astype(one.dtype), grads), weight)
     if keep is not None:
         sums = weighted_sum.only_if(keep, sums)
         new_carry = weighted_sum.select(keep, new_carry, carry)
-    return sums, jnp.zeros((), value.total.dtype), new_carry, jax.tree.map(lambda x: x[None], (aux, norms))
+    return sums, jnp.zeros((), value.total.dtype), new_carry, jax.tree.map(lambda x: x[None], (aux, row))
 
 
-def _loop(micro_step, start, k, length):
-    """`lax.scan` over the first k of `length` micro-batches for a traced k; the other rows are zero."""
+def _loop(micro_step, start, k, length, measured):
+    """`Window._loop` over the first k of `length` micro-batches for a traced k; the other rows are zero."""
     # Traced once beforehand, because the loop needs the output types.
     closed, (_, aux_shapes) = jax.make_jaxpr(micro_step, return_shape=True)(start, jnp.zeros((), jnp.int32))
     avals = closed.out_avals[len(closed.out_avals) - len(jax.tree.leaves(aux_shapes)) :]
@@ -213,7 +238,17 @@ def _loop(micro_step, start, k, length):
         return state, jax.tree.map(lambda a, x: jax.lax.dynamic_update_index_in_dim(a, x, i, 0), aux, row)
 
     # Micro-batches are numbered in int32, under x64 too.
-    return jax.lax.fori_loop(jnp.int32(0), jnp.minimum(k, length).astype(jnp.int32), body, (start, aux))
+    zero, end = jnp.int32(0), jnp.minimum(k, length).astype(jnp.int32)
+    if measured is None:
+        return *jax.lax.fori_loop(zero, end, body, (start, aux)), None
+
+    def part(state, bounds):
+        state = jax.lax.fori_loop(bounds[0], bounds[1], body, state)
+        return state, measured(state[0])
+
+    bounds = jnp.stack([zero, jnp.int32(1)]), jnp.stack([jnp.int32(1), end])
+    (state, aux), parts = jax.lax.scan(part, (start, aux), bounds)
+    return state, aux, parts
 
 
 def _zero() -> jax.Array:

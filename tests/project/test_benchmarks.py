@@ -90,7 +90,15 @@ def test_devices(tmp_path, options):
 def test_window(tmp_path):
     """Catches a side that trains another model: a micro-batch lost or counted twice, a step too many."""
     out = tmp_path / "window.json"
-    sides = ["floor", "hand-written scan", "window, auto, by two", "Weighted", "Weighted, auto", "host driven, cast"]
+    sides = [
+        "floor",
+        "hand-written scan",
+        "window, auto, by two",
+        "window, noise scale",
+        "Weighted",
+        "Weighted, auto",
+        "host driven, cast",
+    ]
     sides += [
         "host driven, Weighted",
         "Trainer",

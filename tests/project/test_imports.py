@@ -14,9 +14,11 @@ import jaxaccum
 EXTRAS = ["equinox", "flax", "matplotlib", "orbax", "sklearn", "tensorboardX", "tensorflow", "torch", "tqdm"]
 PUBLIC = {
     "AccumulationSchedule",
+    "AdaptiveAccumulation",
     "HostDriven",
     "MultiSteps",
     "MultiStepsState",
+    "NoiseScale",
     "Weighted",
     "cast",
     "collectives",

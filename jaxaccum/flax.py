@@ -108,10 +108,10 @@ def _functional(
     **kwargs: Any,
 ) -> tuple[Any, Any]:
     """`fun` of an nnx model, as a loss with the model's other state as its last argument and carry."""
-    *args, state = args
+    *rest, state = args
     # Copied, because nnx can't mutate the carry's variables, which were created outside of this trace.
     model = nnx.merge(graphdef, params, state, copy=True)
-    returned = fun(model, *args, **kwargs)
+    returned = fun(model, *rest, **kwargs)
     _, _, state = nnx.split(model, wrt, ...)
     return (returned[0], (state, returned[1])) if has_aux else (returned, state)
 

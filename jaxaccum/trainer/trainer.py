@@ -1,6 +1,7 @@
 """The `Trainer`: its arguments, methods and properties, and how a run starts and ends."""
 
 import contextlib
+import datetime
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ from jaxaccum import task as _task
 from jaxaccum._integers import positive_int
 from jaxaccum._types import Tree
 from jaxaccum.callbacks import Callback, ProgressBar
+from jaxaccum.callbacks.time_limit import TimeLimit
 from jaxaccum.checkpoint import Checkpoint, orbax_io
 from jaxaccum.distributed.process_group import Processes
 from jaxaccum.loggers import figure
@@ -57,9 +59,14 @@ class Trainer:
 
     Args:
       accumulate_grad_batches: K: an int, a dict from epoch to K, or an `AccumulationSchedule`.
-      max_epochs: the number of epochs; -1 for no limit. None means 1000, with a warning, or no limit if `max_steps` is
-        given.
+      max_epochs: the number of epochs; -1 for no limit. None means 1000, with a warning, or no limit if `max_steps` or
+        `max_time` is given.
       max_steps: the number of optimizer steps; -1 for no limit.
+      min_epochs: the number of epochs before which `should_stop` and `max_time` don't stop the run; they take effect
+        then. None for no minimum.
+      min_steps: the same in optimizer steps.
+      max_time: stop once `fit` has taken this long, counted over the run's resumes: a `datetime.timedelta`, a dict of
+        its arguments, or "DD:HH:MM:SS". None for no limit.
       strategy: "single": one device. "ddp": each of the P devices takes its own loader batch, so a window has P·K of
         them. "zero": like "ddp", with the optimizer state and update sharded over the devices. "dp": each loader batch
         is split over the devices. "auto": "single" on one device, "ddp" on several.
@@ -110,6 +117,9 @@ class Trainer:
         accumulate_grad_batches: int | Mapping[int, int] = 1,
         max_epochs: int | None = None,
         max_steps: int = -1,
+        min_epochs: int | None = None,
+        min_steps: int | None = None,
+        max_time: str | datetime.timedelta | Mapping[str, int] | None = None,
         strategy: str = "auto",
         devices: int | str = "auto",
         callbacks: Callback | Sequence[Callback] = (),
@@ -132,11 +142,13 @@ class Trainer:
         detect_anomaly: bool = False,
     ):
         observers = arguments.callbacks(callbacks)
-        self._callbacks = (*observers, ProgressBar()) if enable_progress_bar else observers
         self._options = Options(
             accumulate_grad_batches=arguments.schedule(accumulate_grad_batches, observers),
             max_epochs=max_epochs,
             max_steps=max_steps,
+            min_epochs=min_epochs,
+            min_steps=min_steps,
+            max_time=max_time,
             limit_train_batches=limit_train_batches,
             limit_val_batches=limit_val_batches,
             overfit_batches=overfit_batches,
@@ -152,6 +164,11 @@ class Trainer:
             nonfinite=nonfinite,
             detect_anomaly=detect_anomaly,
         )
+        self._callbacks = observers
+        if self._options.max_time is not None:
+            self._callbacks += (TimeLimit(self._options.max_time),)
+        if enable_progress_bar:
+            self._callbacks += (ProgressBar(),)
         self._strategy, self._processes = Strategy(strategy, devices), Processes()
         root = _paths.absolute(default_root_dir or ".")
         self._loggers, self._folder = arguments.loggers(logger, root), root / "checkpoints"
@@ -337,7 +354,10 @@ class Trainer:
 
     @property
     def should_stop(self) -> bool:
-        """Whether to stop training after the current micro-step. Callbacks may set it; each `fit` resets it."""
+        """Whether to stop training after the current micro-step. Callbacks may set it; each `fit` resets it.
+
+        It takes effect once `min_epochs` and `min_steps` are reached.
+        """
         return self._processes.own.stop
 
     @should_stop.setter
@@ -434,7 +454,7 @@ class Trainer:
         options, processes = self._options, self._processes
         if not isinstance(task, Task):
             raise TypeError(f"task must be a jaxaccum.Task, got {task!r}.")
-        if options.max_epochs is None and options.max_steps == -1:
+        if options.has_default_length:
             warnings.warn(
                 "max_epochs is not set: training for 1000 epochs. Pass max_epochs=-1 for no end.", stacklevel=3
             )

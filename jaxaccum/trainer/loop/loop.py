@@ -59,7 +59,12 @@ class Loop:
     def _is_over(self) -> bool:
         """Whether the run has reached its last epoch or optimizer step, or was asked to stop."""
         at, options = self._run.at, self._options
-        return at.global_step >= options.steps or at.epoch >= options.epochs or self._processes.wishes.stop
+        return at.global_step >= options.steps or at.epoch >= options.epochs or self._may_stop()
+
+    def _may_stop(self) -> bool:
+        """Whether the run was asked to stop and has its minimum length."""
+        at = self._run.at
+        return self._processes.wishes.stop and self._options.may_stop(at.epoch, at.global_step)
 
     def _begin_epoch(self) -> None:
         """Sets K, unless the run resumes in the epoch."""
@@ -78,7 +83,7 @@ class Loop:
             return
         for call in self._remaining():
             self._signals.leave_if_told()
-            if self._processes.wishes.stop and at.batches != before:
+            if at.batches != before and self._may_stop():
                 return  # A hook of the last micro-step requested it, in any process.
             yield call
             self._signals.leave_if_told()

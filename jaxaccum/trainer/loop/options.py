@@ -1,8 +1,9 @@
 """The Trainer's options."""
 
 import dataclasses
+import datetime
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxaccum._integers import as_int, positive_int
@@ -28,6 +29,9 @@ class Options:
     accumulate_grad_batches: AccumulationSchedule
     max_epochs: int | None
     max_steps: int
+    min_epochs: int | None
+    min_steps: int | None
+    max_time: Any  # Converted to seconds.
     limit_train_batches: int | float
     limit_val_batches: int | float
     overfit_batches: int | float
@@ -44,9 +48,25 @@ class Options:
     detect_anomaly: bool
 
     def __post_init__(self):
+        self._check_length()
+        self._check_batches()
+        self._check_windows()
+
+    def _check_length(self) -> None:
         if self.max_epochs is not None:
             self.max_epochs = batch_limits.count_or_endless(self.max_epochs, "max_epochs")
         self.max_steps = batch_limits.count_or_endless(self.max_steps, "max_steps")
+        for what in ("epochs", "steps"):
+            name, wanted = f"min_{what}", f"None, or an integer from 0 to max_{what}={getattr(self, f'max_{what}')}"
+            if getattr(self, name) is None:
+                continue
+            least = as_int(getattr(self, name), name, wanted)
+            if not 0 <= least <= getattr(self, what):
+                raise ValueError(f"{name} must be {wanted}, got {least}.")
+            setattr(self, name, least)
+        self.max_time = _seconds(self.max_time)
+
+    def _check_batches(self) -> None:
         for name, least in _LEAST.items():
             setattr(self, name, batch_limits.count_or_fraction(getattr(self, name), name, least))
         self.num_sanity_val_steps = batch_limits.count_or_endless(
@@ -60,6 +80,8 @@ class Options:
                 f"{self.val_check_interval} is a fraction of one; pass an int val_check_interval."
             )
         self.log_every_n_steps = positive_int(self.log_every_n_steps, "log_every_n_steps")
+
+    def _check_windows(self) -> None:
         clip = self.gradient_clip_val
         if clip is not None and (isinstance(clip, (bool, str)) or not clip > 0):
             raise ValueError(f"gradient_clip_val must be None or a number above 0, got {clip!r}.")
@@ -77,16 +99,25 @@ class Options:
             self.nonfinite = "drop"  # Keeps the anomaly out of the sums, so that the state stays valid.
 
     @property
+    def has_default_length(self) -> bool:
+        """Whether no argument says how long to train."""
+        return self.max_epochs is None and self.max_steps == -1 and self.max_time is None
+
+    @property
     def epochs(self) -> int | float:
         """`max_epochs` with its default; infinite for no limit."""
         if self.max_epochs is None:
-            return 1000 if self.max_steps == -1 else math.inf
+            return 1000 if self.has_default_length else math.inf
         return math.inf if self.max_epochs == -1 else self.max_epochs
 
     @property
     def steps(self) -> int | float:
         """`max_steps`; infinite for no limit."""
         return math.inf if self.max_steps == -1 else self.max_steps
+
+    def may_stop(self, epochs: int, steps: int) -> bool:
+        """Whether a run may be stopped after this many epochs and optimizer steps."""
+        return epochs >= (self.min_epochs or 0) and steps >= (self.min_steps or 0)
 
     @property
     def divides_by_k(self) -> bool:
@@ -104,6 +135,26 @@ class Options:
         common["accumulate_grad_batches"] = list(self.accumulate_grad_batches.items())
         common["gradient_clip_val"] = str(self.gradient_clip_val)  # It may not be JSON-serialisable.
         processes.agree("options", common | others)
+
+
+def _seconds(max_time: Any) -> float | None:
+    """Converts Lightning's forms of a duration: a timedelta, its arguments as a dict, or "DD:HH:MM:SS"."""
+    if max_time is None:
+        return None
+    given, parts = max_time, str(max_time).split(":")
+    try:
+        if isinstance(max_time, str) and len(parts) == 4:
+            given = dict(zip(("days", "hours", "minutes", "seconds"), map(int, parts), strict=True))
+        if isinstance(given, Mapping):
+            given = datetime.timedelta(**given)
+        if given > datetime.timedelta():
+            return given.total_seconds()
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(
+        "max_time must be None or longer than 0: a datetime.timedelta, a dict of its arguments such as "
+        f"{{'hours': 4}}, or a string 'DD:HH:MM:SS', got {max_time!r}."
+    )
 
 
 def _check_choice(value: Any, name: str, choices: Sequence[str]) -> None:

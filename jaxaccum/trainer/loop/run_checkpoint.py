@@ -34,6 +34,7 @@ def arrays(state: FitState) -> dict[str, jax.Array]:
 def notes(run: Run, callbacks: Sequence[Callback]) -> dict[str, Any]:
     """Returns everything in a run that is not an array, as JSON types. Waits for the last window's means."""
     strategy, metrics = run.setup.strategy, run.metrics
+    options, processes = run.setup.options, run.setup.processes
     number = lambda x: np.asarray(x).item()
     told = [(callback.state_key, callback.state_dict()) for callback in callbacks]
     return {
@@ -41,10 +42,12 @@ def notes(run: Run, callbacks: Sequence[Callback]) -> dict[str, Any]:
         "seed": run.setup.programs.seed,
         "devices": strategy.size,
         "group": strategy.batches,
-        "loaders": run.setup.processes.gather("a checkpoint's notes", run.loader_state),
+        "loaders": processes.gather("a checkpoint's notes", run.loader_state),
         "means": {name: number(mean) for name, mean in metrics.window.items()},
         "metrics": {name: number(result) for name, result in metrics.results.items()},
         "logged": {name: number(value) for name, value in metrics.logged.items()},
+        # Until a run may stop, the wish for it is part of its state.
+        "stop": processes.wishes.stop and not options.may_stop(run.at.epoch, run.at.global_step),
         "callbacks": [(name, json_state.dumps(state, name)) for name, state in told if state],
     }
 
@@ -106,6 +109,7 @@ def restore(checkpoint: Checkpoint, run: Run, callbacks: Sequence[Callback]) -> 
             waiting.remove(own)
             callback.load_state_dict(own[1])
     run.at, run.is_resuming = place(checkpoint, strategy), True
+    run.setup.processes.own.stop = noted.get("stop", False)
     return waiting
 
 

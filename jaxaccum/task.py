@@ -26,6 +26,8 @@ class Task:
         `init(key, batch) -> (params, model_state)`, and `loss(params, model_state, batch, key)` returns
         `(loss, model_state)` or `(loss, model_state, metrics)`. Within a window the state is local to each device. At
         the boundary its floating leaves are averaged over the devices, and all other leaves must agree.
+      predict: `predict(params, batch)`, or `predict(params, model_state, batch)` with model state, for
+        `Trainer.predict`. It returns a pytree of arrays, such as the predictions for the batch's examples.
 
     Raises:
       TypeError: for an invalid argument, at construction.
@@ -45,6 +47,7 @@ class Task:
     loss: Callable[..., Any]
     optimizer: optax.GradientTransformation
     model_state: bool = False
+    predict: Callable[..., Any] | None = None
 
     def __post_init__(self):
         for name in ("init", "loss"):
@@ -54,6 +57,10 @@ class Task:
             raise TypeError(
                 "optimizer must be an optax.GradientTransformation, for example optax.adam(1e-3), "
                 f"got {self.optimizer!r}."
+            )
+        if not (self.predict is None or callable(self.predict)):
+            raise TypeError(
+                f"predict must be a function, or None for a task without predictions, got {self.predict!r}."
             )
         if not isinstance(self.model_state, bool):
             raise TypeError(
@@ -93,3 +100,9 @@ def evaluate(task: Task, params: Tree, model_state: Tree, batch: Tree, key: Any)
             "model state is returned with model_state=True."
         )
     return value, model_state, metrics
+
+
+def predicted(task: Task, params: Tree, model_state: Tree, batch: Tree) -> Any:
+    """Calls `task.predict`, which must be given."""
+    assert task.predict is not None
+    return task.predict(params, model_state, batch) if task.model_state else task.predict(params, batch)

@@ -25,18 +25,20 @@ class Loop:
         self._run, self._hooks, self._checkpoints, self._signals = run, hooks, checkpoints, signals
         self._setup, self._options, self._processes = run.setup, run.setup.options, run.setup.processes
         self._interval: validation.Interval | None = None
-        if run.setup.val_loader is not None:
+        if run.setup.val_loaders:
             self._interval = validation.Interval(run.setup)
             self._interval.check_falls_due(hooks.may_set_k)
-            self._interval.check_lasts(run.setup.val_loader)
+            for val_loader in run.setup.val_loaders.values():
+                self._interval.check_lasts(val_loader)
 
     def check_validation(self) -> None:
         """Validates on the first batches, to find errors before training; records nothing."""
         setup, count = self._setup, self._options.num_sanity_val_steps
-        if setup.val_loader is not None and count:
+        if setup.val_loaders and count:
             params, _, model_state, _ = self._run.state
-            batches = setup.val_loader.first(None if count == -1 else count * setup.strategy.group)
-            setup.evaluation.run(params, model_state, batches)
+            batches = None if count == -1 else count * setup.strategy.group
+            first = {name: val_loader.first(batches) for name, val_loader in setup.val_loaders.items()}
+            setup.evaluation.run(params, model_state, first)
 
     def train(self) -> None:
         """Trains to the end of the run and saves it."""
@@ -174,11 +176,11 @@ class Loop:
     def _validate_if_due(self) -> None:
         """Runs a validation if one is due. The pending sums are not affected."""
         run, setup = self._run, self._setup
-        if run.at.validated or setup.val_loader is None:
+        if run.at.validated or not setup.val_loaders:
             return
         self._hooks.call("on_validation_start")
         params, _, model_state, _ = run.state
-        results = setup.evaluation.run(params, model_state, setup.val_loader, self._signals.leave_if_told)
+        results = setup.evaluation.run(params, model_state, setup.val_loaders, self._signals.leave_if_told)
         run.metrics.results |= results
         self._hooks.call("on_validation_epoch_end")
         self._hooks.call("on_validation_end")

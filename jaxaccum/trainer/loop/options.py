@@ -32,6 +32,7 @@ class Options:
     min_epochs: int | None
     min_steps: int | None
     max_time: Any  # Converted to seconds.
+    fast_dev_run: int  # The number of micro-steps; 0 is off.
     limit_train_batches: int | float
     limit_val_batches: int | float
     overfit_batches: int | float
@@ -51,6 +52,11 @@ class Options:
         self._check_length()
         self._check_batches()
         self._check_windows()
+        if self.fast_dev_run:
+            self.max_epochs, self.max_steps, self.max_time = 1, -1, None
+            self.min_epochs = self.min_steps = None
+            self.overfit_batches = self.num_sanity_val_steps = 0
+            self.check_val_every_n_epoch, self.val_check_interval = 1, 1.0
 
     def _check_length(self) -> None:
         if self.max_epochs is not None:
@@ -67,6 +73,11 @@ class Options:
         self.max_time = _seconds(self.max_time)
 
     def _check_batches(self) -> None:
+        if not isinstance(self.fast_dev_run, bool):
+            wanted = "True, False or the number of micro-steps"
+            self.fast_dev_run = as_int(self.fast_dev_run, "fast_dev_run", wanted)
+            if self.fast_dev_run < 0:
+                raise ValueError(f"fast_dev_run must be {wanted}, got {self.fast_dev_run}.")
         for name, least in _LEAST.items():
             setattr(self, name, batch_limits.count_or_fraction(getattr(self, name), name, least))
         self.num_sanity_val_steps = batch_limits.count_or_endless(

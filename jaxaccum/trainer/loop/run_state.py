@@ -29,7 +29,7 @@ class Setup(NamedTuple):
     programs: Programs
     evaluation: Evaluation
     loader: TrainLoader
-    val_loader: ValLoader | None  # None for no validation.
+    val_loaders: dict[str, ValLoader]  # By the names of their results; {} for no validation.
     examples: int  # In the first loader batch, over all processes.
 
     @property

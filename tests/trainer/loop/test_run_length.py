@@ -4,9 +4,9 @@ import datetime
 import types
 
 import pytest
-from training import assert_same, ones, single, slope, trainer
+from training import Logged, assert_same, ones, single, slope, trainer
 
-from jaxaccum.callbacks import Callback, ModelCheckpoint, time_limit
+from jaxaccum.callbacks import Callback, EarlyStopping, ModelCheckpoint, time_limit
 
 DEVICES = pytest.mark.parametrize("devices", [1, 4])
 
@@ -120,12 +120,44 @@ class Jumps(Callback):
         self.clock.now += self.steps.pop(0)
 
 
+@DEVICES
+@pytest.mark.parametrize(("fast", "micro_steps"), [(True, 1), (3, 3), (False, 10), (0, 10)])
+def test_a_fast_run_is_a_few_micro_steps_and_leaves_nothing_behind(tmp_path, devices, fast, micro_steps):
+    """Catches batches counted in place of micro-steps, and a run that is long, or saves, stops or logs.
+
+    Windows are of two micro-steps, and each takes 1 from w.
+    """
+    log, batches = Logged(), ones(*[2] * 5 * devices)
+    saves = ModelCheckpoint(tmp_path / "saves", monitor="val_loss")
+    t = run(
+        devices,
+        [saves, EarlyStopping("val_loss", stopping_threshold=99.0)],
+        fast_dev_run=fast,
+        max_epochs=2,
+        min_epochs=2,
+        accumulate_grad_batches=2,
+        val_check_interval=2,
+        logger=log,
+    )
+    state = t.fit(slope(), batches, batches, ckpt_path="last") if fast else t.fit(slope(), batches, batches)
+    assert t.micro_step == micro_steps and t.window_step == 0
+    assert float(state.params) == -t.global_step == -{1: 1, 3: 2, 10: 6}[micro_steps]
+    seen = []
+    counted = (seen.append(1) or batch for batch in batches)
+    assert t.test(slope(), counted, ckpt_path="best" if fast else None) == {"test_loss": -t.global_step}
+    assert len(seen) == (fast or 5) * devices
+    assert t.callback_metrics["val_loss"] == -(t.global_step if fast else 5)
+    assert (bool(log.records), (tmp_path / "saves").exists()) == (not fast, not fast)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
         ({"min_epochs": 3, "max_epochs": 2}, ValueError, "min_epochs must be .*from 0 to max_epochs=2, got 3"),
         ({"min_steps": 3, "max_steps": 2}, ValueError, "min_steps must be .*from 0 to max_steps=2, got 3"),
         ({"min_steps": -1}, ValueError, "min_steps must be .*from 0.*got -1"),
+        ({"fast_dev_run": -1}, ValueError, "fast_dev_run must be True, False or the number of micro-steps, got -1"),
+        ({"fast_dev_run": 0.5}, TypeError, "fast_dev_run must be True, False or the number of micro-steps, got 0.5"),
         ({"min_epochs": 1.5}, TypeError, "min_epochs must be .*got 1.5"),
         *(
             ({"max_time": bad}, ValueError, "max_time must be .*'hours': 4.*'DD:HH:MM:SS', got ")

@@ -90,7 +90,12 @@ class Trainer:
         (float). An int larger than an epoch counts across epochs.
       log_every_n_steps: log every n optimizer steps. The first step of the run, the last step of each epoch and the
         step that reaches `max_steps` are always logged.
-      gradient_clip_val: the maximum global norm of a window's gradient.
+      log_grad_norm: whether to log "grad_norm" with each window: the global norm of its mean gradient, before clipping.
+      log_epoch_means: whether to log, at each epoch's end, the weighted means of the loss and the metrics over the
+        epoch: "train_loss_epoch" and so on, over what the windows counted. The host then waits for the devices there.
+      gradient_clip_val: the maximum of a window's mean gradient; None for no clipping.
+      gradient_clip_algorithm: "norm" scales the gradient down to a global norm of `gradient_clip_val`; "value" clips
+        each entry to [-gradient_clip_val, gradient_clip_val].
       default_root_dir: where `logger=True` and a `ModelCheckpoint` without a `dirpath` write; None is the working
         directory.
       enable_progress_bar: whether to show a progress bar; requires tqdm.
@@ -138,7 +143,10 @@ class Trainer:
         check_val_every_n_epoch: int | None = 1,
         val_check_interval: int | float = 1.0,
         log_every_n_steps: int = 50,
+        log_grad_norm: bool = False,
+        log_epoch_means: bool = False,
         gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str = "norm",
         default_root_dir: str | os.PathLike[str] | None = None,
         enable_progress_bar: bool = True,
         logger: Any = False,
@@ -166,6 +174,9 @@ class Trainer:
             val_check_interval=val_check_interval,
             log_every_n_steps=log_every_n_steps,
             gradient_clip_val=gradient_clip_val,
+            gradient_clip_algorithm=gradient_clip_algorithm,
+            log_grad_norm=log_grad_norm,
+            log_epoch_means=log_epoch_means,
             seed=seed,
             partial_window=partial_window,
             flush_on_stop=flush_on_stop,
@@ -386,6 +397,32 @@ class Trainer:
         params, model_state, _ = self._weights(task, {"": batches}, state, ckpt_path)
         return self._evaluation_of(task).prediction.run(params, model_state, batches)
 
+    def estimate_optimizer_steps(self, train_loader: Iterable[Tree]) -> int:
+        """Returns the number of optimizer steps that `fit` is expected to take with this loader, without reading it.
+
+        It follows the schedule of K and the limits, as `estimated_stepping_batches` does in a run, and takes the
+        loader's `len` as given. Early stops are not foreseen.
+
+        Args:
+          train_loader: as for `fit`.
+
+        Returns:
+          The number.
+
+        Raises:
+          ValueError: if it can't be known, such as for a loader without a length and without `max_steps`.
+
+        Example:
+          >>> import jaxaccum
+          >>> trainer = jaxaccum.Trainer(
+          ...     accumulate_grad_batches={0: 4, 2: 2}, max_epochs=3, strategy="single", enable_progress_bar=False
+          ... )
+          >>> trainer.estimate_optimizer_steps([None] * 6)
+          7
+        """
+        batches = self._train_loader(train_loader).epoch_batches
+        return self._options.total_steps(self._strategy.micro_steps(batches))
+
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         """Plots the run's losses, K and effective batch size over the samples seen.
 
@@ -512,6 +549,7 @@ class Trainer:
     def callback_metrics(self) -> dict[str, float]:
         """The last window's means ("train_loss"), the last validation's results and the values logged by callbacks.
 
+        It has the last window's "grad_norm" with `log_grad_norm`, and the last epoch's means with `log_epoch_means`.
         Reading it waits for the devices to finish that window.
         """
         return self._running.metrics.all()
@@ -549,14 +587,7 @@ class Trainer:
             loaders = val_loaders(val_loader, self._limit(options.overfit_batches or options.limit_val_batches))
         arguments.check_monitors(self._callbacks, bool(loaders))
         checkpoints = RunCheckpoints(self, self._callbacks, self._folder, processes)
-        loader = TrainLoader(
-            train_loader,
-            limit_train_batches=self._limit(options.limit_train_batches),
-            overfit_batches=options.overfit_batches,
-            epochs=options.epochs,
-            steps=options.steps,
-            keeps_state=bool(checkpoints.folders),
-        )
+        loader = self._train_loader(train_loader, keeps_state=bool(checkpoints.folders))
         loader.agree(processes)
         options.agree(
             processes,
@@ -566,7 +597,7 @@ class Trainer:
             ModelCheckpoint=[str(folder) for folder in checkpoints.folders],
         )
         found = None if ckpt_path is None or options.fast_dev_run else self._resumed(ckpt_path)
-        seed = options.seed
+        seed, epoch_micro_steps = options.seed, self._strategy.micro_steps(loader.epoch_batches)
         # The loader is first read here, once the position in the run is known.
         if found is None:
             loader.begin(Start())
@@ -579,7 +610,7 @@ class Trainer:
             processes=processes,
             # Before the first collective, which would deadlock if a process had left.
             examples=sum(processes.gather("the number of examples", length(loader.first))),
-            programs=run_state.programs_for(task, options, self._strategy, seed, self._run),
+            programs=run_state.programs_for(task, options, self._strategy, seed, epoch_micro_steps, self._run),
             evaluation=self._evaluation_of(task),
             loader=loader,
             val_loaders=loaders,
@@ -614,6 +645,17 @@ class Trainer:
             params, _, model_state, _ = run_checkpoint.weights(found, *initial)
             return params, model_state, run_checkpoint.place(found, self._strategy)
         raise ValueError(f"{first.name} gave no batch.")
+
+    def _train_loader(self, loader: Iterable[Tree], keeps_state: bool = False) -> TrainLoader:
+        options = self._options
+        return TrainLoader(
+            loader,
+            limit_train_batches=self._limit(options.limit_train_batches),
+            overfit_batches=options.overfit_batches,
+            epochs=options.epochs,
+            steps=options.steps,
+            keeps_state=keeps_state,
+        )
 
     def _limit(self, value: int | float) -> int | float:
         """Returns a limit of loader batches, which `fast_dev_run` replaces."""

@@ -15,6 +15,7 @@ from jaxaccum.trainer.loop.run_state import Run
 from jaxaccum.trainer.loop.saving import RunCheckpoints
 from jaxaccum.trainer.loop.signals import Signals
 from jaxaccum.trainer.programs import step_outputs
+from jaxaccum.trainer.programs.compiled import WindowLogs
 from jaxaccum.trainer.programs.step_outputs import Outputs
 
 
@@ -117,25 +118,27 @@ class Loop:
             self._hooks.call("on_train_batch_start", micro_step.batch, batch_idx)
         window_step = at.window_step + len(call)
         boundary = call[-1].last or window_step >= at.every_k
+        if boundary:
+            self._hooks.call("on_before_optimizer_step")
         with jax.profiler.StepTraceAnnotation("train", step_num=at.micro_step):
             share = self._share(window_step) if boundary else None
-            run.state, outputs, means = self._setup.programs.run(run.state, call, boundary, share)
+            run.state, outputs, of_window = self._setup.programs.run(run.state, call, boundary, share)
         # Nothing fails between here and the hooks, so the counters match the state even if a hook raises.
         run.uncounted.extend(zip(call, outputs, strict=True))
         try:
             while run.uncounted:
                 batch_idx = at.batch_idx
-                micro_step, outputs = self._count(means)
+                micro_step, outputs = self._count(of_window)
                 if self._options.detect_anomaly:
                     self._refuse_anomaly(outputs)
                 self._hooks.call("on_train_batch_end", outputs, micro_step.batch, batch_idx)
         finally:
             while run.uncounted:  # A hook raised, but all of them have been dispatched.
-                self._count(means)
+                self._count(of_window)
         if boundary:
             run.metrics.record_window(at)
 
-    def _count(self, means: dict[str, jax.Array] | None) -> tuple[MicroStep, Outputs]:
+    def _count(self, of_window: WindowLogs | None) -> tuple[MicroStep, Outputs]:
         """Counts and returns the next dispatched micro-step; at a boundary also counts an optimizer step."""
         run = self._run
         micro_step, outputs = run.uncounted.popleft()
@@ -143,13 +146,13 @@ class Loop:
         run.at.count(micro_step.examples, micro_step.count, micro_step.last)
         if self._interval is not None:
             self._interval.count(run.at)
-        if means is not None and not run.uncounted:
-            self._close_window(means)
+        if of_window is not None and not run.uncounted:
+            self._close_window(of_window)
         return micro_step, outputs
 
-    def _close_window(self, means: dict[str, jax.Array]) -> None:
+    def _close_window(self, logs: WindowLogs) -> None:
         run = self._run
-        run.metrics.close_window(means)
+        run.metrics.close_window(logs)
         run.at.close_window()
         run.at.recorded = not run.record_is_due
 
@@ -196,6 +199,9 @@ class Loop:
         if not at.ends_epoch:
             self._checkpoints.save_at_end(run)
         self._flush_if_asked()
+        if at.ends_epoch:
+            for name, mean in run.metrics.epoch.means().items():
+                run.metrics.log(name, mean)
         self._hooks.call("on_train_epoch_end")
         if run.metrics.logged:
             run.metrics.record(at, {})
@@ -203,6 +209,7 @@ class Loop:
             if self._interval is not None:
                 self._interval.end_epoch(at)
             at.end_epoch()
+            run.metrics.epoch.begin({})
             self._checkpoints.save_if_due(run, "epoch")
         self._processes.share_wishes()
 
@@ -210,8 +217,9 @@ class Loop:
         """Closes a window that a stop left open, with `flush_on_stop`."""
         run = self._run
         if self._options.flush_on_stop and run.at.window_step:
-            run.state, means = self._setup.programs.flush(run.state, self._share(run.at.window_step))
-            self._close_window(means)
+            self._hooks.call("on_before_optimizer_step")
+            run.state, of_window = self._setup.programs.flush(run.state, self._share(run.at.window_step))
+            self._close_window(of_window)
             run.metrics.record_window(run.at)
 
     def _warn_if_never_validated(self) -> None:

@@ -41,6 +41,9 @@ class Options:
     val_check_interval: int | float
     log_every_n_steps: int
     gradient_clip_val: float | None
+    gradient_clip_algorithm: str
+    log_grad_norm: bool
+    log_epoch_means: bool
     seed: int
     partial_window: str
     flush_on_stop: bool
@@ -96,6 +99,12 @@ class Options:
         clip = self.gradient_clip_val
         if clip is not None and (isinstance(clip, (bool, str)) or not clip > 0):
             raise ValueError(f"gradient_clip_val must be None or a number above 0, got {clip!r}.")
+        _check_choice(self.gradient_clip_algorithm, "gradient_clip_algorithm", ("norm", "value"))
+        if clip is None and self.gradient_clip_algorithm == "value":
+            raise ValueError("gradient_clip_algorithm='value' clips to gradient_clip_val, which is None: pass it, too.")
+        for name in ("log_grad_norm", "log_epoch_means"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         self.seed = as_int(self.seed, "seed", "an integer")
         _check_choice(self.partial_window, "partial_window", ("exact", "divide_by_k"))
         _check_choice(self.nonfinite, "nonfinite", ("propagate", "drop"))
@@ -139,6 +148,17 @@ class Options:
         if isinstance(self.epochs, int) and isinstance(micro_steps, int):
             return min(self.accumulate_grad_batches.optimizer_steps(self.epochs, micro_steps), self.steps)
         return self.steps
+
+    def total_steps(self, micro_steps: int | float) -> int:
+        """Returns `optimizer_steps`; raises ValueError if they are not known."""
+        steps = self.optimizer_steps(micro_steps)
+        if math.isinf(steps):
+            raise ValueError(
+                f"the number of optimizer steps is not known with max_epochs={self.max_epochs}, max_steps="
+                f"{self.max_steps} and a train_loader of {micro_steps} micro-steps per epoch: pass max_steps, or "
+                "max_epochs and a loader with a length or an int limit_train_batches."
+            )
+        return int(steps)
 
     def agree(self, processes: Processes, **others: Any) -> None:
         """Raises ValueError in all processes if these options, but for those that may differ, or `others` differ."""

@@ -44,6 +44,7 @@ def notes(run: Run, callbacks: Sequence[Callback]) -> dict[str, Any]:
         "group": strategy.batches,
         "loaders": processes.gather("a checkpoint's notes", run.loader_state),
         "means": {name: number(mean) for name, mean in metrics.window.items()},
+        "epoch_sums": dict(metrics.epoch.all()),  # Written later, by another thread.
         "metrics": {name: number(result) for name, result in metrics.results.items()},
         "logged": {name: number(value) for name, value in metrics.logged.items()},
         # Until a run may stop, the wish for it is part of its state.
@@ -100,6 +101,9 @@ def restore(checkpoint: Checkpoint, run: Run, callbacks: Sequence[Callback]) -> 
     # Dtypes and shardings match the programs' outputs, so that nothing recompiles.
     on_device = lambda number: strategy.placed(np.asarray(number, weighted_sum.weight_dtype()), strategy.common)
     metrics.window = {name: on_device(mean) for name, mean in noted["means"].items()}
+    if "loss" in metrics.window:  # Version 0.1 named them without the prefix.
+        metrics.window = {f"train_{name}": mean for name, mean in metrics.window.items()}
+    metrics.epoch.begin(noted.get("epoch_sums", {}))
     metrics.results, metrics.logged = noted["metrics"], noted["logged"]
     run.loader_state = _loader_state(checkpoint, strategy)
     waiting = [(name, json_state.loads(text)) for name, text in noted["callbacks"]]

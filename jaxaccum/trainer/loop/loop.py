@@ -62,12 +62,8 @@ class Loop:
     def _is_over(self) -> bool:
         """Whether the run has reached its last epoch or optimizer step, or was asked to stop."""
         at, options = self._run.at, self._options
-        return at.global_step >= options.steps or at.epoch >= options.epochs or self._may_stop()
-
-    def _may_stop(self) -> bool:
-        """Whether the run was asked to stop and has its minimum length."""
-        at = self._run.at
-        return self._processes.wishes.stop and self._options.may_stop(at.epoch, at.global_step)
+        is_stopped = self._processes.wishes.stop and options.may_stop(at.epoch, at.global_step)
+        return at.global_step >= options.steps or at.epoch >= options.epochs or is_stopped
 
     def _begin_epoch(self) -> None:
         """Sets K, unless the run resumes in the epoch."""
@@ -86,7 +82,7 @@ class Loop:
             return
         for call in self._remaining():
             self._signals.leave_if_told()
-            if at.batches != before and self._may_stop():
+            if self._processes.wishes.stop and at.batches != before and self._is_over():
                 return  # A hook of the last micro-step requested it, in any process.
             yield call
             self._signals.leave_if_told()

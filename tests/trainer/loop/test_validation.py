@@ -270,6 +270,34 @@ def test_validate_compiles_once():
     assert counts[0] == counts[2]
 
 
+class Shuffled(list):
+    """Its order depends on the epoch."""
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        return iter(np.random.default_rng(self.epoch).permutation(np.stack(list(super().__iter__()))))
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_overfitting_and_validations_of_some_epochs_go_on_in_mid_window(tmp_path, devices):
+    """Catches batches of another epoch, batches counted in place of micro-steps, and epochs that are counted anew."""
+    batches = Shuffled(np.full(2, x, np.float32) for x in range(5 * devices))
+    options = {"overfit_batches": 3 * devices, "max_epochs": 4, "check_val_every_n_epoch": 2}
+    options |= {"accumulate_grad_batches": 2, "strategy": "single" if devices == 1 else "ddp", "devices": devices}
+    whole, rest = Validations(), Validations()
+    saves = ModelCheckpoint(tmp_path, every_n_micro_steps=1, save_top_k=-1)
+    want = trainer(callbacks=[whole, saves], **options).fit(slope(), batches, ones(2))
+    batches.set_epoch(0)
+    first = list(batches)[: 3 * devices]
+    assert float(want.params) == pytest.approx(-4 * (np.mean(first[: 2 * devices]) + np.mean(first[2 * devices :])))
+    assert whole.at == [6, 12]
+    got = trainer(callbacks=rest, **options).fit(slope(), batches, ones(2), ckpt_path=tmp_path / "epoch=2-micro_step=7")
+    assert_same(got, want)
+    assert rest.at == [6, 12]
+
+
 @pytest.mark.parametrize("devices", [1, 4])
 def test_several_loaders_have_results_of_their_own(tmp_path, devices):
     """Catches a mean over all loaders, and one that is passed over, or not gone on with in mid-window.

@@ -179,6 +179,27 @@ def test_means_of_an_epoch_leave_out_what_a_window_does():
     assert np.isnan(t.callback_metrics["train_loss_epoch"])
 
 
+def test_a_checkpoint_of_version_0_1_goes_on(tmp_path, monkeypatch):
+    """Catches a note that it lacks, and a last window's loss under the name that it had there."""
+    want = run("single", every_micro_step(tmp_path)).fit(slope(), ones(2, 2, 2))
+    load = jaxaccum.checkpoint.load
+
+    def of_before(path):
+        checkpoint = load(path)
+        notes = {name: x for name, x in checkpoint.notes.items() if name not in ("stop", "epoch_sums")}
+        notes["means"] = {name.removeprefix("train_"): mean for name, mean in notes["means"].items()}
+        return checkpoint._replace(notes=notes)
+
+    class Reads(Callback):
+        def on_train_start(self, trainer, task):
+            self.found = trainer.callback_metrics
+
+    reads = Reads()
+    monkeypatch.setattr(jaxaccum.checkpoint, "load", of_before)
+    assert_same(run("single", reads).fit(slope(), ones(2, 2, 2), ckpt_path=tmp_path / "epoch=0-micro_step=2"), want)
+    assert reads.found == {"train_loss": 0}
+
+
 def test_what_is_off_costs_nothing():
     """Catches results of the programs that no option asked for."""
     t = run("single")

@@ -972,8 +972,8 @@ BUGS = [
     Bug(
         "a hook's exception leaves dispatched micro-steps uncounted",
         "Loop._run_on_devices",
-        "while run.uncounted:\n    self._count(means)",
-        "while False:\n    self._count(means)",
+        "while run.uncounted:\n    self._count(of_window)",
+        "while False:\n    self._count(of_window)",
         "fuse_windows",
     ),
     Bug(
@@ -1560,7 +1560,7 @@ BUGS = [
     Bug(
         "a stop does not wait for the minimum of steps",
         "Options.may_stop",
-        "steps >= (self.min_steps or 0)",
+        "at.global_step >= (self.min_steps or 0)",
         "True",
         "run_length",
     ),

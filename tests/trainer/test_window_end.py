@@ -141,6 +141,16 @@ def plain_and_weighted():
     )
 
 
+class Doubled(list):
+    """The rows of the second epoch are twice those of the first one."""
+
+    def set_epoch(self, epoch):
+        self.factor = epoch + 1
+
+    def __iter__(self):
+        return (batch * np.float32(self.factor) for batch in super().__iter__())
+
+
 @DEVICES
 @FUSED
 def test_means_of_an_epoch_weigh_all_of_its_rows(tmp_path, devices, fuse_windows):
@@ -150,21 +160,21 @@ def test_means_of_an_epoch_weigh_all_of_its_rows(tmp_path, devices, fuse_windows
     (1 + 16 + 81) / (1 + 4 + 9) = 7.
     """
     rows = [np.ones(2, np.float32), np.full(1, 4, np.float32), np.full(2, 9, np.float32)]
-    data = [batch for batch in rows for _ in range(devices)]
+    data = Doubled(batch for batch in rows for _ in range(devices))
     strategy = "single" if devices == 1 else "ddp"
     options = {"log_epoch_means": True, "fuse_windows": fuse_windows, "max_epochs": 2}
     log, stopping = Logged(), EarlyStopping("train_loss_epoch")
     saves = every_micro_step(tmp_path)
     run(strategy, stopping, saves, logger=log, **options).fit(plain_and_weighted(), data)
     found = [record for record in log.records if "train_loss_epoch" in record]
-    assert [record["train_loss_epoch"] for record in found] == [4.8, 4.8] and stopping.wait == 1
-    assert [record["train_m_epoch"] for record in found] == [7, 7]
+    assert [record["train_loss_epoch"] for record in found] == [4.8, 9.6] and stopping.wait == 1
+    assert [record["train_m_epoch"] for record in found] == [7, 14]
     assert [(record["epoch"], record["micro_step"]) for record in found] == [(0, 3), (1, 6)]
     for path in tmp_path.iterdir():
         rest = Logged()
         t = run(strategy, logger=rest, **options)
         t.fit(plain_and_weighted(), data, ckpt_path=path)
-        assert t.callback_metrics["train_loss_epoch"] == 4.8
+        assert t.callback_metrics["train_loss_epoch"] == 9.6
         again = [record for record in rest.records if "train_loss_epoch" in record]
         assert again == found[len(found) - len(again) :] and (again or path.name.endswith("=6"))
 

@@ -62,7 +62,7 @@ class Loop:
     def _is_over(self) -> bool:
         """Whether the run has reached its last epoch or optimizer step, or was asked to stop."""
         at, options = self._run.at, self._options
-        is_stopped = self._processes.wishes.stop and options.may_stop(at.epoch, at.global_step)
+        is_stopped = self._processes.wishes.stop and options.may_stop(at)
         return at.global_step >= options.steps or at.epoch >= options.epochs or is_stopped
 
     def _begin_epoch(self) -> None:

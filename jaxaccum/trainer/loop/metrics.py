@@ -12,7 +12,7 @@ from jaxaccum.loggers.records import Records
 from jaxaccum.trainer.loop.counters import Counters
 from jaxaccum.trainer.programs.compiled import WindowLogs
 
-UNFINISHED = 256  # Maximum number of unfinished windows whose means are kept.
+UNFINISHED = 256  # Maximum number of unfinished windows whose means or sums are kept.
 
 
 class Metrics:
@@ -71,7 +71,7 @@ class Metrics:
 class EpochSums:
     """The weighted sums of the loss and the metrics over the windows of an epoch, in float64 on the host.
 
-    Windows are added in order, each once the devices have finished it, so that adding one never waits.
+    Windows are added in order, each once the devices have finished it. Adding one waits only if `UNFINISHED` are not.
     """
 
     def __init__(self):
@@ -83,7 +83,8 @@ class EpochSums:
         for x in jax.tree.leaves(sums):
             x.copy_to_host_async()
         self._unfinished.append(sums)
-        while self._unfinished and all(x.is_ready() for x in jax.tree.leaves(self._unfinished[0])):
+        is_ready = lambda sums: all(x.is_ready() for x in jax.tree.leaves(sums))
+        while self._unfinished and (len(self._unfinished) > UNFINISHED or is_ready(self._unfinished[0])):
             self._add_oldest()
 
     def all(self) -> dict[str, Weighted]:

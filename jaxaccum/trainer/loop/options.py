@@ -10,6 +10,7 @@ from jaxaccum._integers import as_int, positive_int
 from jaxaccum._schedule import AccumulationSchedule
 from jaxaccum.distributed.process_group import Processes
 from jaxaccum.trainer.input import batch_limits
+from jaxaccum.trainer.loop.counters import Counters
 
 # Options that may differ between processes: no process waits for another because of them.
 _OWN = ("limit_train_batches", "limit_val_batches", "overfit_batches", "log_every_n_steps")
@@ -135,9 +136,9 @@ class Options:
         """`max_steps`; infinite for no limit."""
         return math.inf if self.max_steps == -1 else self.max_steps
 
-    def may_stop(self, epochs: int, steps: int) -> bool:
-        """Whether a run may be stopped after this many epochs and optimizer steps."""
-        return epochs >= (self.min_epochs or 0) and steps >= (self.min_steps or 0)
+    def may_stop(self, at: Counters) -> bool:
+        """Whether a run has its minimum length, so that it may be stopped."""
+        return at.epoch >= (self.min_epochs or 0) and at.global_step >= (self.min_steps or 0)
 
     @property
     def divides_by_k(self) -> bool:

@@ -48,7 +48,7 @@ def notes(run: Run, callbacks: Sequence[Callback]) -> dict[str, Any]:
         "metrics": {name: number(result) for name, result in metrics.results.items()},
         "logged": {name: number(value) for name, value in metrics.logged.items()},
         # Until a run may stop, the wish for it is part of its state.
-        "stop": processes.wishes.stop and not options.may_stop(run.at.epoch, run.at.global_step),
+        "stop": processes.wishes.stop and not options.may_stop(run.at),
         "callbacks": [(name, json_state.dumps(state, name)) for name, state in told if state],
     }
 

@@ -45,9 +45,10 @@ def test_predictions_are_those_of_each_batch(strategy, devices, model_state):
         loss, predict = lambda w, s, batch, key: (w, s), lambda w, s, batch: predicted(w * s, batch)
     else:
         loss, predict = lambda w, batch, key: w, predicted
-    t = fitted(strategy, devices, jaxaccum.Task(init, loss, optax.sgd(0.0), model_state, predict))
+    the_task = jaxaccum.Task(init, loss, optax.sgd(0.0), model_state, predict)
+    t = fitted(strategy, devices, the_task)
     batches = [np.arange(n, dtype=np.float32) for n in (4, 4, 4, 5, 5, 4, 1)]
-    found = t.predict(t._run.setup.evaluation.task, batches)
+    found = t.predict(the_task, batches)
     assert len(found) == len(batches)
     for got, batch in zip(found, batches, strict=True):
         np.testing.assert_array_equal(got["y"], (6 if model_state else 2) * batch)

@@ -1,6 +1,7 @@
 """`Task`: the initialization, loss and optimizer that a `Trainer` trains."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -21,11 +22,14 @@ class Task:
         examples, the leading length of the batch's leaves. A plain metric has the loss's weight. `key` is different for
         each micro-batch in training, and None in validation, where the loss must not use dropout.
       optimizer: an optax transformation, applied once per window. The Trainer sets the number of micro-batches in a
-        window.
+        window. Or a function that returns one, whose parameter is named `total_steps`: the run's expected number of
+        optimizer steps, as in `Trainer.estimate_optimizer_steps`.
       model_state: whether the model has state that the loss changes, such as batch statistics. Then
         `init(key, batch) -> (params, model_state)`, and `loss(params, model_state, batch, key)` returns
         `(loss, model_state)` or `(loss, model_state, metrics)`. Within a window the state is local to each device. At
         the boundary its floating leaves are averaged over the devices, and all other leaves must agree.
+      predict: `predict(params, batch)`, or `predict(params, model_state, batch)` with model state, for
+        `Trainer.predict`. It returns a pytree of arrays, such as the predictions for the batch's examples.
 
     Raises:
       TypeError: for an invalid argument, at construction.
@@ -39,26 +43,58 @@ class Task:
       ... )
       >>> task.model_state
       False
+
+      With a schedule over the whole run:
+
+      >>> decayed = dataclasses.replace(
+      ...     task, optimizer=lambda total_steps: optax.adam(optax.cosine_decay_schedule(1e-3, total_steps))
+      ... )
     """
 
     init: Callable[..., Any]
     loss: Callable[..., Any]
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformation | Callable[[int], optax.GradientTransformation]
     model_state: bool = False
+    predict: Callable[..., Any] | None = None
 
     def __post_init__(self):
         for name in ("init", "loss"):
             if not callable(getattr(self, name)):
                 raise TypeError(f"{name} must be a function, got {getattr(self, name)!r}.")
-        if not (callable(getattr(self.optimizer, "init", None)) and callable(getattr(self.optimizer, "update", None))):
+        if not (_is_transformation(self.optimizer) or needs_total_steps(self)):
             raise TypeError(
-                "optimizer must be an optax.GradientTransformation, for example optax.adam(1e-3), "
-                f"got {self.optimizer!r}."
+                "optimizer must be an optax.GradientTransformation, for example optax.adam(1e-3), or a function of "
+                f"total_steps that returns one, for example lambda total_steps: ..., got {self.optimizer!r}."
+            )
+        if not (self.predict is None or callable(self.predict)):
+            raise TypeError(
+                f"predict must be a function, or None for a task without predictions, got {self.predict!r}."
             )
         if not isinstance(self.model_state, bool):
             raise TypeError(
                 f"model_state must be True or False, got {self.model_state!r}; the state itself is what init returns."
             )
+
+
+def needs_total_steps(task: Task) -> bool:
+    """Whether the task's optimizer is a function of `total_steps`."""
+    if _is_transformation(task.optimizer) or not callable(task.optimizer):
+        return False
+    return "total_steps" in inspect.signature(task.optimizer).parameters
+
+
+def optimizer(task: Task, total_steps: int | None) -> optax.GradientTransformation:
+    """Returns the task's optimizer; `total_steps` is None unless it needs them."""
+    made: Any = task.optimizer
+    if total_steps is not None:
+        made = made(total_steps=total_steps)
+    if not _is_transformation(made):
+        raise TypeError(f"optimizer(total_steps) must return an optax.GradientTransformation, got {made!r}.")
+    return made
+
+
+def _is_transformation(value: Any) -> bool:
+    return callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))
 
 
 def initial(task: Task, key: Any, batch: Tree) -> tuple[Tree, Tree]:
@@ -93,3 +129,9 @@ def evaluate(task: Task, params: Tree, model_state: Tree, batch: Tree, key: Any)
             "model state is returned with model_state=True."
         )
     return value, model_state, metrics
+
+
+def predicted(task: Task, params: Tree, model_state: Tree, batch: Tree) -> Any:
+    """Calls `task.predict`, which must be given."""
+    assert task.predict is not None
+    return task.predict(params, model_state, batch) if task.model_state else task.predict(params, batch)

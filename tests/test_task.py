@@ -60,10 +60,14 @@ def test_what_is_no_task_is_refused_at_construction():
         ((3, loss, OPTIMIZER), "init must be a function, got 3"),
         ((INIT, "mse", OPTIMIZER), "loss must be a function, got 'mse'"),
         ((INIT, loss, "adam"), "optimizer must be an optax"),
+        ((INIT, loss, optax.adam), "optimizer must be .* function of total_steps .* lambda total_steps: "),
+        ((INIT, loss, lambda steps: OPTIMIZER), "optimizer must be .* function of total_steps"),
         ((INIT, loss, OPTIMIZER, {}), "model_state must be True or False"),
     ]:
         with pytest.raises(TypeError, match=match):
             jaxaccum.Task(*arguments)
+    with pytest.raises(TypeError, match=r"optimizer\(total_steps\) must return an optax.*got 0.5"):
+        single().fit(Task(INIT, loss, lambda total_steps: 1 / 2), ones(2))
     with pytest.raises(TypeError, match="init must return"):
         single().fit(Task(INIT, lambda w, s, b, key: (w, s), OPTIMIZER, model_state=True), ones(2))
 

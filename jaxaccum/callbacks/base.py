@@ -91,6 +91,13 @@ class Callback:
         value waits for the devices. `batch` and `batch_idx` are as in `on_train_batch_start`.
         """
 
+    def on_before_optimizer_step(self, trainer: TrainerView, task: Task) -> None:
+        """Called once per optimizer step, before the call on the devices that ends the window and runs it.
+
+        The state and the counters are those before that call: before the window's last micro-step, or before all of the
+        window with `fuse_windows`.
+        """
+
     def on_validation_start(self, trainer: TrainerView, task: Task) -> None:
         """Called before a validation."""
 

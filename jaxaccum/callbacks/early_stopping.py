@@ -1,6 +1,7 @@
 """Early stopping."""
 
 import math
+import numbers
 import warnings
 from typing import Any
 
@@ -11,7 +12,7 @@ from jaxaccum.task import Task
 
 
 class EarlyStopping(Callback):
-    """Stops a run when the monitored value stops improving or becomes non-finite.
+    """Stops a run when the monitored value stops improving, reaches a threshold or becomes non-finite.
 
     A name that starts with "val_" is checked after every validation, any other name at the end of every epoch. The
     counters reset in each `fit`, except when it resumes from a checkpoint with this callback's state. A run without a
@@ -22,6 +23,8 @@ class EarlyStopping(Callback):
       min_delta: the minimum change that counts as an improvement; it must be exceeded.
       patience: the number of checks without improvement after which to stop.
       mode: "min" or "max": whether lower or higher is better.
+      check_finite: whether to stop at a NaN or an infinity. If False, they count as checks without improvement.
+      stopping_threshold: stop once the value is this good or better; None for no threshold.
 
     Raises:
       TypeError, ValueError: for an invalid argument.
@@ -31,11 +34,27 @@ class EarlyStopping(Callback):
       {'best': inf, 'wait': 0, 'stopped_epoch': None}
     """
 
-    def __init__(self, monitor: str, min_delta: float = 0.0, patience: int = 3, mode: str = "min"):
+    def __init__(
+        self,
+        monitor: str,
+        min_delta: float = 0.0,
+        patience: int = 3,
+        mode: str = "min",
+        check_finite: bool = True,
+        stopping_threshold: float | None = None,
+    ):
         check_mode(mode)
         self.monitor, self.min_delta, self.mode = monitor, abs(min_delta), mode
         self.monitored = Monitor(monitor, mode, warns=True)
         self.patience = positive_int(patience, "patience")
+        if not isinstance(check_finite, bool):
+            raise TypeError(f"check_finite must be True or False, got {check_finite!r}.")
+        is_number = isinstance(stopping_threshold, numbers.Real) and not isinstance(stopping_threshold, bool)
+        if stopping_threshold is not None and not (is_number and math.isfinite(stopping_threshold)):
+            raise ValueError(
+                f"stopping_threshold must be a finite number, or None for no threshold, got {stopping_threshold!r}."
+            )
+        self.check_finite, self.stopping_threshold = check_finite, stopping_threshold
         self._is_restored = False
         self._reset()
 
@@ -50,7 +69,7 @@ class EarlyStopping(Callback):
         self._is_restored = False
 
     def on_train_start(self, trainer: TrainerView, task: Task) -> None:
-        if self.wait >= self.patience:  # The run had already stopped when the checkpoint was saved.
+        if self._is_over(self.best):  # The run had already stopped when the checkpoint was saved.
             trainer.should_stop = True
 
     def on_validation_end(self, trainer: TrainerView, task: Task) -> None:
@@ -62,7 +81,7 @@ class EarlyStopping(Callback):
             self._look(trainer)
 
     def on_train_end(self, trainer: TrainerView, task: Task) -> None:
-        if self.best == self.monitored.worst and not trainer.should_stop:
+        if self.best == self.monitored.worst and not self.wait and not trainer.should_stop:
             warnings.warn(
                 f"EarlyStopping(monitor={self.monitor!r}) had nothing to look at in this run. What was logged: "
                 f"{sorted(trainer.callback_metrics)}. Pass one of these, or have a validation fall due before the "
@@ -79,9 +98,16 @@ class EarlyStopping(Callback):
             self.best, self.wait = value, 0
         else:
             self.wait += 1
-        if self.wait >= self.patience or not math.isfinite(value):
+        if self._is_over(value) or (self.check_finite and not math.isfinite(value)):
             self.stopped_epoch = trainer.current_epoch
             trainer.should_stop = True
+
+    def _is_over(self, value: float) -> bool:
+        """Whether patience has run out, or `value` has reached the threshold."""
+        is_reached = False
+        if self.stopping_threshold is not None:
+            is_reached = value <= self.stopping_threshold if self.mode == "min" else value >= self.stopping_threshold
+        return is_reached or self.wait >= self.patience
 
     @property
     def state_key(self) -> str:

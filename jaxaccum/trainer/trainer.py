@@ -1,6 +1,7 @@
 """The `Trainer`: its arguments, methods and properties, and how a run starts and ends."""
 
 import contextlib
+import datetime
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,23 +17,28 @@ from jaxaccum._integers import positive_int
 from jaxaccum._schedule import AccumulationSchedule
 from jaxaccum._types import Tree
 from jaxaccum.callbacks import Callback, ProgressBar
+from jaxaccum.callbacks.time_limit import TimeLimit
 from jaxaccum.checkpoint import Checkpoint, orbax_io
 from jaxaccum.distributed.process_group import Processes
 from jaxaccum.loggers import figure
+from jaxaccum.loggers.records import Records
 from jaxaccum.task import Task
 from jaxaccum.trainer.input.batches import length
-from jaxaccum.trainer.input.loader import Start, TrainLoader, ValLoader
+from jaxaccum.trainer.input.loader import Start, TrainLoader, ValLoader, val_loaders
 from jaxaccum.trainer.input.strategies import Strategy
 from jaxaccum.trainer.loop import arguments, run_checkpoint, run_state, saving
 from jaxaccum.trainer.loop.counters import Counters
 from jaxaccum.trainer.loop.hooks import Hooks
 from jaxaccum.trainer.loop.loop import Loop
+from jaxaccum.trainer.loop.metrics import Metrics
 from jaxaccum.trainer.loop.options import Options
 from jaxaccum.trainer.loop.run_state import Run, Setup
 from jaxaccum.trainer.loop.saving import RunCheckpoints
 from jaxaccum.trainer.loop.signals import Signals
 from jaxaccum.trainer.programs.compiled import FitState
 from jaxaccum.trainer.programs.evaluation import Evaluation
+
+Loaders = Iterable[Tree] | Mapping[str, Iterable[Tree]]
 
 
 class Trainer:
@@ -62,14 +68,22 @@ class Trainer:
         a window has `target_batch_size` examples, given those of the loader's first batch.
       target_batch_size: the examples of a window, for "auto": a multiple of P·N with "ddp" and "zero", else of N.
         `jaxaccum.plan` finds the largest N that fits in memory, for the loader.
-      max_epochs: the number of epochs; -1 for no limit. None means 1000, with a warning, or no limit if `max_steps` is
-        given.
+      max_epochs: the number of epochs; -1 for no limit. None means 1000, with a warning, or no limit if `max_steps` or
+        `max_time` is given.
       max_steps: the number of optimizer steps; -1 for no limit.
+      min_epochs: the number of epochs before which `should_stop` and `max_time` don't stop the run; they take effect
+        then. None for no minimum.
+      min_steps: the same in optimizer steps.
+      max_time: stop once `fit` has taken this long, counted over the run's resumes: a `datetime.timedelta`, a dict of
+        its arguments, or "DD:HH:MM:SS". None for no limit.
       strategy: "single": one device. "ddp": each of the P devices takes its own loader batch, so a window has P·K of
         them. "zero": like "ddp", with the optimizer state and update sharded over the devices. "dp": each loader batch
         is split over the devices. "auto": "single" on one device, "ddp" on several.
       devices: the number of devices over all processes, or "auto" for all of them.
       callbacks: a callback or a sequence of callbacks, which run in order.
+      fast_dev_run: to find errors quickly: run this many micro-steps (True: one) of training, and then of validation,
+        without loggers, checkpoints and early stopping, and without the other limits of a run's length. `test` and
+        `predict` stop after as many. `fit` starts afresh, and "last" and "best" mean its final state.
       limit_train_batches: the maximum number of loader batches per epoch (int), or a fraction of the epoch (float).
       limit_val_batches: the same for validation; 0 disables validation.
       overfit_batches: train only on this many batches (int), or on this fraction of an epoch (float). They are read
@@ -81,7 +95,12 @@ class Trainer:
         (float). An int larger than an epoch counts across epochs.
       log_every_n_steps: log every n optimizer steps. The first step of the run, the last step of each epoch and the
         step that reaches `max_steps` are always logged.
-      gradient_clip_val: the maximum global norm of a window's gradient.
+      log_grad_norm: whether to log "grad_norm" with each window: the global norm of its mean gradient, before clipping.
+      log_epoch_means: whether to log, at each epoch's end, the weighted means of the loss and the metrics over the
+        epoch: "train_loss_epoch" and so on, over what the windows counted. The host then waits for the devices there.
+      gradient_clip_val: the maximum of a window's mean gradient; None for no clipping.
+      gradient_clip_algorithm: "norm" scales the gradient down to a global norm of `gradient_clip_val`; "value" clips
+        each entry to [-gradient_clip_val, gradient_clip_val].
       default_root_dir: where `logger=True` and a `ModelCheckpoint` without a `dirpath` write; None is the working
         directory.
       enable_progress_bar: whether to show a progress bar; requires tqdm.
@@ -116,9 +135,13 @@ class Trainer:
         target_batch_size: int | None = None,
         max_epochs: int | None = None,
         max_steps: int = -1,
+        min_epochs: int | None = None,
+        min_steps: int | None = None,
+        max_time: str | datetime.timedelta | Mapping[str, int] | None = None,
         strategy: str = "auto",
         devices: int | str = "auto",
         callbacks: Callback | Sequence[Callback] = (),
+        fast_dev_run: bool | int = False,
         limit_train_batches: int | float = 1.0,
         limit_val_batches: int | float = 1.0,
         overfit_batches: int | float = 0,
@@ -126,7 +149,10 @@ class Trainer:
         check_val_every_n_epoch: int | None = 1,
         val_check_interval: int | float = 1.0,
         log_every_n_steps: int = 50,
+        log_grad_norm: bool = False,
+        log_epoch_means: bool = False,
         gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str = "norm",
         default_root_dir: str | os.PathLike[str] | None = None,
         enable_progress_bar: bool = True,
         logger: Any = False,
@@ -138,12 +164,15 @@ class Trainer:
         detect_anomaly: bool = False,
     ):
         observers = arguments.callbacks(callbacks)
-        self._callbacks = (*observers, ProgressBar()) if enable_progress_bar else observers
         self._options = Options(
             accumulate_grad_batches=arguments.schedule(accumulate_grad_batches, target_batch_size, observers),
             target_batch_size=target_batch_size,
             max_epochs=max_epochs,
             max_steps=max_steps,
+            min_epochs=min_epochs,
+            min_steps=min_steps,
+            max_time=max_time,
+            fast_dev_run=fast_dev_run,
             limit_train_batches=limit_train_batches,
             limit_val_batches=limit_val_batches,
             overfit_batches=overfit_batches,
@@ -152,6 +181,9 @@ class Trainer:
             val_check_interval=val_check_interval,
             log_every_n_steps=log_every_n_steps,
             gradient_clip_val=gradient_clip_val,
+            gradient_clip_algorithm=gradient_clip_algorithm,
+            log_grad_norm=log_grad_norm,
+            log_epoch_means=log_epoch_means,
             seed=seed,
             partial_window=partial_window,
             flush_on_stop=flush_on_stop,
@@ -159,9 +191,15 @@ class Trainer:
             nonfinite=nonfinite,
             detect_anomaly=detect_anomaly,
         )
+        self._callbacks = arguments.of_dev_run(observers) if self._options.fast_dev_run else observers
+        if self._options.max_time is not None:
+            self._callbacks += (TimeLimit(self._options.max_time),)
+        if enable_progress_bar:
+            self._callbacks += (ProgressBar(),)
         self._strategy, self._processes = Strategy(strategy, devices), Processes()
         root = _paths.absolute(default_root_dir or ".")
-        self._loggers, self._folder = arguments.loggers(logger, root), root / "checkpoints"
+        loggers = arguments.loggers(logger, root)
+        self._loggers, self._folder = () if self._options.fast_dev_run else loggers, root / "checkpoints"
         self._run: Run | None = None
         self._evaluation: Evaluation | None = None
 
@@ -169,7 +207,7 @@ class Trainer:
         self,
         task: Task,
         train_loader: Iterable[Tree],
-        val_loader: Iterable[Tree] | None = None,
+        val_loader: Loaders | None = None,
         ckpt_path: str | os.PathLike[str] | None = None,
     ) -> FitState:
         """Trains from scratch or resumes from a checkpoint.
@@ -210,7 +248,8 @@ class Trainer:
             `set_epoch(epoch)` is called on the loader, its sampler and its dataset if they define it. In the first
             epoch of a `fit` iteration starts before `on_train_epoch_start`, in later epochs after it. Its `len` is an
             estimate, not a limit. Batches must not be modified or deleted after they are yielded.
-          val_loader: an iterable of batches, or None for no validation. An iterator is not restored on resume.
+          val_loader: an iterable of batches, or None for no validation. An iterator is not restored on resume. With a
+            dict of several, by name, each has results of its own, such as "val_loss/name".
           ckpt_path: the folder of a checkpoint; "last" for the newest checkpoint in the folders of the
             `ModelCheckpoint`s, or a fresh start with a warning if there is none; "best" for the best checkpoint of the
             newest run on disk, ranked by the first `ModelCheckpoint` with a monitor; or None for a fresh start.
@@ -260,7 +299,7 @@ class Trainer:
     def validate(
         self,
         task: Task,
-        val_loader: Iterable[Tree],
+        val_loader: Loaders,
         state: FitState | None = None,
         ckpt_path: str | os.PathLike[str] | None = None,
     ) -> dict[str, float]:
@@ -268,12 +307,14 @@ class Trainer:
 
         Args:
           task: the task that was trained.
-          val_loader: an iterable of batches.
+          val_loader: an iterable of batches, or a dict of several by name, as in `fit`.
           state: the state that `fit` returned. None uses the state of the last `fit`, unless `ckpt_path` is given.
-          ckpt_path: the checkpoint to validate, as in `fit`. It doesn't require a `fit` in this process.
+          ckpt_path: the checkpoint to validate: its folder, "last" or "best", as in `fit`. It doesn't require a `fit`
+            in this process.
 
         Returns:
-          A dict with "val_loss" and the metrics, whose names are prefixed with "val_".
+          A dict with "val_loss" and the metrics, whose names are prefixed with "val_"; with several loaders their names
+          are appended, such as "val_loss/name".
 
         Raises:
           ValueError: if the loader is empty, if both `state` and `ckpt_path` are given, or for a checkpoint of another
@@ -281,14 +322,119 @@ class Trainer:
           OSError: if `ckpt_path` is not a checkpoint.
           RuntimeError: if neither is given and `fit` has not been called.
         """
-        batches = ValLoader(val_loader, self._options.limit_val_batches)
-        if ckpt_path is None:
-            params, _, model_state, _ = self.state if state is None else state
-        elif state is not None:
-            raise ValueError(f"pass either state or ckpt_path={ckpt_path!r} to validate, not both.")
-        else:
-            params, _, model_state, _ = self._saved(task, batches, ckpt_path)
-        return self._evaluation_of(task).run(params, model_state, batches)
+        loaders = val_loaders(val_loader, self._limit(self._options.limit_val_batches))
+        params, model_state, _ = self._weights(task, loaders, state, ckpt_path)
+        return self._evaluation_of(task).run(params, model_state, loaders)
+
+    def test(
+        self,
+        task: Task,
+        test_loader: Loaders,
+        state: FitState | None = None,
+        ckpt_path: str | os.PathLike[str] | None = None,
+    ) -> dict[str, float]:
+        """Computes the weighted means of the loss and the metrics over `test_loader`, and passes them to the loggers.
+
+        Args:
+          task: the task that was trained.
+          test_loader: an iterable of batches, or a dict of several by name, as `val_loader` in `fit`.
+          state: as in `validate`.
+          ckpt_path: as in `validate`.
+
+        Returns:
+          A dict with "test_loss" and the metrics, whose names are prefixed with "test_"; otherwise as `validate`.
+
+        Raises:
+          As `validate`.
+
+        Example:
+          >>> import numpy as np, optax, jaxaccum
+          >>> task = jaxaccum.Task(lambda key, batch: np.ones(()), lambda w, x, key: w * x.mean(), optax.sgd(0.5))
+          >>> trainer = jaxaccum.Trainer(max_epochs=1, strategy="single", enable_progress_bar=False)
+          >>> _ = trainer.fit(task, [np.ones(2, np.float32)])
+          >>> trainer.test(task, {"a": [np.ones(2, np.float32)], "b": [np.full(2, 3, np.float32)]})
+          {'test_loss/a': 0.5, 'test_loss/b': 1.5}
+        """
+        loaders = val_loaders(test_loader, self._limit(1.0), "test_loader")
+        params, model_state, at = self._weights(task, loaders, state, ckpt_path)
+        results = self._evaluation_of(task).run(params, model_state, loaders, stage="test")
+        records = Records(() if self._processes.index else self._loggers)
+        Metrics(records).record(at, results)
+        records.flush()
+        return results
+
+    def predict(
+        self,
+        task: Task,
+        predict_loader: Iterable[Tree],
+        state: FitState | None = None,
+        ckpt_path: str | os.PathLike[str] | None = None,
+    ) -> list[Tree]:
+        """Calls `task.predict` on each batch of `predict_loader`, on the training devices.
+
+        Args:
+          task: the task that was trained.
+          predict_loader: an iterable of batches. With several processes, each passes those of its own devices.
+          state: as in `validate`.
+          ckpt_path: as in `validate`.
+
+        Returns:
+          What `predict` returned for each batch of this process, in order, in NumPy arrays. With "dp" the arrays have
+          one entry for each example.
+
+        Raises:
+          ValueError: if the task has no `predict`; otherwise as `validate`.
+
+        Example:
+          >>> import numpy as np, optax, jaxaccum
+          >>> task = jaxaccum.Task(
+          ...     lambda key, batch: np.ones(()),
+          ...     lambda w, x, key: w * x.mean(),
+          ...     optax.sgd(0.5),
+          ...     predict=lambda w, x: w * x,
+          ... )
+          >>> trainer = jaxaccum.Trainer(max_epochs=1, strategy="single", enable_progress_bar=False)
+          >>> _ = trainer.fit(task, [np.ones(2, np.float32)])
+          >>> trainer.predict(task, [np.array([2.0, 4.0], np.float32)])
+          [array([1., 2.], dtype=float32)]
+        """
+        if task.predict is None:
+            raise ValueError("task has no predict: pass Task(predict=lambda params, batch: ...).")
+        batches = ValLoader(predict_loader, self._limit(1.0), "predict_loader")
+        params, model_state, _ = self._weights(task, {"": batches}, state, ckpt_path)
+        return self._evaluation_of(task).prediction.run(params, model_state, batches)
+
+    def estimate_optimizer_steps(self, train_loader: Iterable[Tree]) -> int:
+        """Returns the number of optimizer steps that `fit` is expected to take with this loader, without reading it.
+
+        It follows the schedule of K and the limits, as `estimated_stepping_batches` does in a run, and takes the
+        loader's `len` as given. Early stops are not foreseen.
+
+        Args:
+          train_loader: as for `fit`.
+
+        Returns:
+          The number.
+
+        Raises:
+          ValueError: if it can't be known, such as for a loader without a length and without `max_steps`, or with
+            `accumulate_grad_batches="auto"`, which needs the first batch.
+
+        Example:
+          >>> import jaxaccum
+          >>> trainer = jaxaccum.Trainer(
+          ...     accumulate_grad_batches={0: 4, 2: 2}, max_epochs=3, strategy="single", enable_progress_bar=False
+          ... )
+          >>> trainer.estimate_optimizer_steps([None] * 6)
+          7
+        """
+        if self._options.target_batch_size is not None:
+            raise ValueError(
+                'accumulate_grad_batches="auto" needs the first batch, which only fit reads: pass K as a number, '
+                "target_batch_size divided by the examples of a micro-step."
+            )
+        batches = self._train_loader(train_loader).epoch_batches
+        return self._options.total_steps(self._strategy.micro_steps(batches))
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         """Plots the run's losses, K and effective batch size over the samples seen.
@@ -344,7 +490,10 @@ class Trainer:
 
     @property
     def should_stop(self) -> bool:
-        """Whether to stop training after the current micro-step. Callbacks may set it; each `fit` resets it."""
+        """Whether to stop training after the current micro-step. Callbacks may set it; each `fit` resets it.
+
+        It takes effect once `min_epochs` and `min_steps` are reached.
+        """
         return self._processes.own.stop
 
     @should_stop.setter
@@ -413,6 +562,7 @@ class Trainer:
     def callback_metrics(self) -> dict[str, float]:
         """The last window's means ("train_loss"), the last validation's results and the values logged by callbacks.
 
+        It has the last window's "grad_norm" with `log_grad_norm`, and the last epoch's means with `log_epoch_means`.
         Reading it waits for the devices to finish that window.
         """
         return self._running.metrics.all()
@@ -435,60 +585,54 @@ class Trainer:
         return self._running.record_is_due
 
     def _start(
-        self, task: Task, train_loader: Iterable[Tree], val_loader: Iterable[Tree] | None, ckpt_path: Any
+        self, task: Task, train_loader: Iterable[Tree], val_loader: Loaders | None, ckpt_path: Any
     ) -> tuple[Run, RunCheckpoints]:
         """Returns a run, fresh or restored from a checkpoint, and its checkpoints."""
         options, processes = self._options, self._processes
         if not isinstance(task, Task):
             raise TypeError(f"task must be a jaxaccum.Task, got {task!r}.")
-        if options.max_epochs is None and options.max_steps == -1:
+        if options.has_default_length:
             warnings.warn(
                 "max_epochs is not set: training for 1000 epochs. Pass max_epochs=-1 for no end.", stacklevel=3
             )
-        if options.limit_val_batches == 0:
-            val_loader = None
-        arguments.check_monitors(self._callbacks, val_loader is not None)
+        loaders: dict[str, ValLoader] = {}
+        if val_loader is not None and options.limit_val_batches != 0:
+            loaders = val_loaders(val_loader, self._limit(options.overfit_batches or options.limit_val_batches))
+        arguments.check_monitors(self._callbacks, bool(loaders))
         checkpoints = RunCheckpoints(self, self._callbacks, self._folder, processes)
-        loader = TrainLoader(
-            train_loader,
-            limit_train_batches=options.limit_train_batches,
-            overfit_batches=options.overfit_batches,
-            epochs=options.epochs,
-            steps=options.steps,
-            keeps_state=bool(checkpoints.folders),
-        )
+        loader = self._train_loader(train_loader, keeps_state=bool(checkpoints.folders))
         loader.agree(processes)
         options.agree(
             processes,
             strategy=self._strategy.name,
             devices=self._strategy.size,
-            val_loader=val_loader is not None,
+            val_loader=list(loaders),
             ModelCheckpoint=[str(folder) for folder in checkpoints.folders],
         )
-        found = None if ckpt_path is None else self._resumed(ckpt_path)
-        seed = options.seed
+        found = None if ckpt_path is None or options.fast_dev_run else self._resumed(ckpt_path)
+        seed, epoch_micro_steps = options.seed, self._strategy.micro_steps(loader.epoch_batches)
         # The loader is first read here, once the position in the run is known.
         if found is None:
             loader.begin(Start())
         else:
             seed = found.notes["seed"]
             run_checkpoint.begin(found, loader, self._strategy)
-        val_limit = options.overfit_batches or options.limit_val_batches
+        # Before the first collective, which would deadlock if a process had left.
+        examples = sum(processes.gather("the number of examples", length(loader.first)))
+        if options.target_batch_size is not None:
+            micro_step = examples * self._strategy.group
+            every_k = target.split(options.target_batch_size, micro_step, "the examples of a micro-step")
+            options.accumulate_grad_batches = AccumulationSchedule({0: every_k})
         setup = Setup(
             options=options,
             strategy=self._strategy,
             processes=processes,
-            # Before the first collective, which would deadlock if a process had left.
-            examples=sum(processes.gather("the number of examples", length(loader.first))),
-            programs=run_state.programs_for(task, options, self._strategy, seed, self._run),
+            examples=examples,
+            programs=run_state.programs_for(task, options, self._strategy, seed, epoch_micro_steps, self._run),
             evaluation=self._evaluation_of(task),
             loader=loader,
-            val_loader=None if val_loader is None else ValLoader(val_loader, val_limit),
+            val_loaders=loaders,
         )
-        if options.target_batch_size is not None:
-            micro_step = setup.examples * self._strategy.group
-            every_k = target.split(options.target_batch_size, micro_step, "the examples of a micro-step")
-            options.accumulate_grad_batches = AccumulationSchedule({0: every_k})
         self._run = run = run_state.begin(setup, self._loggers)
         if found is not None:
             checkpoints.restore(found, run)
@@ -503,12 +647,37 @@ class Trainer:
             warnings.warn(f"{error} The run starts afresh.", stacklevel=4)
             return None
 
-    def _saved(self, task: Task, val_loader: ValLoader, ckpt_path: str | os.PathLike[str]) -> FitState:
-        """Returns the parameters and the model state of a checkpoint."""
+    def _weights(
+        self, task: Task, loaders: Mapping[str, ValLoader], state: FitState | None, ckpt_path: Any
+    ) -> tuple[Tree, Tree, Counters]:
+        """Returns parameters, model state and position of `state`, of a checkpoint, or of the last `fit`."""
+        if ckpt_path is None or (self._options.fast_dev_run and ckpt_path in ("last", "best") and state is None):
+            params, _, model_state, _ = self.state if state is None else state
+            return params, model_state, self._at
+        if state is not None:
+            raise ValueError(f"pass either state or ckpt_path={ckpt_path!r}, not both.")
         found = saving.find(ckpt_path, self._callbacks, self._folder, self._processes)
-        for batch in val_loader.first(1):
-            return run_checkpoint.weights(found, *_task.initial(task, jax.random.key(found.notes["seed"]), batch))
-        raise ValueError("val_loader gave no batch.")
+        first = next(iter(loaders.values()))
+        for batch in first.first(1):
+            initial = _task.initial(task, jax.random.key(found.notes["seed"]), batch)
+            params, _, model_state, _ = run_checkpoint.weights(found, *initial)
+            return params, model_state, run_checkpoint.place(found, self._strategy)
+        raise ValueError(f"{first.name} gave no batch.")
+
+    def _train_loader(self, loader: Iterable[Tree], keeps_state: bool = False) -> TrainLoader:
+        options = self._options
+        return TrainLoader(
+            loader,
+            limit_train_batches=self._limit(options.limit_train_batches),
+            overfit_batches=options.overfit_batches,
+            epochs=options.epochs,
+            steps=options.steps,
+            keeps_state=keeps_state,
+        )
+
+    def _limit(self, value: int | float) -> int | float:
+        """Returns a limit of loader batches, which `fast_dev_run` replaces."""
+        return self._options.fast_dev_run * self._strategy.group or value
 
     def _evaluation_of(self, task: Task) -> Evaluation:
         """Returns the validation programs for `task`, reusing those of the last call for the same task."""

@@ -34,6 +34,11 @@ def losing(values):
         ([1, 2, 3, 3, 3, 9], {"patience": 2, "mode": "max"}, 5),
         ([5, 4, math.nan, 1, 1, 1], {"patience": 9}, 3),
         ([5, 4, 3, 2, 1, 0], {}, 6),
+        ([5, math.nan, math.inf, 4, math.nan, math.nan], {"patience": 3, "check_finite": False}, 6),
+        ([math.nan, 5, math.nan, math.nan, 4, 4], {"patience": 2, "check_finite": False}, 4),
+        ([5, 4, 3, 2, 1, 0], {"stopping_threshold": 3}, 3),
+        ([1, 2, 3, 4, 4, 4], {"stopping_threshold": 2.5, "mode": "max"}, 3),
+        ([5, 4.5, 3, 2, 1, 0], {"stopping_threshold": 4.5, "min_delta": 1}, 2),
     ],
 )
 def test_early_stopping_stops_when_nothing_improves(values, options, epochs):
@@ -56,6 +61,11 @@ def test_early_stopping_looks_at_the_training_loss_at_an_epochs_end():
         EarlyStopping("val_loss", mode="least")
     with pytest.raises(ValueError, match="patience"):
         EarlyStopping("val_loss", patience=0)
+    with pytest.raises(TypeError, match="check_finite must be True or False, got 1"):
+        EarlyStopping("val_loss", check_finite=1)
+    for bad in ("3", True, math.nan):
+        with pytest.raises(ValueError, match=f"stopping_threshold must be a finite number, or None.*{bad!r}"):
+            EarlyStopping("val_loss", stopping_threshold=bad)
 
 
 @pytest.mark.parametrize("monitors", [EarlyStopping, lambda monitor: ModelCheckpoint(monitor=monitor)])
@@ -122,6 +132,17 @@ def test_early_stopping_goes_on_from_its_checkpoint_and_from_no_other(tmp_path):
     assert not t.is_resuming and t.current_epoch == 4 and fields(used) == (5, 3, 3)
     t.fit(the_task, *batches, ckpt_path=tmp_path / "with" / "epoch=4-micro_step=4")
     assert t.current_epoch == 4  # It was stopped there.
+
+
+def test_a_run_that_reached_its_threshold_stays_stopped_on_a_resume(tmp_path):
+    """Catches a threshold that is looked at in validations alone, and NaNs taken for a run without a value."""
+    the_task, batches = losing([5, 3, 2, 1]), (ones(2), ones(2))
+    stopping = EarlyStopping("val_loss", stopping_threshold=3)
+    single(max_epochs=4, callbacks=[stopping, ModelCheckpoint(tmp_path)]).fit(the_task, *batches)
+    t = single(max_epochs=4, callbacks=[stopping, ModelCheckpoint(tmp_path)])
+    t.fit(the_task, *batches, ckpt_path="last")
+    assert t.current_epoch == 2 and fields(stopping) == (3, 0, 1)
+    single(callbacks=EarlyStopping("val_loss", check_finite=False)).fit(losing([math.nan]), *batches)
 
 
 def test_a_fresh_fit_takes_no_state_that_was_loaded_before_it():

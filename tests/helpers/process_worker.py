@@ -12,10 +12,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 from training import Logged, loader, task, trainer
 
+import jaxaccum
 import jaxaccum.distributed
 from jaxaccum.callbacks import Callback, ModelCheckpoint
+from jaxaccum.trainer.programs.compiled import FitState
 
 SCHEDULE = {0: 3, 1: 2}
 SIZES = [4] * 16 + [4, 4, 3, 3]  # Of all processes: 5 micro-steps of 4 devices, the last of several shapes.
@@ -103,6 +106,18 @@ def fit(folder, callbacks=(), batches=None, val=None, ckpt_path=None, dropout=0.
     return {"digest": digest.hexdigest(), "params": params, **told}
 
 
+def predictions():
+    """The predictions of this process: 5 loader batches of all with "ddp", its share of a batch with "dp"."""
+    line = jaxaccum.Task(
+        lambda key, batch: np.ones(()), lambda w, x, key: w, optax.sgd(1.0), predict=lambda w, x: w * x
+    )
+    state = FitState(np.float32(2), (), (), None)
+    ddp = trainer(strategy="ddp").predict(line, mine([np.full(n, n, np.float32) for n in (1, 2, 2, 2, 3)]), state)
+    share = np.arange(3, dtype=np.float32) + 3 * jax.process_index()
+    dp = trainer(strategy="dp").predict(line, [share, share + 6], state)
+    return {"ddp": [x.tolist() for x in ddp], "dp": [x.tolist() for x in dp]}
+
+
 def cases(folder):
     """Each case, by name."""
     batches, val = mine(loader(*SIZES)), mine(loader(4, 4, 4, 4, 4, seed=1))
@@ -141,6 +156,7 @@ def cases(folder):
     yield "a loader's error", fit(folder, ModelCheckpoint(folder / "broken"), broken, max_epochs=1)
     unread = [batch | {"x": "words"} if i == 4 and jax.process_index() else batch for i, batch in enumerate(batches)]
     yield "a batch that can't be read", fit(folder, ModelCheckpoint(folder / "unread"), unread, max_epochs=1)
+    yield "predict", predictions()
     keys = [batch | {"key": jax.random.split(jax.random.key(0), len(batch["x"]))} for batch in batches]
     yield "keys", fit(folder, batches=keys)
     yield "trees", fit(folder, batches=[{**fewer[0], **({"z": fewer[0]["y"]} if jax.process_index() else {})}])

@@ -18,6 +18,7 @@ from jaxaccum import loggers
 from jaxaccum.callbacks import Callback, ModelCheckpoint
 from jaxaccum.loggers import CSVLogger, JSONLLogger, TensorBoardLogger
 from jaxaccum.loggers.records import Records
+from jaxaccum.trainer.programs.compiled import WindowLogs
 
 
 def lines_of(path):
@@ -481,7 +482,7 @@ def test_progress_bar_metrics_are_the_newest_that_are_ready():
     assert t.progress_bar_metrics == {"train_loss": 0.0}
     means = [OnDevice(float(i)) for i in range(1000)]
     for i, mean in enumerate(means):
-        t._running.metrics.close_window({"loss": mean})
+        t._running.metrics.close_window(WindowLogs({"train_loss": mean}, None))
         if i >= 100:
             means[i - 100].ready = True
             assert t.progress_bar_metrics == {"train_loss": i - 100}
@@ -495,7 +496,7 @@ def test_few_means_are_kept_however_far_the_device_is_behind():
     _ = t.progress_bar_metrics
     means = [OnDevice(float(i + 1)) for i in range(10_000)]
     for mean in means:
-        t._running.metrics.close_window({"loss": mean})
+        t._running.metrics.close_window(WindowLogs({"train_loss": mean}, None))
     assert len(t._running.metrics._unfinished) <= 256
     assert t.progress_bar_metrics == {"train_loss": 0.0}
     for finished, least in [(1, 1), (9_900, 9_000)]:

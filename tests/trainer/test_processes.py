@@ -170,3 +170,10 @@ def test_what_differs_raises_on_all_and_is_named(together, case, words):
 def test_the_order_of_batches_over_processes_is_that_of_their_devices():
     """Catches a worker whose order is not the one that fit's docstring gives."""
     assert of_process(list(range(10)), 0) == [0, 1, 4, 5, 8, 9] and of_process(list(range(10)), 1) == [2, 3, 6, 7]
+
+
+def test_each_process_predicts_for_its_own_batches(together):
+    """Catches predictions of the other process' batches, of those that fill up a micro-step, and another order."""
+    ddp, dp = ([of["predict"][name] for of in together] for name in ("ddp", "dp"))
+    assert ddp == [[[2], [4, 4], [6, 6, 6]], [[4, 4], [4, 4]]]
+    assert dp == [[[0, 2, 4], [12, 14, 16]], [[6, 8, 10], [18, 20, 22]]]

@@ -2,8 +2,9 @@
 
 import jax
 import numpy as np
+import optax
 import pytest
-from training import loader, task, trainer
+from training import loader, ones, single, slope, task, trainer
 
 import jaxaccum
 
@@ -36,3 +37,14 @@ def test_errors():
         trainer(accumulate_grad_batches="auto", target_batch_size=8, callbacks=scheduler)
     with pytest.raises(ValueError, match="target_batch_size"):
         trainer(accumulate_grad_batches="auto", target_batch_size=0)
+
+
+def test_an_optimizer_of_total_steps_knows_the_k_of_the_target():
+    """Catches a schedule that was made before the loader's batch was seen."""
+    seen = []
+    chosen = lambda total_steps: seen.append(total_steps) or optax.sgd(1.0)
+    t = single(accumulate_grad_batches="auto", target_batch_size=8, max_epochs=3)
+    t.fit(slope(chosen), ones(2, 2, 2, 2))
+    assert seen[-1] == t.global_step == 3
+    with pytest.raises(ValueError, match=r'accumulate_grad_batches="auto" needs the first batch'):
+        t.estimate_optimizer_steps(ones(2))

@@ -429,7 +429,7 @@ def test_hooks_run_in_lightnings_order_and_in_the_order_of_the_callbacks():
     the_task = slope()
     single(callbacks=[Writes("a"), Writes("b")], max_epochs=2, val_check_interval=1).fit(the_task, ones(2), ones(2))
     names = [hook for hook, name, *_ in calls if name == "a"]
-    epoch = ["on_train_epoch_start", "on_train_batch_start", "on_train_batch_end"]
+    epoch = ["on_train_epoch_start", "on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end"]
     epoch += ["on_validation_start", "on_validation_epoch_end", "on_validation_end", "on_train_epoch_end"]
     assert names == ["on_fit_start", "on_train_start", *epoch, *epoch, "on_train_end", "on_fit_end"]
     assert [name for _, name, *_ in calls] == ["a", "b"] * len(names)

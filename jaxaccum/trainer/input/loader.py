@@ -280,8 +280,9 @@ class FirstBatches:
 class ValLoader:
     """The validation batches of a run; each validation starts from the beginning."""
 
-    def __init__(self, loader: Iterable[Tree], limit: int | float):
-        _check_iterable(loader, "val_loader")
+    def __init__(self, loader: Iterable[Tree], limit: int | float, name: str):
+        _check_iterable(loader, name)
+        self.name = name
         self._loader, self._limit = loader, limit
         self._looked_at: tuple[Any, list[Tree]] = None, []
         batch_limits.limit(loader, limit, "limit_val_batches")  # Raises for a fraction of a loader without a length.
@@ -310,6 +311,15 @@ class ValLoader:
         # If `iter` returned the same iterator, it won't yield its first batches again.
         batches = itertools.chain(kept, _rest(iterator)) if iterator is former else iterator
         return itertools.islice(batches, self._batches_limit)
+
+
+def val_loaders(loaders: Any, limit: int | float, argument: str = "val_loader") -> dict[str, ValLoader]:
+    """Returns the loaders of a dict by name, or a single one by the name ""."""
+    if not isinstance(loaders, Mapping):
+        return {"": ValLoader(loaders, limit, argument)}
+    if not loaders or not all(isinstance(name, str) and name for name in loaders):
+        raise TypeError(f"{argument} must be a loader or a dict of loaders by name, got the keys {list(loaders)}.")
+    return {name: ValLoader(loader, limit, f"{argument}[{name!r}]") for name, loader in loaders.items()}
 
 
 def set_epoch(loader: Any, epoch: int) -> None:

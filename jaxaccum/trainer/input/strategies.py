@@ -163,6 +163,13 @@ class Strategy:
             return jax.device_put(jax.tree.map(jnp.copy, tree), sharding)
         return jax.tree.map(lambda x: _placed(x, sharding), tree)
 
+    def held(self, tree: Tree) -> Tree:
+        """Replicates `tree` over the devices, without a copy if it lies there."""
+        if self.process_count == 1:
+            return jax.device_put(tree, self.common)
+        spans = any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in jax.tree.leaves(tree))
+        return tree if spans else self.placed(tree, self.common)
+
     def of_first(self, tree: Tree) -> Tree:
         """Broadcasts `tree` from process 0."""
         if self.process_count == 1:

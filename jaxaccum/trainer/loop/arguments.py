@@ -6,8 +6,9 @@ from typing import Any
 
 from jaxaccum._integers import positive_int
 from jaxaccum._schedule import AccumulationSchedule
-from jaxaccum.callbacks import Callback
+from jaxaccum.callbacks import Callback, EarlyStopping
 from jaxaccum.callbacks.monitor import Monitor
+from jaxaccum.callbacks.policy import CheckpointPolicy
 from jaxaccum.callbacks.scheduler import offered_schedule
 from jaxaccum.loggers import JSONLLogger
 
@@ -20,6 +21,11 @@ def callbacks(value: Any) -> tuple[Callback, ...]:
     if sum(offered_schedule(callback) is not None for callback in found) > 1:
         raise ValueError(f"callbacks hold more than one GradientAccumulationScheduler: {found!r}; merge them into one.")
     return tuple(found)
+
+
+def of_dev_run(callbacks: Sequence[Callback]) -> tuple[Callback, ...]:
+    """Returns the callbacks that also run in a `fast_dev_run`: they neither save nor stop early."""
+    return tuple(callback for callback in callbacks if not isinstance(callback, (CheckpointPolicy, EarlyStopping)))
 
 
 def schedule(

@@ -15,6 +15,7 @@ from jaxaccum.trainer.loop.run_state import Run
 from jaxaccum.trainer.loop.saving import RunCheckpoints
 from jaxaccum.trainer.loop.signals import Signals
 from jaxaccum.trainer.programs import step_outputs
+from jaxaccum.trainer.programs.compiled import WindowLogs
 from jaxaccum.trainer.programs.step_outputs import Outputs
 
 
@@ -25,18 +26,20 @@ class Loop:
         self._run, self._hooks, self._checkpoints, self._signals = run, hooks, checkpoints, signals
         self._setup, self._options, self._processes = run.setup, run.setup.options, run.setup.processes
         self._interval: validation.Interval | None = None
-        if run.setup.val_loader is not None:
+        if run.setup.val_loaders:
             self._interval = validation.Interval(run.setup)
             self._interval.check_falls_due(hooks.may_set_k)
-            self._interval.check_lasts(run.setup.val_loader)
+            for val_loader in run.setup.val_loaders.values():
+                self._interval.check_lasts(val_loader)
 
     def check_validation(self) -> None:
         """Validates on the first batches, to find errors before training; records nothing."""
         setup, count = self._setup, self._options.num_sanity_val_steps
-        if setup.val_loader is not None and count:
+        if setup.val_loaders and count:
             params, _, model_state, _ = self._run.state
-            batches = setup.val_loader.first(None if count == -1 else count * setup.strategy.group)
-            setup.evaluation.run(params, model_state, batches)
+            batches = None if count == -1 else count * setup.strategy.group
+            first = {name: val_loader.first(batches) for name, val_loader in setup.val_loaders.items()}
+            setup.evaluation.run(params, model_state, first)
 
     def train(self) -> None:
         """Trains to the end of the run and saves it."""
@@ -59,7 +62,8 @@ class Loop:
     def _is_over(self) -> bool:
         """Whether the run has reached its last epoch or optimizer step, or was asked to stop."""
         at, options = self._run.at, self._options
-        return at.global_step >= options.steps or at.epoch >= options.epochs or self._processes.wishes.stop
+        is_stopped = self._processes.wishes.stop and options.may_stop(at)
+        return at.global_step >= options.steps or at.epoch >= options.epochs or is_stopped
 
     def _begin_epoch(self) -> None:
         """Sets K, unless the run resumes in the epoch."""
@@ -78,7 +82,7 @@ class Loop:
             return
         for call in self._remaining():
             self._signals.leave_if_told()
-            if self._processes.wishes.stop and at.batches != before:
+            if self._processes.wishes.stop and at.batches != before and self._is_over():
                 return  # A hook of the last micro-step requested it, in any process.
             yield call
             self._signals.leave_if_told()
@@ -110,25 +114,27 @@ class Loop:
             self._hooks.call("on_train_batch_start", micro_step.batch, batch_idx)
         window_step = at.window_step + len(call)
         boundary = call[-1].last or window_step >= at.every_k
+        if boundary:
+            self._hooks.call("on_before_optimizer_step")
         with jax.profiler.StepTraceAnnotation("train", step_num=at.micro_step):
             share = self._share(window_step) if boundary else None
-            run.state, outputs, means = self._setup.programs.run(run.state, call, boundary, share)
+            run.state, outputs, of_window = self._setup.programs.run(run.state, call, boundary, share)
         # Nothing fails between here and the hooks, so the counters match the state even if a hook raises.
         run.uncounted.extend(zip(call, outputs, strict=True))
         try:
             while run.uncounted:
                 batch_idx = at.batch_idx
-                micro_step, outputs = self._count(means)
+                micro_step, outputs = self._count(of_window)
                 if self._options.detect_anomaly:
                     self._refuse_anomaly(outputs)
                 self._hooks.call("on_train_batch_end", outputs, micro_step.batch, batch_idx)
         finally:
             while run.uncounted:  # A hook raised, but all of them have been dispatched.
-                self._count(means)
+                self._count(of_window)
         if boundary:
             run.metrics.record_window(at)
 
-    def _count(self, means: dict[str, jax.Array] | None) -> tuple[MicroStep, Outputs]:
+    def _count(self, of_window: WindowLogs | None) -> tuple[MicroStep, Outputs]:
         """Counts and returns the next dispatched micro-step; at a boundary also counts an optimizer step."""
         run = self._run
         micro_step, outputs = run.uncounted.popleft()
@@ -136,13 +142,13 @@ class Loop:
         run.at.count(micro_step.examples, micro_step.count, micro_step.last)
         if self._interval is not None:
             self._interval.count(run.at)
-        if means is not None and not run.uncounted:
-            self._close_window(means)
+        if of_window is not None and not run.uncounted:
+            self._close_window(of_window)
         return micro_step, outputs
 
-    def _close_window(self, means: dict[str, jax.Array]) -> None:
+    def _close_window(self, logs: WindowLogs) -> None:
         run = self._run
-        run.metrics.close_window(means)
+        run.metrics.close_window(logs)
         run.at.close_window()
         run.at.recorded = not run.record_is_due
 
@@ -169,11 +175,11 @@ class Loop:
     def _validate_if_due(self) -> None:
         """Runs a validation if one is due. The pending sums are not affected."""
         run, setup = self._run, self._setup
-        if run.at.validated or setup.val_loader is None:
+        if run.at.validated or not setup.val_loaders:
             return
         self._hooks.call("on_validation_start")
         params, _, model_state, _ = run.state
-        results = setup.evaluation.run(params, model_state, setup.val_loader, self._signals.leave_if_told)
+        results = setup.evaluation.run(params, model_state, setup.val_loaders, self._signals.leave_if_told)
         run.metrics.results |= results
         self._hooks.call("on_validation_epoch_end")
         self._hooks.call("on_validation_end")
@@ -189,6 +195,9 @@ class Loop:
         if not at.ends_epoch:
             self._checkpoints.save_at_end(run)
         self._flush_if_asked()
+        if at.ends_epoch:
+            for name, mean in run.metrics.epoch.means().items():
+                run.metrics.log(name, mean)
         self._hooks.call("on_train_epoch_end")
         if run.metrics.logged:
             run.metrics.record(at, {})
@@ -196,6 +205,7 @@ class Loop:
             if self._interval is not None:
                 self._interval.end_epoch(at)
             at.end_epoch()
+            run.metrics.epoch.begin({})
             self._checkpoints.save_if_due(run, "epoch")
         self._processes.share_wishes()
 
@@ -203,8 +213,9 @@ class Loop:
         """Closes a window that a stop left open, with `flush_on_stop`."""
         run = self._run
         if self._options.flush_on_stop and run.at.window_step:
-            run.state, means = self._setup.programs.flush(run.state, self._share(run.at.window_step))
-            self._close_window(means)
+            self._hooks.call("on_before_optimizer_step")
+            run.state, of_window = self._setup.programs.flush(run.state, self._share(run.at.window_step))
+            self._close_window(of_window)
             run.metrics.record_window(run.at)
 
     def _warn_if_never_validated(self) -> None:

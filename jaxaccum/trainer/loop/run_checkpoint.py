@@ -34,6 +34,7 @@ def arrays(state: FitState) -> dict[str, jax.Array]:
 def notes(run: Run, callbacks: Sequence[Callback]) -> dict[str, Any]:
     """Returns everything in a run that is not an array, as JSON types. Waits for the last window's means."""
     strategy, metrics = run.setup.strategy, run.metrics
+    options, processes = run.setup.options, run.setup.processes
     number = lambda x: np.asarray(x).item()
     told = [(callback.state_key, callback.state_dict()) for callback in callbacks]
     return {
@@ -41,10 +42,13 @@ def notes(run: Run, callbacks: Sequence[Callback]) -> dict[str, Any]:
         "seed": run.setup.programs.seed,
         "devices": strategy.size,
         "group": strategy.batches,
-        "loaders": run.setup.processes.gather("a checkpoint's notes", run.loader_state),
+        "loaders": processes.gather("a checkpoint's notes", run.loader_state),
         "means": {name: number(mean) for name, mean in metrics.window.items()},
+        "epoch_sums": dict(metrics.epoch.all()),  # Written later, by another thread.
         "metrics": {name: number(result) for name, result in metrics.results.items()},
         "logged": {name: number(value) for name, value in metrics.logged.items()},
+        # Until a run may stop, the wish for it is part of its state.
+        "stop": processes.wishes.stop and not options.may_stop(run.at),
         "callbacks": [(name, json_state.dumps(state, name)) for name, state in told if state],
     }
 
@@ -97,6 +101,9 @@ def restore(checkpoint: Checkpoint, run: Run, callbacks: Sequence[Callback]) -> 
     # Dtypes and shardings match the programs' outputs, so that nothing recompiles.
     on_device = lambda number: strategy.placed(np.asarray(number, weighted_sum.weight_dtype()), strategy.common)
     metrics.window = {name: on_device(mean) for name, mean in noted["means"].items()}
+    if "loss" in metrics.window:  # Version 0.1 named them without the prefix.
+        metrics.window = {f"train_{name}": mean for name, mean in metrics.window.items()}
+    metrics.epoch.begin(noted.get("epoch_sums", {}))
     metrics.results, metrics.logged = noted["metrics"], noted["logged"]
     run.loader_state = _loader_state(checkpoint, strategy)
     waiting = [(name, json_state.loads(text)) for name, text in noted["callbacks"]]
@@ -106,6 +113,7 @@ def restore(checkpoint: Checkpoint, run: Run, callbacks: Sequence[Callback]) -> 
             waiting.remove(own)
             callback.load_state_dict(own[1])
     run.at, run.is_resuming = place(checkpoint, strategy), True
+    run.setup.processes.own.stop = noted.get("stop", False)
     return waiting
 
 

@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from jaxaccum import task as _task
 from jaxaccum.distributed.process_group import Processes
 from jaxaccum.loggers.records import Records
 from jaxaccum.task import Task
@@ -29,7 +30,7 @@ class Setup(NamedTuple):
     programs: Programs
     evaluation: Evaluation
     loader: TrainLoader
-    val_loader: ValLoader | None  # None for no validation.
+    val_loaders: dict[str, ValLoader]  # By the names of their results; {} for no validation.
     examples: int  # In the first loader batch, over all processes.
 
     @property
@@ -60,12 +61,18 @@ class Run:
         return not at.window_step and (is_first_or_last or at.global_step % options.log_every_n_steps == 0)
 
 
-def programs_for(task: Task, options: Options, strategy: Strategy, seed: int, last: Run | None) -> Programs:
-    """Returns the programs of the `last` run if they fit, otherwise new ones."""
-    if last is not None and last.setup.programs.fits(task, seed):
+def programs_for(
+    task: Task, options: Options, strategy: Strategy, seed: int, micro_steps: int | float, last: Run | None
+) -> Programs:
+    """Returns the programs of the `last` run if they fit, otherwise new ones; `micro_steps` are those of an epoch."""
+    total_steps = options.total_steps(micro_steps) if _task.needs_total_steps(task) else None
+    if last is not None and last.setup.programs.fits(task, seed, total_steps):
         return last.setup.programs
-    optimizer = window_optimizer.of_window(task.optimizer, options.gradient_clip_val, options.divides_by_k)
-    return Programs(task, strategy, optimizer, options.nonfinite, seed)
+    optimizer = _task.optimizer(task, total_steps)
+    clipping = options.gradient_clip_val, options.gradient_clip_algorithm
+    optimizer = window_optimizer.of_window(optimizer, *clipping, options.divides_by_k)
+    logs = options.log_grad_norm, options.log_epoch_means
+    return Programs(task, strategy, optimizer, options.nonfinite, seed, total_steps, *logs)
 
 
 def begin(setup: Setup, loggers: Sequence[Any]) -> Run:

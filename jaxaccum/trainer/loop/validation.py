@@ -82,6 +82,7 @@ class Interval:
         one = options.epochs < 2 * (options.check_val_every_n_epoch or 1) and math.isinf(self.micro_steps)
         if val_loader.lasts_for_one and not one:
             raise ValueError(
-                "val_loader is an iterator, which gives its batches once, but there may be several validations: pass "
-                "something that can be iterated again, such as a list, or an int limit_val_batches if it has no end."
+                f"{val_loader.name} is an iterator, which gives its batches once, but there may be several "
+                "validations: pass something that can be iterated again, such as a list, or an int limit_val_batches "
+                "if it has no end."
             )

@@ -12,7 +12,7 @@ import optax
 from jaxaccum import task as _task
 from jaxaccum._gradient import sum_packing
 from jaxaccum._gradient.host_weight import HostWeight
-from jaxaccum._multi_steps import inner_update
+from jaxaccum._multi_steps import inner_update, norms
 from jaxaccum._multi_steps.accumulation import Boundary
 from jaxaccum._multi_steps.api import MultiSteps, config_of
 from jaxaccum._multi_steps.loss_step import LossStep
@@ -35,7 +35,7 @@ class Pending(NamedTuple):
     On P devices, per-device arrays have a leading axis of P. `index` and the counters in `sums` are replicated.
 
     Attributes:
-      sums: the gradient sums; a `MultiStepsState` without its `inner_opt_state`.
+      sums: the gradient sums; a `MultiStepsState` without its `inner_opt_state` and `norms`.
       logs: the weighted sums of the loss and the metrics, as scalars.
       model_state: the model state after the last micro-batch; () without one.
       index: uint32 scalar, the number of loader batches in the run so far, from which keys are derived.
@@ -63,6 +63,19 @@ class FitState(NamedTuple):
     pending: Pending
 
 
+class WindowLogs(NamedTuple):
+    """What a window logs, replicated over the devices.
+
+    Attributes:
+      means: the weighted means of the loss and the metrics, "train_loss" and so on, and "grad_norm" with
+        `log_grad_norm`. They are NaN if the weight is 0.
+      sums: the weighted sums of which they are the means; None without `log_epoch_means`.
+    """
+
+    means: dict[str, jax.Array]
+    sums: Logs | None
+
+
 class Programs:
     """The compiled programs of a run, reused by later runs of the same kind.
 
@@ -74,18 +87,34 @@ class Programs:
     """
 
     def __init__(
-        self, task: Task, strategy: Strategy, optimizer: optax.GradientTransformation, nonfinite: str, seed: int
+        self,
+        task: Task,
+        strategy: Strategy,
+        optimizer: optax.GradientTransformation,
+        nonfinite: str,
+        seed: int,
+        total_steps: int | None = None,
+        log_grad_norm: bool = False,
+        log_epoch_means: bool = False,
     ):
         self._task, self._strategy, self._sync, self.seed = task, strategy, strategy.sync, seed
+        self._total_steps = total_steps  # The optimizer is made for, if this matters.
         self._objective = functools.partial(objective.objective, task, strategy, seed)
         self._weight = HostWeight(functools.partial(objective.returned, task), strategy.sync)
         # The host tracks K and passes `boundary` with every call.
-        self._tx = MultiSteps(optimizer, 1, nonfinite=nonfinite, **self._sync.options())
+        self._tx = MultiSteps(
+            optimizer,
+            1,
+            nonfinite=nonfinite,
+            gradient_norms="window" if log_grad_norm else None,
+            **self._sync.options(),
+        )
+        self._log_epoch_means = log_epoch_means
         self._kind: Any = None
 
-    def fits(self, task: Task, seed: int) -> bool:
-        """Whether these are the programs for this task and seed."""
-        return self._task is task and self.seed == seed
+    def fits(self, task: Task, seed: int, total_steps: int | None) -> bool:
+        """Whether these are the programs for this task and seed, and for this number of steps if it matters."""
+        return self._task is task and (self.seed, self._total_steps) == (seed, total_steps)
 
     def initial(self, batch: Tree, processes: Processes) -> FitState:
         """Initialises a run's state on the devices from a loader batch, and compiles the programs if needed."""
@@ -121,7 +150,7 @@ class Programs:
         args = params, sums, own, batch, place, index
         _, (_, logs), *_ = jax.eval_shape(functools.partial(self._micro_step, False, boundary=False), *args)
         logs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), logs)
-        return sums.inner_opt_state, Pending(sums._replace(inner_opt_state=None), logs, own, index)
+        return sums.inner_opt_state, Pending(_without_step(sums), logs, own, index)
 
     def _shardings(self, params, model_state, opt_state, pending) -> FitState:
         """Returns the state's shardings: replicated, except for per-device sums and sharded optimizer state."""
@@ -153,12 +182,12 @@ class Programs:
 
     def run(
         self, state: FitState, micro_steps: Sequence[MicroStep], boundary: bool, share: jax.Array | None
-    ) -> tuple[FitState, list[Outputs], dict[str, jax.Array] | None]:
+    ) -> tuple[FitState, list[Outputs], WindowLogs | None]:
         """Runs one micro-step, or the rest of a window in one call. Donates `state`.
 
         Several micro-steps must have one piece each and equal shapes, and `boundary`, whether the window ends with the
         last of them, must be True. `share` is the factor for the window's gradient at a boundary; None is 1. Returns
-        (state, each micro-step's loss and metrics, the window's means at a boundary or None).
+        (state, each micro-step's loss and metrics, the window's logs at a boundary or None).
         """
         params, opt_state, model_state, pending = state
         held = params, model_state
@@ -166,21 +195,21 @@ class Programs:
         if len(micro_steps) > 1:
             pieces = [piece for micro_step in micro_steps for piece in micro_step.pieces]
             is_known = all(map(counts, pieces))
-            state, logs, means = self._window(state, [piece.inputs for piece in pieces], share, counts=is_known)
-            return state, [Outputs([logs], (..., i)) for i in range(len(pieces))], means
+            state, logs, of_window = self._window(state, [piece.inputs for piece in pieces], share, counts=is_known)
+            return state, [Outputs([logs], (..., i)) for i in range(len(pieces))], of_window
         pieces = micro_steps[0].pieces
-        outputs, means = [], None
+        outputs, of_window = [], None
         for piece in pieces[:-1] if boundary else pieces:
             pending, logs = self._accumulate(params, pending, *piece.inputs, counts=counts(piece))
             outputs.append(logs)
         state = FitState(params, opt_state, model_state, pending)
         if boundary:
-            state, logs, means = self._step(state, *pieces[-1].inputs, share, counts=counts(pieces[-1]))
+            state, logs, of_window = self._step(state, *pieces[-1].inputs, share, counts=counts(pieces[-1]))
             outputs.append(logs)
-        return state, [Outputs(outputs)], means
+        return state, [Outputs(outputs)], of_window
 
-    def flush(self, state: FitState, share: jax.Array | None) -> tuple[FitState, dict[str, jax.Array]]:
-        """Runs the optimizer on the pending sums and returns (state, the window's means). Donates `state`."""
+    def flush(self, state: FitState, share: jax.Array | None) -> tuple[FitState, WindowLogs]:
+        """Runs the optimizer on the pending sums and returns (state, the window's logs). Donates `state`."""
         return self._flush(state, share)
 
     def redistribute(self, sums: MultiStepsState) -> MultiStepsState:
@@ -195,10 +224,10 @@ class Programs:
 
     def _close_with(self, state, batch, place, share, counts=False):
         share = {} if share is None else {"share": share}
-        params, opt_state, pending, logs = self._add(
+        params, sums, pending, logs = self._add(
             counts, state.params, state.opt_state, state.pending, batch, place, boundary=True, **share
         )
-        return self._closed(params, opt_state, pending), logs, self._means(pending.logs)
+        return self._closed(params, sums.inner_opt_state, pending), logs, self._window_logs(pending.logs, sums)
 
     def _scan(self, state, pieces, share, counts=False):
         *others, (batch, place) = pieces
@@ -213,18 +242,20 @@ class Programs:
 
         pieces = jax.tree.map(lambda *x: jnp.stack(x), *others)
         pending, logs = jax.lax.scan(add, pack(state.pending), pieces)
-        state, last_logs, means = self._close_with(state._replace(pending=unpack(pending)), batch, place, share, counts)
+        state, last_logs, of_window = self._close_with(
+            state._replace(pending=unpack(pending)), batch, place, share, counts
+        )
         # Micro-steps are stacked on the last axis, because the first one is sharded over the devices.
         together = lambda x, end: jnp.concatenate([jnp.moveaxis(x, 0, -1), end[..., None]], axis=-1)
-        return state, jax.tree.map(together, logs, last_logs), means
+        return state, jax.tree.map(together, logs, last_logs), of_window
 
     def _close(self, state, share):
         share = {} if share is None else {"share": share}
-        sums = state.pending.sums._replace(inner_opt_state=state.opt_state)
+        sums = self._with_step(state.pending.sums, state.opt_state)
         updates, sums = self._tx.flush(sums, state.params, **share)
         params = inner_update.apply_updates(state.params, updates)
-        pending = state.pending._replace(sums=with_cleared_sums(sums)._replace(inner_opt_state=None))
-        return self._closed(params, sums.inner_opt_state, pending), self._means(pending.logs)
+        pending = state.pending._replace(sums=_without_step(with_cleared_sums(sums)))
+        return self._closed(params, sums.inner_opt_state, pending), self._window_logs(pending.logs, sums)
 
     def _closed(self, params, opt_state, pending):
         """Returns the state after a window, with the model state averaged over the devices."""
@@ -232,11 +263,14 @@ class Programs:
         pending = pending._replace(model_state=self._sync.local(model_state))
         return FitState(params, opt_state, model_state, pending)
 
-    def _means(self, logs: Logs) -> dict[str, jax.Array]:
-        """Returns the window's weighted means; NaN if the weight is 0."""
+    def _window_logs(self, logs: Logs, sums: MultiStepsState) -> WindowLogs:
+        """Returns the logs of a window, given those pending on each device and the sums after its optimizer step."""
         joined = self._sync.joined(logs)
         divide = lambda sums: jnp.where(sums.weight == 0, jnp.nan, weighted_sum.mean(sums, sums.total))
-        return {name: divide(sums) for name, sums in joined.items()}
+        means = {f"train_{name}": divide(sums) for name, sums in joined.items()}
+        if sums.norms:
+            means["grad_norm"] = sums.norms.window
+        return WindowLogs(means, joined if self._log_epoch_means else None)
 
     def _micro_step(self, counts, params, sums, *args, boundary, extra_args=None):
         """Adds a piece, as `LossStep` does, whose rest is (model state, logs); sums are 0 at a window's start."""
@@ -244,8 +278,8 @@ class Programs:
         return step(params, sums, args, Boundary(boundary, clears=True), extra_args)
 
     def _add(self, counts, params, opt_state, pending, batch, place, boundary, **extra_args):
-        """Adds a piece and returns (params, opt_state, pending, logs); runs the optimizer at a boundary."""
-        sums = pending.sums._replace(inner_opt_state=opt_state)
+        """Adds a piece and returns (params, sums, pending, logs); runs the optimizer at a boundary."""
+        sums = self._with_step(pending.sums, opt_state)
         args = params, sums, pending.model_state, batch, place, pending.index
         _, (model_state, logs), _, params, sums = self._micro_step(
             counts, *args, boundary=boundary, extra_args=extra_args
@@ -255,9 +289,19 @@ class Programs:
         first = pending.sums.mini_step == 0
         add = lambda total, x: weighted_sum.add(total, x, keep=keep, first=first)
         pending = Pending(
-            sums=sums._replace(inner_opt_state=None),
+            sums=_without_step(sums),
             logs=jax.tree.map(add, pending.logs, logs),
             model_state=weighted_sum.select(keep, model_state, pending.model_state),
             index=pending.index + place[2].astype(jnp.uint32),
         )
-        return params, sums.inner_opt_state, pending, logs
+        return params, sums, pending, logs
+
+    def _with_step(self, sums: MultiStepsState, opt_state: Tree) -> MultiStepsState:
+        """Returns the state of `MultiSteps` for pending sums; the norm is NaN until an optimizer step."""
+        nan = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), norms.zeros(config_of(self._tx)))
+        return sums._replace(inner_opt_state=opt_state, norms=nan)
+
+
+def _without_step(sums: MultiStepsState) -> MultiStepsState:
+    """Drops what does not belong to the pending sums: `FitState` holds it, or no checkpoint does."""
+    return sums._replace(inner_opt_state=None, norms=())

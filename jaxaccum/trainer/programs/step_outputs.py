@@ -52,4 +52,5 @@ def own(x: jax.Array) -> np.ndarray:
     """Returns this process's part of an array that is sharded along its first axis."""
     if x.is_fully_addressable:
         return np.asarray(x)
-    return np.concatenate([np.asarray(shard.data) for shard in x.addressable_shards])
+    shards = sorted(x.addressable_shards, key=lambda shard: shard.index[0].start)
+    return np.concatenate([np.asarray(shard.data) for shard in shards])

@@ -5,12 +5,16 @@ import optax
 
 
 def of_window(
-    optimizer: optax.GradientTransformation, gradient_clip_val: float | None, divide_by_k: bool
+    optimizer: optax.GradientTransformation, gradient_clip_val: float | None, algorithm: str, divide_by_k: bool
 ) -> optax.GradientTransformation:
-    """Chains, if requested, scaling by the extra arg `share` and then clipping to a global norm with `optimizer`."""
+    """Chains, if requested, scaling by the extra arg `share` and then clipping with `optimizer`.
+
+    `algorithm` is "norm", to a global norm, or "value", of each entry.
+    """
     parts: list[optax.GradientTransformation] = [_scale_by_share()] * divide_by_k
     if gradient_clip_val is not None:
-        parts.append(optax.clip_by_global_norm(gradient_clip_val))
+        clip = optax.clip if algorithm == "value" else optax.clip_by_global_norm
+        parts.append(clip(gradient_clip_val))
     return optax.chain(*parts, optimizer) if parts else optimizer
 
 

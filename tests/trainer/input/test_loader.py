@@ -466,6 +466,14 @@ def test_a_loader_is_an_iterable_of_batches(batches, words):
     """Catches an error of Python's own, and a dict of loaders whose keys are taken for batches."""
     with pytest.raises(TypeError, match=f"train_loader must be an iterable of batches, {words}"):
         single().fit(slope(), batches)
-    if batches is not None:
-        with pytest.raises(TypeError, match=f"val_loader must be an iterable of batches, {words}"):
-            single().fit(slope(), BATCHES, batches)
+    if batches is not None and not isinstance(batches, dict):
+        for val_loader, name in [(batches, "val_loader"), ({"a": BATCHES, "b": batches}, r"val_loader\['b'\]")]:
+            with pytest.raises(TypeError, match=f"{name} must be an iterable of batches, {words}"):
+                single().fit(slope(), BATCHES, val_loader)
+
+
+@pytest.mark.parametrize("bad", [{}, {"": BATCHES}, {1: BATCHES}])
+def test_several_validation_loaders_have_names(bad):
+    """Catches a run that validates on nothing, and results without a name of their own."""
+    with pytest.raises(TypeError, match=r"val_loader must be a loader or a dict of loaders by name, got the keys \["):
+        single().fit(slope(), BATCHES, bad)

@@ -270,6 +270,65 @@ def test_validate_compiles_once():
     assert counts[0] == counts[2]
 
 
+class Shuffled(list):
+    """Its order depends on the epoch."""
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        return iter(np.random.default_rng(self.epoch).permutation(np.stack(list(super().__iter__()))))
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_overfitting_and_validations_of_some_epochs_go_on_in_mid_window(tmp_path, devices):
+    """Catches batches of another epoch, batches counted in place of micro-steps, and epochs that are counted anew."""
+    batches = Shuffled(np.full(2, x, np.float32) for x in range(5 * devices))
+    options = {"overfit_batches": 3 * devices, "max_epochs": 4, "check_val_every_n_epoch": 2}
+    options |= {"accumulate_grad_batches": 2, "strategy": "single" if devices == 1 else "ddp", "devices": devices}
+    whole, rest = Validations(), Validations()
+    saves = ModelCheckpoint(tmp_path, every_n_micro_steps=1, save_top_k=-1)
+    want = trainer(callbacks=[whole, saves], **options).fit(slope(), batches, ones(2))
+    batches.set_epoch(0)
+    first = list(batches)[: 3 * devices]
+    assert float(want.params) == pytest.approx(-4 * (np.mean(first[: 2 * devices]) + np.mean(first[2 * devices :])))
+    assert whole.at == [6, 12]
+    got = trainer(callbacks=rest, **options).fit(slope(), batches, ones(2), ckpt_path=tmp_path / "epoch=2-micro_step=7")
+    assert_same(got, want)
+    assert rest.at == [6, 12]
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_several_loaders_have_results_of_their_own(tmp_path, devices):
+    """Catches a mean over all loaders, and one that is passed over, or not gone on with in mid-window.
+
+    The slope is 1 and each window of ones takes 1 from w. The means of the loaders are (2·1 + 1·4) / 3 = 2 and 3.
+    """
+    batches, val = ones(*[2] * 4 * devices), {"a": [np.ones(2), np.full(1, 4.0)], "b": [np.full(1, 3.0)]}
+    stopping = EarlyStopping("val_loss/b", mode="max", patience=2)
+    saves = ModelCheckpoint(tmp_path, every_n_micro_steps=1, monitor="val_loss/a", save_top_k=-1)
+
+    def run(*callbacks):
+        log = Logged()
+        strategy = "single" if devices == 1 else "ddp"
+        options = {"max_epochs": 2, "accumulate_grad_batches": 2, "val_check_interval": 3, "logger": log}
+        return trainer(strategy=strategy, devices=devices, callbacks=callbacks, **options), log
+
+    whole, log = run(stopping, saves)
+    want = whole.fit(slope(), batches, val)
+    found = [(r["val_loss/a"], r["val_loss/b"]) for r in log.records if "val_loss/a" in r]
+    assert found == [(-2, -3), (-6, -9)] and stopping.wait == 1 and not any("val_loss" in r for r in log.records)
+    assert whole.validate(slope(), val, want) == {"val_loss/a": -8, "val_loss/b": -12}
+    resumed, rest = run()
+    assert_same(resumed.fit(slope(), batches, val, ckpt_path=tmp_path / "epoch=0-micro_step=3"), want)
+    found = [(r["val_loss/a"], r["val_loss/b"]) for r in rest.records if "val_loss/a" in r]
+    assert found[-1] == (-6, -9) and resumed.callback_metrics["val_loss/b"] == -9
+    with pytest.raises(ValueError, match=r"val_loader\['b'\] gave no batch"):
+        single().fit(slope(), batches, val | {"b": []})
+    with pytest.raises(ValueError, match=r"val_loader\['b'\] is an iterator"):
+        single(max_epochs=2).fit(slope(), batches, val | {"b": iter(ones(2))})
+
+
 @pytest.mark.parametrize("which", ["last", "best", "path"])
 @pytest.mark.parametrize("model_state", [False, True])
 def test_validate_takes_a_checkpoint(tmp_path, which, model_state):

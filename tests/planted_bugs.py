@@ -1557,6 +1557,20 @@ BUGS = [
         "params",
         "equinox",
     ),
+    Bug(
+        "an optimizer step meets parameters over explicit data axes in their own layout",
+        "MeshAxis.aligned",
+        "self.spread(params)",
+        "params",
+        "zero",
+    ),
+    Bug(
+        "parameters over explicit data axes come back gathered",
+        "MeshAxis.whole",
+        "self._as(tree, params)",
+        "jax.tree.map(lambda x: layout.lay(x, self.mesh, self.names, None), tree)",
+        "zero",
+    ),
 ]
 
 

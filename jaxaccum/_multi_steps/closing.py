@@ -129,12 +129,12 @@ def _optimizer_step(config, state, call, mean, like):
     params = call.params
     mean, aligned = config.sync.aligned(mean, params)
     call = call._replace(params=aligned)
-    inner_optimizer = InnerOptimizer(config.tolerant_inner_opt, state.inner_opt_state, aligned, call.extra_args)
+    inner_optimizer = InnerOptimizer(config.tolerant_inner_opt, state.inner_opt_state, call.params, call.extra_args)
     wide = jnp.float32 if config.accumulator_dtype is None else config.accumulator_dtype
     updates, inner = inner_optimizer.update(mean, like, wide)
     prepared = ()
     if config.prepare is not None:
-        new_params = config.sync.whole(inner_update.apply_updates(aligned, updates), params)
+        new_params = config.sync.whole(inner_update.apply_updates(call.params, updates), params)
         _, prepared = once_per_window.compute(config.prepare, new_params)
     return config.sync.whole(call.result(updates), params), config.sync.spread(inner), prepared
 

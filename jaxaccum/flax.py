@@ -28,6 +28,8 @@ from jaxaccum._types import Tree
 from jaxaccum._window import api
 from jaxaccum.task import Task
 
+_GRAPHDEF = "the graphdef"  # The keyword under which a loss gets the model's structure. It is no identifier.
+
 
 def value_and_grad(
     fun: Callable[..., Any],
@@ -143,8 +145,8 @@ class HostDriven:
     """
 
     def __init__(self, tx: MultiSteps, fun: Callable[..., Any], has_aux: bool = False, *, wrt: Any = nnx.Param):
-        def pure(params, state, *args, graphdef, **kwargs):
-            return _functional(fun, wrt, has_aux, graphdef, params, *args, state, **kwargs)
+        def pure(params, state, /, *args, **kwargs):
+            return _functional(fun, wrt, has_aux, kwargs.pop(_GRAPHDEF), params, *args, state, **kwargs)
 
         self._tx, self._wrt, self._has_aux = tx, wrt, has_aux
         self._step = host_driven.HostDriven(tx, pure, has_aux, carry_argnums=1)
@@ -202,7 +204,7 @@ class HostDriven:
     def _arguments(self, model, args, kwargs):
         """(the variables to train, the other arguments of the functional loss, those by keyword)."""
         graphdef, params, others = nnx.split(model, self._wrt, ...)
-        return params, (others, *args), {**kwargs, "graphdef": graphdef}
+        return params, (others, *args), {**kwargs, _GRAPHDEF: graphdef}
 
 
 def linen_value_and_grad(

@@ -1617,7 +1617,7 @@ BUGS = [
         "a target counts the batch of one device alone",
         "Trainer._start",
         "examples * self._strategy.group",
-        "setup.examples",
+        "examples",
         "target_batch_size",
     ),
     Bug(
@@ -1769,6 +1769,20 @@ BUGS = [
         'noted.get("epoch_sums", {})',
         "{}",
         "window_end",
+    ),
+    Bug(
+        "an optimizer step meets parameters over explicit data axes in their own layout",
+        "MeshAxis.aligned",
+        "self.spread(params)",
+        "params",
+        "zero",
+    ),
+    Bug(
+        "parameters over explicit data axes come back gathered",
+        "MeshAxis.whole",
+        "self._as(tree, params)",
+        "jax.tree.map(lambda x: layout.lay(x, self.mesh, self.names, None), tree)",
+        "zero",
     ),
 ]
 

@@ -184,6 +184,16 @@ def test_nnx_micro_steps_are_a_window(has_aux):
     assert_close(pure(model, nnx.Param), jax.tree.map(lambda p, g: p - 0.1 * g, start, nnx.to_pure_dict(grads)))
 
 
+def test_host_driven_passes_every_keyword_argument():
+    """Catches a keyword argument of the loss whose name the adapter uses for its own, here a teacher's structure."""
+    student, teacher = (nnx.Linear(3, 2, use_bias=bias, rngs=nnx.Rngs(seed)) for seed, bias in ((0, True), (1, False)))
+    structure, weights = nnx.split(teacher)
+    loss = lambda model, x, *, graphdef, weights: jnp.mean((model(x) - nnx.merge(graphdef, weights)(x)) ** 2)
+    step = jaxaccum.flax.HostDriven(MultiSteps(optax.sgd(0.1), 2), loss)
+    value, _ = step(student, step.init(student), jnp.ones((4, 3)), graphdef=structure, weights=weights)
+    np.testing.assert_allclose(value, jnp.mean((student(jnp.ones((4, 3))) - teacher(jnp.ones((4, 3)))) ** 2), rtol=1e-6)
+
+
 def test_nnx_micro_steps_close_and_compile_as_the_core_does():
     """Catches a flush that leaves the model as it was, a K that is not passed on, and a mode that is not seen."""
     model = Network(norm=True)

@@ -122,6 +122,13 @@ def count(leaf: Any, dimension: int) -> int:
     return math.prod(known.mesh.shape[name] for name in _in_order(layout(leaf)[dimension])) if known else 1
 
 
+def unplaced(leaf: Any) -> Any:
+    """The type of a leaf without its sharding over explicit axes; any other leaf as it is."""
+    if _known(leaf) is None:
+        return leaf
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=getattr(leaf, "weak_type", False))
+
+
 def wide(x: jax.Array) -> jax.Array:
     """Casts narrower inexact dtypes to float32, the least precision for reductions over devices."""
     is_narrow = jnp.issubdtype(x.dtype, jnp.inexact) and jnp.finfo(x.dtype).bits < 32

@@ -31,8 +31,13 @@ class _Defaults:
         """Lays out `tree` like joined sums."""
         return tree
 
-    def whole(self, tree: Tree) -> Tree:
+    def aligned(self, joined: Tree, params: Tree | None) -> tuple[Tree, Tree | None]:
+        """Joined sums and the parameters in one layout, that of the optimizer's state."""
+        return joined, params
+
+    def whole(self, tree: Tree, params: Tree | None) -> Tree:
         """Lays out `tree`, computed from joined sums, like the parameters."""
+        del params
         return tree
 
     def settled(self, state: Tree) -> Tree:
@@ -254,15 +259,18 @@ class MeshAxis(_Defaults):
 
     def local(self, tree: Tree) -> Tree:
         """Copies `tree` to each device: leaves (P, ...), with the layout of the other dimensions kept."""
-        if layout.is_explicit(self.mesh):
-            tree = jax.tree.map(lambda x: layout.reshard(x, self.mesh, self.names, P()), tree)
 
         def expand(tree):
             return jax.tree.map(lambda x: x[None], tree)
 
         options = {"mesh": self.mesh, "axis_names": set(self.names), "check_vma": False}
         # jit, since only under jit can a result be sharded over axes that are not manual.
-        return jax.jit(jax.shard_map(expand, in_specs=P(), out_specs=P(self.names), **options))(tree)
+        return jax.jit(jax.shard_map(expand, in_specs=P(), out_specs=P(self.names), **options))(self.unsplit(tree))
+
+    def unsplit(self, tree: Tree) -> Tree:
+        """Gathers `tree` over those data axes that jax's types show it to be sharded over."""
+        is_explicit = layout.is_explicit(self.mesh)
+        return jax.tree.map(lambda x: layout.reshard(x, self.mesh, self.names, P()), tree) if is_explicit else tree
 
     def each(self, fun: Callable[[Tree], Tree], tree: Tree) -> Tree:
         return jax.vmap(fun)(tree)
@@ -297,9 +305,19 @@ class MeshAxis(_Defaults):
 
         return jax.tree.map(lay, tree) if self.scatter else tree
 
-    def whole(self, tree: Tree) -> Tree:
-        """Lays out `tree`, computed from joined sums, like the parameters: replicated over the data axes."""
-        return jax.tree.map(lambda x: layout.lay(x, self.mesh, self.names, None), tree) if self.scatter else tree
+    def aligned(self, joined: Tree, params: Tree | None) -> tuple[Tree, Tree | None]:
+        # Only explicit axes refuse to combine arrays of different layouts.
+        if params is None or not layout.is_explicit(self.mesh):
+            return joined, params
+        return (joined, self.spread(params)) if self.scatter else (self.like(joined, params), params)
+
+    def whole(self, tree: Tree, params: Tree | None) -> Tree:
+        """Lays out `tree` like the parameters; if their layout is not known, replicated over the data axes."""
+        if not self.scatter:
+            return tree
+        if params is None or not layout.is_explicit(self.mesh):
+            return jax.tree.map(lambda x: layout.lay(x, self.mesh, self.names, None), tree)
+        return self._as(tree, params)
 
     def own(self, tree: Tree) -> Tree:
         # Otherwise XLA replicates constants, and the next step recompiles.
@@ -324,10 +342,17 @@ class MeshAxis(_Defaults):
         return jax.tree.map(lambda x: layout.onto(x, self.mesh), params) if layout.is_explicit(self.mesh) else params
 
     def like(self, tree: Tree, params: Tree) -> Tree:
-        if self.scatter or not layout.is_explicit(self.mesh):
-            return tree
-        spec = lambda p: jax.typeof(p).sharding.spec
-        return jax.tree.map(lambda x, p: layout.reshard(x, self.mesh, self.mesh.axis_names, spec(p)), tree, params)
+        return tree if self.scatter or not layout.is_explicit(self.mesh) else self._as(tree, params)
+
+    def _as(self, tree: Tree, params: Tree) -> Tree:
+        """Lays out the arrays in `tree` as the explicit types of `params` record."""
+
+        def leaf(x, param):
+            if not isinstance(x, jax.Array):  # The update of an integer parameter is None or a float0.
+                return x
+            return layout.reshard(x, self.mesh, self.mesh.axis_names, jax.typeof(param).sharding.spec)
+
+        return jax.tree.map(leaf, tree, params, is_leaf=lambda x: x is None)
 
 
 Sync = OneDevice | MappedAxis | MeshAxis

@@ -127,14 +127,17 @@ def flush(
 
 def _optimizer_step(config, state, call, mean, like):
     """(result, inner state, prepared parameters) of the optimizer step on `mean`."""
+    params = call.params
+    mean, aligned = config.sync.aligned(mean, params)
+    call = call._replace(params=aligned)
     inner_optimizer = InnerOptimizer(config.tolerant_inner_opt, state.inner_opt_state, call.params, call.extra_args)
     wide = jnp.float32 if config.accumulator_dtype is None else config.accumulator_dtype
     updates, inner = inner_optimizer.update(mean, like, wide)
     prepared = ()
     if config.prepare is not None:
-        new_params = config.sync.whole(inner_update.apply_updates(call.params, updates))
+        new_params = config.sync.whole(inner_update.apply_updates(call.params, updates), params)
         _, prepared = once_per_window.compute(config.prepare, new_params)
-    return config.sync.whole(call.result(updates)), config.sync.spread(inner), prepared
+    return config.sync.whole(call.result(updates), params), config.sync.spread(inner), prepared
 
 
 def _result_without_step(config, state, call, like):
@@ -151,7 +154,7 @@ def _carried_back(config, params, window):
     if config.prepare is None:
         return window.sums.total, None
     # Inside a mapped axis, the parameters must vary over it, like the sums.
-    own = params if isinstance(config.sync, MeshAxis) else config.sync.local(params)
+    own = config.sync.unsplit(params) if isinstance(config.sync, MeshAxis) else config.sync.local(params)
     once_per_window.check_linear(config.prepare, own)
     _, transpose = once_per_window.with_transpose(config.prepare, own)
     carried = config.sync.each(lambda sums: transpose(sums, window.count), window.sums.total)

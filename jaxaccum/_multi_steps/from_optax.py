@@ -1,5 +1,6 @@
 """Converts the state of `optax.MultiSteps`."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,11 +36,13 @@ def from_optax(tx: MultiSteps, state: Any) -> MultiStepsState:
         `axis_name=` pass the state of one device and replicate the result as that of `init`. `prepare=` is not
         supported, because its sums are of other gradients.
       state: an `optax.MultiStepsState`; or a tuple or a dict with its fields, as orbax and `flax.serialization` restore
-        it without a target, if the parameters are nested dicts.
+        it without a target, if the parameters are nested dicts; or the `opt_state` of an `nnx.Optimizer`.
 
     Returns:
-      The state of `tx`. It shares arrays with `state`: donate one of the two.
-      Sums have the dtype that `init` gives to parameters with the dtypes of `state.acc_grads`.
+      The state of `tx`. It shares arrays with `state`: donate one of the two. It holds no variables of nnx. Write it to
+      a new `nnx.Optimizer` with `nnx.update(optimizer.opt_state, nnx.state(state))`; for `jaxaccum.flax.HostDriven`
+      pass `jax.tree.unflatten(jax.tree.structure(step.init(model)), jax.tree.leaves(state))`. Sums have the dtype that
+      `init` gives to parameters with the dtypes of `state.acc_grads`.
 
     Raises:
       TypeError: if `tx` is not a `jaxaccum.MultiSteps`, or `state` not a state of `optax.MultiSteps`.
@@ -69,7 +72,7 @@ def from_optax(tx: MultiSteps, state: Any) -> MultiStepsState:
             f"tx has prepare={config.prepare!r}, whose sums are of gradients with respect to what it returns; those in "
             "state are of the parameters. Build tx without prepare=."
         )
-    return _converted(config, jax.tree.map(_on_devices(config.sync), _optax_state(state)))
+    return _converted(config, jax.tree.map(_on_devices(config.sync), _optax_state(_without_variables(state))))
 
 
 def _converted(config: Config, state: optax.MultiStepsState) -> MultiStepsState:
@@ -97,6 +100,13 @@ def _converted(config: Config, state: optax.MultiStepsState) -> MultiStepsState:
         updated=(mini_step == 0) & (gradient_step > 0),
     )
     return initial_state.settled(config, new, ())
+
+
+def _without_variables(state: Any) -> Any:
+    """`state` with the values of nnx's variables in their places. Flax itself is not imported."""
+    variable = getattr(sys.modules.get("flax.nnx"), "Variable", ())
+    is_variable = lambda node: isinstance(node, variable)
+    return jax.tree.map(lambda x: jax.tree.leaves(x)[0] if is_variable(x) else x, state, is_leaf=is_variable)
 
 
 def _optax_state(state: Any) -> optax.MultiStepsState:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxaccum._devices import layout
 from jaxaccum._sums import overwrites, weighted_sum
 from jaxaccum._sums.overwrites import New
 from jaxaccum._sums.weighted_sum import is_inexact
@@ -58,9 +59,9 @@ class InnerOptimizer(NamedTuple):
         return self.opt.update(grads, state, params, **self.extra_args | replaced)
 
     def _shapes(self, grads):
-        """Shapes and dtypes of the updates for `grads`."""
-        params = overwrites.optimized(self.params)
-        return jax.eval_shape(lambda *args: self._call(*args)[0], grads, self.state, params)
+        """Shapes and dtypes of the updates for `grads`, which explicit axes may shard otherwise than the parameters."""
+        args = jax.tree.map(layout.unplaced, (grads, self.state, overwrites.optimized(self.params)))
+        return jax.eval_shape(lambda *args: self._call(*args)[0], *args)
 
 
 def without_refused(

@@ -193,6 +193,53 @@ def test_parameters_over_an_automatic_fsdp_axis_keep_their_layout(kind):
         assert_close(narrow(p), big_batch([window]))
 
 
+BOTH = ("data", "fsdp")
+
+
+@pytest.mark.parametrize(
+    ("reduce", "data_axis", "spec", "drive"),
+    [
+        ("scatter", BOTH, P("fsdp"), "counter"),
+        ("scatter", BOTH, P("fsdp"), "update"),
+        ("scatter", BOTH, P(None, "fsdp"), "HostDriven"),
+        ("scatter", BOTH, P(BOTH), "counter"),
+        ("scatter", BOTH, P(BOTH), "prepare"),
+        ("mean", "data", P(BOTH), "update"),
+        ("mean", "data", P(BOTH), "HostDriven"),
+    ],
+)
+def test_parameters_over_an_explicit_data_axis_keep_their_layout(reduce, data_axis, spec, drive):
+    """Catches an optimizer step on sums and parameters in two layouts, which explicit axes do not add."""
+    with jax.enable_x64(True):
+        mesh = jax.make_mesh((4, 2), BOTH, axis_types=(AxisType.Explicit,) * 2)
+        prepare = (lambda p: jax.tree.map(lambda x: 1.0 * x, p)) if drive == "prepare" else None
+        tx = jaxaccum.MultiSteps(inner(), K, mesh=mesh, data_axis=data_axis, reduce=reduce, prepare=prepare)
+        shardings = {"w": NamedSharding(mesh, spec), "b": NamedSharding(mesh, P())}
+        p = jax.device_put(wide(params()), shardings)
+        state = tx.init(p)
+        state_layout = jax.tree.map(lambda x: x.sharding, state.inner_opt_state)
+        devices = 4 if data_axis == "data" else 8
+        local = jaxaccum.local_value_and_grad(wide_loss, mesh=mesh, data_axis=data_axis)
+
+        def update(p, state, rows):
+            value, grads = local(p, rows)
+            updates, state = tx.update(grads, state, p, weight=value.weight)
+            return value, optax.apply_updates(p, updates), state
+
+        counter = jax.jit(lambda p, state, rows: tx.micro_step(wide_loss, p, state, rows))
+        step = {"update": jax.jit(update), "HostDriven": jaxaccum.HostDriven(tx, wide_loss)}.get(drive, counter)
+        windows = [batch(seed, devices) for seed in (0, 1)]
+        for i in range(2 * K):
+            rows = jax.tree.map(
+                lambda x, i=i: split(x, devices, K)[:, i % K].reshape(-1, *x.shape[1:]), windows[i // K]
+            )
+            _, p, state = step(p, state, jax.device_put(rows, NamedSharding(mesh, P(data_axis))))
+        assert_close(narrow(p), big_batch(windows))
+        assert p["w"].sharding.is_equivalent_to(shardings["w"], 2)
+        is_kept = lambda x, layout: x.sharding.is_equivalent_to(layout, x.ndim)
+        assert jax.tree.all(jax.tree.map(is_kept, state.inner_opt_state, state_layout))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -10,11 +10,13 @@ import optax
 import orbax.checkpoint
 import pytest
 from devices import assert_close
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from training import assert_same
 
 import jaxaccum
+import jaxaccum.flax
 
 K = 3
 OPTIMIZERS = {
@@ -162,6 +164,31 @@ def test_host_driven_and_jit_take_the_state():
         for one in grads[4:]:
             _, p, state = host(p, state, one)
         assert_close(p, passed[-1][0])
+
+
+@pytest.mark.parametrize("driver", ["nnx.Optimizer", "HostDriven"])
+def test_the_state_of_an_nnx_optimizer(driver):
+    """Catches variables that are taken for a part of the paths, and a state that neither way of training takes."""
+    loss = lambda model, x: jnp.mean((model(x) - 1) ** 2)
+    model, batches = nnx.Linear(3, 2, rngs=nnx.Rngs(0)), jax.random.normal(jax.random.key(0), (6, 4, 3))
+    old = nnx.Optimizer(model, optax.MultiSteps(optax.adam(0.1), K), wrt=nnx.Param)
+    for x in batches[:2]:
+        old.update(model, nnx.grad(loss)(model, x))
+    tx, other = jaxaccum.MultiSteps(optax.adam(0.1), K), nnx.clone(model)
+    state = jaxaccum.from_optax(tx, old.opt_state)
+    if driver == "HostDriven":
+        step = jaxaccum.flax.HostDriven(tx, loss)
+        state = jax.tree.unflatten(jax.tree.structure(step.init(other)), jax.tree.leaves(state))
+    else:
+        new = nnx.Optimizer(other, tx, wrt=nnx.Param)
+        nnx.update(new.opt_state, nnx.state(state))
+    for x in batches[2:]:
+        old.update(model, nnx.grad(loss)(model, x))
+        if driver == "HostDriven":
+            _, state = step(other, state, x)
+        else:
+            new.update(other, nnx.grad(loss)(other, x))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), nnx.state(other), nnx.state(model))
 
 
 def test_sums_have_the_accumulators_dtype_and_an_empty_window_none():

@@ -27,7 +27,7 @@ def plan(
     optimizer: Any = None,
     target_batch_size: int = 512,
     mesh: Any = None,
-    memory_limit: int | None = None,
+    memory_limit: float | None = None,
     *,
     data_axis: Any = "data",
     reduce: str = "mean",
@@ -71,8 +71,8 @@ def plan(
         `reduce="scatter"` as `zero_sharding` says.
       target_batch_size: the examples of a window, P·N·K with `mesh`, else N·K.
       mesh: a `jax.sharding.Mesh`, as for `value_and_grad`. N and all memory are then those of one device.
-      memory_limit: bytes of one device. None means 98% of the least `bytes_limit` of the devices, by their
-        `memory_stats()`.
+      memory_limit: bytes of one device, such as 16e9. None means 98% of the least `bytes_limit` that the devices'
+        `memory_stats()` report.
       data_axis: the mesh's data axis, as for `value_and_grad`; P is its size.
       reduce: "mean" or "scatter", as for `value_and_grad`.
       alternatives: whether to compile the chosen size with each of these changes, for `Plan.alternatives`:
@@ -181,7 +181,8 @@ class _Planner:
 def _limit(memory_limit: Any, sync: Sync) -> int:
     """Returns the bytes that a step may take on each device."""
     if memory_limit is not None:
-        limit = as_int(memory_limit, "memory_limit", "a number of bytes")
+        whole = isinstance(memory_limit, float) and memory_limit.is_integer()  # 16e9 is valid.
+        limit = as_int(int(memory_limit) if whole else memory_limit, "memory_limit", "a whole number of bytes")
         if limit < 1:
             raise ValueError(f"memory_limit must be a number of bytes above 0, got {limit}.")
         return limit

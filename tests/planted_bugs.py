@@ -351,9 +351,9 @@ BUGS = [
     ),
     Bug(
         "an epoch uses the K of the next epoch",
-        "Loop._begin_epoch",
-        "self._options.accumulate_grad_batches(at.epoch)",
-        "self._options.accumulate_grad_batches(at.epoch + 1)",
+        "WindowLengths.every_k",
+        "at.epoch",
+        "at.epoch + 1",
         "trainer",
     ),
     Bug(
@@ -407,8 +407,8 @@ BUGS = [
     Bug(
         "a fused window ignores division by K",
         "Programs._scan",
-        "self._close_with(state._replace(pending=unpack(pending)), batch, place, share, counts)",
-        "self._close_with(state._replace(pending=unpack(pending)), batch, place, None, counts)",
+        "self._close_with(state, batch, place, share, counts)",
+        "self._close_with(state, batch, place, None, counts)",
         TRAINER,
     ),
     Bug(
@@ -972,8 +972,8 @@ BUGS = [
     Bug(
         "a hook's exception leaves dispatched micro-steps uncounted",
         "Loop._run_on_devices",
-        "while run.uncounted:\n    self._count(means)",
-        "while False:\n    self._count(means)",
+        "while run.uncounted:\n    self._count(closed)",
+        "while False:\n    self._count(closed)",
         "fuse_windows",
     ),
     Bug(
@@ -1377,7 +1377,7 @@ BUGS = [
     ),
     Bug(
         "the loss of an empty window is 0",
-        "Programs._means",
+        "Programs._window_of",
         "jnp.where(sums.weight == 0, jnp.nan, weighted_sum.mean(sums, sums.total))",
         "weighted_sum.mean(sums, sums.total)",
         "programs",
@@ -1556,6 +1556,34 @@ BUGS = [
         "modules.combined(params, rest)",
         "params",
         "equinox",
+    ),
+    Bug(
+        "K by tokens follows from the window that may still run",
+        "WindowLengths.every_k",
+        "len(self._undecided) > 1",
+        "self._undecided",
+        "window_lengths",
+    ),
+    Bug(
+        "a resumed run counts tokens from zero",
+        "run_checkpoint.restore",
+        "'lengths' in noted",
+        "False",
+        "window_lengths",
+    ),
+    Bug(
+        "K by tokens is decided in mid-window",
+        "Loop._in_windows",
+        "not at.window_step",
+        "True",
+        "window_lengths",
+    ),
+    Bug(
+        "dropped micro-batches count as tokens",
+        "Programs._add",
+        "jnp.logical_and(weight != 0, sums.dropped == pending.sums.dropped)",
+        "weight != 0",
+        "window_lengths",
     ),
 ]
 

@@ -56,7 +56,9 @@ class Trainer:
       (7, 18, 72)
 
     Args:
-      accumulate_grad_batches: K: an int, a dict from epoch to K, or an `AccumulationSchedule`.
+      accumulate_grad_batches: K: an int, a dict from epoch to K, or an `AccumulationSchedule`, by epoch or by optimizer
+        step, samples or tokens. K changes only at the start of a window. With a schedule by samples or tokens, an
+        iterator may be read up to 2 micro-steps beyond `max_steps`.
       max_epochs: the number of epochs; -1 for no limit. None means 1000, with a warning, or no limit if `max_steps` is
         given.
       max_steps: the number of optimizer steps; -1 for no limit.
@@ -378,8 +380,9 @@ class Trainer:
     def accumulate_grad_batches(self, k: int) -> None:
         if self._run is None or not self._run.takes_k:
             raise RuntimeError(
-                f"accumulate_grad_batches={k!r} can't be set here: K changes at an epoch's start alone. Set it in a "
-                "callback's on_train_epoch_start, or pass the Trainer a dict from epochs to K."
+                f"accumulate_grad_batches={k!r} can't be set here: K changes at an epoch's start alone, or follows an "
+                "AccumulationSchedule by steps, samples or tokens. Without one, set it in a callback's "
+                "on_train_epoch_start, or pass the Trainer a dict from epochs to K."
             )
         self._run.at.every_k = positive_int(k, "accumulate_grad_batches")
 
@@ -399,8 +402,12 @@ class Trainer:
 
     @property
     def estimated_stepping_batches(self) -> int | float:
-        """The run's expected number of optimizer steps, following the schedule of K; may be infinite."""
-        return self._options.optimizer_steps(self.num_training_batches)
+        """The run's expected number of optimizer steps, following the schedule of K; may be infinite.
+
+        With a schedule by "samples" it assumes batches of the size of the first one; by "tokens" it is `max_steps`.
+        """
+        examples = self._running.setup.examples * self._strategy.group
+        return self._options.optimizer_steps(self.num_training_batches, examples)
 
     @property
     def callback_metrics(self) -> dict[str, float]:

@@ -18,6 +18,7 @@ import jaxaccum.distributed
 from jaxaccum.callbacks import Callback, ModelCheckpoint
 
 SCHEDULE = {0: 3, 1: 2}
+TOKENS = jaxaccum.AccumulationSchedule({0: 1, 40: 2, 90: 3}, by="tokens")
 SIZES = [4] * 16 + [4, 4, 3, 3]  # Of all processes: 5 micro-steps of 4 devices, the last of several shapes.
 
 
@@ -117,6 +118,11 @@ def cases(folder):
         {name: x[part] for name, x in batch.items()} for batch, part in zip(loader(16, 16, 14), rows, strict=True)
     ]
     yield "dp", fit(folder, batches=shares, strategy="dp", dropout=0)
+
+    saves = ModelCheckpoint(folder / "tokens", every_n_micro_steps=1, save_top_k=-1)
+    yield "tokens", fit(folder, saves, accumulate_grad_batches=TOKENS)
+    path = folder / "tokens" / "epoch=0-micro_step=4"
+    yield "tokens, resumed", fit(folder, accumulate_grad_batches=TOKENS, ckpt_path=path)
 
     told = At(1, 2, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
     saves = lambda: ModelCheckpoint(folder / "told")

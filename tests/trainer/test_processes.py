@@ -10,7 +10,7 @@ import flags
 import numpy as np
 import process_worker
 import pytest
-from process_worker import SIZES, ZERO, Positioned, fit, of_process
+from process_worker import SIZES, TOKENS, ZERO, Positioned, fit, of_process
 from training import Logged, loader
 
 from jaxaccum.callbacks import ModelCheckpoint
@@ -30,6 +30,7 @@ def alone(folder):
     saves = ModelCheckpoint(folder / "single", every_n_micro_steps=2, save_top_k=-1)
     return {
         "ddp": fit(folder, strategy="ddp", devices=4, val=val, logger=log) | {"records": log.records},
+        "tokens": fit(folder, devices=4, accumulate_grad_batches=TOKENS),
         "single": fit(folder, saves, strategy="single", accumulate_grad_batches={0: 12, 1: 8}),
         "zero": fit(folder, batches=loader(*SIZES)[:16], devices=4, **ZERO),
         "dp": fit(folder, batches=loader(16, 16, 14), strategy="dp", devices=4, dropout=0),
@@ -70,7 +71,7 @@ def errors(together, case):
     return [of_process[case]["error"] for of_process in together]
 
 
-@pytest.mark.parametrize("case", ["ddp", "zero", "dp"])
+@pytest.mark.parametrize("case", ["ddp", "zero", "dp", "tokens"])
 def test_two_processes_train_as_one_with_all_their_devices(alone, together, case):
     """Catches keys, weights and batches that are numbered or counted in each process alone, and sums not joined."""
     zero, one = (of[case] for of in together)
@@ -90,6 +91,7 @@ def test_process_0_alone_logs_what_is_of_all(alone, together):
 def test_a_resume_is_exact(together):
     """Catches local sums of the other process that a checkpoint lacks, and its loader's state given to this one."""
     assert together[0]["2 to 2"]["digest"] == together[0]["ddp"]["digest"]
+    assert together[0]["tokens, resumed"] == together[0]["tokens"] | {"case": "tokens, resumed"}
 
 
 def test_a_resume_in_more_processes_ends_at_the_same_parameters(alone, together):

@@ -15,6 +15,7 @@ from jaxaccum.trainer.loop.run_state import Run
 from jaxaccum.trainer.loop.saving import RunCheckpoints
 from jaxaccum.trainer.loop.signals import Signals
 from jaxaccum.trainer.programs import step_outputs
+from jaxaccum.trainer.programs.compiled import ClosedWindow
 from jaxaccum.trainer.programs.step_outputs import Outputs
 
 
@@ -65,8 +66,8 @@ class Loop:
         """Sets K, unless the run resumes in the epoch."""
         run, at = self._run, self._run.at
         if not at.batch_idx:
-            at.every_k = self._options.accumulate_grad_batches(at.epoch)
-            run.takes_k = True
+            at.every_k = run.lengths.every_k(at)
+            run.takes_k = not run.lengths.change_with_windows
             self._hooks.call("on_train_epoch_start")
             run.takes_k = False
         self._processes.agree(f"epoch {at.epoch}", {"accumulate_grad_batches": at.every_k, "micro_step": at.micro_step})
@@ -98,10 +99,20 @@ class Loop:
         if self._interval is not None:
             self._interval.begin_epoch()
         if setup.loader.is_stream:  # Don't consume more batches than `max_steps` needs.
-            left = (options.steps - at.global_step) * at.every_k - at.window_step
+            left = self._run.lengths.most_micro_steps(at, options.steps)
             batches.stop_after(left * setup.strategy.group)
         steps = micro_steps(batches, setup.strategy, self._processes)
-        return fused(steps, at.every_k, at.window_step) if options.fuse_windows else zip(steps)
+        if self._run.lengths.change_with_windows:
+            steps = self._in_windows(steps)
+        return fused(steps, lambda: at.every_k, at.window_step) if options.fuse_windows else zip(steps)
+
+    def _in_windows(self, steps: Iterator[MicroStep]) -> Iterator[MicroStep]:
+        """Yields the micro-steps, and sets K when one starts a window."""
+        run, at = self._run, self._run.at
+        for micro_step in steps:
+            if not at.window_step:  # With `fuse_windows`, so do the next ones, until the window has run.
+                at.every_k = run.lengths.every_k(at)
+            yield micro_step
 
     def _run_on_devices(self, call: Sequence[MicroStep]) -> None:
         """Makes one call on the devices: a single micro-step, or the rest of a window."""
@@ -112,23 +123,23 @@ class Loop:
         boundary = call[-1].last or window_step >= at.every_k
         with jax.profiler.StepTraceAnnotation("train", step_num=at.micro_step):
             share = self._share(window_step) if boundary else None
-            run.state, outputs, means = self._setup.programs.run(run.state, call, boundary, share)
+            run.state, outputs, closed = self._setup.programs.run(run.state, call, boundary, share)
         # Nothing fails between here and the hooks, so the counters match the state even if a hook raises.
         run.uncounted.extend(zip(call, outputs, strict=True))
         try:
             while run.uncounted:
                 batch_idx = at.batch_idx
-                micro_step, outputs = self._count(means)
+                micro_step, outputs = self._count(closed)
                 if self._options.detect_anomaly:
                     self._refuse_anomaly(outputs)
                 self._hooks.call("on_train_batch_end", outputs, micro_step.batch, batch_idx)
         finally:
             while run.uncounted:  # A hook raised, but all of them have been dispatched.
-                self._count(means)
+                self._count(closed)
         if boundary:
             run.metrics.record_window(at)
 
-    def _count(self, means: dict[str, jax.Array] | None) -> tuple[MicroStep, Outputs]:
+    def _count(self, closed: ClosedWindow | None) -> tuple[MicroStep, Outputs]:
         """Counts and returns the next dispatched micro-step; at a boundary also counts an optimizer step."""
         run = self._run
         micro_step, outputs = run.uncounted.popleft()
@@ -136,13 +147,15 @@ class Loop:
         run.at.count(micro_step.examples, micro_step.count, micro_step.last)
         if self._interval is not None:
             self._interval.count(run.at)
-        if means is not None and not run.uncounted:
-            self._close_window(means)
+        if closed is not None and not run.uncounted:
+            self._close_window(closed)
         return micro_step, outputs
 
-    def _close_window(self, means: dict[str, jax.Array]) -> None:
+    def _close_window(self, closed: ClosedWindow) -> None:
         run = self._run
-        run.metrics.close_window(means)
+        run.metrics.close_window(closed.means)
+        if closed.weight is not None:
+            run.lengths.close(closed.weight)
         run.at.close_window()
         run.at.recorded = not run.record_is_due
 
@@ -203,8 +216,8 @@ class Loop:
         """Closes a window that a stop left open, with `flush_on_stop`."""
         run = self._run
         if self._options.flush_on_stop and run.at.window_step:
-            run.state, means = self._setup.programs.flush(run.state, self._share(run.at.window_step))
-            self._close_window(means)
+            run.state, closed = self._setup.programs.flush(run.state, self._share(run.at.window_step))
+            self._close_window(closed)
             run.metrics.record_window(run.at)
 
     def _warn_if_never_validated(self) -> None:

@@ -38,6 +38,7 @@ def notes(run: Run, callbacks: Sequence[Callback]) -> dict[str, Any]:
     told = [(callback.state_key, callback.state_dict()) for callback in callbacks]
     return {
         "counters": dataclasses.asdict(run.at),
+        "lengths": run.lengths.state_dict(),
         "seed": run.setup.programs.seed,
         "devices": strategy.size,
         "group": strategy.batches,
@@ -105,6 +106,8 @@ def restore(checkpoint: Checkpoint, run: Run, callbacks: Sequence[Callback]) -> 
         if own is not None:
             waiting.remove(own)
             callback.load_state_dict(own[1])
+    if "lengths" in noted:  # Not in version 0.1.
+        run.lengths.load_state_dict(noted["lengths"])
     run.at, run.is_resuming = place(checkpoint, strategy), True
     return waiting
 

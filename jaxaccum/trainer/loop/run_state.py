@@ -14,6 +14,7 @@ from jaxaccum.trainer.input.strategies import Strategy
 from jaxaccum.trainer.loop.counters import Counters
 from jaxaccum.trainer.loop.metrics import Metrics
 from jaxaccum.trainer.loop.options import Options
+from jaxaccum.trainer.loop.window_lengths import WindowLengths
 from jaxaccum.trainer.programs import window_optimizer
 from jaxaccum.trainer.programs.compiled import FitState, Programs
 from jaxaccum.trainer.programs.evaluation import Evaluation
@@ -45,6 +46,7 @@ class Run:
     setup: Setup
     state: FitState
     metrics: Metrics
+    lengths: WindowLengths
     at: Counters = dataclasses.field(default_factory=Counters)
     # Micro-steps, with their outputs, that `state` includes and `at` doesn't yet.
     uncounted: collections.deque[tuple[MicroStep, Outputs]] = dataclasses.field(default_factory=collections.deque)
@@ -65,10 +67,12 @@ def programs_for(task: Task, options: Options, strategy: Strategy, seed: int, la
     if last is not None and last.setup.programs.fits(task, seed):
         return last.setup.programs
     optimizer = window_optimizer.of_window(task.optimizer, options.gradient_clip_val, options.divides_by_k)
-    return Programs(task, strategy, optimizer, options.nonfinite, seed)
+    weighs = options.accumulate_grad_batches.by == "tokens"
+    return Programs(task, strategy, optimizer, options.nonfinite, seed, weighs)
 
 
 def begin(setup: Setup, loggers: Sequence[Any]) -> Run:
     """Returns a fresh run, whose loader has begun. Only process 0 uses the loggers."""
     state = setup.programs.initial(setup.loader.first, setup.processes)
-    return Run(setup, state, Metrics(Records(() if setup.processes.index else loggers)))
+    metrics = Metrics(Records(() if setup.processes.index else loggers))
+    return Run(setup, state, metrics, WindowLengths(setup.options.accumulate_grad_batches))

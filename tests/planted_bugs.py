@@ -577,8 +577,8 @@ BUGS = [
     Bug(
         "policies with different monitors share one list of checkpoints",
         "ModelCheckpoint.state_key",
-        '("monitor", "mode", "every_n_micro_steps", "every_n_train_steps", "every_n_epochs")',
-        '("every_n_micro_steps", "every_n_train_steps", "every_n_epochs")',
+        '["monitor", "mode", "every_n_micro_steps", "every_n_train_steps", "every_n_epochs"]',
+        '["every_n_micro_steps", "every_n_train_steps", "every_n_epochs"]',
         TRAINER,
     ),
     Bug("windows are not recorded", "Loop._close_window", "run.at.recorded = not run.record_is_due", "pass", "loggers"),
@@ -1584,6 +1584,27 @@ BUGS = [
         "jnp.logical_and(weight != 0, sums.dropped == pending.sums.dropped)",
         "weight != 0",
         "window_lengths",
+    ),
+    Bug(
+        "a signal with a handler of the user's is taken",
+        "Signals.__enter__",
+        "handler in defaults",
+        "handler is not None",
+        "signals",
+    ),
+    Bug(
+        "each process saves by its own clock",
+        "Processes.seconds",
+        "self.count == 1",
+        "True",
+        "processes",
+    ),
+    Bug(
+        "a time that has passed does not begin again",
+        "RunCheckpoints._overdue",
+        "self._began |= dict.fromkeys(overdue, now)",
+        "pass",
+        "checkpoint",
     ),
 ]
 

@@ -28,7 +28,7 @@ from jaxaccum.trainer.loop.loop import Loop
 from jaxaccum.trainer.loop.options import Options
 from jaxaccum.trainer.loop.run_state import Run, Setup
 from jaxaccum.trainer.loop.saving import RunCheckpoints
-from jaxaccum.trainer.loop.signals import Signals
+from jaxaccum.trainer.loop.signals import EXIT_SIGNALS, Signals
 from jaxaccum.trainer.programs.compiled import FitState
 from jaxaccum.trainer.programs.evaluation import Evaluation
 
@@ -100,6 +100,8 @@ class Trainer:
       nonfinite: "propagate", or "drop" to leave out a micro-batch with a NaN or an infinity in its loss or gradient.
       detect_anomaly: whether to raise FloatingPointError for such a micro-batch, before it enters the sums. The host
         then waits for the device after every micro-step.
+      exit_signals: the signals that end `fit` after a save; by default SIGTERM, SIGINT, SIGUSR1 and SIGHUP. A signal
+        that is ignored, as SIGHUP is under nohup, or that has a handler of the user's, is left alone.
 
     Raises:
       TypeError, ValueError: for an invalid argument, at construction.
@@ -132,6 +134,7 @@ class Trainer:
         fuse_windows: bool = False,
         nonfinite: str = "propagate",
         detect_anomaly: bool = False,
+        exit_signals: Sequence[int] = EXIT_SIGNALS,
     ):
         observers = arguments.callbacks(callbacks)
         self._callbacks = (*observers, ProgressBar()) if enable_progress_bar else observers
@@ -154,6 +157,7 @@ class Trainer:
             nonfinite=nonfinite,
             detect_anomaly=detect_anomaly,
         )
+        self._exit_signals = arguments.exit_signals(exit_signals)
         self._strategy, self._processes = Strategy(strategy, devices), Processes()
         root = _paths.absolute(default_root_dir or ".")
         self._loggers, self._folder = arguments.loggers(logger, root), root / "checkpoints"
@@ -178,11 +182,12 @@ class Trainer:
         before; the seed, and K for the rest of the epoch, come from the checkpoint. On a different number of devices
         the pending sums are merged or split, and the open epoch keeps its effective batch size.
 
-        If `fit` runs in the main thread, SIGTERM and SIGINT (Ctrl-C) end the run after the current micro-step, or after
-        the current window with `fuse_windows`. The run is saved if there is a `ModelCheckpoint`, and then SystemExit
-        with code 143 or KeyboardInterrupt is raised. A second signal is raised immediately, without a save; the process
-        still waits for a checkpoint that is already being written. An error in a loader or a callback is also raised
-        after a save.
+        If `fit` runs in the main thread, the `exit_signals`, such as SIGTERM, SIGINT (Ctrl-C) and SLURM's SIGUSR1, end
+        the run after the current micro-step, or after the current window with `fuse_windows`. The run is saved if there
+        is a `ModelCheckpoint`, and then KeyboardInterrupt is raised after SIGINT, or SystemExit with code 128 + the
+        signal's number. A second signal has its default effect immediately, without a save; after a second Ctrl-C the
+        process still waits for a checkpoint that is already being written. An error in a loader or a callback is also
+        raised after a save.
 
         The next `fit` of the same `Task` object reuses the compiled programs.
 
@@ -222,12 +227,12 @@ class Trainer:
         """
         processes = self._processes
         processes.begin()
-        signals = Signals(processes)
+        signals = Signals(processes, self._exit_signals)
         try:
             run, checkpoints = self._start(task, train_loader, val_loader, ckpt_path)
             hooks = Hooks(self, task, self._callbacks)
             loop = Loop(run, hooks, checkpoints, signals)
-            checkpoints.check()
+            checkpoints.begin()
             loop.check_validation()
             run.metrics.records.begin(run.at.resumed if run.is_resuming else None)
         except BaseException as error:

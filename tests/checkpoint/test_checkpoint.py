@@ -1,5 +1,6 @@
 """Checkpoints: when they are saved, which are kept, what they contain, and failures to write or read one."""
 
+import datetime
 import errno
 import functools
 import json
@@ -7,6 +8,7 @@ import math
 import re
 import shutil
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ import jaxaccum
 from jaxaccum import checkpoint
 from jaxaccum.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from jaxaccum.checkpoint import orbax_io
+from jaxaccum.distributed import process_group
 from jaxaccum.loggers import JSONLLogger
 
 
@@ -61,6 +64,35 @@ def test_checkpoints_are_saved_at_their_interval_and_at_the_end(tmp_path, option
     single(accumulate_grad_batches=2, max_epochs=2, callbacks=saves).fit(slope(), ones(*[2] * 5))
     assert micro_steps(tmp_path) == want
     assert saves.last_model_path == saves.best_model_path and saves.last_model_path.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "want"),
+    [
+        # A micro-step takes 7 s: 21 s and 42 s after the start, 20 s have passed.
+        (20, [3, 6, 8]),
+        (7, [1, 2, 3, 4, 5, 6, 7, 8]),
+        (70, [8]),
+    ],
+)
+def test_checkpoints_are_saved_as_time_passes(tmp_path, monkeypatch, seconds, want):
+    """Catches a time that is not counted from the last save, and one that a validation or an epoch's end counts."""
+    clock = [1000.0]
+    monkeypatch.setattr(process_group, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+
+    class Ticks(Callback):
+        def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
+            clock[0] += 7
+
+    def run(folder, **options):
+        saves = ModelCheckpoint(folder, train_time_interval=datetime.timedelta(seconds=seconds), save_top_k=-1)
+        t = single(accumulate_grad_batches=3, max_epochs=2, callbacks=[saves, Ticks()])
+        return t.fit(the_task, batches, batches[:1], **options)
+
+    the_task, batches = task(dropout=0.3), loader(4, 4, 4, 4)
+    end = run(tmp_path)
+    assert micro_steps(tmp_path) == want
+    assert_same(run(tmp_path / "resumed", ckpt_path=tmp_path / names(tmp_path)[0]), end)
 
 
 @pytest.mark.parametrize(
@@ -191,6 +223,9 @@ def test_errors_name_argument_value_and_remedy(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=f"{tmp_path} can't be read as a checkpoint"):
         single().fit(slope(), ones(2), ckpt_path=tmp_path)
     for options, match in [
+        ({"train_time_interval": 60}, "train_time_interval must be .*timedelta.*got 60"),
+        ({"train_time_interval": datetime.timedelta(0)}, "train_time_interval must be .*above 0.*timedelta\\(0\\)"),
+        ({"train_time_interval": datetime.timedelta(1), "every_n_epochs": 1}, "one interval, got .*add another"),
         ({"every_n_epochs": 1, "every_n_micro_steps": 2}, "one interval, got .*every_n_epochs.*add another"),
         ({"every_n_train_steps": 0}, "every_n_train_steps must be .*0"),
         ({"mode": "least"}, "mode must be .*'least'"),

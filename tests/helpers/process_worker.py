@@ -3,11 +3,13 @@
 python process_worker.py ADDRESS NUM_PROCESSES PROCESS FOLDER
 """
 
+import datetime
 import hashlib
 import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -16,6 +18,7 @@ from training import Logged, loader, task, trainer
 
 import jaxaccum.distributed
 from jaxaccum.callbacks import Callback, ModelCheckpoint
+from jaxaccum.distributed import process_group
 
 SCHEDULE = {0: 3, 1: 2}
 TOKENS = jaxaccum.AccumulationSchedule({0: 1, 40: 2, 90: 3}, by="tokens")
@@ -85,6 +88,18 @@ class At(Callback):
             self.act(trainer)
 
 
+class Clock(Callback):
+    """Stands in for `time`: a micro-step takes a second on process 0, and the clock of process 1 stands still."""
+
+    now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+    def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
+        self.now += jax.process_index() == 0
+
+
 def raises(error):
     raise error
 
@@ -124,6 +139,12 @@ def cases(folder):
     path = folder / "tokens" / "epoch=0-micro_step=4"
     yield "tokens, resumed", fit(folder, accumulate_grad_batches=TOKENS, ckpt_path=path)
 
+    process_group.time = Clock()
+    timed = ModelCheckpoint(folder / "timed", train_time_interval=datetime.timedelta(seconds=4), save_top_k=-1)
+    yield "timed", fit(folder, [timed, process_group.time])
+    process_group.time = time
+    told = At(1, 2, lambda trainer: os.kill(os.getpid(), signal.SIGUSR1))
+    yield "SIGUSR1", fit(folder, [told, ModelCheckpoint(folder / "usr1")])
     told = At(1, 2, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
     saves = lambda: ModelCheckpoint(folder / "told")
     yield "SIGTERM", fit(folder, [told, saves()])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -112,10 +113,17 @@ def test_a_resume_in_one_process_ends_at_the_same_parameters(folder, alone, toge
 
 def test_a_signal_to_one_process_saves_and_ends_all(together):
     """Catches a process that trains on without the other, or waits for it, and a save of one alone."""
-    assert [of["SIGTERM"] | {"case": None} for of in together] == [
-        {"case": None, "error": "SystemExit: 143", "micro_step": 2}
-    ] * 2
+    for name in ("SIGTERM", "SIGUSR1"):
+        error = f"SystemExit: {128 + getattr(signal, name)}"
+        assert [of[name] for of in together] == [{"case": name, "error": error, "micro_step": 2}] * 2
     assert together[0]["after SIGTERM"]["digest"] == together[0]["ddp"]["digest"]
+
+
+def test_the_time_of_a_save_is_that_of_process_0(folder, together):
+    """Catches a process that saves by its own clock, where the others don't."""
+    zero, one = (of["timed"] for of in together)
+    assert zero == one and zero["digest"] == together[0]["ddp"]["digest"]
+    assert len(list((folder / "timed").iterdir())) == 3  # 10 micro-steps, and the end.
 
 
 def test_a_stop_by_one_process_is_a_stop_of_all(together):

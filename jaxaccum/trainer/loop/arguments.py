@@ -1,5 +1,6 @@
 """Checks and normalises the Trainer's arguments."""
 
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,19 @@ def schedule(accumulate_grad_batches: Any, callbacks: Sequence[Callback]) -> Acc
             "is: give one of them."
         )
     return given if offered is None else offered
+
+
+def exit_signals(value: Any) -> tuple[int, ...]:
+    """Returns the numbers of the signals, each of which a process can catch."""
+    found = tuple(value) if isinstance(value, Sequence) else (value,)
+    uncaught = [getattr(signal, name, None) for name in ("SIGKILL", "SIGSTOP")]
+    for number in found:
+        if isinstance(number, bool) or number not in signal.valid_signals() or number in uncaught:
+            raise ValueError(
+                "exit_signals must be a sequence of signals that a process can catch, such as (signal.SIGTERM, "
+                f"signal.SIGUSR1), or () for none, got {number!r} in {value!r}."
+            )
+    return found
 
 
 def loggers(value: Any, root: Path) -> tuple[Any, ...]:

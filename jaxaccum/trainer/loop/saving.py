@@ -166,6 +166,10 @@ class RunCheckpoints:
         self._folders = [FolderCheckpoints(folder, those, self._notes, processes) for folder, those in policies.items()]
         self._policies = [policy for folder in self._folders for policy in folder.policies]
         self._postponed: set[CheckpointPolicy] = set()
+        # In seconds: the intervals of policies with a `train_time_interval`, and when these began.
+        intervals = {policy: policy.train_time_interval for policy in self._policies}
+        self._intervals = {policy: interval.total_seconds() for policy, interval in intervals.items() if interval}
+        self._processes, self._began = processes, dict[CheckpointPolicy, float]()
 
     @property
     def folders(self) -> list[Path]:
@@ -184,6 +188,8 @@ class RunCheckpoints:
     def save_if_due(self, run: Run, moment: str, micro_steps: int = 1) -> None:
         """Starts the checkpoints that are due after `moment`, as in `ModelCheckpoint.due`."""
         due = {policy for policy in self._policies if policy.due(self._trainer, moment, micro_steps)}
+        if moment == "micro_step" and self._intervals:
+            due |= self._overdue()
         if not due and not self._postponed:
             return
         if moment == "micro_step" and not run.at.validated:
@@ -196,6 +202,13 @@ class RunCheckpoints:
             scored = [(policy, policy.score(self._trainer)) for policy in folder.policies if policy in due]
             folder.save([(policy, score) for policy, score in scored if policy.wants(score)], run)
 
+    def _overdue(self) -> set[CheckpointPolicy]:
+        """Returns the policies whose `train_time_interval` has passed, which begins again for them."""
+        now = self._processes.seconds()
+        overdue = {policy for policy, seconds in self._intervals.items() if now - self._began[policy] >= seconds}
+        self._began |= dict.fromkeys(overdue, now)
+        return overdue
+
     def save_at_end(self, run: Run) -> None:
         """Starts checkpoints of the run's final state."""
         is_epochs_end = not run.at.batch_idx  # Otherwise the monitored values are outdated.
@@ -203,8 +216,9 @@ class RunCheckpoints:
         for folder in self._folders:
             folder.save([(policy, score(policy)) for policy in folder.policies if policy.wants(None)], run)
 
-    def check(self) -> None:
-        """Raises TypeError if there are checkpoints and a callback's state can't be saved in one."""
+    def begin(self) -> None:
+        """Starts the intervals; raises TypeError if there are checkpoints and a callback's state can't be saved."""
+        self._began = dict.fromkeys(self._intervals, self._processes.seconds())
         for callback in self._callbacks if self._folders else ():
             try:
                 state = callback.state_dict()

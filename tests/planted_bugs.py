@@ -1606,6 +1606,43 @@ BUGS = [
         "pass",
         "checkpoint",
     ),
+    Bug(
+        "an average lacks the step that a hook cut off",
+        "EMA.on_fit_start",
+        "self._follow(trainer)",
+        "self._step = trainer.global_step",
+        "ema",
+    ),
+    Bug("an average follows micro-steps", "EMA._follow", "trainer.global_step != self._step", "True", "ema"),
+    Bug(
+        "validations use the parameters in place of their average",
+        "Run.evaluated_params",
+        "self.average is None",
+        "True",
+        "ema",
+    ),
+    Bug(
+        "a resume starts the average anew",
+        "run_checkpoint.restore",
+        "if average:\n"
+        "    run.average.average = _placed_average(average, run.average.average, strategy, checkpoint.path)",
+        "pass",
+        "ema",
+    ),
+    Bug(
+        "a warm start drops the optimizer state",
+        "WarmStart.opt_state",
+        "not self._has_state",
+        "True",
+        "warm_start",
+    ),
+    Bug(
+        "a run resumes from weights alone",
+        "saving.find",
+        "not (to_resume and notes.get('weights_only'))",
+        "True",
+        "checkpoint",
+    ),
 ]
 
 

@@ -38,6 +38,9 @@ class ModelCheckpoint(Callback):
       save_top_k: how many of the best checkpoints to keep; -1 keeps all. Without a `monitor` it must be -1, 0 or 1.
       save_last: whether to also keep the newest checkpoint, for a resume. False saves only checkpoints that rank in the
         top k and, unless `save_top_k` is 0, the end of the run.
+      save_weights_only: whether to save the parameters, the model state and the average of an `EMA` alone, under names
+        that end in "-weights". A run can't resume from them, and `ckpt_path="last"` passes over them; `validate`,
+        `jaxaccum.checkpoint.load` and `fit(init_from=)` take them.
 
     Raises:
       TypeError, ValueError: for an invalid argument.
@@ -60,6 +63,7 @@ class ModelCheckpoint(Callback):
         mode: str = "min",
         save_top_k: int = 1,
         save_last: bool = True,
+        save_weights_only: bool = False,
     ):
         _extras.require("orbax.checkpoint", "training", "ModelCheckpoint")
         intervals = {
@@ -89,6 +93,9 @@ class ModelCheckpoint(Callback):
         self.every_n_epochs = given.get("every_n_epochs") if given else 1
         self.train_time_interval: datetime.timedelta | None = given.get("train_time_interval")
         self.monitor, self.mode, self.save_top_k, self.save_last = monitor, mode, save_top_k, save_last
+        if not isinstance(save_weights_only, bool):
+            raise TypeError(f"save_weights_only must be True or False, got {save_weights_only!r}.")
+        self.save_weights_only = save_weights_only
         self.monitored = None if monitor is None else Monitor(monitor, mode)
         self._saved: dict[str, float | None] = {}  # Folder name -> monitored value, oldest first.
 
@@ -181,7 +188,8 @@ class ModelCheckpoint(Callback):
     def state_key(self) -> str:
         """Distinguishes policies, so that one doesn't rank or remove the checkpoints of another."""
         names = ["monitor", "mode", "every_n_micro_steps", "every_n_train_steps", "every_n_epochs"]
-        names += [name for name in ("train_time_interval",) if getattr(self, name)]  # Not in version 0.1.
+        newer = ("train_time_interval", "save_weights_only")  # Named only if set, as version 0.1 doesn't name them.
+        names += [name for name in newer if getattr(self, name)]
         return f"ModelCheckpoint({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
     def state_dict(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ class CheckpointPolicy(Protocol):
 
     monitored: Monitor | None
     train_time_interval: datetime.timedelta | None
+    save_weights_only: bool
 
     @property
     def names(self) -> list[str]: ...

@@ -29,6 +29,7 @@ from jaxaccum.trainer.loop.options import Options
 from jaxaccum.trainer.loop.run_state import Run, Setup
 from jaxaccum.trainer.loop.saving import RunCheckpoints
 from jaxaccum.trainer.loop.signals import EXIT_SIGNALS, Signals
+from jaxaccum.trainer.loop.warm_start import WarmStart
 from jaxaccum.trainer.programs.compiled import FitState
 from jaxaccum.trainer.programs.evaluation import Evaluation
 
@@ -138,6 +139,7 @@ class Trainer:
     ):
         observers = arguments.callbacks(callbacks)
         self._callbacks = (*observers, ProgressBar()) if enable_progress_bar else observers
+        self._average = arguments.average(observers)
         self._options = Options(
             accumulate_grad_batches=arguments.schedule(accumulate_grad_batches, observers),
             max_epochs=max_epochs,
@@ -170,6 +172,8 @@ class Trainer:
         train_loader: Iterable[Tree],
         val_loader: Iterable[Tree] | None = None,
         ckpt_path: str | os.PathLike[str] | None = None,
+        *,
+        init_from: FitState | Tree | None = None,
     ) -> FitState:
         """Trains from scratch or resumes from a checkpoint.
 
@@ -214,13 +218,17 @@ class Trainer:
           ckpt_path: the folder of a checkpoint; "last" for the newest checkpoint in the folders of the
             `ModelCheckpoint`s, or a fresh start with a warning if there is none; "best" for the best checkpoint of the
             newest run on disk, ranked by the first `ModelCheckpoint` with a monitor; or None for a fresh start.
+          init_from: what a fresh run starts from in place of what `Task.init` returns: parameters, for example of
+            `jaxaccum.checkpoint.load(path, like=params)`, with a fresh optimizer state; or a `FitState`, whose
+            parameters, optimizer state and model state are taken. They are copied. All counters start at 0. With
+            `ckpt_path="last"` it is used if there is no checkpoint.
 
         Returns:
           The run's arrays: `params`, `opt_state`, `model_state` and the `pending` sums.
 
         Raises:
-          TypeError, ValueError: for a task or a loader that can't be trained, a validation that would never run, or a
-            checkpoint of another task.
+          TypeError, ValueError: for a task or a loader that can't be trained, a validation that would never run, a
+            checkpoint or an `init_from` of another task, or for both of these.
           OSError: if `ckpt_path` is not a checkpoint, or if none of the existing checkpoints can be read.
           FloatingPointError: with `detect_anomaly`.
           RuntimeError: if another process has left the run.
@@ -229,7 +237,7 @@ class Trainer:
         processes.begin()
         signals = Signals(processes, self._exit_signals)
         try:
-            run, checkpoints = self._start(task, train_loader, val_loader, ckpt_path)
+            run, checkpoints = self._start(task, train_loader, val_loader, ckpt_path, init_from)
             hooks = Hooks(self, task, self._callbacks)
             loop = Loop(run, hooks, checkpoints, signals)
             checkpoints.begin()
@@ -266,6 +274,9 @@ class Trainer:
     ) -> dict[str, float]:
         """Computes the weighted means of the loss and the metrics over `val_loader`.
 
+        With an `EMA` among the callbacks, the parameters are the average of the last `fit` or of the checkpoint. A
+        `state` is used as it is.
+
         Args:
           task: the task that was trained.
           val_loader: an iterable of batches.
@@ -282,13 +293,13 @@ class Trainer:
           RuntimeError: if neither is given and `fit` has not been called.
         """
         batches = ValLoader(val_loader, self._options.limit_val_batches)
-        if ckpt_path is None:
-            params, _, model_state, _ = self.state if state is None else state
-        elif state is not None:
+        if state is not None and ckpt_path is not None:
             raise ValueError(f"pass either state or ckpt_path={ckpt_path!r} to validate, not both.")
-        else:
-            params, _, model_state, _ = self._saved(task, batches, ckpt_path)
-        return self._evaluation_of(task).run(params, model_state, batches)
+        if ckpt_path is not None:
+            state = self._saved(task, batches, ckpt_path)
+        elif state is None:
+            state = self.state._replace(params=self._running.evaluated_params)
+        return self._evaluation_of(task).run(state.params, state.model_state, batches)
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         """Plots the run's losses, K and effective batch size over the samples seen.
@@ -440,12 +451,22 @@ class Trainer:
         return self._running.record_is_due
 
     def _start(
-        self, task: Task, train_loader: Iterable[Tree], val_loader: Iterable[Tree] | None, ckpt_path: Any
+        self,
+        task: Task,
+        train_loader: Iterable[Tree],
+        val_loader: Iterable[Tree] | None,
+        ckpt_path: Any,
+        init_from: FitState | Tree | None,
     ) -> tuple[Run, RunCheckpoints]:
         """Returns a run, fresh or restored from a checkpoint, and its checkpoints."""
         options, processes = self._options, self._processes
         if not isinstance(task, Task):
             raise TypeError(f"task must be a jaxaccum.Task, got {task!r}.")
+        if init_from is not None and ckpt_path not in (None, "last"):
+            raise ValueError(
+                f"init_from starts a fresh run, and ckpt_path={ckpt_path!r} resumes one: pass one of them. With "
+                "ckpt_path='last', init_from is used if there is no checkpoint."
+            )
         if options.max_epochs is None and options.max_steps == -1:
             warnings.warn(
                 "max_epochs is not set: training for 1000 epochs. Pass max_epochs=-1 for no end.", stacklevel=3
@@ -490,7 +511,8 @@ class Trainer:
             loader=loader,
             val_loader=None if val_loader is None else ValLoader(val_loader, val_limit),
         )
-        self._run = run = run_state.begin(setup, self._loggers)
+        warm_start = None if init_from is None or found is not None else WarmStart(init_from)
+        self._run = run = run_state.begin(setup, self._loggers, self._average, warm_start)
         if found is not None:
             checkpoints.restore(found, run)
         return run, checkpoints
@@ -499,7 +521,7 @@ class Trainer:
         """Returns the checkpoint to resume from; None, with a warning, for "last" if there is none."""
         orbax_io.remove_cut_off(saving.folders_of(self._callbacks, self._folder), self._processes)
         try:
-            return saving.find(ckpt_path, self._callbacks, self._folder, self._processes)
+            return saving.find(ckpt_path, self._callbacks, self._folder, self._processes, to_resume=True)
         except saving.NoLastCheckpointError as error:
             warnings.warn(f"{error} The run starts afresh.", stacklevel=4)
             return None
@@ -508,7 +530,8 @@ class Trainer:
         """Returns the parameters and the model state of a checkpoint."""
         found = saving.find(ckpt_path, self._callbacks, self._folder, self._processes)
         for batch in val_loader.first(1):
-            return run_checkpoint.weights(found, *_task.initial(task, jax.random.key(found.notes["seed"]), batch))
+            like = _task.initial(task, jax.random.key(found.notes["seed"]), batch)
+            return run_checkpoint.weights(found, *like, averaged=self._average is not None)
         raise ValueError("val_loader gave no batch.")
 
     def _evaluation_of(self, task: Task) -> Evaluation:

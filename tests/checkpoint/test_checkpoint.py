@@ -21,7 +21,7 @@ from training import Recorder, assert_same, loader, ones, single, slope, task, t
 
 import jaxaccum
 from jaxaccum import checkpoint
-from jaxaccum.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from jaxaccum.callbacks import EMA, Callback, EarlyStopping, ModelCheckpoint
 from jaxaccum.checkpoint import orbax_io
 from jaxaccum.distributed import process_group
 from jaxaccum.loggers import JSONLLogger
@@ -795,3 +795,42 @@ def test_a_validation_that_is_cut_off_ranks_its_checkpoint_after_the_resume(tmp_
     saves, t = run()
     t.fit(the_task, ones(*[2] * 6), ones(2), ckpt_path="last")
     assert saves.best_model_path.name == "epoch=0-micro_step=4"
+
+
+@pytest.mark.parametrize(("strategy", "devices"), [("single", 1), ("ddp", 4)])
+def test_weights_alone_are_saved_beside_whole_runs(tmp_path, strategy, devices):
+    """Catches weights that a run resumes from, a whole run that is replaced by them, and one that they remove."""
+    batches, the_task = loader(*[4] * 5 * devices), task(model_state=True)
+
+    def run(**options):
+        weights = ModelCheckpoint(tmp_path, save_weights_only=True, every_n_micro_steps=2, save_top_k=-1)
+        whole = ModelCheckpoint(tmp_path, every_n_micro_steps=2, save_top_k=-1)
+        t = trainer(strategy=strategy, devices=devices, accumulate_grad_batches=3, callbacks=[weights, EMA(), whole])
+        return t, t.fit(the_task, batches, **options)
+
+    t, end = run()
+    at = [f"epoch=0-micro_step={i}" for i in (2, 4)] + ["epoch=1-micro_step=5"]
+    assert names(tmp_path) == sorted([*at, *(f"{name}-weights" for name in at)])
+    path = tmp_path / f"{at[-1]}-weights"
+    saved = checkpoint.load(path)
+    assert {re.match(r"\.[a-z_]+", name).group() for name in saved.arrays} == {".params", ".average", ".model_state"}
+    assert_same(checkpoint.load(path, like=end.params), end.params)
+    assert t.validate(the_task, batches, ckpt_path=path) == t.validate(the_task, batches)
+    with pytest.raises(ValueError, match=f"{path} has weights only.*init_from=jaxaccum.checkpoint.load"):
+        run(ckpt_path=path)
+    for name in at[1:]:
+        shutil.rmtree(tmp_path / name)
+    resumed, again = run(ckpt_path="last")  # In mid-window, before newer weights.
+    assert resumed.is_resuming and resumed.micro_step == 5
+    assert_same(again, end)
+
+
+def test_a_folder_of_weights_is_a_fresh_start(tmp_path):
+    """Catches weights for a run's end that "last" takes, and an argument that is not a bool."""
+    make = lambda: single(callbacks=ModelCheckpoint(tmp_path, save_weights_only=True))
+    make().fit(slope(), ones(2))
+    assert make().validate(slope(), ones(2), ckpt_path="last") == {"val_loss": -1}
+    with pytest.warns(UserWarning, match="finds no checkpoint"):
+        assert make().fit(slope(), ones(2), ckpt_path="last").params == -1
+    with pytest.raises(TypeError, match="save_weights_only must be True or False, got 1"):
+        ModelCheckpoint(tmp_path, save_weights_only=1)

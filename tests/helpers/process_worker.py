@@ -17,7 +17,7 @@ import numpy as np
 from training import Logged, loader, task, trainer
 
 import jaxaccum.distributed
-from jaxaccum.callbacks import Callback, ModelCheckpoint
+from jaxaccum.callbacks import EMA, Callback, ModelCheckpoint
 from jaxaccum.distributed import process_group
 
 SCHEDULE = {0: 3, 1: 2}
@@ -104,19 +104,25 @@ def raises(error):
     raise error
 
 
-def fit(folder, callbacks=(), batches=None, val=None, ckpt_path=None, dropout=0.3, **options):
-    """(what a run ended with, or the error that it ended by; its Trainer)."""
+def fit(folder, callbacks=(), batches=None, val=None, ckpt_path=None, dropout=0.3, twice=False, **options):
+    """What a run ended with, or the error that it ended by; with `twice`, that of a run from the first one's state."""
     options = {"accumulate_grad_batches": SCHEDULE, "max_epochs": 2, "log_every_n_steps": 1, **options}
     t = trainer(default_root_dir=folder, callbacks=callbacks, gradient_clip_val=0.5, **options)
     batches = mine(loader(*SIZES)) if batches is None else batches
     try:
-        state = t.fit(task(dropout=dropout), batches, val, ckpt_path=ckpt_path)
+        the_task = task(dropout=dropout)
+        state = t.fit(the_task, batches, val, ckpt_path=ckpt_path)
+        if twice:
+            state = t.fit(the_task, batches, val, init_from=state)
     except (Exception, SystemExit) as error:
         return {"error": f"{type(error).__name__}: {error}", "micro_step": t.micro_step if t._run else None}
-    digest = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(state.params)))
     params = {name: np.asarray(x).tolist() for name, x in state.params.items()}
     told = {"samples_seen": t.samples_seen, "global_step": t.global_step, "micro_step": t.micro_step}
-    return {"digest": digest.hexdigest(), "params": params, **told}
+    return {"digest": digest(state.params), "params": params, **told}
+
+
+def digest(params):
+    return hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(params))).hexdigest()
 
 
 def cases(folder):
@@ -128,6 +134,15 @@ def cases(folder):
     yield "1 to 2", fit(folder, ckpt_path=folder / "single" / "epoch=0-micro_step=8")
     yield "1 to 2, in the middle of a group", fit(folder, ckpt_path=folder / "single" / "epoch=0-micro_step=10")
     yield "zero", fit(folder, batches=batches[:8], **ZERO)
+    yield "twice", fit(folder, batches=batches[:8], twice=True, **ZERO)
+    ema, path = EMA(0.9), folder / "ema" / "epoch=0-micro_step=4"
+    yield (
+        "ema",
+        fit(folder, [ema, ModelCheckpoint(path.parent, every_n_micro_steps=4, save_top_k=-1)], val=val)
+        | {"average": digest(ema.params)},
+    )
+    ema = EMA(0.9)
+    yield "ema, resumed", fit(folder, ema, val=val, ckpt_path=path) | {"average": digest(ema.params)}
     rows = [np.arange(n // 2) + n // 2 * jax.process_index() for n in (16, 16, 14)]
     shares = [
         {name: x[part] for name, x in batch.items()} for batch, part in zip(loader(16, 16, 14), rows, strict=True)

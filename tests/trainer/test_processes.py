@@ -34,6 +34,7 @@ def alone(folder):
         "tokens": fit(folder, devices=4, accumulate_grad_batches=TOKENS),
         "single": fit(folder, saves, strategy="single", accumulate_grad_batches={0: 12, 1: 8}),
         "zero": fit(folder, batches=loader(*SIZES)[:16], devices=4, **ZERO),
+        "twice": fit(folder, batches=loader(*SIZES)[:16], devices=4, twice=True, **ZERO),
         "dp": fit(folder, batches=loader(16, 16, 14), strategy="dp", devices=4, dropout=0),
     }
 
@@ -72,7 +73,7 @@ def errors(together, case):
     return [of_process[case]["error"] for of_process in together]
 
 
-@pytest.mark.parametrize("case", ["ddp", "zero", "dp", "tokens"])
+@pytest.mark.parametrize("case", ["ddp", "zero", "dp", "tokens", "twice"])
 def test_two_processes_train_as_one_with_all_their_devices(alone, together, case):
     """Catches keys, weights and batches that are numbered or counted in each process alone, and sums not joined."""
     zero, one = (of[case] for of in together)
@@ -92,7 +93,8 @@ def test_process_0_alone_logs_what_is_of_all(alone, together):
 def test_a_resume_is_exact(together):
     """Catches local sums of the other process that a checkpoint lacks, and its loader's state given to this one."""
     assert together[0]["2 to 2"]["digest"] == together[0]["ddp"]["digest"]
-    assert together[0]["tokens, resumed"] == together[0]["tokens"] | {"case": "tokens, resumed"}
+    for case in ("ema", "tokens"):
+        assert together[0][f"{case}, resumed"] == together[1][case] | {"case": f"{case}, resumed"}
 
 
 def test_a_resume_in_more_processes_ends_at_the_same_parameters(alone, together):

@@ -8,19 +8,27 @@ from typing import Any
 from jaxaccum._integers import positive_int
 from jaxaccum._schedule import AccumulationSchedule
 from jaxaccum.callbacks import Callback
+from jaxaccum.callbacks.average import ParamsAverage
 from jaxaccum.callbacks.monitor import Monitor
 from jaxaccum.callbacks.scheduler import offered_schedule
 from jaxaccum.loggers import JSONLLogger
 
 
 def callbacks(value: Any) -> tuple[Callback, ...]:
-    """Returns the callbacks as a tuple; at most one of them may set K by a schedule."""
+    """Returns the callbacks as a tuple; at most one of them may set K by a schedule, and one average the parameters."""
     found = (value,) if isinstance(value, Callback) else value
     if not isinstance(found, Sequence) or not all(isinstance(callback, Callback) for callback in found):
         raise TypeError(f"callbacks must be a jaxaccum.callbacks.Callback or a sequence of them, got {value!r}.")
     if sum(offered_schedule(callback) is not None for callback in found) > 1:
         raise ValueError(f"callbacks hold more than one GradientAccumulationScheduler: {found!r}; merge them into one.")
+    if sum(isinstance(callback, ParamsAverage) for callback in found) > 1:
+        raise ValueError(f"callbacks hold more than one EMA: {found!r}; validations use one of them, so pass one.")
     return tuple(found)
+
+
+def average(callbacks: Sequence[Callback]) -> ParamsAverage | None:
+    """Returns the callback that averages the parameters, or None."""
+    return next((callback for callback in callbacks if isinstance(callback, ParamsAverage)), None)
 
 
 def schedule(accumulate_grad_batches: Any, callbacks: Sequence[Callback]) -> AccumulationSchedule:

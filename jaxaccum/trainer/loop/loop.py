@@ -35,9 +35,8 @@ class Loop:
         """Validates on the first batches, to find errors before training; records nothing."""
         setup, count = self._setup, self._options.num_sanity_val_steps
         if setup.val_loader is not None and count:
-            params, _, model_state, _ = self._run.state
             batches = setup.val_loader.first(None if count == -1 else count * setup.strategy.group)
-            setup.evaluation.run(params, model_state, batches)
+            setup.evaluation.run(self._run.evaluated_params, self._run.state.model_state, batches)
 
     def train(self) -> None:
         """Trains to the end of the run and saves it."""
@@ -185,8 +184,8 @@ class Loop:
         if run.at.validated or setup.val_loader is None:
             return
         self._hooks.call("on_validation_start")
-        params, _, model_state, _ = run.state
-        results = setup.evaluation.run(params, model_state, setup.val_loader, self._signals.leave_if_told)
+        args = run.evaluated_params, run.state.model_state, setup.val_loader, self._signals.leave_if_told
+        results = setup.evaluation.run(*args)
         run.metrics.results |= results
         self._hooks.call("on_validation_epoch_end")
         self._hooks.call("on_validation_end")

@@ -24,8 +24,9 @@ Wanting = Sequence[tuple[CheckpointPolicy, float | None]]  # Policies that reque
 
 
 class FolderCheckpoints:
-    """Writes checkpoints to one folder, one at a time, for all of its policies, and removes those that no policy keeps.
+    """Writes checkpoints to one folder, one at a time, for policies that all save weights only or all save everything.
 
+    It removes the checkpoints that none of its policies keeps.
     Each state of the run is written once. If a policy requests it again after a validation or the end of an epoch, only
     the notes, which `notes` returns, are rewritten. A checkpoint that can't be written only causes a warning. With
     several processes each has its own instance, and all make the same calls.
@@ -33,6 +34,7 @@ class FolderCheckpoints:
 
     def __init__(self, folder: Path, policies: Sequence[CheckpointPolicy], notes: TakeNotes, processes: Processes):
         self.folder, self.policies, self._notes, self._processes = folder, policies, notes, processes
+        self._weights_only = policies[0].save_weights_only
         self._writer = orbax_io.Writer()
         self._written: Path | None = None  # The newest checkpoint; `_at` is the run's position then.
         self._at = Counters()
@@ -44,7 +46,9 @@ class FolderCheckpoints:
     def goes_on(self, path: Path, at: Counters, others: frozenset[str]) -> None:
         """Continues from a checkpoint, whose state is not written again if it is in this folder."""
         if path.parent == self.folder:
-            self._written, self._at, self._others = path, dataclasses.replace(at), others
+            self._others = others
+            if not self._weights_only:
+                self._written, self._at = path, dataclasses.replace(at)
 
     def save(self, wanting: Wanting, run: Run) -> None:
         """Starts writing a checkpoint, or rewrites the notes of the newest one if the run's arrays are unchanged."""
@@ -64,10 +68,14 @@ class FolderCheckpoints:
             self._settle()
 
     def _write(self, wanting: Wanting, run: Run) -> None:
-        path = self._free(f"epoch={run.at.epoch}-micro_step={run.at.micro_step}")
+        ending = "-weights" if self._weights_only else ""
+        path = self._free(f"epoch={run.at.epoch}-micro_step={run.at.micro_step}{ending}")
         self._written = None
         noted = self._noted(path.name, wanting, run)
-        if not self._fails(path, lambda: self._writer.start(path, run_checkpoint.arrays(run.state), noted)):
+        arrays = run_checkpoint.arrays(run)
+        if self._weights_only:
+            arrays = run_checkpoint.weights_of(arrays)
+        if not self._fails(path, lambda: self._writer.start(path, arrays, noted)):
             self._written, self._at, self._pending = path, dataclasses.replace(run.at), path
 
     def _annotate(self, path: Path, wanting: Wanting, run: Run) -> None:
@@ -92,7 +100,7 @@ class FolderCheckpoints:
             raise
         # Strictly increasing, even if the clock is not, because it identifies the newest checkpoint.
         self._date = max(time.time_ns(), self._date + 1)
-        return {**taken, "saved_at": self._date}
+        return {**taken, "saved_at": self._date, "weights_only": self._weights_only}
 
     def _settle(self) -> None:
         """Waits for the pending write."""
@@ -160,10 +168,13 @@ class RunCheckpoints:
 
     def __init__(self, trainer: TrainerView, callbacks: Sequence[Callback], folder: Path, processes: Processes):
         self._trainer, self._callbacks = trainer, callbacks
-        policies: dict[Path, list[CheckpointPolicy]] = {}
+        policies: dict[tuple[Path, bool], list[CheckpointPolicy]] = {}
         for policy in policies_of(callbacks):
-            policies.setdefault(Path(os.path.realpath(policy.open(folder))), []).append(policy)
-        self._folders = [FolderCheckpoints(folder, those, self._notes, processes) for folder, those in policies.items()]
+            place = Path(os.path.realpath(policy.open(folder))), policy.save_weights_only
+            policies.setdefault(place, []).append(policy)
+        self._folders = [
+            FolderCheckpoints(folder, those, self._notes, processes) for (folder, _), those in policies.items()
+        ]
         self._policies = [policy for folder in self._folders for policy in folder.policies]
         self._postponed: set[CheckpointPolicy] = set()
         # In seconds: the intervals of policies with a `train_time_interval`, and when these began.
@@ -253,9 +264,15 @@ class NoLastCheckpointError(FileNotFoundError):
 
 
 def find(
-    ckpt_path: str | os.PathLike[str], callbacks: Sequence[Callback], folder: Path, processes: Processes
+    ckpt_path: str | os.PathLike[str],
+    callbacks: Sequence[Callback],
+    folder: Path,
+    processes: Processes,
+    to_resume: bool = False,
 ) -> Checkpoint:
     """Finds the checkpoint for `ckpt_path`: a path, "last" or "best", that all processes can read.
+
+    With `to_resume`, "last" passes over weights.
 
     Raises:
       ValueError: for "last" or "best" without a policy, or for "best" without one that has a monitor.
@@ -271,7 +288,7 @@ def find(
         )
     if ckpt_path == "last":
         folders = folders_of(callbacks, folder)
-        found = orbax_io.newest(folders, processes)
+        found = orbax_io.newest(folders, processes, lambda notes: not (to_resume and notes.get("weights_only")))
         if found is None:
             raise NoLastCheckpointError(f"ckpt_path='last' finds no checkpoint in {', '.join(map(str, folders))}.")
         return found

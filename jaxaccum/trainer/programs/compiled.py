@@ -1,7 +1,7 @@
 """The compiled programs of a run and the arrays that they work on."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -106,12 +106,21 @@ class Programs:
         """Whether these are the programs for this task and seed."""
         return self._task is task and self.seed == seed
 
-    def initial(self, batch: Tree, processes: Processes) -> FitState:
-        """Initialises a run's state on the devices from a loader batch, and compiles the programs if needed."""
+    def initial(
+        self,
+        batch: Tree,
+        processes: Processes,
+        replace: Callable[[Tree, Tree], tuple[Tree, Tree]] = lambda params, model_state: (params, model_state),
+    ) -> FitState:
+        """Initialises a run's state on the devices from a loader batch, and compiles the programs if needed.
+
+        `replace` receives the parameters and the model state that `Task.init` returned, and returns those to start
+        from.
+        """
         batch = self._strategy.read(batch).arrays
         # An index that no loader batch has.
         key = jax.random.fold_in(jax.random.key(self.seed), np.uint32(2**32 - 1))
-        made = self._strategy.of_first(_task.initial(self._task, key, batch))
+        made = replace(*self._strategy.of_first(_task.initial(self._task, key, batch)))
         # Copied, because steps donate them and the caller may keep the arrays that init returned.
         params, model_state = self._strategy.placed(made, self._strategy.common)
         del made  # Makes room for the optimizer's state.

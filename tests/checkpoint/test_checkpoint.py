@@ -86,7 +86,7 @@ def test_checkpoints_are_saved_as_time_passes(tmp_path, monkeypatch, seconds, wa
 
     def run(folder, **options):
         saves = ModelCheckpoint(folder, train_time_interval=datetime.timedelta(seconds=seconds), save_top_k=-1)
-        t = single(accumulate_grad_batches=3, max_epochs=2, callbacks=[saves, Ticks()])
+        t = single(accumulate_grad_batches=2, max_epochs=2, callbacks=[saves, Ticks()])
         return t.fit(the_task, batches, batches[:1], **options)
 
     the_task, batches = task(dropout=0.3), loader(4, 4, 4, 4)

@@ -30,9 +30,6 @@ class AccumulationSchedule(Mapping[float, int]):
       by: the unit of the keys: "epoch", "step", "samples" or "tokens". None is "epoch", or the unit of `scheduling` if
         it is an `AccumulationSchedule`.
 
-    Attributes:
-      by: the unit.
-
     Raises:
       TypeError: if `scheduling` is not a mapping, is empty, or contains non-integers (a bool is not an integer here).
         Keys by "tokens" may be floats.
@@ -52,7 +49,7 @@ class AccumulationSchedule(Mapping[float, int]):
     """
 
     def __init__(self, scheduling: Mapping[int, int] | Mapping[float, int], by: str | None = None):
-        self.by = by or (scheduling.by if isinstance(scheduling, AccumulationSchedule) else "epoch")
+        self._by = by or (scheduling.by if isinstance(scheduling, AccumulationSchedule) else "epoch")
         if self.by not in UNITS:
             raise ValueError(f"by must be one of {UNITS}, got {by!r}; it is the unit of the keys.")
         if not isinstance(scheduling, Mapping):
@@ -66,6 +63,11 @@ class AccumulationSchedule(Mapping[float, int]):
             (_count(start, self.by), positive_int(k, f"K at {self.by} {start!r}")) for start, k in scheduling.items()
         )
         self._entries = MappingProxyType(dict(entries))
+
+    @property
+    def by(self) -> str:
+        """The unit of the keys: "epoch", "step", "samples" or "tokens"."""
+        return self._by
 
     def __call__(self, at: float) -> int:
         """K at `at`: an epoch, or a number of steps, samples or tokens, of at least 0.

@@ -95,6 +95,8 @@ def test_it_cannot_be_changed():
         schedule[0] = 3
     with pytest.raises(TypeError):
         del schedule[0]
+    with pytest.raises(AttributeError):
+        schedule.by = "step"
     assert not hasattr(schedule, "update")
 
 

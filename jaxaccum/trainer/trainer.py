@@ -389,7 +389,10 @@ class Trainer:
 
     @property
     def accumulate_grad_batches(self) -> int:
-        """The current K. A callback may set it in `on_train_epoch_start`, for that epoch."""
+        """The current K. A callback may set it in `on_train_epoch_start`, for that epoch.
+
+        With an `AccumulationSchedule` by steps, samples or tokens it can't be set.
+        """
         return self._at.every_k
 
     @accumulate_grad_batches.setter

@@ -972,8 +972,8 @@ BUGS = [
     Bug(
         "a hook's exception leaves dispatched micro-steps uncounted",
         "Loop._run_on_devices",
-        "while run.uncounted:\n    self._count(closed)",
-        "while False:\n    self._count(closed)",
+        "while run.uncounted:\n    self._count(of_window)",
+        "while False:\n    self._count(of_window)",
         "fuse_windows",
     ),
     Bug(
@@ -1377,7 +1377,7 @@ BUGS = [
     ),
     Bug(
         "the loss of an empty window is 0",
-        "Programs._window_of",
+        "Programs._window_logs",
         "jnp.where(sums.weight == 0, jnp.nan, weighted_sum.mean(sums, sums.total))",
         "weighted_sum.mean(sums, sums.total)",
         "programs",

@@ -15,7 +15,7 @@ from jaxaccum.trainer.loop.run_state import Run
 from jaxaccum.trainer.loop.saving import RunCheckpoints
 from jaxaccum.trainer.loop.signals import Signals
 from jaxaccum.trainer.programs import step_outputs
-from jaxaccum.trainer.programs.compiled import ClosedWindow
+from jaxaccum.trainer.programs.compiled import WindowLogs
 from jaxaccum.trainer.programs.step_outputs import Outputs
 
 
@@ -122,23 +122,23 @@ class Loop:
         boundary = call[-1].last or window_step >= at.every_k
         with jax.profiler.StepTraceAnnotation("train", step_num=at.micro_step):
             share = self._share(window_step) if boundary else None
-            run.state, outputs, closed = self._setup.programs.run(run.state, call, boundary, share)
+            run.state, outputs, of_window = self._setup.programs.run(run.state, call, boundary, share)
         # Nothing fails between here and the hooks, so the counters match the state even if a hook raises.
         run.uncounted.extend(zip(call, outputs, strict=True))
         try:
             while run.uncounted:
                 batch_idx = at.batch_idx
-                micro_step, outputs = self._count(closed)
+                micro_step, outputs = self._count(of_window)
                 if self._options.detect_anomaly:
                     self._refuse_anomaly(outputs)
                 self._hooks.call("on_train_batch_end", outputs, micro_step.batch, batch_idx)
         finally:
             while run.uncounted:  # A hook raised, but all of them have been dispatched.
-                self._count(closed)
+                self._count(of_window)
         if boundary:
             run.metrics.record_window(at)
 
-    def _count(self, closed: ClosedWindow | None) -> tuple[MicroStep, Outputs]:
+    def _count(self, of_window: WindowLogs | None) -> tuple[MicroStep, Outputs]:
         """Counts and returns the next dispatched micro-step; at a boundary also counts an optimizer step."""
         run = self._run
         micro_step, outputs = run.uncounted.popleft()
@@ -146,15 +146,15 @@ class Loop:
         run.at.count(micro_step.examples, micro_step.count, micro_step.last)
         if self._interval is not None:
             self._interval.count(run.at)
-        if closed is not None and not run.uncounted:
-            self._close_window(closed)
+        if of_window is not None and not run.uncounted:
+            self._close_window(of_window)
         return micro_step, outputs
 
-    def _close_window(self, closed: ClosedWindow) -> None:
+    def _close_window(self, logs: WindowLogs) -> None:
         run = self._run
-        run.metrics.close_window(closed.means)
-        if closed.weight is not None:
-            run.lengths.close(closed.weight)
+        run.metrics.close_window(logs.means)
+        if logs.weight is not None:
+            run.lengths.close(logs.weight)
         run.at.close_window()
         run.at.recorded = not run.record_is_due
 
@@ -215,8 +215,8 @@ class Loop:
         """Closes a window that a stop left open, with `flush_on_stop`."""
         run = self._run
         if self._options.flush_on_stop and run.at.window_step:
-            run.state, closed = self._setup.programs.flush(run.state, self._share(run.at.window_step))
-            self._close_window(closed)
+            run.state, logs = self._setup.programs.flush(run.state, self._share(run.at.window_step))
+            self._close_window(logs)
             run.metrics.record_window(run.at)
 
     def _warn_if_never_validated(self) -> None:

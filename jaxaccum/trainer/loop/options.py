@@ -92,13 +92,14 @@ class Options:
     def divides_by_k(self) -> bool:
         return self.partial_window == "divide_by_k"
 
-    def optimizer_steps(self, micro_steps: int | float, examples: int) -> int | float:
-        """Returns the run's optimizer steps, given the micro-steps per epoch and the examples in one; may be infinite.
+    def optimizer_steps(self, micro_steps: int | float, examples: int | None = None) -> int | float:
+        """Returns the run's optimizer steps, given the micro-steps per epoch; may be infinite.
 
-        With K by "tokens" it is `steps`.
+        With K by "tokens", or by "samples" if the `examples` in a micro-step are not known, it is `steps`.
         """
         schedule = self.accumulate_grad_batches
-        if schedule.by != "tokens" and isinstance(self.epochs, int) and isinstance(micro_steps, int):
+        is_known = schedule.by != "tokens" and (schedule.by != "samples" or examples is not None)
+        if is_known and isinstance(self.epochs, int) and isinstance(micro_steps, int):
             return min(schedule.optimizer_steps(self.epochs, micro_steps, examples), self.steps)
         return self.steps
 

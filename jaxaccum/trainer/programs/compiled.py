@@ -63,11 +63,11 @@ class FitState(NamedTuple):
     pending: Pending
 
 
-class ClosedWindow(NamedTuple):
-    """The results of a window, on the devices.
+class WindowLogs(NamedTuple):
+    """What a window logs, replicated over the devices.
 
     Attributes:
-      means: the weighted means of the loss and the metrics, as scalars.
+      means: the weighted means of the loss and the metrics. They are NaN if the weight is 0.
       weight: Σ w, a scalar; None if it is not asked for.
     """
 
@@ -181,12 +181,12 @@ class Programs:
 
     def run(
         self, state: FitState, micro_steps: Sequence[MicroStep], boundary: bool, share: jax.Array | None
-    ) -> tuple[FitState, list[Outputs], ClosedWindow | None]:
+    ) -> tuple[FitState, list[Outputs], WindowLogs | None]:
         """Runs one micro-step, or the rest of a window in one call. Donates `state`.
 
         Several micro-steps must have one piece each and equal shapes, and `boundary`, whether the window ends with the
         last of them, must be True. `share` is the factor for the window's gradient at a boundary; None is 1. Returns
-        (state, each micro-step's loss and metrics, the closed window at a boundary or None).
+        (state, each micro-step's loss and metrics, the window's logs at a boundary or None).
         """
         params, opt_state, model_state, pending = state
         held = params, model_state
@@ -194,21 +194,21 @@ class Programs:
         if len(micro_steps) > 1:
             pieces = [piece for micro_step in micro_steps for piece in micro_step.pieces]
             is_known = all(map(counts, pieces))
-            state, logs, closed = self._window(state, [piece.inputs for piece in pieces], share, counts=is_known)
-            return state, [Outputs([logs], (..., i)) for i in range(len(pieces))], closed
+            state, logs, of_window = self._window(state, [piece.inputs for piece in pieces], share, counts=is_known)
+            return state, [Outputs([logs], (..., i)) for i in range(len(pieces))], of_window
         pieces = micro_steps[0].pieces
-        outputs, closed = [], None
+        outputs, of_window = [], None
         for piece in pieces[:-1] if boundary else pieces:
             pending, logs = self._accumulate(params, pending, *piece.inputs, counts=counts(piece))
             outputs.append(logs)
         state = FitState(params, opt_state, model_state, pending)
         if boundary:
-            state, logs, closed = self._step(state, *pieces[-1].inputs, share, counts=counts(pieces[-1]))
+            state, logs, of_window = self._step(state, *pieces[-1].inputs, share, counts=counts(pieces[-1]))
             outputs.append(logs)
-        return state, [Outputs(outputs)], closed
+        return state, [Outputs(outputs)], of_window
 
-    def flush(self, state: FitState, share: jax.Array | None) -> tuple[FitState, ClosedWindow]:
-        """Runs the optimizer on the pending sums and returns (state, the closed window). Donates `state`."""
+    def flush(self, state: FitState, share: jax.Array | None) -> tuple[FitState, WindowLogs]:
+        """Runs the optimizer on the pending sums and returns (state, the window's logs). Donates `state`."""
         return self._flush(state, share)
 
     def redistribute(self, sums: MultiStepsState) -> MultiStepsState:
@@ -226,7 +226,7 @@ class Programs:
         params, opt_state, pending, logs = self._add(
             counts, state.params, state.opt_state, state.pending, batch, place, boundary=True, **share
         )
-        return self._closed(params, opt_state, pending), logs, self._window_of(pending.logs)
+        return self._closed(params, opt_state, pending), logs, self._window_logs(pending.logs)
 
     def _scan(self, state, pieces, share, counts=False):
         *others, (batch, place) = pieces
@@ -242,10 +242,10 @@ class Programs:
         pieces = jax.tree.map(lambda *x: jnp.stack(x), *others)
         pending, logs = jax.lax.scan(add, pack(state.pending), pieces)
         state = state._replace(pending=unpack(pending))
-        state, last_logs, closed = self._close_with(state, batch, place, share, counts)
+        state, last_logs, of_window = self._close_with(state, batch, place, share, counts)
         # Micro-steps are stacked on the last axis, because the first one is sharded over the devices.
         together = lambda x, end: jnp.concatenate([jnp.moveaxis(x, 0, -1), end[..., None]], axis=-1)
-        return state, jax.tree.map(together, logs, last_logs), closed
+        return state, jax.tree.map(together, logs, last_logs), of_window
 
     def _close(self, state, share):
         share = {} if share is None else {"share": share}
@@ -253,7 +253,7 @@ class Programs:
         updates, sums = self._tx.flush(sums, state.params, **share)
         params = inner_update.apply_updates(state.params, updates)
         pending = state.pending._replace(sums=with_cleared_sums(sums)._replace(inner_opt_state=None))
-        return self._closed(params, sums.inner_opt_state, pending), self._window_of(pending.logs)
+        return self._closed(params, sums.inner_opt_state, pending), self._window_logs(pending.logs)
 
     def _closed(self, params, opt_state, pending):
         """Returns the state after a window, with the model state averaged over the devices."""
@@ -261,12 +261,12 @@ class Programs:
         pending = pending._replace(model_state=self._sync.local(model_state))
         return FitState(params, opt_state, model_state, pending)
 
-    def _window_of(self, logs: Logs) -> ClosedWindow:
-        """Returns the closed window with these sums; its means are NaN if the weight is 0."""
+    def _window_logs(self, logs: Logs) -> WindowLogs:
+        """Returns the logs of a window, given those pending on each device."""
         joined = self._sync.joined(logs)
         divide = lambda sums: jnp.where(sums.weight == 0, jnp.nan, weighted_sum.mean(sums, sums.total))
         means = {name: divide(sums) for name, sums in joined.items()}
-        return ClosedWindow(means, joined["loss"].weight if self._weighs else None)
+        return WindowLogs(means, joined["loss"].weight if self._weighs else None)
 
     def _micro_step(self, counts, params, sums, *args, boundary, extra_args=None):
         """Adds a piece, as `LossStep` does, whose rest is (model state, logs); sums are 0 at a window's start."""

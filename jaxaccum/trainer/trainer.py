@@ -59,7 +59,7 @@ class Trainer:
     Args:
       accumulate_grad_batches: K: an int, a dict from epoch to K, or an `AccumulationSchedule`, by epoch or by optimizer
         step, samples or tokens. K changes only at the start of a window. With a schedule by samples or tokens, an
-        iterator may be read up to 2 micro-steps beyond `max_steps`.
+        iterator may be read up to 3 micro-steps beyond `max_steps`.
       max_epochs: the number of epochs; -1 for no limit. None means 1000, with a warning, or no limit if `max_steps` is
         given.
       max_steps: the number of optimizer steps; -1 for no limit.

@@ -21,7 +21,7 @@ class GradientAccumulationScheduler(Callback):
       4
     """
 
-    def __init__(self, scheduling: Mapping[int, int]):
+    def __init__(self, scheduling: Mapping[int, int] | AccumulationSchedule):
         self.schedule = AccumulationSchedule(scheduling)
 
 

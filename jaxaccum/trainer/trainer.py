@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxaccum import _paths
 from jaxaccum import task as _task
 from jaxaccum._integers import positive_int
+from jaxaccum._schedule import AccumulationSchedule
 from jaxaccum._types import Tree
 from jaxaccum.callbacks import Callback, ProgressBar
 from jaxaccum.checkpoint import Checkpoint, orbax_io
@@ -112,7 +113,7 @@ class Trainer:
     def __init__(
         self,
         *,
-        accumulate_grad_batches: int | Mapping[int, int] = 1,
+        accumulate_grad_batches: int | Mapping[int, int] | AccumulationSchedule = 1,
         max_epochs: int | None = None,
         max_steps: int = -1,
         strategy: str = "auto",
@@ -184,7 +185,8 @@ class Trainer:
         of the open epoch, or of the whole run if all epochs share one iterator. Anything that a loader's state leaves
         out, such as the contents of a shuffle buffer, is lost. Pass the same task and the same Trainer options as
         before; the seed, and K for the rest of the epoch, come from the checkpoint. On a different number of devices
-        the pending sums are merged or split, and the open epoch keeps its effective batch size.
+        the pending sums are merged or split, and the open epoch keeps its effective batch size; with K by
+        steps, samples or tokens, the open window does.
 
         If `fit` runs in the main thread, the `exit_signals`, such as SIGTERM, SIGINT (Ctrl-C) and SLURM's SIGUSR1, end
         the run after the current micro-step, or after the current window with `fuse_windows`. The run is saved if there

@@ -825,6 +825,16 @@ def test_weights_alone_are_saved_beside_whole_runs(tmp_path, strategy, devices):
     assert_same(again, end)
 
 
+@pytest.mark.parametrize("weights_first", [True, False])
+def test_a_resumed_run_goes_on_with_its_weights(tmp_path, weights_first):
+    """Catches weights that are written again, and those of the run before that nobody removes any more."""
+    for epochs, ckpt_path in [(2, None), (2, "last"), (3, "last")]:
+        saves = [ModelCheckpoint(tmp_path, save_weights_only=only) for only in (weights_first, not weights_first)]
+        single(max_epochs=epochs, callbacks=saves).fit(slope(), ones(2, 2), ckpt_path=ckpt_path)
+        name = f"epoch={epochs}-micro_step={2 * epochs}"
+        assert names(tmp_path) == [name, f"{name}-weights"]
+
+
 def test_a_folder_of_weights_is_a_fresh_start(tmp_path):
     """Catches weights for a run's end that "last" takes, and an argument that is not a bool."""
     make = lambda: single(callbacks=ModelCheckpoint(tmp_path, save_weights_only=True))

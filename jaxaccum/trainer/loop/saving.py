@@ -44,10 +44,14 @@ class FolderCheckpoints:
         self._date = max(orbax_io.dates(folder), default=0)
 
     def goes_on(self, path: Path, at: Counters, others: frozenset[str]) -> None:
-        """Continues from a checkpoint, whose state is not written again if it is in this folder."""
+        """Continues from a checkpoint at `at`, whose state is not written again if it is in this folder."""
         if path.parent == self.folder:
             self._others = others
-            if not self._weights_only:
+            if self._weights_only:  # The policies know by now which weights were saved beside it.
+                ending = f"micro_step={at.micro_step}-weights"
+                names = [name for policy in self.policies for name in policy.names if ending in name]
+                path = self.folder / next(iter(names), "")
+            if path != self.folder:
                 self._written, self._at = path, dataclasses.replace(at)
 
     def save(self, wanting: Wanting, run: Run) -> None:
@@ -172,9 +176,9 @@ class RunCheckpoints:
         for policy in policies_of(callbacks):
             place = Path(os.path.realpath(policy.open(folder))), policy.save_weights_only
             policies.setdefault(place, []).append(policy)
-        self._folders = [
-            FolderCheckpoints(folder, those, self._notes, processes) for (folder, _), those in policies.items()
-        ]
+        # Weights come first, so that the notes of a whole run tell of those beside it.
+        in_order = sorted(policies.items(), key=lambda entry: not entry[0][1])
+        self._folders = [FolderCheckpoints(folder, those, self._notes, processes) for (folder, _), those in in_order]
         self._policies = [policy for folder in self._folders for policy in folder.policies]
         self._postponed: set[CheckpointPolicy] = set()
         # In seconds: the intervals of policies with a `train_time_interval`, and when these began.

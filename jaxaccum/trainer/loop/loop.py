@@ -215,8 +215,8 @@ class Loop:
         """Closes a window that a stop left open, with `flush_on_stop`."""
         run = self._run
         if self._options.flush_on_stop and run.at.window_step:
-            run.state, logs = self._setup.programs.flush(run.state, self._share(run.at.window_step))
-            self._close_window(logs)
+            run.state, of_window = self._setup.programs.flush(run.state, self._share(run.at.window_step))
+            self._close_window(of_window)
             run.metrics.record_window(run.at)
 
     def _warn_if_never_validated(self) -> None:

@@ -31,6 +31,45 @@ def test_the_largest_key_up_to_the_epoch_wins(scheduling, ks):
     assert schedule(10**6) == ks[-1]
 
 
+@pytest.mark.parametrize("by", ["step", "samples", "tokens"])
+def test_a_schedule_by_another_unit_is_read_in_the_same_way(by):
+    """Catches a unit that is lost on the way, and schedules of two units that are taken for equal."""
+    schedule = AccumulationSchedule({4: 2, 10: 3}, by=by)
+    assert [schedule(at) for at in (0, 3, 4, 9, 10, 10**9)] == [1, 1, 2, 2, 3, 3] and schedule.by == by
+    same = [eval(repr(schedule)), AccumulationSchedule(schedule), pickle.loads(pickle.dumps(schedule))]
+    assert all(other == schedule and hash(other) == hash(schedule) and other.by == by for other in same)
+    others = [AccumulationSchedule({4: 2, 10: 3}), {4: 2, 10: 3}, AccumulationSchedule({4: 2}, by=by)]
+    assert all(schedule != other for other in others)
+
+
+def test_tokens_may_be_fractions():
+    """Catches a weight that is rounded, and a key that is compared with another unit's rule."""
+    schedule = AccumulationSchedule({0.5: 2, np.float32(2.5): 3}, by="tokens")
+    assert [schedule(at) for at in (0, 0.49, 0.5, np.float64(2.4), 2.5)] == [1, 1, 2, 2, 3]
+    assert repr(schedule) == "AccumulationSchedule({0.5: 2, 2.5: 3}, by='tokens')"
+
+
+@pytest.mark.parametrize(
+    ("scheduling", "by", "error", "words"),
+    [
+        ({0: 2}, "token", ValueError, ["by must be one of", "'tokens'", "'token'"]),
+        ({0.5: 2}, "samples", TypeError, ["key by 'samples'", "0.5", "integer"]),
+        ({-1: 2}, "step", ValueError, ["key by 'step'", "-1", "steps count from 0"]),
+        ({-0.5: 2}, "tokens", ValueError, ["key by 'tokens'", "-0.5", "a number of at least 0"]),
+        ({float("nan"): 2}, "tokens", ValueError, ["key by 'tokens'", "nan"]),
+        ({float("inf"): 2}, "tokens", ValueError, ["key by 'tokens'", "inf"]),
+        ({True: 2}, "tokens", TypeError, ["key by 'tokens'", "True"]),
+        ({"1": 2}, "tokens", TypeError, ["key by 'tokens'", "'1'"]),
+        ({0.5: 0}, "tokens", ValueError, ["K at tokens 0.5", "got 0"]),
+    ],
+)
+def test_a_bad_key_of_another_unit_is_refused_by_value(scheduling, by, error, words):
+    """Catches keys that no run reaches, or that mean something else than they say."""
+    with pytest.raises(error) as caught:
+        AccumulationSchedule(scheduling, by=by)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
 def test_the_callers_dict_is_neither_changed_nor_kept():
     """Catches Lightning's own bug, which writes `{0: 1}` into the dict, and a schedule that follows later edits."""
     scheduling = {4: 2}
@@ -56,6 +95,8 @@ def test_it_cannot_be_changed():
         schedule[0] = 3
     with pytest.raises(TypeError):
         del schedule[0]
+    with pytest.raises(AttributeError):
+        schedule.by = "step"
     assert not hasattr(schedule, "update")
 
 
@@ -157,6 +198,28 @@ print(sorted({{"jax", "jaxlib", "numpy", "optax"}} & sys.modules.keys()))
 def test_optimizer_steps_are_counted_epoch_by_epoch(scheduling, epochs, micro_steps, want):
     """Catches windows that run on across epochs, and a short one that is not counted."""
     assert AccumulationSchedule(scheduling).optimizer_steps(epochs, micro_steps) == want
+
+
+@pytest.mark.parametrize("by", ["step", "samples"])
+@pytest.mark.parametrize("scheduling", [{0: 8, 4: 4, 8: 1}, {3: 5}, {1: 2, 2: 3, 20: 1, 25: 4}, {100: 2}])
+@pytest.mark.parametrize(("epochs", "micro_steps", "examples"), [(1, 40, 3), (4, 7, 2), (0, 5, 1)])
+def test_optimizer_steps_are_counted_window_by_window(by, scheduling, epochs, micro_steps, examples):
+    """Catches a partial window that counts as a full one, and a change that comes a window late."""
+    schedule, steps, seen = AccumulationSchedule(scheduling, by=by), 0, 0
+    for _ in range(epochs):
+        left = micro_steps
+        while left > 0:
+            taken = min(left, schedule(steps if by == "step" else seen))
+            steps, seen, left = steps + 1, seen + taken * examples, left - taken
+    assert schedule.optimizer_steps(epochs, micro_steps, examples) == steps
+
+
+def test_optimizer_steps_need_to_know_what_a_unit_counts():
+    """Catches an estimate that takes samples for micro-steps, and one that makes up weights."""
+    with pytest.raises(TypeError, match="examples must be"):
+        AccumulationSchedule({0: 2}, by="samples").optimizer_steps(1, 4)
+    with pytest.raises(ValueError, match="'tokens' depends on weights"):
+        AccumulationSchedule({0: 2}, by="tokens").optimizer_steps(1, 4, 8)
 
 
 @pytest.mark.parametrize(("epochs", "micro_steps"), [(-1, 3), (1, 0), (1.5, 3), (1, True)])

@@ -127,8 +127,9 @@ def every_k_schedule(value: Any) -> int | Callable[[Any], Any]:
     """Checks K: an integer, or a function of `gradient_step` that returns one."""
     if isinstance(value, AccumulationSchedule):
         raise TypeError(
-            f"every_k_schedule={value!r} gives K by epoch, but MultiSteps counts optimizer steps. Start with "
-            "every_k_schedule=schedule(0), and at each epoch's start use set_every_k(state, schedule(epoch))."
+            f"every_k_schedule={value!r} gives K by {value.by} on the host, but MultiSteps counts optimizer steps on "
+            "the devices. Start with every_k_schedule=schedule(0), and use set_every_k(state, schedule(...)) between "
+            "windows, for example at each epoch's start."
         )
     if not callable(value):
         return positive_int(value, "every_k_schedule")

@@ -2,12 +2,14 @@
 
 from jaxaccum.callbacks.base import Callback, TrainerView
 from jaxaccum.callbacks.early_stopping import EarlyStopping
+from jaxaccum.callbacks.ema import EMA
 from jaxaccum.callbacks.learning_rate import LearningRateMonitor
 from jaxaccum.callbacks.model_checkpoint import ModelCheckpoint
 from jaxaccum.callbacks.progress import ProgressBar
 from jaxaccum.callbacks.scheduler import GradientAccumulationScheduler
 
 __all__ = [
+    "EMA",
     "Callback",
     "EarlyStopping",
     "GradientAccumulationScheduler",

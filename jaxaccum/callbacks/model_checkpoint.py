@@ -1,5 +1,6 @@
 """When to save checkpoints and which of them to keep."""
 
+import datetime
 import math
 import os
 from pathlib import Path
@@ -18,7 +19,7 @@ class ModelCheckpoint(Callback):
     callback's position in the list. One more is saved when the run ends: at its last epoch, by a stop, a signal or an
     error. Checkpoints are written asynchronously, and older ones are removed only once the new one is complete.
 
-    At most one of the three intervals may be given; the default is every epoch.
+    At most one of the four intervals may be given; the default is every epoch.
 
     Args:
       dirpath: the folder, for one run at a time and the same in all of its processes; None is "checkpoints" in the
@@ -28,6 +29,8 @@ class ModelCheckpoint(Callback):
       every_n_train_steps: save every n optimizer steps.
       every_n_epochs: save at the end of every n epochs; with a `monitor` that starts with "val_", after each validation
         in them.
+      train_time_interval: a `datetime.timedelta`; save after the micro-step in which this time has passed since the run
+        started or the last interval ended. With several processes the clock is that of process 0.
       monitor: the name in `trainer.callback_metrics` by which to rank checkpoints; None ranks by age, newest first. It
         is an error if the value is missing when a checkpoint is due, unless the first window or validation may still
         provide it.
@@ -35,6 +38,9 @@ class ModelCheckpoint(Callback):
       save_top_k: how many of the best checkpoints to keep; -1 keeps all. Without a `monitor` it must be -1, 0 or 1.
       save_last: whether to also keep the newest checkpoint, for a resume. False saves only checkpoints that rank in the
         top k and, unless `save_top_k` is 0, the end of the run.
+      save_weights_only: whether to save the parameters, the model state and the average of an `EMA` alone, under names
+        that end in "-weights". A run can't resume from them, and `ckpt_path="last"` passes over them; `validate`,
+        `jaxaccum.checkpoint.load` and `fit(init_from=)` take them.
 
     Raises:
       TypeError, ValueError: for an invalid argument.
@@ -52,10 +58,12 @@ class ModelCheckpoint(Callback):
         every_n_micro_steps: int | None = None,
         every_n_train_steps: int | None = None,
         every_n_epochs: int | None = None,
+        train_time_interval: datetime.timedelta | None = None,
         monitor: str | None = None,
         mode: str = "min",
         save_top_k: int = 1,
         save_last: bool = True,
+        save_weights_only: bool = False,
     ):
         _extras.require("orbax.checkpoint", "training", "ModelCheckpoint")
         intervals = {
@@ -63,7 +71,16 @@ class ModelCheckpoint(Callback):
             "every_n_train_steps": every_n_train_steps,
             "every_n_epochs": every_n_epochs,
         }
-        given = {name: positive_int(value, name) for name, value in intervals.items() if value is not None}
+        given: dict[str, Any] = {
+            name: positive_int(value, name) for name, value in intervals.items() if value is not None
+        }
+        if train_time_interval is not None:
+            if not isinstance(train_time_interval, datetime.timedelta) or train_time_interval <= datetime.timedelta():
+                raise ValueError(
+                    "train_time_interval must be a datetime.timedelta above 0, such as timedelta(minutes=30), got "
+                    f"{train_time_interval!r}."
+                )
+            given["train_time_interval"] = train_time_interval
         if len(given) > 1:
             raise ValueError(f"ModelCheckpoint saves at one interval, got {given}; add another ModelCheckpoint.")
         check_mode(mode)
@@ -74,7 +91,11 @@ class ModelCheckpoint(Callback):
         self.every_n_micro_steps = given.get("every_n_micro_steps")
         self.every_n_train_steps = given.get("every_n_train_steps")
         self.every_n_epochs = given.get("every_n_epochs") if given else 1
+        self.train_time_interval: datetime.timedelta | None = given.get("train_time_interval")
         self.monitor, self.mode, self.save_top_k, self.save_last = monitor, mode, save_top_k, save_last
+        if not isinstance(save_weights_only, bool):
+            raise TypeError(f"save_weights_only must be True or False, got {save_weights_only!r}.")
+        self.save_weights_only = save_weights_only
         self.monitored = None if monitor is None else Monitor(monitor, mode)
         self._saved: dict[str, float | None] = {}  # Folder name -> monitored value, oldest first.
 
@@ -166,7 +187,9 @@ class ModelCheckpoint(Callback):
     @property
     def state_key(self) -> str:
         """Distinguishes policies, so that one doesn't rank or remove the checkpoints of another."""
-        names = ("monitor", "mode", "every_n_micro_steps", "every_n_train_steps", "every_n_epochs")
+        names = ["monitor", "mode", "every_n_micro_steps", "every_n_train_steps", "every_n_epochs"]
+        newer = ("train_time_interval", "save_weights_only")  # Named only if set, as version 0.1 doesn't name them.
+        names += [name for name in newer if getattr(self, name)]
         return f"ModelCheckpoint({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
     def state_dict(self) -> dict[str, Any]:

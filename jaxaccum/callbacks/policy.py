@@ -1,5 +1,6 @@
 """What the Trainer asks of a callback that requests checkpoints."""
 
+import datetime
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -15,6 +16,8 @@ class CheckpointPolicy(Protocol):
     """
 
     monitored: Monitor | None
+    train_time_interval: datetime.timedelta | None
+    save_weights_only: bool
 
     @property
     def names(self) -> list[str]: ...

@@ -1,18 +1,17 @@
-"""Sets K by epoch."""
+"""Sets K by a schedule."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from jaxaccum._schedule import AccumulationSchedule
-from jaxaccum.callbacks.base import Callback, TrainerView
-from jaxaccum.task import Task
+from jaxaccum.callbacks.base import Callback
 
 
 class GradientAccumulationScheduler(Callback):
-    """Sets K by epoch.
+    """Sets K by epoch, or by the unit of a schedule.
 
     Args:
-      scheduling: a dict from epoch to K, as in `AccumulationSchedule`; it is not modified.
+      scheduling: a dict from epoch to K, which is not modified, or an `AccumulationSchedule`.
 
     Raises:
       TypeError, ValueError: as `AccumulationSchedule`.
@@ -22,11 +21,8 @@ class GradientAccumulationScheduler(Callback):
       4
     """
 
-    def __init__(self, scheduling: Mapping[int, int]):
+    def __init__(self, scheduling: Mapping[int, int] | AccumulationSchedule):
         self.schedule = AccumulationSchedule(scheduling)
-
-    def on_train_epoch_start(self, trainer: TrainerView, task: Task) -> None:
-        trainer.accumulate_grad_batches = self.schedule(trainer.current_epoch)
 
 
 def offered_schedule(callback: Any) -> AccumulationSchedule | None:

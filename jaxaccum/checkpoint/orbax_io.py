@@ -6,12 +6,14 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import jax
 import numpy as np
 
 from jaxaccum import _extras, _paths
+from jaxaccum._types import Tree
+from jaxaccum.checkpoint import named_arrays
 from jaxaccum.distributed.process_group import Processes
 
 CUT_OFF = ".orbax-checkpoint-tmp"  # Part of the name of a folder that is being written or removed.
@@ -34,17 +36,28 @@ class Checkpoint(NamedTuple):
     notes: dict[str, Any]
 
 
-def load(path: str | os.PathLike[str]) -> Checkpoint:
-    """Reads a checkpoint into host memory. The devices that saved it need not be available.
+@overload
+def load(path: str | os.PathLike[str]) -> Checkpoint: ...
+
+
+@overload
+def load(path: str | os.PathLike[str], like: Tree) -> Tree: ...
+
+
+def load(path: str | os.PathLike[str], like: Tree | None = None) -> Any:
+    """Reads a checkpoint, or the parameters in it, into host memory. The devices that saved it need not be available.
 
     Args:
       path: its folder.
+      like: parameters with the tree, shapes and dtypes of those in the checkpoint, as arrays or
+        `jax.ShapeDtypeStruct`s; None reads the whole checkpoint.
 
     Returns:
       The `Checkpoint`. Arrays keep their saved dtypes. The pending arrays of a window that was open on P > 1 devices
-      have a leading axis of size P.
+      have a leading axis of size P. With `like`, the parameters, as NumPy arrays in that tree.
 
     Raises:
+      ValueError: if the parameters are not like `like`; the message names the first array that differs.
       OSError: if there is no checkpoint at `path`, or it can't be read.
       ImportError: if orbax is missing.
 
@@ -56,6 +69,8 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
       >>> _ = trainer.fit(task, [np.full((1, 2), 3, np.float32)])
       >>> jaxaccum.checkpoint.load(saved.last_model_path).arrays[".params['w']"]
       array([-2., -2.], dtype=float32)
+      >>> jaxaccum.checkpoint.load(saved.last_model_path, like={"w": jnp.ones(2)})
+      {'w': array([-2., -2.], dtype=float32)}
     """
     orbax = _orbax()
     path = _paths.absolute(path)
@@ -72,18 +87,23 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     except Exception as error:
         raise OSError(f"{path} can't be read as a checkpoint: {error}.") from error
     empty = {name: np.zeros(shape, dtype) for name, (shape, dtype) in leaves if 0 in shape}
-    return Checkpoint(path, {**restored, **empty}, notes)
+    found = Checkpoint(path, {**restored, **empty}, notes)
+    return found if like is None else _params(found, like)
 
 
-def newest(folders: Sequence[Path], processes: Processes) -> Checkpoint | None:
+def newest(
+    folders: Sequence[Path], processes: Processes, wants: Callable[[Mapping[str, Any]], bool] = lambda notes: True
+) -> Checkpoint | None:
     """Returns the newest checkpoint in the folders that all processes can read; None if there are none.
+
+    `wants(notes)` says whether a checkpoint is looked for.
 
     Warns about each checkpoint that it skips because it can't be read.
 
     Raises:
       OSError: if there are checkpoints but none can be read; the message gives the reason for each.
     """
-    return _first_readable(folders, processes, lambda found: [path for path, _ in found])
+    return _first_readable(folders, processes, lambda found: [path for path, notes in found if wants(notes)])
 
 
 def best(
@@ -145,6 +165,15 @@ def _first_readable(
     for text in broken:
         warnings.warn(f"{text} It is passed over.", stacklevel=6)
     return result
+
+
+def _params(checkpoint: Checkpoint, like: Tree) -> Tree:
+    """Returns the parameters in the tree of `like`."""
+    prefix = ".params"
+    saved = {name.removeprefix(prefix): x for name, x in checkpoint.arrays.items() if name.startswith(prefix)}
+    kinds = named_arrays.kinds(saved), named_arrays.kinds(named_arrays.arrays(like))
+    named_arrays.check_same(*kinds, str(checkpoint.path), "Pass `like` with the parameters' tree, shapes and dtypes.")
+    return named_arrays.unnamed(saved, like)
 
 
 class Writer:

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -40,6 +41,7 @@ class Processes:
         self.own = Wishes()
         # Those of all processes: a signal that any received, and whether any wants to stop; as of the last `gather`.
         self.wishes = self.own if self.count == 1 else Wishes()
+        self._seconds = 0.0  # Of process 0, as of the last `gather`.
 
     def gather(self, about: str, value: Any = None) -> list[Any]:
         """Gathers the values of all processes, in order, and updates `wishes`.
@@ -53,7 +55,8 @@ class Processes:
         """
         if self.count == 1 or self.left:
             return [value]
-        entries = self._exchanged(json.dumps([about, value, dataclasses.astuple(self.own)]))
+        seconds = None if self.index else time.monotonic()
+        entries = self._exchanged(json.dumps([about, value, dataclasses.astuple(self.own), seconds]))
         left = {i: entry["left"] for i, entry in enumerate(entries) if isinstance(entry, dict)}
         if left or len({place for place, *_ in entries}) > 1:
             self.left = True
@@ -68,7 +71,12 @@ class Processes:
         wishes = [Wishes(*entry[2]) for entry in entries]
         signals = [wish.signal for wish in wishes if wish.signal is not None]
         self.wishes = Wishes(signals[0] if signals else None, any(wish.stop for wish in wishes))
-        return [value for _, value, _ in entries]
+        self._seconds = entries[0][3]
+        return [value for _, value, *_ in entries]
+
+    def seconds(self) -> float:
+        """Returns the time of a monotonic clock: that of process 0, so that all processes see the same."""
+        return time.monotonic() if self.count == 1 else self._seconds
 
     def share_wishes(self) -> None:
         """Exchanges the wishes that hooks and signals have set."""

@@ -34,7 +34,8 @@ from jaxaccum.trainer.loop.metrics import Metrics
 from jaxaccum.trainer.loop.options import Options
 from jaxaccum.trainer.loop.run_state import Run, Setup
 from jaxaccum.trainer.loop.saving import RunCheckpoints
-from jaxaccum.trainer.loop.signals import Signals
+from jaxaccum.trainer.loop.signals import EXIT_SIGNALS, Signals
+from jaxaccum.trainer.loop.warm_start import WarmStart
 from jaxaccum.trainer.programs.compiled import FitState
 from jaxaccum.trainer.programs.evaluation import Evaluation
 
@@ -64,8 +65,10 @@ class Trainer:
       (7, 18, 72)
 
     Args:
-      accumulate_grad_batches: K: an int, a dict from epoch to K, or an `AccumulationSchedule`. "auto": the K with which
-        a window has `target_batch_size` examples, given those of the loader's first batch.
+      accumulate_grad_batches: K: an int, a dict from epoch to K, or an `AccumulationSchedule`, by epoch or by optimizer
+        step, samples or tokens. K changes only at the start of a window. With a schedule by samples or tokens, an
+        iterator may be read up to 3 micro-steps beyond `max_steps`. "auto": the K with which a window has
+        `target_batch_size` examples, given those of the loader's first batch.
       target_batch_size: the examples of a window, for "auto": a multiple of P·N with "ddp" and "zero", else of N.
         `jaxaccum.plan` finds the largest N that fits in memory, for the loader.
       max_epochs: the number of epochs; -1 for no limit. None means 1000, with a warning, or no limit if `max_steps` or
@@ -122,6 +125,8 @@ class Trainer:
       nonfinite: "propagate", or "drop" to leave out a micro-batch with a NaN or an infinity in its loss or gradient.
       detect_anomaly: whether to raise FloatingPointError for such a micro-batch, before it enters the sums. The host
         then waits for the device after every micro-step.
+      exit_signals: the signals that end `fit` after a save; by default SIGTERM, SIGINT, SIGUSR1 and SIGHUP. A signal
+        that is ignored, as SIGHUP is under nohup, or that has a handler of the user's, is left alone.
 
     Raises:
       TypeError, ValueError: for an invalid argument, at construction.
@@ -131,7 +136,7 @@ class Trainer:
     def __init__(
         self,
         *,
-        accumulate_grad_batches: int | str | Mapping[int, int] = 1,
+        accumulate_grad_batches: int | str | Mapping[int, int] | AccumulationSchedule = 1,
         target_batch_size: int | None = None,
         max_epochs: int | None = None,
         max_steps: int = -1,
@@ -162,8 +167,10 @@ class Trainer:
         fuse_windows: bool = False,
         nonfinite: str = "propagate",
         detect_anomaly: bool = False,
+        exit_signals: Sequence[int] = EXIT_SIGNALS,
     ):
         observers = arguments.callbacks(callbacks)
+        self._average = arguments.average(observers)
         self._options = Options(
             accumulate_grad_batches=arguments.schedule(accumulate_grad_batches, target_batch_size, observers),
             target_batch_size=target_batch_size,
@@ -196,6 +203,7 @@ class Trainer:
             self._callbacks += (TimeLimit(self._options.max_time),)
         if enable_progress_bar:
             self._callbacks += (ProgressBar(),)
+        self._exit_signals = arguments.exit_signals(exit_signals)
         self._strategy, self._processes = Strategy(strategy, devices), Processes()
         root = _paths.absolute(default_root_dir or ".")
         loggers = arguments.loggers(logger, root)
@@ -209,6 +217,8 @@ class Trainer:
         train_loader: Iterable[Tree],
         val_loader: Loaders | None = None,
         ckpt_path: str | os.PathLike[str] | None = None,
+        *,
+        init_from: FitState | Tree | None = None,
     ) -> FitState:
         """Trains from scratch or resumes from a checkpoint.
 
@@ -219,13 +229,15 @@ class Trainer:
         of the open epoch, or of the whole run if all epochs share one iterator. Anything that a loader's state leaves
         out, such as the contents of a shuffle buffer, is lost. Pass the same task and the same Trainer options as
         before; the seed, and K for the rest of the epoch, come from the checkpoint. On a different number of devices
-        the pending sums are merged or split, and the open epoch keeps its effective batch size.
+        the pending sums are merged or split, and the open epoch keeps its effective batch size; with K by
+        steps, samples or tokens, the open window does.
 
-        If `fit` runs in the main thread, SIGTERM and SIGINT (Ctrl-C) end the run after the current micro-step, or after
-        the current window with `fuse_windows`. The run is saved if there is a `ModelCheckpoint`, and then SystemExit
-        with code 143 or KeyboardInterrupt is raised. A second signal is raised immediately, without a save; the process
-        still waits for a checkpoint that is already being written. An error in a loader or a callback is also raised
-        after a save.
+        If `fit` runs in the main thread, the `exit_signals`, such as SIGTERM, SIGINT (Ctrl-C) and SLURM's SIGUSR1, end
+        the run after the current micro-step, or after the current window with `fuse_windows`. The run is saved if there
+        is a `ModelCheckpoint`, and then KeyboardInterrupt is raised after SIGINT, or SystemExit with code 128 + the
+        signal's number. A second signal has its default effect immediately, without a save; after a second Ctrl-C the
+        process still waits for a checkpoint that is already being written. An error in a loader or a callback is also
+        raised after a save.
 
         The next `fit` of the same `Task` object reuses the compiled programs.
 
@@ -253,25 +265,29 @@ class Trainer:
           ckpt_path: the folder of a checkpoint; "last" for the newest checkpoint in the folders of the
             `ModelCheckpoint`s, or a fresh start with a warning if there is none; "best" for the best checkpoint of the
             newest run on disk, ranked by the first `ModelCheckpoint` with a monitor; or None for a fresh start.
+          init_from: what a fresh run starts from in place of what `Task.init` returns: parameters, for example of
+            `jaxaccum.checkpoint.load(path, like=params)`, with a fresh optimizer state; or a `FitState`, whose
+            parameters, optimizer state and model state are taken. They are copied. All counters start at 0. With
+            `ckpt_path="last"` it is used if there is no checkpoint.
 
         Returns:
           The run's arrays: `params`, `opt_state`, `model_state` and the `pending` sums.
 
         Raises:
-          TypeError, ValueError: for a task or a loader that can't be trained, a validation that would never run, or a
-            checkpoint of another task.
+          TypeError, ValueError: for a task or a loader that can't be trained, a validation that would never run, a
+            checkpoint or an `init_from` of another task, or for both of these.
           OSError: if `ckpt_path` is not a checkpoint, or if none of the existing checkpoints can be read.
           FloatingPointError: with `detect_anomaly`.
           RuntimeError: if another process has left the run.
         """
         processes = self._processes
         processes.begin()
-        signals = Signals(processes)
+        signals = Signals(processes, self._exit_signals)
         try:
-            run, checkpoints = self._start(task, train_loader, val_loader, ckpt_path)
+            run, checkpoints = self._start(task, train_loader, val_loader, ckpt_path, init_from)
             hooks = Hooks(self, task, self._callbacks)
             loop = Loop(run, hooks, checkpoints, signals)
-            checkpoints.check()
+            checkpoints.begin()
             loop.check_validation()
             run.metrics.records.begin(run.at.resumed if run.is_resuming else None)
         except BaseException as error:
@@ -304,6 +320,9 @@ class Trainer:
         ckpt_path: str | os.PathLike[str] | None = None,
     ) -> dict[str, float]:
         """Computes the weighted means of the loss and the metrics over `val_loader`.
+
+        With an `EMA` among the callbacks, the parameters are the average of the last `fit` or of the checkpoint. A
+        `state` is used as it is.
 
         Args:
           task: the task that was trained.
@@ -527,15 +546,19 @@ class Trainer:
 
     @property
     def accumulate_grad_batches(self) -> int:
-        """The current K. A callback may set it in `on_train_epoch_start`, for that epoch."""
+        """The current K. A callback may set it in `on_train_epoch_start`, for that epoch.
+
+        With an `AccumulationSchedule` by steps, samples or tokens it can't be set.
+        """
         return self._at.every_k
 
     @accumulate_grad_batches.setter
     def accumulate_grad_batches(self, k: int) -> None:
         if self._run is None or not self._run.takes_k:
             raise RuntimeError(
-                f"accumulate_grad_batches={k!r} can't be set here: K changes at an epoch's start alone. Set it in a "
-                "callback's on_train_epoch_start, or pass the Trainer a dict from epochs to K."
+                f"accumulate_grad_batches={k!r} can't be set here: K changes at an epoch's start alone, or follows an "
+                "AccumulationSchedule by steps, samples or tokens. Without one, set it in a callback's "
+                "on_train_epoch_start, or pass the Trainer a dict from epochs to K."
             )
         self._run.at.every_k = positive_int(k, "accumulate_grad_batches")
 
@@ -555,8 +578,12 @@ class Trainer:
 
     @property
     def estimated_stepping_batches(self) -> int | float:
-        """The run's expected number of optimizer steps, following the schedule of K; may be infinite."""
-        return self._options.optimizer_steps(self.num_training_batches)
+        """The run's expected number of optimizer steps, following the schedule of K; may be infinite.
+
+        With a schedule by "samples" it assumes batches of the size of the first one; by "tokens" it is `max_steps`.
+        """
+        examples = self._running.setup.examples * self._strategy.group
+        return self._options.optimizer_steps(self.num_training_batches, examples)
 
     @property
     def callback_metrics(self) -> dict[str, float]:
@@ -585,12 +612,22 @@ class Trainer:
         return self._running.record_is_due
 
     def _start(
-        self, task: Task, train_loader: Iterable[Tree], val_loader: Loaders | None, ckpt_path: Any
+        self,
+        task: Task,
+        train_loader: Iterable[Tree],
+        val_loader: Loaders | None,
+        ckpt_path: Any,
+        init_from: FitState | Tree | None,
     ) -> tuple[Run, RunCheckpoints]:
         """Returns a run, fresh or restored from a checkpoint, and its checkpoints."""
         options, processes = self._options, self._processes
         if not isinstance(task, Task):
             raise TypeError(f"task must be a jaxaccum.Task, got {task!r}.")
+        if init_from is not None and ckpt_path not in (None, "last"):
+            raise ValueError(
+                f"init_from starts a fresh run, and ckpt_path={ckpt_path!r} resumes one: pass one of them. With "
+                "ckpt_path='last', init_from is used if there is no checkpoint."
+            )
         if options.has_default_length:
             warnings.warn(
                 "max_epochs is not set: training for 1000 epochs. Pass max_epochs=-1 for no end.", stacklevel=3
@@ -633,7 +670,8 @@ class Trainer:
             loader=loader,
             val_loaders=loaders,
         )
-        self._run = run = run_state.begin(setup, self._loggers)
+        warm_start = None if init_from is None or found is not None else WarmStart(init_from)
+        self._run = run = run_state.begin(setup, self._loggers, self._average, warm_start)
         if found is not None:
             checkpoints.restore(found, run)
         return run, checkpoints
@@ -642,7 +680,7 @@ class Trainer:
         """Returns the checkpoint to resume from; None, with a warning, for "last" if there is none."""
         orbax_io.remove_cut_off(saving.folders_of(self._callbacks, self._folder), self._processes)
         try:
-            return saving.find(ckpt_path, self._callbacks, self._folder, self._processes)
+            return saving.find(ckpt_path, self._callbacks, self._folder, self._processes, to_resume=True)
         except saving.NoLastCheckpointError as error:
             warnings.warn(f"{error} The run starts afresh.", stacklevel=4)
             return None
@@ -652,15 +690,15 @@ class Trainer:
     ) -> tuple[Tree, Tree, Counters]:
         """Returns parameters, model state and position of `state`, of a checkpoint, or of the last `fit`."""
         if ckpt_path is None or (self._options.fast_dev_run and ckpt_path in ("last", "best") and state is None):
-            params, _, model_state, _ = self.state if state is None else state
-            return params, model_state, self._at
+            params = self._running.evaluated_params if state is None else state.params
+            return params, (self.state if state is None else state).model_state, self._at
         if state is not None:
             raise ValueError(f"pass either state or ckpt_path={ckpt_path!r}, not both.")
         found = saving.find(ckpt_path, self._callbacks, self._folder, self._processes)
         first = next(iter(loaders.values()))
         for batch in first.first(1):
             initial = _task.initial(task, jax.random.key(found.notes["seed"]), batch)
-            params, _, model_state, _ = run_checkpoint.weights(found, *initial)
+            params, _, model_state, _ = run_checkpoint.weights(found, *initial, averaged=self._average is not None)
             return params, model_state, run_checkpoint.place(found, self._strategy)
         raise ValueError(f"{first.name} gave no batch.")
 

@@ -1,5 +1,6 @@
 """Checkpoints: when they are saved, which are kept, what they contain, and failures to write or read one."""
 
+import datetime
 import errno
 import functools
 import json
@@ -7,6 +8,7 @@ import math
 import re
 import shutil
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +21,9 @@ from training import Recorder, assert_same, loader, ones, single, slope, task, t
 
 import jaxaccum
 from jaxaccum import checkpoint
-from jaxaccum.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from jaxaccum.callbacks import EMA, Callback, EarlyStopping, ModelCheckpoint
 from jaxaccum.checkpoint import orbax_io
+from jaxaccum.distributed import process_group
 from jaxaccum.loggers import JSONLLogger
 
 
@@ -61,6 +64,35 @@ def test_checkpoints_are_saved_at_their_interval_and_at_the_end(tmp_path, option
     single(accumulate_grad_batches=2, max_epochs=2, callbacks=saves).fit(slope(), ones(*[2] * 5))
     assert micro_steps(tmp_path) == want
     assert saves.last_model_path == saves.best_model_path and saves.last_model_path.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "want"),
+    [
+        # A micro-step takes 7 s: 21 s and 42 s after the start, 20 s have passed.
+        (20, [3, 6, 8]),
+        (7, [1, 2, 3, 4, 5, 6, 7, 8]),
+        (70, [8]),
+    ],
+)
+def test_checkpoints_are_saved_as_time_passes(tmp_path, monkeypatch, seconds, want):
+    """Catches a time that is not counted from the last save, and one that a validation or an epoch's end counts."""
+    clock = [1000.0]
+    monkeypatch.setattr(process_group, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+
+    class Ticks(Callback):
+        def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
+            clock[0] += 7
+
+    def run(folder, **options):
+        saves = ModelCheckpoint(folder, train_time_interval=datetime.timedelta(seconds=seconds), save_top_k=-1)
+        t = single(accumulate_grad_batches=2, max_epochs=2, callbacks=[saves, Ticks()])
+        return t.fit(the_task, batches, batches[:1], **options)
+
+    the_task, batches = task(dropout=0.3), loader(4, 4, 4, 4)
+    end = run(tmp_path)
+    assert micro_steps(tmp_path) == want
+    assert_same(run(tmp_path / "resumed", ckpt_path=tmp_path / names(tmp_path)[0]), end)
 
 
 @pytest.mark.parametrize(
@@ -191,6 +223,9 @@ def test_errors_name_argument_value_and_remedy(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=f"{tmp_path} can't be read as a checkpoint"):
         single().fit(slope(), ones(2), ckpt_path=tmp_path)
     for options, match in [
+        ({"train_time_interval": 60}, "train_time_interval must be .*timedelta.*got 60"),
+        ({"train_time_interval": datetime.timedelta(0)}, "train_time_interval must be .*above 0.*timedelta\\(0\\)"),
+        ({"train_time_interval": datetime.timedelta(1), "every_n_epochs": 1}, "one interval, got .*add another"),
         ({"every_n_epochs": 1, "every_n_micro_steps": 2}, "one interval, got .*every_n_epochs.*add another"),
         ({"every_n_train_steps": 0}, "every_n_train_steps must be .*0"),
         ({"mode": "least"}, "mode must be .*'least'"),
@@ -760,3 +795,52 @@ def test_a_validation_that_is_cut_off_ranks_its_checkpoint_after_the_resume(tmp_
     saves, t = run()
     t.fit(the_task, ones(*[2] * 6), ones(2), ckpt_path="last")
     assert saves.best_model_path.name == "epoch=0-micro_step=4"
+
+
+@pytest.mark.parametrize(("strategy", "devices"), [("single", 1), ("ddp", 4)])
+def test_weights_alone_are_saved_beside_whole_runs(tmp_path, strategy, devices):
+    """Catches weights that a run resumes from, a whole run that is replaced by them, and one that they remove."""
+    batches, the_task = loader(*[4] * 5 * devices), task(model_state=True)
+
+    def run(**options):
+        weights = ModelCheckpoint(tmp_path, save_weights_only=True, every_n_micro_steps=2, save_top_k=-1)
+        whole = ModelCheckpoint(tmp_path, every_n_micro_steps=2, save_top_k=-1)
+        t = trainer(strategy=strategy, devices=devices, accumulate_grad_batches=3, callbacks=[weights, EMA(), whole])
+        return t, t.fit(the_task, batches, **options)
+
+    t, end = run()
+    at = [f"epoch=0-micro_step={i}" for i in (2, 4)] + ["epoch=1-micro_step=5"]
+    assert names(tmp_path) == sorted([*at, *(f"{name}-weights" for name in at)])
+    path = tmp_path / f"{at[-1]}-weights"
+    saved = checkpoint.load(path)
+    assert {re.match(r"\.[a-z_]+", name).group() for name in saved.arrays} == {".params", ".average", ".model_state"}
+    assert_same(checkpoint.load(path, like=end.params), end.params)
+    assert t.validate(the_task, batches, ckpt_path=path) == t.validate(the_task, batches)
+    with pytest.raises(ValueError, match=f"{path} has weights only.*init_from=jaxaccum.checkpoint.load"):
+        run(ckpt_path=path)
+    for name in at[1:]:
+        shutil.rmtree(tmp_path / name)
+    resumed, again = run(ckpt_path="last")  # In mid-window, before newer weights.
+    assert resumed.is_resuming and resumed.micro_step == 5
+    assert_same(again, end)
+
+
+@pytest.mark.parametrize("weights_first", [True, False])
+def test_a_resumed_run_goes_on_with_its_weights(tmp_path, weights_first):
+    """Catches weights that are written again, and those of the run before that nobody removes any more."""
+    for epochs, ckpt_path in [(2, None), (2, "last"), (3, "last")]:
+        saves = [ModelCheckpoint(tmp_path, save_weights_only=only) for only in (weights_first, not weights_first)]
+        single(max_epochs=epochs, callbacks=saves).fit(slope(), ones(2, 2), ckpt_path=ckpt_path)
+        name = f"epoch={epochs}-micro_step={2 * epochs}"
+        assert names(tmp_path) == [name, f"{name}-weights"]
+
+
+def test_a_folder_of_weights_is_a_fresh_start(tmp_path):
+    """Catches weights for a run's end that "last" takes, and an argument that is not a bool."""
+    make = lambda: single(callbacks=ModelCheckpoint(tmp_path, save_weights_only=True))
+    make().fit(slope(), ones(2))
+    assert make().validate(slope(), ones(2), ckpt_path="last") == {"val_loss": -1}
+    with pytest.warns(UserWarning, match="finds no checkpoint"):
+        assert make().fit(slope(), ones(2), ckpt_path="last").params == -1
+    with pytest.raises(TypeError, match="save_weights_only must be True or False, got 1"):
+        ModelCheckpoint(tmp_path, save_weights_only=1)

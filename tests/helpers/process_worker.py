@@ -3,11 +3,13 @@
 python process_worker.py ADDRESS NUM_PROCESSES PROCESS FOLDER
 """
 
+import datetime
 import hashlib
 import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -17,10 +19,12 @@ from training import Logged, loader, task, trainer
 
 import jaxaccum
 import jaxaccum.distributed
-from jaxaccum.callbacks import Callback, ModelCheckpoint
+from jaxaccum.callbacks import EMA, Callback, ModelCheckpoint
+from jaxaccum.distributed import process_group
 from jaxaccum.trainer.programs.compiled import FitState
 
 SCHEDULE = {0: 3, 1: 2}
+TOKENS = jaxaccum.AccumulationSchedule({0: 1, 40: 2, 90: 3}, by="tokens")
 SIZES = [4] * 16 + [4, 4, 3, 3]  # Of all processes: 5 micro-steps of 4 devices, the last of several shapes.
 
 
@@ -87,23 +91,41 @@ class At(Callback):
             self.act(trainer)
 
 
+class Clock(Callback):
+    """Stands in for `time`: a micro-step takes a second on process 0, and the clock of process 1 stands still."""
+
+    now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+    def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
+        self.now += jax.process_index() == 0
+
+
 def raises(error):
     raise error
 
 
-def fit(folder, callbacks=(), batches=None, val=None, ckpt_path=None, dropout=0.3, **options):
-    """(what a run ended with, or the error that it ended by; its Trainer)."""
+def fit(folder, callbacks=(), batches=None, val=None, ckpt_path=None, dropout=0.3, twice=False, **options):
+    """What a run ended with, or the error that it ended by; with `twice`, that of a run from the first one's state."""
     options = {"accumulate_grad_batches": SCHEDULE, "max_epochs": 2, "log_every_n_steps": 1, **options}
     t = trainer(default_root_dir=folder, callbacks=callbacks, gradient_clip_val=0.5, **options)
     batches = mine(loader(*SIZES)) if batches is None else batches
     try:
-        state = t.fit(task(dropout=dropout), batches, val, ckpt_path=ckpt_path)
+        the_task = task(dropout=dropout)
+        state = t.fit(the_task, batches, val, ckpt_path=ckpt_path)
+        if twice:
+            state = t.fit(the_task, batches, val, init_from=state)
     except (Exception, SystemExit) as error:
         return {"error": f"{type(error).__name__}: {error}", "micro_step": t.micro_step if t._run else None}
-    digest = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(state.params)))
     params = {name: np.asarray(x).tolist() for name, x in state.params.items()}
     told = {"samples_seen": t.samples_seen, "global_step": t.global_step, "micro_step": t.micro_step}
-    return {"digest": digest.hexdigest(), "params": params, **told}
+    return {"digest": digest(state.params), "params": params, **told}
+
+
+def digest(params):
+    return hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(params))).hexdigest()
 
 
 def predictions():
@@ -127,12 +149,32 @@ def cases(folder):
     yield "1 to 2", fit(folder, ckpt_path=folder / "single" / "epoch=0-micro_step=8")
     yield "1 to 2, in the middle of a group", fit(folder, ckpt_path=folder / "single" / "epoch=0-micro_step=10")
     yield "zero", fit(folder, batches=batches[:8], **ZERO)
+    yield "twice", fit(folder, batches=batches[:8], twice=True, **ZERO)
+    ema, path = EMA(0.9), folder / "ema" / "epoch=0-micro_step=4"
+    yield (
+        "ema",
+        fit(folder, [ema, ModelCheckpoint(path.parent, every_n_micro_steps=4, save_top_k=-1)], val=val)
+        | {"average": digest(ema.params)},
+    )
+    ema = EMA(0.9)
+    yield "ema, resumed", fit(folder, ema, val=val, ckpt_path=path) | {"average": digest(ema.params)}
     rows = [np.arange(n // 2) + n // 2 * jax.process_index() for n in (16, 16, 14)]
     shares = [
         {name: x[part] for name, x in batch.items()} for batch, part in zip(loader(16, 16, 14), rows, strict=True)
     ]
     yield "dp", fit(folder, batches=shares, strategy="dp", dropout=0)
 
+    saves = ModelCheckpoint(folder / "tokens", every_n_micro_steps=1, save_top_k=-1)
+    yield "tokens", fit(folder, saves, accumulate_grad_batches=TOKENS)
+    path = folder / "tokens" / "epoch=0-micro_step=4"
+    yield "tokens, resumed", fit(folder, accumulate_grad_batches=TOKENS, ckpt_path=path)
+
+    process_group.time = Clock()
+    timed = ModelCheckpoint(folder / "timed", train_time_interval=datetime.timedelta(seconds=4), save_top_k=-1)
+    yield "timed", fit(folder, [timed, process_group.time])
+    process_group.time = time
+    told = At(1, 2, lambda trainer: os.kill(os.getpid(), signal.SIGUSR1))
+    yield "SIGUSR1", fit(folder, [told, ModelCheckpoint(folder / "usr1")])
     told = At(1, 2, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
     saves = lambda: ModelCheckpoint(folder / "told")
     yield "SIGTERM", fit(folder, [told, saves()])

@@ -4,6 +4,8 @@ import json
 import pathlib
 import re
 import statistics
+import sys
+from unittest import mock
 
 import pytest
 
@@ -26,11 +28,35 @@ LINKS = [
 ]
 
 
+def stand_ins(monkeypatch):
+    """Modules in place of libraries that the blocks adapt and the tests don't require."""
+    modules = wandb, mlflow = mock.MagicMock(), mock.MagicMock()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    return modules
+
+
 @pytest.mark.parametrize("code", PYTHON)
 def test_a_block_runs_alone(code, tmp_path, monkeypatch):
     """Catches an example that a reader can't paste, because it is broken or needs the one before it."""
+    stand_ins(monkeypatch)
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+
+
+def test_the_adapters_of_the_guide_log(monkeypatch):
+    """Catches an adapter that calls its library without a step, or not at all."""
+    wandb, mlflow = stand_ins(monkeypatch)
+    (code,) = (code for _, kind, code in BLOCKS if kind == "python" and "wandb.init" in code)
+    exec(compile(code, "README.md", "exec"), {})
+    run = wandb.init.return_value
+    wandb.init.assert_called_once_with(project="first")
+    mlflow.start_run.assert_called_once_with(run_name="first")
+    steps = [call.kwargs["step"] for call in run.log.mock_calls]
+    assert steps[0] == 1 and run.log.mock_calls[0].args[0].keys() >= {"train_loss", "micro_step", "epoch"}
+    assert [call[1:] for call in mlflow.log_metrics.mock_calls] == [call[1:] for call in run.log.mock_calls]
+    run.finish.assert_called_once_with()
+    mlflow.end_run.assert_called_once_with()
 
 
 def test_what_the_blocks_compute(capsys, tmp_path, monkeypatch):

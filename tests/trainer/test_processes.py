@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import flags
 import numpy as np
 import process_worker
 import pytest
-from process_worker import SIZES, ZERO, Positioned, fit, of_process
+from process_worker import SIZES, TOKENS, ZERO, Positioned, fit, of_process
 from training import Logged, loader
 
 from jaxaccum.callbacks import ModelCheckpoint
@@ -30,8 +31,10 @@ def alone(folder):
     saves = ModelCheckpoint(folder / "single", every_n_micro_steps=2, save_top_k=-1)
     return {
         "ddp": fit(folder, strategy="ddp", devices=4, val=val, logger=log) | {"records": log.records},
+        "tokens": fit(folder, devices=4, accumulate_grad_batches=TOKENS),
         "single": fit(folder, saves, strategy="single", accumulate_grad_batches={0: 12, 1: 8}),
         "zero": fit(folder, batches=loader(*SIZES)[:16], devices=4, **ZERO),
+        "twice": fit(folder, batches=loader(*SIZES)[:16], devices=4, twice=True, **ZERO),
         "dp": fit(folder, batches=loader(16, 16, 14), strategy="dp", devices=4, dropout=0),
     }
 
@@ -70,7 +73,7 @@ def errors(together, case):
     return [of_process[case]["error"] for of_process in together]
 
 
-@pytest.mark.parametrize("case", ["ddp", "zero", "dp"])
+@pytest.mark.parametrize("case", ["ddp", "zero", "dp", "tokens", "twice"])
 def test_two_processes_train_as_one_with_all_their_devices(alone, together, case):
     """Catches keys, weights and batches that are numbered or counted in each process alone, and sums not joined."""
     zero, one = (of[case] for of in together)
@@ -90,6 +93,8 @@ def test_process_0_alone_logs_what_is_of_all(alone, together):
 def test_a_resume_is_exact(together):
     """Catches local sums of the other process that a checkpoint lacks, and its loader's state given to this one."""
     assert together[0]["2 to 2"]["digest"] == together[0]["ddp"]["digest"]
+    for case in ("ema", "tokens"):
+        assert together[0][f"{case}, resumed"] == together[1][case] | {"case": f"{case}, resumed"}
 
 
 def test_a_resume_in_more_processes_ends_at_the_same_parameters(alone, together):
@@ -110,10 +115,17 @@ def test_a_resume_in_one_process_ends_at_the_same_parameters(folder, alone, toge
 
 def test_a_signal_to_one_process_saves_and_ends_all(together):
     """Catches a process that trains on without the other, or waits for it, and a save of one alone."""
-    assert [of["SIGTERM"] | {"case": None} for of in together] == [
-        {"case": None, "error": "SystemExit: 143", "micro_step": 2}
-    ] * 2
+    for name in ("SIGTERM", "SIGUSR1"):
+        error = f"SystemExit: {128 + getattr(signal, name)}"
+        assert [of[name] for of in together] == [{"case": name, "error": error, "micro_step": 2}] * 2
     assert together[0]["after SIGTERM"]["digest"] == together[0]["ddp"]["digest"]
+
+
+def test_the_time_of_a_save_is_that_of_process_0(folder, together):
+    """Catches a process that saves by its own clock, where the others don't."""
+    zero, one = (of["timed"] for of in together)
+    assert zero == one and zero["digest"] == together[0]["ddp"]["digest"]
+    assert len(list((folder / "timed").iterdir())) == 3  # 10 micro-steps, and the end.
 
 
 def test_a_stop_by_one_process_is_a_stop_of_all(together):

@@ -21,6 +21,10 @@ def steps(batches, **options):
     return recorder.seen
 
 
+def by(scheduling, unit):
+    return jaxaccum.AccumulationSchedule(scheduling, by=unit)
+
+
 def test_row_1_k_is_an_int_or_a_dict_and_1_by_default():
     """Catches a dict that crashes in fit, as Lightning 2's does."""
     batches = ones(2, 2, 2, 2)
@@ -282,6 +286,9 @@ def test_row_18_a_checkpoint_holds_the_pending_gradients_and_k(tmp_path):
         ({"accumulate_grad_batches": 3, "max_epochs": 2, "strategy": "dp"}, [16, 16, 3, 8]),
         ({"callbacks": GradientAccumulationScheduler({1: 2}), "max_epochs": 3, "limit_train_batches": 0.5}, [2] * 11),
         ({"accumulate_grad_batches": 2, "max_steps": 5, "max_epochs": 9, "limit_train_batches": 3}, [2] * 11),
+        ({"accumulate_grad_batches": by({1: 2, 3: 4, 6: 3}, "step"), "max_epochs": 3}, [2] * 11),
+        ({"accumulate_grad_batches": by({3: 3, 40: 2}, "samples"), "max_epochs": 3}, [2] * 11),
+        ({"accumulate_grad_batches": by({9: 2, 40: 1}, "samples"), "max_epochs": 3, "strategy": "ddp"}, [2] * 48),
     ],
 )
 def test_row_19_estimated_stepping_batches_is_what_happens(options, sizes):
@@ -298,7 +305,14 @@ def test_row_19_the_estimate_of_an_endless_run():
         def __iter__(self):
             yield from ones(2, 2)
 
-    for options, want in [({"max_steps": 3}, 3), ({"max_steps": 3, "max_epochs": 1}, 3), ({}, math.inf)]:
+    tokens = {"accumulate_grad_batches": by({0: 2}, "tokens"), "max_epochs": 1}
+    for options, want in [
+        ({"max_steps": 3}, 3),
+        ({"max_steps": 3, "max_epochs": 1}, 3),
+        ({}, math.inf),
+        (tokens | {"max_steps": 3}, 3),
+        (tokens, math.inf),
+    ]:
         t = single(**options)
         t.fit(slope(), Stream())
         assert t.estimated_stepping_batches == want

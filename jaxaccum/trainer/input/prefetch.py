@@ -62,17 +62,17 @@ def micro_steps(
         processes.fail(groups.error)
 
 
-def fused(micro_steps: Iterable[MicroStep], every_k: int, pending: int) -> Iterator[list[MicroStep]]:
+def fused(micro_steps: Iterable[MicroStep], every_k: Callable[[], int], pending: int) -> Iterator[list[MicroStep]]:
     """Yields an epoch's micro-steps in lists, one per call: a whole window if it can be stacked, else single ones.
 
-    `pending` is the number of micro-steps already in the open window. If `micro_steps` raises, those of the incomplete
-    window are yielded first, one by one.
+    `every_k()` is K of the window that is read, and `pending` the number of micro-steps already in the open window. If
+    `micro_steps` raises, those of the incomplete window are yielded first, one by one.
     """
     window: list[MicroStep] = []
     try:
         for micro_step in micro_steps:
             window.append(micro_step)
-            if micro_step.last or pending + len(window) >= every_k:
+            if micro_step.last or pending + len(window) >= every_k():
                 yield from [window] if _can_be_stacked(window) else ([one] for one in window)
                 window, pending = [], 0
     except Exception:

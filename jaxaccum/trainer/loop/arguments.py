@@ -1,5 +1,6 @@
 """Checks and normalises the Trainer's arguments."""
 
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from jaxaccum._integers import positive_int
 from jaxaccum._schedule import AccumulationSchedule
 from jaxaccum.callbacks import Callback, EarlyStopping
+from jaxaccum.callbacks.average import ParamsAverage
 from jaxaccum.callbacks.monitor import Monitor
 from jaxaccum.callbacks.policy import CheckpointPolicy
 from jaxaccum.callbacks.scheduler import offered_schedule
@@ -14,13 +16,20 @@ from jaxaccum.loggers import JSONLLogger
 
 
 def callbacks(value: Any) -> tuple[Callback, ...]:
-    """Returns the callbacks as a tuple; at most one of them may set K by a schedule."""
+    """Returns the callbacks as a tuple; at most one of them may set K by a schedule, and one average the parameters."""
     found = (value,) if isinstance(value, Callback) else value
     if not isinstance(found, Sequence) or not all(isinstance(callback, Callback) for callback in found):
         raise TypeError(f"callbacks must be a jaxaccum.callbacks.Callback or a sequence of them, got {value!r}.")
     if sum(offered_schedule(callback) is not None for callback in found) > 1:
         raise ValueError(f"callbacks hold more than one GradientAccumulationScheduler: {found!r}; merge them into one.")
+    if sum(isinstance(callback, ParamsAverage) for callback in found) > 1:
+        raise ValueError(f"callbacks hold more than one EMA: {found!r}; validations use one of them, so pass one.")
     return tuple(found)
+
+
+def average(callbacks: Sequence[Callback]) -> ParamsAverage | None:
+    """Returns the callback that averages the parameters, or None."""
+    return next((callback for callback in callbacks if isinstance(callback, ParamsAverage)), None)
 
 
 def of_dev_run(callbacks: Sequence[Callback]) -> tuple[Callback, ...]:
@@ -54,6 +63,19 @@ def schedule(
             "is: give one of them."
         )
     return given if offered is None else offered
+
+
+def exit_signals(value: Any) -> tuple[int, ...]:
+    """Returns the numbers of the signals, each of which a process can catch."""
+    found = tuple(value) if isinstance(value, Sequence) else (value,)
+    uncaught = [getattr(signal, name, None) for name in ("SIGKILL", "SIGSTOP")]
+    for number in found:
+        if isinstance(number, bool) or number not in signal.valid_signals() or number in uncaught:
+            raise ValueError(
+                "exit_signals must be a sequence of signals that a process can catch, such as (signal.SIGTERM, "
+                f"signal.SIGUSR1), or () for none, got {number!r} in {value!r}."
+            )
+    return found
 
 
 def loggers(value: Any, root: Path) -> tuple[Any, ...]:

@@ -6,7 +6,6 @@ from typing import Any
 
 from jaxaccum.callbacks import Callback, TrainerView
 from jaxaccum.callbacks.monitor import Monitor
-from jaxaccum.callbacks.scheduler import offered_schedule
 from jaxaccum.task import Task
 
 
@@ -27,10 +26,7 @@ class Hooks:
         # Whether a callback itself warns if there was no validation.
         self.warn_of_no_validation = any(monitor.needs_validation and monitor.warns for monitor in monitors)
         # Whether a callback may set K at an epoch's start, other than by the Trainer's schedule.
-        self.may_set_k = any(
-            _overrides(callback, "on_train_epoch_start") and offered_schedule(callback) is None
-            for callback in callbacks
-        )
+        self.may_set_k = any(_overrides(callback, "on_train_epoch_start") for callback in callbacks)
 
     def call(self, name: str, *args: Any) -> None:
         for hook in self._filled[name]:

@@ -36,10 +36,9 @@ class Loop:
         """Validates on the first batches, to find errors before training; records nothing."""
         setup, count = self._setup, self._options.num_sanity_val_steps
         if setup.val_loaders and count:
-            params, _, model_state, _ = self._run.state
             batches = None if count == -1 else count * setup.strategy.group
             first = {name: val_loader.first(batches) for name, val_loader in setup.val_loaders.items()}
-            setup.evaluation.run(params, model_state, first)
+            setup.evaluation.run(self._run.evaluated_params, self._run.state.model_state, first)
 
     def train(self) -> None:
         """Trains to the end of the run and saves it."""
@@ -69,8 +68,8 @@ class Loop:
         """Sets K, unless the run resumes in the epoch."""
         run, at = self._run, self._run.at
         if not at.batch_idx:
-            at.every_k = self._options.accumulate_grad_batches(at.epoch)
-            run.takes_k = True
+            at.every_k = run.lengths.every_k(at)
+            run.takes_k = not run.lengths.change_with_windows
             self._hooks.call("on_train_epoch_start")
             run.takes_k = False
         self._processes.agree(f"epoch {at.epoch}", {"accumulate_grad_batches": at.every_k, "micro_step": at.micro_step})
@@ -102,10 +101,20 @@ class Loop:
         if self._interval is not None:
             self._interval.begin_epoch()
         if setup.loader.is_stream:  # Don't consume more batches than `max_steps` needs.
-            left = (options.steps - at.global_step) * at.every_k - at.window_step
+            left = self._run.lengths.most_micro_steps(at, options.steps)
             batches.stop_after(left * setup.strategy.group)
         steps = micro_steps(batches, setup.strategy, self._processes)
-        return fused(steps, at.every_k, at.window_step) if options.fuse_windows else zip(steps)
+        if self._run.lengths.change_with_windows:
+            steps = self._in_windows(steps)
+        return fused(steps, lambda: at.every_k, at.window_step) if options.fuse_windows else zip(steps)
+
+    def _in_windows(self, steps: Iterator[MicroStep]) -> Iterator[MicroStep]:
+        """Yields the micro-steps, and sets K when one starts a window."""
+        run, at = self._run, self._run.at
+        for micro_step in steps:
+            if not at.window_step:  # With `fuse_windows`, so do the next ones, until the window has run.
+                at.every_k = run.lengths.every_k(at)
+            yield micro_step
 
     def _run_on_devices(self, call: Sequence[MicroStep]) -> None:
         """Makes one call on the devices: a single micro-step, or the rest of a window."""
@@ -149,6 +158,8 @@ class Loop:
     def _close_window(self, logs: WindowLogs) -> None:
         run = self._run
         run.metrics.close_window(logs)
+        if logs.weight is not None:
+            run.lengths.close(logs.weight)
         run.at.close_window()
         run.at.recorded = not run.record_is_due
 
@@ -178,8 +189,8 @@ class Loop:
         if run.at.validated or not setup.val_loaders:
             return
         self._hooks.call("on_validation_start")
-        params, _, model_state, _ = run.state
-        results = setup.evaluation.run(params, model_state, setup.val_loaders, self._signals.leave_if_told)
+        args = run.evaluated_params, run.state.model_state, setup.val_loaders, self._signals.leave_if_told
+        results = setup.evaluation.run(*args)
         run.metrics.results |= results
         self._hooks.call("on_validation_epoch_end")
         self._hooks.call("on_validation_end")

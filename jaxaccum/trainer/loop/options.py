@@ -145,10 +145,15 @@ class Options:
     def divides_by_k(self) -> bool:
         return self.partial_window == "divide_by_k"
 
-    def optimizer_steps(self, micro_steps: int | float) -> int | float:
-        """Returns the run's optimizer steps, given the micro-steps per epoch; may be infinite."""
-        if isinstance(self.epochs, int) and isinstance(micro_steps, int):
-            return min(self.accumulate_grad_batches.optimizer_steps(self.epochs, micro_steps), self.steps)
+    def optimizer_steps(self, micro_steps: int | float, examples: int | None = None) -> int | float:
+        """Returns the run's optimizer steps, given the micro-steps per epoch; may be infinite.
+
+        With K by "tokens", or by "samples" if the `examples` in a micro-step are not known, it is `steps`.
+        """
+        schedule = self.accumulate_grad_batches
+        is_known = schedule.by != "tokens" and (schedule.by != "samples" or examples is not None)
+        if is_known and isinstance(self.epochs, int) and isinstance(micro_steps, int):
+            return min(schedule.optimizer_steps(self.epochs, micro_steps, examples), self.steps)
         return self.steps
 
     def total_steps(self, micro_steps: int | float) -> int:
@@ -165,7 +170,8 @@ class Options:
     def agree(self, processes: Processes, **others: Any) -> None:
         """Raises ValueError in all processes if these options, but for those that may differ, or `others` differ."""
         common = {name: value for name, value in vars(self).items() if name not in _OWN}
-        common["accumulate_grad_batches"] = list(self.accumulate_grad_batches.items())
+        schedule = self.accumulate_grad_batches
+        common["accumulate_grad_batches"] = [*schedule.items(), *([schedule.by] if schedule.by != "epoch" else [])]
         common["gradient_clip_val"] = str(self.gradient_clip_val)  # It may not be JSON-serialisable.
         processes.agree("options", common | others)
 

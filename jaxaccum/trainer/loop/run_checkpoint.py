@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,24 +12,26 @@ import numpy as np
 
 from jaxaccum._devices import topology
 from jaxaccum._devices.topology import OneDevice
-from jaxaccum._jax import prng
 from jaxaccum._multi_steps import redistribution
 from jaxaccum._multi_steps.state import with_cleared_sums
 from jaxaccum._sums import weighted_sum
 from jaxaccum._types import Tree
 from jaxaccum.callbacks import Callback
 from jaxaccum.callbacks.policy import CheckpointPolicy
-from jaxaccum.checkpoint import Checkpoint, json_state
+from jaxaccum.checkpoint import Checkpoint, json_state, named_arrays
 from jaxaccum.trainer.input.loader import TrainLoader
 from jaxaccum.trainer.input.strategies import Strategy
 from jaxaccum.trainer.loop.counters import Counters
 from jaxaccum.trainer.loop.run_state import Run
 from jaxaccum.trainer.programs.compiled import FitState, Pending, Programs
 
+_AVERAGE = ".average"  # Where an array's path starts with ".params".
 
-def arrays(state: FitState) -> dict[str, jax.Array]:
-    """Returns the arrays of a run by their path in its state; typed keys as their key data."""
-    return {name: jax.random.key_data(x) if prng.is_typed(x) else x for name, x in _named(state).items()}
+
+def arrays(run: Run) -> dict[str, Any]:
+    """Returns the arrays of a run by their path in its state, and the average of its parameters."""
+    average = {} if run.average is None else named_arrays.arrays(run.average.average)
+    return {**named_arrays.arrays(run.state), **{_AVERAGE + name: x for name, x in average.items()}}
 
 
 def notes(run: Run, callbacks: Sequence[Callback]) -> dict[str, Any]:
@@ -39,6 +42,7 @@ def notes(run: Run, callbacks: Sequence[Callback]) -> dict[str, Any]:
     told = [(callback.state_key, callback.state_dict()) for callback in callbacks]
     return {
         "counters": dataclasses.asdict(run.at),
+        "lengths": run.lengths.state_dict(),
         "seed": run.setup.programs.seed,
         "devices": strategy.size,
         "group": strategy.batches,
@@ -63,7 +67,13 @@ def place(checkpoint: Checkpoint, strategy: Strategy) -> Counters:
 
 
 def begin(checkpoint: Checkpoint, loader: TrainLoader, strategy: Strategy) -> None:
-    """Starts a loader at the position of `checkpoint`."""
+    """Starts a loader at the position of `checkpoint`; raises ValueError if that has weights only."""
+    if checkpoint.notes.get("weights_only"):
+        raise ValueError(
+            f"{checkpoint.path} has weights only, so no run can resume from it: pass fit "
+            "init_from=jaxaccum.checkpoint.load(path, like=params) in place of ckpt_path, or save_weights_only=False "
+            "to ModelCheckpoint."
+        )
     processes = strategy.process_count
     is_as_it_was = (len(checkpoint.notes["loaders"]), checkpoint.notes["group"]) == (processes, strategy.batches)
 
@@ -97,7 +107,12 @@ def restore(checkpoint: Checkpoint, run: Run, callbacks: Sequence[Callback]) -> 
       ValueError: if the checkpoint is of another task; the message names the first array that differs.
     """
     noted, strategy, metrics = checkpoint.notes, run.setup.strategy, run.metrics
-    run.state = _placed(checkpoint, run.state, strategy, run.setup.programs)
+    state, average = _apart(checkpoint.arrays)
+    run.state = _placed(checkpoint._replace(arrays=state), run.state, strategy, run.setup.programs)
+    if run.average is not None:
+        run.average.begin(run.state.params, noted["counters"]["global_step"])
+        if average:
+            run.average.average = _placed_average(average, run.average.average, strategy, checkpoint.path)
     # Dtypes and shardings match the programs' outputs, so that nothing recompiles.
     on_device = lambda number: strategy.placed(np.asarray(number, weighted_sum.weight_dtype()), strategy.common)
     metrics.window = {name: on_device(mean) for name, mean in noted["means"].items()}
@@ -112,6 +127,8 @@ def restore(checkpoint: Checkpoint, run: Run, callbacks: Sequence[Callback]) -> 
         if own is not None:
             waiting.remove(own)
             callback.load_state_dict(own[1])
+    if "lengths" in noted:  # Not in version 0.1.
+        run.lengths.load_state_dict(noted["lengths"])
     run.at, run.is_resuming = place(checkpoint, strategy), True
     run.setup.processes.own.stop = noted.get("stop", False)
     return waiting
@@ -124,18 +141,40 @@ def ranked(policy: CheckpointPolicy, notes: Mapping[str, Any]) -> list[str] | No
     return None if state is None else policy.ranked(state["saved"])
 
 
-def weights(checkpoint: Checkpoint, params: Tree, model_state: Tree) -> FitState:
-    """Returns the checkpoint's parameters and model state, on the host, in trees like these; raises as `restore`."""
+def weights(checkpoint: Checkpoint, params: Tree, model_state: Tree, averaged: bool) -> FitState:
+    """Returns the checkpoint's parameters and model state, on the host, in trees like these; raises as `restore`.
+
+    If `averaged`, the parameters are their average, if the checkpoint has one.
+    """
     like = FitState(params, None, model_state, None)  # pyrefly: ignore[bad-argument-type]
-    held = {name: x for name, x in checkpoint.arrays.items() if name.startswith((".params", ".model_state"))}
-    return _filled(checkpoint._replace(arrays=held), like, 1, 1)
+    state, average = _apart(weights_of(checkpoint.arrays))
+    for name, x in average.items() if averaged else ():
+        state[f".params{name}"] = x.astype(state[f".params{name}"].dtype)
+    return _filled(checkpoint._replace(arrays=state), like, 1, 1)
+
+
+def weights_of(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the parameters, their average and the model state among the arrays of a run."""
+    return {name: x for name, x in arrays.items() if name.startswith((".params", _AVERAGE, ".model_state"))}
+
+
+def _apart(arrays: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the arrays of a run's state by their path there, and those of the average by their path in it."""
+    average = {name.removeprefix(_AVERAGE): x for name, x in arrays.items() if name.startswith(_AVERAGE)}
+    return {name: x for name, x in arrays.items() if not name.startswith(_AVERAGE)}, average
+
+
+def _placed_average(average: Mapping[str, Any], like: Tree, strategy: Strategy, path: Path) -> Tree:
+    """Returns the arrays of a saved average in the tree of `like`, on its devices."""
+    kinds = named_arrays.kinds(average), named_arrays.kinds(named_arrays.arrays(like))
+    named_arrays.check_same(*kinds, source=str(path), remedy="Its EMA is of other parameters.")
+    return jax.tree.map(lambda x, old: strategy.placed(x, old.sharding), named_arrays.unnamed(average, like), like)
 
 
 def _filled(checkpoint: Checkpoint, like: FitState, before: int, now: int) -> FitState:
     """Returns the checkpoint's arrays in the tree of `like`, on the host; they were saved on `before` devices."""
     _check(checkpoint, like, before, now)
-    leaves = [_keyed(checkpoint.arrays[name], x) for name, x in _named(like).items()]
-    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+    return named_arrays.unnamed(checkpoint.arrays, like)
 
 
 def _placed(checkpoint: Checkpoint, like: FitState, strategy: Strategy, programs: Programs) -> FitState:
@@ -179,28 +218,12 @@ def _redistributed(pending: Pending, before: int, strategy: Strategy, programs: 
 
 def _check(checkpoint: Checkpoint, like: FitState, before: int, now: int) -> None:
     """Checks that names, shapes and dtypes match those of `like`, except for the number of devices."""
+
+    def kinds(arrays, devices):
+        is_local = lambda name, x: name.startswith(".pending") and devices > 1 and x.ndim
+        of_one = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+        return named_arrays.kinds({name: of_one(x) if is_local(name, x) else x for name, x in arrays.items()})
+
     remedy = "Pass the task, the optimizer and the clipping that it was made with, or another ckpt_path."
-    saved, wanted = checkpoint.arrays, arrays(like)
-
-    def kind(name, x, devices):
-        is_local = name.startswith(".pending") and devices > 1 and x.ndim
-        return f"{x.dtype.name}{list(x.shape[1:] if is_local else x.shape)}"
-
-    for name in [*wanted, *saved]:
-        there = kind(name, saved[name], before) if name in saved else "missing"
-        here = kind(name, wanted[name], now) if name in wanted else "missing"
-        if there != here:
-            raise ValueError(
-                f"{checkpoint.path} is not of this task: {name} is {there} there and {here} here. {remedy}"
-            )
-
-
-def _named(state: FitState) -> dict[str, Any]:
-    return {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(state)}
-
-
-def _keyed(data: np.ndarray, like: Any) -> Any:
-    """Wraps `data` as typed keys if `like` has them."""
-    if prng.is_typed(like):
-        return jax.random.wrap_key_data(jnp.asarray(data), impl=jax.random.key_impl(like))
-    return data
+    saved, wanted = kinds(checkpoint.arrays, before), kinds(named_arrays.arrays(like), now)
+    named_arrays.check_same(saved, wanted, str(checkpoint.path), remedy)

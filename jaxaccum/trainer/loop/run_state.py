@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jaxaccum import task as _task
+from jaxaccum._types import Tree
+from jaxaccum.callbacks.average import ParamsAverage
 from jaxaccum.distributed.process_group import Processes
 from jaxaccum.loggers.records import Records
 from jaxaccum.task import Task
@@ -15,6 +17,8 @@ from jaxaccum.trainer.input.strategies import Strategy
 from jaxaccum.trainer.loop.counters import Counters
 from jaxaccum.trainer.loop.metrics import Metrics
 from jaxaccum.trainer.loop.options import Options
+from jaxaccum.trainer.loop.warm_start import WarmStart
+from jaxaccum.trainer.loop.window_lengths import WindowLengths
 from jaxaccum.trainer.programs import window_optimizer
 from jaxaccum.trainer.programs.compiled import FitState, Programs
 from jaxaccum.trainer.programs.evaluation import Evaluation
@@ -46,12 +50,19 @@ class Run:
     setup: Setup
     state: FitState
     metrics: Metrics
+    lengths: WindowLengths
+    average: ParamsAverage | None  # Of the parameters.
     at: Counters = dataclasses.field(default_factory=Counters)
     # Micro-steps, with their outputs, that `state` includes and `at` doesn't yet.
     uncounted: collections.deque[tuple[MicroStep, Outputs]] = dataclasses.field(default_factory=collections.deque)
     loader_state: str | None = None  # The training loader's own state after the last micro-step.
     is_resuming: bool = False  # Whether the run was resumed from a checkpoint.
     takes_k: bool = False  # Whether K may be set now.
+
+    @property
+    def evaluated_params(self) -> Tree:
+        """The parameters that validations use: their average, if there is one."""
+        return self.state.params if self.average is None else self.average.params
 
     @property
     def record_is_due(self) -> bool:
@@ -71,11 +82,20 @@ def programs_for(
     optimizer = _task.optimizer(task, total_steps)
     clipping = options.gradient_clip_val, options.gradient_clip_algorithm
     optimizer = window_optimizer.of_window(optimizer, *clipping, options.divides_by_k)
-    logs = options.log_grad_norm, options.log_epoch_means
+    logs = options.log_grad_norm, options.log_epoch_means, options.accumulate_grad_batches.by == "tokens"
     return Programs(task, strategy, optimizer, options.nonfinite, seed, total_steps, *logs)
 
 
-def begin(setup: Setup, loggers: Sequence[Any]) -> Run:
+def begin(
+    setup: Setup, loggers: Sequence[Any], average: ParamsAverage | None, warm_start: WarmStart | None = None
+) -> Run:
     """Returns a fresh run, whose loader has begun. Only process 0 uses the loggers."""
-    state = setup.programs.initial(setup.loader.first, setup.processes)
-    return Run(setup, state, Metrics(Records(() if setup.processes.index else loggers)))
+    if warm_start is None:
+        state = setup.programs.initial(setup.loader.first, setup.processes)
+    else:
+        state = setup.programs.initial(setup.loader.first, setup.processes, warm_start.weights)
+        state = state._replace(opt_state=warm_start.opt_state(state.opt_state, setup.strategy))
+    metrics = Metrics(Records(() if setup.processes.index else loggers))
+    if average is not None:
+        average.begin(state.params, step=0)
+    return Run(setup, state, metrics, WindowLengths(setup.options.accumulate_grad_batches), average)

@@ -24,8 +24,9 @@ Wanting = Sequence[tuple[CheckpointPolicy, float | None]]  # Policies that reque
 
 
 class FolderCheckpoints:
-    """Writes checkpoints to one folder, one at a time, for all of its policies, and removes those that no policy keeps.
+    """Writes checkpoints to one folder, one at a time, for policies that all save weights only or all save everything.
 
+    It removes the checkpoints that none of its policies keeps.
     Each state of the run is written once. If a policy requests it again after a validation or the end of an epoch, only
     the notes, which `notes` returns, are rewritten. A checkpoint that can't be written only causes a warning. With
     several processes each has its own instance, and all make the same calls.
@@ -33,6 +34,7 @@ class FolderCheckpoints:
 
     def __init__(self, folder: Path, policies: Sequence[CheckpointPolicy], notes: TakeNotes, processes: Processes):
         self.folder, self.policies, self._notes, self._processes = folder, policies, notes, processes
+        self._weights_only = policies[0].save_weights_only
         self._writer = orbax_io.Writer()
         self._written: Path | None = None  # The newest checkpoint; `_at` is the run's position then.
         self._at = Counters()
@@ -42,9 +44,15 @@ class FolderCheckpoints:
         self._date = max(orbax_io.dates(folder), default=0)
 
     def goes_on(self, path: Path, at: Counters, others: frozenset[str]) -> None:
-        """Continues from a checkpoint, whose state is not written again if it is in this folder."""
+        """Continues from a checkpoint at `at`, whose state is not written again if it is in this folder."""
         if path.parent == self.folder:
-            self._written, self._at, self._others = path, dataclasses.replace(at), others
+            self._others = others
+            if self._weights_only:  # The policies know by now which weights were saved beside it.
+                ending = f"micro_step={at.micro_step}-weights"
+                names = [name for policy in self.policies for name in policy.names if ending in name]
+                path = self.folder / next(iter(names), "")
+            if path != self.folder:
+                self._written, self._at = path, dataclasses.replace(at)
 
     def save(self, wanting: Wanting, run: Run) -> None:
         """Starts writing a checkpoint, or rewrites the notes of the newest one if the run's arrays are unchanged."""
@@ -64,10 +72,14 @@ class FolderCheckpoints:
             self._settle()
 
     def _write(self, wanting: Wanting, run: Run) -> None:
-        path = self._free(f"epoch={run.at.epoch}-micro_step={run.at.micro_step}")
+        ending = "-weights" if self._weights_only else ""
+        path = self._free(f"epoch={run.at.epoch}-micro_step={run.at.micro_step}{ending}")
         self._written = None
         noted = self._noted(path.name, wanting, run)
-        if not self._fails(path, lambda: self._writer.start(path, run_checkpoint.arrays(run.state), noted)):
+        arrays = run_checkpoint.arrays(run)
+        if self._weights_only:
+            arrays = run_checkpoint.weights_of(arrays)
+        if not self._fails(path, lambda: self._writer.start(path, arrays, noted)):
             self._written, self._at, self._pending = path, dataclasses.replace(run.at), path
 
     def _annotate(self, path: Path, wanting: Wanting, run: Run) -> None:
@@ -92,7 +104,7 @@ class FolderCheckpoints:
             raise
         # Strictly increasing, even if the clock is not, because it identifies the newest checkpoint.
         self._date = max(time.time_ns(), self._date + 1)
-        return {**taken, "saved_at": self._date}
+        return {**taken, "saved_at": self._date, "weights_only": self._weights_only}
 
     def _settle(self) -> None:
         """Waits for the pending write."""
@@ -160,12 +172,19 @@ class RunCheckpoints:
 
     def __init__(self, trainer: TrainerView, callbacks: Sequence[Callback], folder: Path, processes: Processes):
         self._trainer, self._callbacks = trainer, callbacks
-        policies: dict[Path, list[CheckpointPolicy]] = {}
+        policies: dict[tuple[Path, bool], list[CheckpointPolicy]] = {}
         for policy in policies_of(callbacks):
-            policies.setdefault(Path(os.path.realpath(policy.open(folder))), []).append(policy)
-        self._folders = [FolderCheckpoints(folder, those, self._notes, processes) for folder, those in policies.items()]
+            place = Path(os.path.realpath(policy.open(folder))), policy.save_weights_only
+            policies.setdefault(place, []).append(policy)
+        # Weights come first, so that the notes of a whole run tell of those beside it.
+        in_order = sorted(policies.items(), key=lambda entry: not entry[0][1])
+        self._folders = [FolderCheckpoints(folder, those, self._notes, processes) for (folder, _), those in in_order]
         self._policies = [policy for folder in self._folders for policy in folder.policies]
         self._postponed: set[CheckpointPolicy] = set()
+        # In seconds: the intervals of policies with a `train_time_interval`, and when these began.
+        intervals = {policy: policy.train_time_interval for policy in self._policies}
+        self._intervals = {policy: interval.total_seconds() for policy, interval in intervals.items() if interval}
+        self._processes, self._began = processes, dict[CheckpointPolicy, float]()
 
     @property
     def folders(self) -> list[Path]:
@@ -184,6 +203,8 @@ class RunCheckpoints:
     def save_if_due(self, run: Run, moment: str, micro_steps: int = 1) -> None:
         """Starts the checkpoints that are due after `moment`, as in `ModelCheckpoint.due`."""
         due = {policy for policy in self._policies if policy.due(self._trainer, moment, micro_steps)}
+        if moment == "micro_step" and self._intervals:
+            due |= self._overdue()
         if not due and not self._postponed:
             return
         if moment == "micro_step" and not run.at.validated:
@@ -196,6 +217,13 @@ class RunCheckpoints:
             scored = [(policy, policy.score(self._trainer)) for policy in folder.policies if policy in due]
             folder.save([(policy, score) for policy, score in scored if policy.wants(score)], run)
 
+    def _overdue(self) -> set[CheckpointPolicy]:
+        """Returns the policies whose `train_time_interval` has passed, which begins again for them."""
+        now = self._processes.seconds()
+        overdue = {policy for policy, seconds in self._intervals.items() if now - self._began[policy] >= seconds}
+        self._began |= dict.fromkeys(overdue, now)
+        return overdue
+
     def save_at_end(self, run: Run) -> None:
         """Starts checkpoints of the run's final state."""
         is_epochs_end = not run.at.batch_idx  # Otherwise the monitored values are outdated.
@@ -203,8 +231,9 @@ class RunCheckpoints:
         for folder in self._folders:
             folder.save([(policy, score(policy)) for policy in folder.policies if policy.wants(None)], run)
 
-    def check(self) -> None:
-        """Raises TypeError if there are checkpoints and a callback's state can't be saved in one."""
+    def begin(self) -> None:
+        """Starts the intervals; raises TypeError if there are checkpoints and a callback's state can't be saved."""
+        self._began = dict.fromkeys(self._intervals, self._processes.seconds())
         for callback in self._callbacks if self._folders else ():
             try:
                 state = callback.state_dict()
@@ -239,9 +268,15 @@ class NoLastCheckpointError(FileNotFoundError):
 
 
 def find(
-    ckpt_path: str | os.PathLike[str], callbacks: Sequence[Callback], folder: Path, processes: Processes
+    ckpt_path: str | os.PathLike[str],
+    callbacks: Sequence[Callback],
+    folder: Path,
+    processes: Processes,
+    to_resume: bool = False,
 ) -> Checkpoint:
     """Finds the checkpoint for `ckpt_path`: a path, "last" or "best", that all processes can read.
+
+    With `to_resume`, "last" passes over weights.
 
     Raises:
       ValueError: for "last" or "best" without a policy, or for "best" without one that has a monitor.
@@ -257,7 +292,7 @@ def find(
         )
     if ckpt_path == "last":
         folders = folders_of(callbacks, folder)
-        found = orbax_io.newest(folders, processes)
+        found = orbax_io.newest(folders, processes, lambda notes: not (to_resume and notes.get("weights_only")))
         if found is None:
             raise NoLastCheckpointError(f"ckpt_path='last' finds no checkpoint in {', '.join(map(str, folders))}.")
         return found

@@ -1,7 +1,7 @@
 """The compiled programs of a run and the arrays that they work on."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -70,10 +70,12 @@ class WindowLogs(NamedTuple):
       means: the weighted means of the loss and the metrics, "train_loss" and so on, and "grad_norm" with
         `log_grad_norm`. They are NaN if the weight is 0.
       sums: the weighted sums of which they are the means; None without `log_epoch_means`.
+      weight: Σ w, a scalar; None without `log_weight`.
     """
 
     means: dict[str, jax.Array]
     sums: Logs | None
+    weight: jax.Array | None
 
 
 class Programs:
@@ -83,7 +85,7 @@ class Programs:
     `accumulate` reads the parameters and updates only the pending sums; `step` adds the window's last piece and runs
     the optimizer; `flush` runs the optimizer on the pending sums; `window` is several accumulates and a step in one
     call. `optimizer` is the task's, chained after the Trainer's transformations. A micro-batch's key is derived from
-    `key(seed)` by `fold_in` with the index of its loader batch.
+    `key(seed)` by `fold_in` with the index of its loader batch. `weighs` says whether a window's weight is asked for.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class Programs:
         total_steps: int | None = None,
         log_grad_norm: bool = False,
         log_epoch_means: bool = False,
+        log_weight: bool = False,
     ):
         self._task, self._strategy, self._sync, self.seed = task, strategy, strategy.sync, seed
         self._total_steps = total_steps  # The optimizer is made for, if this matters.
@@ -109,19 +112,28 @@ class Programs:
             gradient_norms="window" if log_grad_norm else None,
             **self._sync.options(),
         )
-        self._log_epoch_means = log_epoch_means
+        self._log_epoch_means, self._log_weight = log_epoch_means, log_weight
         self._kind: Any = None
 
     def fits(self, task: Task, seed: int, total_steps: int | None) -> bool:
         """Whether these are the programs for this task and seed, and for this number of steps if it matters."""
         return self._task is task and (self.seed, self._total_steps) == (seed, total_steps)
 
-    def initial(self, batch: Tree, processes: Processes) -> FitState:
-        """Initialises a run's state on the devices from a loader batch, and compiles the programs if needed."""
+    def initial(
+        self,
+        batch: Tree,
+        processes: Processes,
+        replace: Callable[[Tree, Tree], tuple[Tree, Tree]] = lambda params, model_state: (params, model_state),
+    ) -> FitState:
+        """Initialises a run's state on the devices from a loader batch, and compiles the programs if needed.
+
+        `replace` receives the parameters and the model state that `Task.init` returned, and returns those to start
+        from.
+        """
         batch = self._strategy.read(batch).arrays
         # An index that no loader batch has.
         key = jax.random.fold_in(jax.random.key(self.seed), np.uint32(2**32 - 1))
-        made = self._strategy.of_first(_task.initial(self._task, key, batch))
+        made = replace(*self._strategy.of_first(_task.initial(self._task, key, batch)))
         # Copied, because steps donate them and the caller may keep the arrays that init returned.
         params, model_state = self._strategy.placed(made, self._strategy.common)
         del made  # Makes room for the optimizer's state.
@@ -242,9 +254,8 @@ class Programs:
 
         pieces = jax.tree.map(lambda *x: jnp.stack(x), *others)
         pending, logs = jax.lax.scan(add, pack(state.pending), pieces)
-        state, last_logs, of_window = self._close_with(
-            state._replace(pending=unpack(pending)), batch, place, share, counts
-        )
+        state = state._replace(pending=unpack(pending))
+        state, last_logs, of_window = self._close_with(state, batch, place, share, counts)
         # Micro-steps are stacked on the last axis, because the first one is sharded over the devices.
         together = lambda x, end: jnp.concatenate([jnp.moveaxis(x, 0, -1), end[..., None]], axis=-1)
         return state, jax.tree.map(together, logs, last_logs), of_window
@@ -270,7 +281,8 @@ class Programs:
         means = {f"train_{name}": divide(sums) for name, sums in joined.items()}
         if sums.norms:
             means["grad_norm"] = sums.norms.window
-        return WindowLogs(means, joined if self._log_epoch_means else None)
+        weight = joined["loss"].weight if self._log_weight else None
+        return WindowLogs(means, joined if self._log_epoch_means else None, weight)
 
     def _micro_step(self, counts, params, sums, *args, boundary, extra_args=None):
         """Adds a piece, as `LossStep` does, whose rest is (model state, logs); sums are 0 at a window's start."""

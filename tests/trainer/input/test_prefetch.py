@@ -130,7 +130,7 @@ def test_a_micro_step_has_the_loaders_own_batches_and_the_examples_of_most_leave
 def test_a_call_is_a_window_where_it_can_be_stacked(sizes, pending, calls):
     """Catches windows that shift by what is pending, that run on past a boundary, or that mix shapes."""
     steps = list(micro_steps(rows(*sizes), Strategy("single", 1), Processes()))
-    got = list(fused(steps, 3, pending))
+    got = list(fused(steps, lambda: 3, pending))
     assert [len(call) for call in got] == calls
     assert [step for call in got for step in call] == steps
 
@@ -139,7 +139,7 @@ def test_micro_steps_of_several_pieces_are_not_stacked():
     """Catches a rest, or a batch of another shape within a group, that is left out of its window."""
     for name, sizes in [("dp", [4, 5]), ("ddp", [2, 1, 2, 1])]:
         steps = micro_steps(rows(*sizes), Strategy(name, 2), Processes())
-        assert [len(call) for call in fused(steps, 2, 0)] == [1, 1]
+        assert [len(call) for call in fused(steps, lambda: 2, 0)] == [1, 1]
 
 
 def test_a_window_that_an_error_cuts_short_comes_first_one_by_one():
@@ -151,7 +151,7 @@ def test_a_window_that_an_error_cuts_short_comes_first_one_by_one():
 
     got = []
     with pytest.raises(OSError, match="disk"):
-        for call in fused(micro_steps(breaks(), Strategy("single", 1), Processes()), 3, 0):
+        for call in fused(micro_steps(breaks(), Strategy("single", 1), Processes()), lambda: 3, 0):
             got.append([step.examples for step in call])
     assert got == [[2, 2, 2], [2], [2]]
 

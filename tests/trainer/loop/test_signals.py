@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT during fit: the first one saves and ends the run, the second one ends it at once."""
+"""Exit signals during fit: the first one saves and ends the run, the second one ends it at once."""
 
 import os
 import signal
@@ -10,6 +10,7 @@ import pytest
 from training import assert_same, loader, single, task
 
 from jaxaccum.callbacks import Callback, ModelCheckpoint
+from jaxaccum.trainer.loop.signals import EXIT_SIGNALS
 
 pytestmark = [
     pytest.mark.skipif(os.name != "posix", reason="signals are sent as POSIX has them"),
@@ -50,13 +51,13 @@ class Sends(Callback):
 
 
 def handlers():
-    return [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    return [signal.getsignal(number) for number in EXIT_SIGNALS]
 
 
-def fit(folder, *callbacks, **options):
+def fit(folder, *callbacks, exit_signals=EXIT_SIGNALS, **options):
     batches = loader(*[4] * 7)
     saves = ModelCheckpoint(folder)
-    t = single(accumulate_grad_batches=4, callbacks=[saves, *callbacks])
+    t = single(accumulate_grad_batches=4, callbacks=[saves, *callbacks], exit_signals=exit_signals)
     return t.fit(task(dropout=0.3), batches, batches[:3], **options)
 
 
@@ -68,7 +69,7 @@ def left_with(error, folder, *callbacks):
     return caught.value
 
 
-@pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+@pytest.mark.parametrize("number", EXIT_SIGNALS)
 @pytest.mark.parametrize(
     ("hook", "name"),
     [
@@ -77,11 +78,11 @@ def left_with(error, folder, *callbacks):
         ("on_train_end", "epoch=1-micro_step=7"),
     ],
 )
-def test_the_first_signal_ends_the_run_after_a_save(tmp_path, number, error, hook, name):
+def test_the_first_signal_ends_the_run_after_a_save(tmp_path, number, hook, name):
     """Catches a signal that is swallowed, a micro-step cut in two, and handlers that outlive the fit."""
     sends = Sends(number, hook=hook)
-    left = left_with(error, tmp_path, sends)
-    assert sends.after is left and getattr(left, "code", 143) == 143
+    left = left_with(KeyboardInterrupt if number == signal.SIGINT else SystemExit, tmp_path, sends)
+    assert sends.after is left and getattr(left, "code", 128 + number) == 128 + number
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert_same(fit(tmp_path, ckpt_path="last"), fit(tmp_path / "unbroken"))
 
@@ -91,6 +92,41 @@ def test_a_second_signal_is_not_waited_for(tmp_path):
     sends = Sends(signal.SIGTERM, signal.SIGINT)
     left_with(KeyboardInterrupt, tmp_path, sends)
     assert not list(tmp_path.glob("*")) and isinstance(sends.after, KeyboardInterrupt)
+
+
+@pytest.mark.parametrize("kind", ["ignored", "the user's"])
+def test_a_signal_with_another_handler_is_left_alone(tmp_path, kind):
+    """Catches a run under nohup that ends with its terminal, and a user's handler that is not called."""
+    seen = []
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN if kind == "ignored" else lambda *args: seen.append(args[0]))
+    try:
+        before = handlers()
+        fit(tmp_path, Sends(signal.SIGHUP))
+        assert handlers() == before and seen == ([] if kind == "ignored" else [signal.SIGHUP])
+    finally:
+        signal.signal(signal.SIGHUP, former)
+
+
+def test_exit_signals_says_which(tmp_path):
+    """Catches signals that are taken all the same, and one that is given and not taken."""
+    sends = Sends(signal.SIGUSR2)
+    with pytest.raises(SystemExit) as caught:
+        fit(tmp_path, sends, exit_signals=(signal.SIGUSR2,))
+    assert caught.value.code == 128 + signal.SIGUSR2
+
+    class Looks(Callback):
+        def on_train_batch_start(self, trainer, task, batch, batch_idx):
+            assert handlers() == before
+
+    before = handlers()
+    fit(tmp_path, Looks(), exit_signals=())
+
+
+@pytest.mark.parametrize("bad", [(signal.SIGKILL,), (0,), (999,), ("SIGTERM",), (True,), None])
+def test_bad_exit_signals_are_refused_at_construction(bad):
+    """Catches an OSError of the first fit, and a name that is never received."""
+    with pytest.raises(ValueError, match=r"exit_signals must be .*\(signal.SIGTERM, .*, or \(\) for none, got "):
+        single(exit_signals=bad)
 
 
 def test_another_thread_sets_no_handlers(tmp_path):

@@ -1,0 +1,58 @@
+"""K of each window, decided at the window's start."""
+
+from typing import Any
+
+import jax
+
+from jaxaccum._schedule import AccumulationSchedule
+from jaxaccum.loggers import records
+from jaxaccum.trainer.loop.counters import Counters
+
+
+class WindowLengths:
+    """Decides K by a schedule, and holds what windows measured on the devices.
+
+    K of window w follows from the measurements of windows 0 to w - 2. Reading them leaves window w - 1 to the devices,
+    so that they don't wait for the host, and the lag is the same in every process and after a resume.
+    """
+
+    def __init__(self, schedule: AccumulationSchedule):
+        self._schedule = schedule
+        self._weight = 0.0  # Σ w of the windows that decide.
+        self._undecided: list[Any] = []  # Σ w of each later window, oldest first: numbers or device scalars.
+
+    @property
+    def change_with_windows(self) -> bool:
+        """Whether K may change within an epoch."""
+        return self._schedule.by != "epoch"
+
+    def close(self, weight: jax.Array) -> None:
+        """Takes the weight of the window that was just closed, without waiting for it."""
+        weight.copy_to_host_async()
+        self._undecided.append(weight)
+
+    def every_k(self, at: Counters) -> int:
+        """Returns K of the window that starts at `at`."""
+        while len(self._undecided) > 1:
+            self._weight += records.number(self._undecided.pop(0))
+        counts = {"epoch": at.epoch, "step": at.global_step, "samples": at.samples_seen, "tokens": self._weight}
+        return self._schedule(counts[self._schedule.by])
+
+    def most_micro_steps(self, at: Counters, steps: int | float) -> int | float:
+        """Returns the most micro-steps after `at` in a run of `steps` windows, or in the epoch if K is by epoch.
+
+        By "samples" and "tokens" there may be fewer.
+        """
+        schedule, later = self._schedule, steps - at.global_step - 1
+        every_k = at.every_k if at.window_step or schedule.by == "epoch" else self.every_k(at)
+        if schedule.by == "step" and isinstance(steps, int):
+            return every_k - at.window_step + sum(map(schedule, range(at.global_step + 1, steps)))
+        largest = every_k if schedule.by == "epoch" else max(1, *schedule.values())
+        return every_k - at.window_step + later * largest
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state for a checkpoint. Waits for the last window."""
+        return {"weight": self._weight, "undecided": [records.number(weight) for weight in self._undecided]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._weight, self._undecided = state["weight"], list(state["undecided"])

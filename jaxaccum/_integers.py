@@ -9,6 +9,10 @@ _LARGEST = 2**31 - 1
 def positive_int(value: Any, name: str) -> int:
     """`value` as a Python int of at least 1.
 
+    Example:
+      >>> positive_int(7, "every_k")
+      7
+
     Args:
       value: an integer of any kind: Python's, numpy's, or a concrete jax scalar. A bool is not one.
       name: what to call it in the error.
@@ -19,10 +23,6 @@ def positive_int(value: Any, name: str) -> int:
     Raises:
       TypeError: if `value` is not an integer.
       ValueError: if it is below 1 or does not fit in an int32.
-
-    Example:
-      >>> positive_int(7, "every_k")
-      7
     """
     number = as_int(value, name, "an integer of at least 1")
     if not 1 <= number <= _LARGEST:

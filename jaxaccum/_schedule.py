@@ -25,16 +25,6 @@ class AccumulationSchedule(Mapping[float, int]):
       losses the number of examples. The weight is computed on the devices. Since K never depends on the window that
       may still be running, the devices don't wait, and K is the same in every process and after a resume.
 
-    Args:
-      scheduling: start -> K, keys in any order.
-      by: the unit of the keys: "epoch", "step", "samples" or "tokens". None is "epoch", or the unit of `scheduling` if
-        it is an `AccumulationSchedule`.
-
-    Raises:
-      TypeError: if `scheduling` is not a mapping, is empty, or contains non-integers (a bool is not an integer here).
-        Keys by "tokens" may be floats.
-      ValueError: if a key is negative, a K is below 1, or `by` is not a unit.
-
     Example:
       >>> schedule = AccumulationSchedule({0: 8, 4: 4, 8: 1})
       >>> [schedule(epoch) for epoch in (0, 3, 4, 7, 8, 100)]
@@ -46,6 +36,16 @@ class AccumulationSchedule(Mapping[float, int]):
       >>> warmup = AccumulationSchedule({0: 1, 1_000_000: 4}, by="tokens")
       >>> warmup(999_999.5), warmup(1e6), warmup.by
       (1, 4, 'tokens')
+
+    Args:
+      scheduling: start -> K, keys in any order.
+      by: the unit of the keys: "epoch", "step", "samples" or "tokens". None is "epoch", or the unit of `scheduling` if
+        it is an `AccumulationSchedule`.
+
+    Raises:
+      TypeError: if `scheduling` is not a mapping, is empty, or contains non-integers (a bool is not an integer here).
+        Keys by "tokens" may be floats.
+      ValueError: if a key is negative, a K is below 1, or `by` is not a unit.
     """
 
     def __init__(self, scheduling: Mapping[int, int] | Mapping[float, int], by: str | None = None):
@@ -84,6 +84,12 @@ class AccumulationSchedule(Mapping[float, int]):
 
         The last window of an epoch may be partial.
 
+        Example:
+          >>> AccumulationSchedule({0: 8, 4: 4, 8: 1}).optimizer_steps(epochs=10, micro_steps=14)
+          52
+          >>> AccumulationSchedule({0: 1, 4: 2}, by="step").optimizer_steps(epochs=1, micro_steps=10)
+          7
+
         Args:
           epochs: the number of epochs.
           micro_steps: the number of micro-steps in each.
@@ -93,12 +99,6 @@ class AccumulationSchedule(Mapping[float, int]):
           TypeError: if any is not an integer.
           ValueError: if `epochs` is negative or another one is below 1, or for a schedule by "tokens", whose number is
             known on the devices only.
-
-        Example:
-          >>> AccumulationSchedule({0: 8, 4: 4, 8: 1}).optimizer_steps(epochs=10, micro_steps=14)
-          52
-          >>> AccumulationSchedule({0: 1, 4: 2}, by="step").optimizer_steps(epochs=1, micro_steps=10)
-          7
         """
         micro_steps = positive_int(micro_steps, "micro_steps")
         if self.by == "tokens":

@@ -31,6 +31,15 @@ def filter_value_and_grad(
 ) -> Callable[..., tuple[Any, ...]]:
     """`equinox.filter_value_and_grad` over K micro-batches.
 
+    Example:
+      >>> import equinox as eqx, jax, jax.numpy as jnp, jaxaccum
+      >>> model = eqx.nn.MLP(3, "scalar", 8, 1, key=jax.random.key(0))
+      >>> loss = lambda model, x: jnp.mean(jax.vmap(model)(x) ** 2)
+      >>> f = eqx.filter_jit(jaxaccum.equinox.filter_value_and_grad(loss, 4))
+      >>> value, grads = f(model, jnp.ones((8, 3)))
+      >>> grads.layers[0].weight.shape, grads.activation
+      ((8, 3), None)
+
     Args:
       fun: `fun(model, *args, **kwargs)` returns the mean loss of a micro-batch, or a `jaxaccum.Weighted`. Like the
         model, other arguments may be whole modules.
@@ -48,15 +57,6 @@ def filter_value_and_grad(
     Raises:
       TypeError, ValueError: as `jaxaccum.value_and_grad`; also for `argnums`, and for a typed random key in the model,
         which all micro-batches would share.
-
-    Example:
-      >>> import equinox as eqx, jax, jax.numpy as jnp, jaxaccum
-      >>> model = eqx.nn.MLP(3, "scalar", 8, 1, key=jax.random.key(0))
-      >>> loss = lambda model, x: jnp.mean(jax.vmap(model)(x) ** 2)
-      >>> f = eqx.filter_jit(jaxaccum.equinox.filter_value_and_grad(loss, 4))
-      >>> value, grads = f(model, jnp.ones((8, 3)))
-      >>> grads.layers[0].weight.shape, grads.activation
-      ((8, 3), None)
     """
     if "argnums" in options:
         raise TypeError(

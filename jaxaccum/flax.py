@@ -46,6 +46,15 @@ def value_and_grad(
     The model's other state (batch statistics, random streams) is carried from one micro-batch to the next and updated
     in the model. A micro-batch of weight 0 does not change it.
 
+    Example:
+      >>> import jax.numpy as jnp, jaxaccum.flax
+      >>> from flax import nnx
+      >>> model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+      >>> f = jaxaccum.flax.value_and_grad(lambda model, x: jnp.mean(model(x) ** 2), 4)
+      >>> loss, grads = f(model, jnp.ones((8, 3)))
+      >>> grads["kernel"].shape
+      (3, 1)
+
     Args:
       fun: `fun(model, *args, **kwargs)` returns the mean loss of a micro-batch, or a `jaxaccum.Weighted`.
       num_micro_batches: K, as for `jaxaccum.value_and_grad`; micro-batch i is rows i, i + K, ... of the batch.
@@ -60,15 +69,6 @@ def value_and_grad(
     Returns:
       A function of the same arguments that returns `(loss, grads)` or `((loss, aux), grads)`, and the norms with
       `gradient_norms`; `grads` is an `nnx.State`.
-
-    Example:
-      >>> import jax.numpy as jnp, jaxaccum.flax
-      >>> from flax import nnx
-      >>> model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
-      >>> f = jaxaccum.flax.value_and_grad(lambda model, x: jnp.mean(model(x) ** 2), 4)
-      >>> loss, grads = f(model, jnp.ones((8, 3)))
-      >>> grads["kernel"].shape
-      (3, 1)
     """
     positions = lambda argnums: (argnums,) if isinstance(argnums, int) else tuple(argnums)
     known = {0, *positions(batch_argnums), *positions(key_argnums)}
@@ -125,12 +125,6 @@ class HostDriven:
     of weight 0, and the variables to train at each optimizer step. What `jaxaccum.HostDriven` says of donation,
     `every_k` and several states holds here too; at a boundary the model's old arrays are donated.
 
-    Args:
-      tx: the `jaxaccum.MultiSteps`.
-      fun: `fun(model, *args, **kwargs)` returns the micro-batch's mean loss, or a `jaxaccum.Weighted`.
-      has_aux: `fun` returns (loss, aux).
-      wrt: the filter of the variables to train, as in nnx.
-
     Example:
       >>> import jax.numpy as jnp, jaxaccum.flax, optax
       >>> from flax import nnx
@@ -142,6 +136,12 @@ class HostDriven:
       ...     loss, state = step(model, state, x)
       >>> int(state.gradient_step)
       2
+
+    Args:
+      tx: the `jaxaccum.MultiSteps`.
+      fun: `fun(model, *args, **kwargs)` returns the micro-batch's mean loss, or a `jaxaccum.Weighted`.
+      has_aux: `fun` returns (loss, aux).
+      wrt: the filter of the variables to train, as in nnx.
     """
 
     def __init__(self, tx: MultiSteps, fun: Callable[..., Any], has_aux: bool = False, *, wrt: Any = nnx.Param):
@@ -219,6 +219,16 @@ def linen_value_and_grad(
 ) -> Callable[..., tuple[Any, ...]]:
     """The gradient of a linen model's loss over K micro-batches.
 
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxaccum.flax
+      >>> module, x = nn.BatchNorm(use_running_average=False), jnp.arange(8.0).reshape(8, 1)
+      >>> variables = module.init(jax.random.key(0), x)
+      >>> loss = lambda model, x: jnp.mean(model(x) ** 2)
+      >>> f = jaxaccum.flax.linen_value_and_grad(module, loss, 4, mutable="batch_stats")
+      >>> (value, variables), grads = f(variables, x)
+      >>> sorted(variables), grads["scale"].shape
+      (['batch_stats', 'params'], (1,))
+
     Args:
       module: the model.
       fun: `fun(model, batch)` returns the mean loss of a micro-batch, or a `jaxaccum.Weighted`; `model` is the module
@@ -238,16 +248,6 @@ def linen_value_and_grad(
       respect to `variables["params"]`; with `gradient_norms`, also the norms. `key` is required if `rngs` names a
       stream. The returned variables include fp8 statistics (the collection `_overwrite_with_gradient`), each the
       maximum over the micro-batches.
-
-    Example:
-      >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxaccum.flax
-      >>> module, x = nn.BatchNorm(use_running_average=False), jnp.arange(8.0).reshape(8, 1)
-      >>> variables = module.init(jax.random.key(0), x)
-      >>> loss = lambda model, x: jnp.mean(model(x) ** 2)
-      >>> f = jaxaccum.flax.linen_value_and_grad(module, loss, 4, mutable="batch_stats")
-      >>> (value, variables), grads = f(variables, x)
-      >>> sorted(variables), grads["scale"].shape
-      (['batch_stats', 'params'], (1,))
     """
     if positions := {name for name in options if name.endswith("argnums")}:
         raise TypeError(
@@ -297,6 +297,14 @@ def linen_task(
 ) -> Task:
     """A `jaxaccum.Task` that trains a linen model.
 
+    Example:
+      >>> import flax.linen as nn, jax.numpy as jnp, jaxaccum.flax, optax
+      >>> loss = lambda model, batch, train: jnp.mean(model(batch["x"]) ** 2)
+      >>> task = jaxaccum.flax.linen_task(nn.Dense(1), loss, optax.sgd(0.1))
+      >>> params, model_state = task.init(jax.random.key(0), {"x": jnp.ones((2, 3))})
+      >>> params["kernel"].shape, model_state
+      ((3, 1), {})
+
     Args:
       module: the model.
       fun: `fun(model, batch, train)` returns a loss, a `jaxaccum.Weighted`, or a pair of either and a dict of metrics,
@@ -310,14 +318,6 @@ def linen_task(
       A Task whose parameters are `variables["params"]` and whose model state is all other collections. With fp8 layers
       the parameters are a dict of "params" and `_overwrite_with_gradient`, whose statistics are overwritten at each
       optimizer step.
-
-    Example:
-      >>> import flax.linen as nn, jax.numpy as jnp, jaxaccum.flax, optax
-      >>> loss = lambda model, batch, train: jnp.mean(model(batch["x"]) ** 2)
-      >>> task = jaxaccum.flax.linen_task(nn.Dense(1), loss, optax.sgd(0.1))
-      >>> params, model_state = task.init(jax.random.key(0), {"x": jnp.ones((2, 3))})
-      >>> params["kernel"].shape, model_state
-      ((3, 1), {})
     """
     mutable, rngs = _names(mutable), _names(rngs)
 
@@ -350,6 +350,15 @@ def nnx_task(
 ) -> Task:
     """A `jaxaccum.Task` that trains an nnx model.
 
+    Example:
+      >>> import jax.numpy as jnp, jaxaccum.flax, optax
+      >>> from flax import nnx
+      >>> loss = lambda model, batch: jnp.mean(model(batch["x"]) ** 2)
+      >>> task = jaxaccum.flax.nnx_task(lambda rngs: nnx.Linear(3, 1, rngs=rngs), loss, optax.sgd(0.1))
+      >>> params, model_state = task.init(jax.random.key(0), {"x": jnp.ones((2, 3))})
+      >>> params["kernel"].shape
+      (3, 1)
+
     Args:
       make: `make(rngs)` returns the model.
       fun: `fun(model, batch)` returns a loss, a `jaxaccum.Weighted`, or a pair of either and a dict of metrics, as in a
@@ -361,15 +370,6 @@ def nnx_task(
     Returns:
       A Task whose parameters are the `nnx.State` of the variables to train. Its model state is that of all other
       variables except the random streams. `nnx.update(model, state.params, state.model_state)` writes both to a model.
-
-    Example:
-      >>> import jax.numpy as jnp, jaxaccum.flax, optax
-      >>> from flax import nnx
-      >>> loss = lambda model, batch: jnp.mean(model(batch["x"]) ** 2)
-      >>> task = jaxaccum.flax.nnx_task(lambda rngs: nnx.Linear(3, 1, rngs=rngs), loss, optax.sgd(0.1))
-      >>> params, model_state = task.init(jax.random.key(0), {"x": jnp.ones((2, 3))})
-      >>> params["kernel"].shape
-      (3, 1)
     """
     # All models from `make` have the same structure, and so do their random streams.
     graphdef, _, random, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), wrt, nnx.RngState, ...)

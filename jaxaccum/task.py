@@ -15,6 +15,22 @@ from jaxaccum._types import Tree
 class Task:
     """What a `Trainer` trains: pure functions and an optimizer, without a base class.
 
+    Example:
+      >>> import jax.numpy as jnp, optax, jaxaccum
+      >>> task = jaxaccum.Task(
+      ...     init=lambda key, batch: jnp.zeros(batch["x"].shape[1]),
+      ...     loss=lambda params, batch, key: jnp.mean((batch["x"] @ params - batch["y"]) ** 2),
+      ...     optimizer=optax.sgd(0.1),
+      ... )
+      >>> task.model_state
+      False
+
+      With a schedule over the whole run:
+
+      >>> decayed = dataclasses.replace(
+      ...     task, optimizer=lambda total_steps: optax.adam(optax.cosine_decay_schedule(1e-3, total_steps))
+      ... )
+
     Attributes:
       init: `init(key, batch) -> params`; `batch` is the loader's first batch. The result is copied.
       loss: `loss(params, batch, key)` returns the micro-batch's mean loss, a floating scalar, or a `Weighted`; or a
@@ -33,22 +49,6 @@ class Task:
 
     Raises:
       TypeError: for an invalid argument, at construction.
-
-    Example:
-      >>> import jax.numpy as jnp, optax, jaxaccum
-      >>> task = jaxaccum.Task(
-      ...     init=lambda key, batch: jnp.zeros(batch["x"].shape[1]),
-      ...     loss=lambda params, batch, key: jnp.mean((batch["x"] @ params - batch["y"]) ** 2),
-      ...     optimizer=optax.sgd(0.1),
-      ... )
-      >>> task.model_state
-      False
-
-      With a schedule over the whole run:
-
-      >>> decayed = dataclasses.replace(
-      ...     task, optimizer=lambda total_steps: optax.adam(optax.cosine_decay_schedule(1e-3, total_steps))
-      ... )
     """
 
     init: Callable[..., Any]

@@ -32,6 +32,14 @@ def collectives(compiled: Any, *, mesh: Any = None, data_axis: Any = "data") -> 
     All of XLA's own collectives are included, also fused and asynchronous ones. Communication by custom kernels, `send`
     and `recv` is not, and neither are collectives whose groups have a single device.
 
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxaccum
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
+      >>> f = jaxaccum.value_and_grad(lambda w, x: jnp.mean((x * w) ** 2), 4, mesh=mesh)
+      >>> compiled = jax.jit(f).lower(jnp.ones(()), jnp.ones(4 * mesh.size)).compile()
+      >>> jaxaccum.collectives(compiled, mesh=mesh).count(axis="data", in_loop=True)
+      0
+
     Args:
       compiled: the result of `jax.jit(f).lower(...).compile()`, the same for `jax.pmap(f)`, or its `as_text()`.
       mesh: the `jax.sharding.Mesh` that the program runs on; device groups are then named by its axes.
@@ -45,14 +53,6 @@ def collectives(compiled: Any, *, mesh: Any = None, data_axis: Any = "data") -> 
       TypeError: if `compiled` is not a compiled program, or `mesh` is not a mesh.
       ValueError: if the text is not that of one compiled program or can't be parsed; if the mesh has a different number
         of devices or lacks the axis.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, jaxaccum
-      >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
-      >>> f = jaxaccum.value_and_grad(lambda w, x: jnp.mean((x * w) ** 2), 4, mesh=mesh)
-      >>> compiled = jax.jit(f).lower(jnp.ones(()), jnp.ones(4 * mesh.size)).compile()
-      >>> jaxaccum.collectives(compiled, mesh=mesh).count(axis="data", in_loop=True)
-      0
     """
     data_axes = () if mesh is None else placement.mesh_axis(mesh, data_axis).names
     module = hlo.parse(_text(compiled))

@@ -74,6 +74,14 @@ def cast(dtype: Any, where: Callable[[str, Any], bool] | None = None) -> Cast:
 
     The loss must choose the dtype that it computes in, as flax's layers do with `dtype=`.
 
+    Example:
+      >>> import jax.numpy as jnp, jaxaccum
+      >>> loss = lambda params, x: jnp.mean((x.astype(params["w"].dtype) @ params["w"]).astype(jnp.float32) ** 2)
+      >>> f = jaxaccum.value_and_grad(loss, 4, prepare=jaxaccum.cast(jnp.bfloat16))
+      >>> value, grads = f({"w": jnp.ones((3, 2))}, jnp.ones((8, 3)))
+      >>> print(value, grads["w"].dtype)
+      9.0 float32
+
     Args:
       dtype: a floating dtype, for example `jnp.bfloat16`.
       where: `where(path, leaf)`, with a path such as "blocks/0/kernel", returns whether to cast a floating leaf. If
@@ -84,14 +92,6 @@ def cast(dtype: Any, where: Callable[[str, Any], bool] | None = None) -> Cast:
 
     Raises:
       TypeError: if `dtype` is not floating or `where` is not callable.
-
-    Example:
-      >>> import jax.numpy as jnp, jaxaccum
-      >>> loss = lambda params, x: jnp.mean((x.astype(params["w"].dtype) @ params["w"]).astype(jnp.float32) ** 2)
-      >>> f = jaxaccum.value_and_grad(loss, 4, prepare=jaxaccum.cast(jnp.bfloat16))
-      >>> value, grads = f({"w": jnp.ones((3, 2))}, jnp.ones((8, 3)))
-      >>> print(value, grads["w"].dtype)
-      9.0 float32
     """
     if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
         raise TypeError(f"dtype must be floating, for example jnp.bfloat16, got {dtype!r}.")

@@ -25,6 +25,14 @@ def local_value_and_grad(
 ) -> Callable[..., tuple[Any, Tree]]:
     """Computes one micro-batch's gradient on each device of a mesh, without synchronisation, for `MultiSteps(mesh=)`.
 
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxaccum
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
+      >>> f = jaxaccum.local_value_and_grad(lambda w, x: jnp.mean((x * w) ** 2), mesh=mesh)
+      >>> value, grads = jax.jit(f)(jnp.ones(()), jnp.ones(2 * mesh.size))
+      >>> value.shape == grads.shape == (mesh.size,)
+      True
+
     Args:
       fun: as for `value_and_grad`, but the weight of a `Weighted` must not depend on the parameters. It is
         differentiated with respect to its first argument.
@@ -42,14 +50,6 @@ def local_value_and_grad(
 
     Raises:
       TypeError, ValueError: as `value_and_grad`.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, jaxaccum
-      >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
-      >>> f = jaxaccum.local_value_and_grad(lambda w, x: jnp.mean((x * w) ** 2), mesh=mesh)
-      >>> value, grads = jax.jit(f)(jnp.ones(()), jnp.ones(2 * mesh.size))
-      >>> value.shape == grads.shape == (mesh.size,)
-      True
     """
     sync = placement.mesh_axis(mesh, data_axis)
     roles = Roles.of(0, batch_argnums, key_argnums, None)

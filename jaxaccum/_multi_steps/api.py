@@ -224,6 +224,25 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
     ) -> tuple[Any, Tree, MultiStepsState]:
         """Runs one micro-step from the loss: backward pass, accumulation and, at a boundary, the optimizer step.
 
+        Example:
+          >>> import jax.numpy as jnp, optax, jaxaccum
+          >>> tx = jaxaccum.MultiSteps(optax.sgd(0.1), every_k_schedule=2)
+          >>> params, state = jnp.array(1.0), tx.init(jnp.array(1.0))
+          >>> for x in (1.0, 3.0):
+          ...     loss, params, state = tx.micro_step(lambda w, x: (w * x) ** 2, params, state, x)
+          ...     print(loss, params)
+          1.0 1.0
+          9.0 0.0
+
+          With model state, here the largest example so far:
+
+          >>> fun = lambda w, x, largest: ((w * x) ** 2, jnp.maximum(largest, x))
+          >>> largest = jnp.array(0.0)
+          >>> for x in (2.0, 1.0):
+          ...     (loss, largest), params, state = tx.micro_step(fun, params, state, x, largest, carry_argnums=2)
+          >>> print(largest)
+          2.0
+
         Args:
           fun: `fun(params, *args, **kwargs)` returns the micro-batch's mean loss, a floating scalar, or a `Weighted`.
             Its weight must not depend on the parameters (`value_and_grad` supports that).
@@ -247,25 +266,6 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
           (the micro-batch's mean loss, params, state); in place of the loss (loss, aux), (loss, carry) or
           (loss, (carry, aux)). With `mesh=` the loss is (P,), one per device. The inner optimizer receives the loss,
           averaged over the window, as the extra arg `value`.
-
-        Example:
-          >>> import jax.numpy as jnp, optax, jaxaccum
-          >>> tx = jaxaccum.MultiSteps(optax.sgd(0.1), every_k_schedule=2)
-          >>> params, state = jnp.array(1.0), tx.init(jnp.array(1.0))
-          >>> for x in (1.0, 3.0):
-          ...     loss, params, state = tx.micro_step(lambda w, x: (w * x) ** 2, params, state, x)
-          ...     print(loss, params)
-          1.0 1.0
-          9.0 0.0
-
-          With model state, here the largest example so far:
-
-          >>> fun = lambda w, x, largest: ((w * x) ** 2, jnp.maximum(largest, x))
-          >>> largest = jnp.array(0.0)
-          >>> for x in (2.0, 1.0):
-          ...     (loss, largest), params, state = tx.micro_step(fun, params, state, x, largest, carry_argnums=2)
-          >>> print(largest)
-          2.0
         """
         state = checks.state(state, "micro_step", self._config.sync)
         params, rest = modules.parted(params)
@@ -282,6 +282,14 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
 
         If the window is empty or has zero weight, the updates are zeros and the optimizer does not run.
 
+        Example:
+          >>> import jax.numpy as jnp, optax, jaxaccum
+          >>> tx = jaxaccum.MultiSteps(optax.sgd(1.0), every_k_schedule=8)
+          >>> updates, state = tx.update(jnp.array(2.0), tx.init(jnp.array(0.0)))
+          >>> updates, state = tx.flush(state)
+          >>> print(updates)
+          -2.0
+
         Args:
           state: the state.
           params: the parameters, if the inner optimizer needs them.
@@ -292,14 +300,6 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
 
         Raises:
           TypeError: if `state` is not a `MultiStepsState`, or if `prepare` is set and `params` is missing.
-
-        Example:
-          >>> import jax.numpy as jnp, optax, jaxaccum
-          >>> tx = jaxaccum.MultiSteps(optax.sgd(1.0), every_k_schedule=8)
-          >>> updates, state = tx.update(jnp.array(2.0), tx.init(jnp.array(0.0)))
-          >>> updates, state = tx.flush(state)
-          >>> print(updates)
-          -2.0
         """
         _check_extra_args(self._config, "flush", extra_args)
         state = checks.state(state, "flush", self._config.sync)
@@ -314,6 +314,16 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         divided, so the mean of the pending sums is unchanged. How much they weigh relative to later micro-steps depends
         on what the weights count, which `batch` specifies. With `use_grad_mean=False`, each micro-step contributes its
         mean over the devices it ran on, whatever `batch` is.
+
+        Example:
+          >>> import jax, jax.numpy as jnp, optax, jaxaccum
+          >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
+          >>> many = jaxaccum.MultiSteps(optax.sgd(1.0), 2, mesh=mesh)
+          >>> _, state = many.update(jnp.arange(1.0, mesh.size + 1), many.init(jnp.zeros(())))
+          >>> one = jaxaccum.MultiSteps(optax.sgd(1.0), 2)
+          >>> state = one.redistribute(state, batch="per_device")
+          >>> bool(state.acc_grads / state.weight == (1 + mesh.size) / 2)
+          True
 
         Args:
           state: from a `MultiSteps` with the same options and any number of devices: with `mesh`, with `axis_name` as
@@ -336,16 +346,6 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         Raises:
           TypeError, ValueError: if `state` is not a `MultiStepsState`, if `devices` is missing or not allowed, or if
             `batch` is missing or not one of the three.
-
-        Example:
-          >>> import jax, jax.numpy as jnp, optax, jaxaccum
-          >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
-          >>> many = jaxaccum.MultiSteps(optax.sgd(1.0), 2, mesh=mesh)
-          >>> _, state = many.update(jnp.arange(1.0, mesh.size + 1), many.init(jnp.zeros(())))
-          >>> one = jaxaccum.MultiSteps(optax.sgd(1.0), 2)
-          >>> state = one.redistribute(state, batch="per_device")
-          >>> bool(state.acc_grads / state.weight == (1 + mesh.size) / 2)
-          True
         """
         sync = self._config.sync
         if isinstance(sync, MappedAxis):

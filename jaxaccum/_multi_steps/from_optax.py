@@ -30,6 +30,18 @@ def from_optax(tx: MultiSteps, state: Any) -> MultiStepsState:
     What optax does not keep starts at 0: averaged extra args and `gradient_norms="all"` are those of the window's other
     micro-batches.
 
+    Example:
+      >>> import jax.numpy as jnp, optax, jaxaccum
+      >>> old = optax.MultiSteps(optax.sgd(1.0), 4)
+      >>> params = jnp.array(0.0)
+      >>> updates, state = old.update(jnp.array(2.0), old.init(params), params)
+      >>> tx = jaxaccum.MultiSteps(optax.sgd(1.0), 4)
+      >>> state = jaxaccum.from_optax(tx, state)
+      >>> for grad in (4.0, 6.0, 8.0):
+      ...     params, state = tx.apply(params, state, jnp.array(grad))
+      >>> print(params)
+      -5.0
+
     Args:
       tx: on one device, with `mesh=` or with `axis_name=`. The gradients in `state` must be those of all devices, as a
         script that reduces them in every micro-step accumulates them: each device continues with a copy. With
@@ -48,18 +60,6 @@ def from_optax(tx: MultiSteps, state: Any) -> MultiStepsState:
       TypeError: if `tx` is not a `jaxaccum.MultiSteps`, or `state` not a state of `optax.MultiSteps`.
       ValueError: if the inner state or the skip state is not of the structure and shapes that `tx` has, if
         `state.mini_step` is not below K, if the state is replicated, or if `tx` has `prepare=`.
-
-    Example:
-      >>> import jax.numpy as jnp, optax, jaxaccum
-      >>> old = optax.MultiSteps(optax.sgd(1.0), 4)
-      >>> params = jnp.array(0.0)
-      >>> updates, state = old.update(jnp.array(2.0), old.init(params), params)
-      >>> tx = jaxaccum.MultiSteps(optax.sgd(1.0), 4)
-      >>> state = jaxaccum.from_optax(tx, state)
-      >>> for grad in (4.0, 6.0, 8.0):
-      ...     params, state = tx.apply(params, state, jnp.array(grad))
-      >>> print(params)
-      -5.0
     """
     if not isinstance(tx, MultiSteps):
         raise TypeError(

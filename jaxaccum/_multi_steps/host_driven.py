@@ -190,6 +190,14 @@ class HostDriven:
     ) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
         """Lowers the two programs for these arguments, for example to compile them and to see what they hold.
 
+        Example:
+          >>> import jax.numpy as jnp, optax, jaxaccum
+          >>> tx = jaxaccum.MultiSteps(optax.adam(0.1), every_k_schedule=2)
+          >>> step = jaxaccum.HostDriven(tx, lambda w, x: jnp.mean((x @ w) ** 2))
+          >>> accumulate, close = step.lower(jnp.ones(3), tx.init(jnp.ones(3)), jnp.ones((4, 3)))
+          >>> "sqrt" in accumulate.as_text(), "sqrt" in close.as_text()
+          (False, True)
+
         Args:
           params: the parameters. They and all other arguments may be `jax.ShapeDtypeStruct`s, with shardings on a mesh.
           state: the state.
@@ -202,14 +210,6 @@ class HostDriven:
 
         Raises:
           TypeError: if `state` is not a `MultiStepsState`.
-
-        Example:
-          >>> import jax.numpy as jnp, optax, jaxaccum
-          >>> tx = jaxaccum.MultiSteps(optax.adam(0.1), every_k_schedule=2)
-          >>> step = jaxaccum.HostDriven(tx, lambda w, x: jnp.mean((x @ w) ** 2))
-          >>> accumulate, close = step.lower(jnp.ones(3), tx.init(jnp.ones(3)), jnp.ones((4, 3)))
-          >>> "sqrt" in accumulate.as_text(), "sqrt" in close.as_text()
-          (False, True)
         """
         state = checks.state(state, "HostDriven.lower", self._sync)
         params, rest = modules.parted(params)

@@ -65,6 +65,13 @@ def set_every_k(state: Any, k: int) -> Any:
     Only the value of a leaf changes, so nothing recompiles. If the open window already holds `k` or more micro-steps,
     it closes at the next one and the mean is over all of them.
 
+    Example:
+      >>> import jaxaccum, optax
+      >>> tx = optax.chain(optax.clip_by_global_norm(1.0), jaxaccum.MultiSteps(optax.adam(1e-3), 8))
+      >>> state = jaxaccum.set_every_k(tx.init({"w": jnp.ones(3)}), 4)
+      >>> int(state[1].every_k)
+      4
+
     Args:
       state: any pytree that contains a `MultiStepsState`, such as the state of a chain or of another wrapper, a flax
         `TrainState` or an `nnx.Optimizer`.
@@ -76,13 +83,6 @@ def set_every_k(state: Any, k: int) -> Any:
     Raises:
       TypeError: if `k` is not an integer.
       ValueError: if `k` is below 1, if `state` contains no `MultiStepsState`, or if K is a function.
-
-    Example:
-      >>> import jaxaccum, optax
-      >>> tx = optax.chain(optax.clip_by_global_norm(1.0), jaxaccum.MultiSteps(optax.adam(1e-3), 8))
-      >>> state = jaxaccum.set_every_k(tx.init({"w": jnp.ones(3)}), 4)
-      >>> int(state[1].every_k)
-      4
     """
     k = positive_int(k, "k")
     found = 0

@@ -49,6 +49,20 @@ def coupled_value_and_grad(
     Memory holds the activations of one micro-batch, the representations of all examples, and what the loss needs.
     `encode` runs forward twice and backward once, `loss` once each.
 
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxaccum
+      >>> def encode(params, batch):
+      ...     return {"image": batch["image"] @ params["image"], "text": batch["text"] @ params["text"]}
+      >>> def loss(params, representations):
+      ...     logits = params["scale"] * representations["image"] @ representations["text"].T
+      ...     return -jnp.mean(jnp.diag(jax.nn.log_softmax(logits)))
+      >>> params = {"image": jnp.eye(3), "text": jnp.eye(3) / 2, "scale": jnp.array(2.0)}
+      >>> batch = {"image": jnp.sin(jnp.arange(24.0)).reshape(8, 3), "text": jnp.cos(jnp.arange(24.0)).reshape(8, 3)}
+      >>> value, grads = jax.jit(jaxaccum.coupled_value_and_grad(encode, loss, 4))(params, batch)
+      >>> big_value, big_grads = jax.value_and_grad(lambda p: loss(p, encode(p, batch)))(params)
+      >>> bool(jnp.allclose(value, big_value) and jnp.allclose(grads["image"], big_grads["image"], atol=1e-6))
+      True
+
     Args:
       encode: `encode(*args, **kwargs)` returns the representations of a micro-batch: a pytree of arrays (N, ...), one
         row for each example, from as many towers as needed. A row must not depend on the other rows of a micro-batch.
@@ -88,20 +102,6 @@ def coupled_value_and_grad(
       TypeError, ValueError: at construction, for an invalid or contradictory argument; when called, for a batch that is
         not divisible by K, for representations that don't lead with N or depend on no parameter, for a loss that is not
         one floating scalar or that communicates over the data axis, and for a typed key that micro-batches would share.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, jaxaccum
-      >>> def encode(params, batch):
-      ...     return {"image": batch["image"] @ params["image"], "text": batch["text"] @ params["text"]}
-      >>> def loss(params, representations):
-      ...     logits = params["scale"] * representations["image"] @ representations["text"].T
-      ...     return -jnp.mean(jnp.diag(jax.nn.log_softmax(logits)))
-      >>> params = {"image": jnp.eye(3), "text": jnp.eye(3) / 2, "scale": jnp.array(2.0)}
-      >>> batch = {"image": jnp.sin(jnp.arange(24.0)).reshape(8, 3), "text": jnp.cos(jnp.arange(24.0)).reshape(8, 3)}
-      >>> value, grads = jax.jit(jaxaccum.coupled_value_and_grad(encode, loss, 4))(params, batch)
-      >>> big_value, big_grads = jax.value_and_grad(lambda p: loss(p, encode(p, batch)))(params)
-      >>> bool(jnp.allclose(value, big_value) and jnp.allclose(grads["image"], big_grads["image"], atol=1e-6))
-      True
     """
     for name, function in (("encode", encode), ("loss", loss)):
         if not callable(function):

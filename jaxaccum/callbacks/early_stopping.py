@@ -18,6 +18,10 @@ class EarlyStopping(Callback):
     counters reset in each `fit`, except when it resumes from a checkpoint with this callback's state. A run without a
     value to check ends with a warning.
 
+    Example:
+      >>> EarlyStopping("val_loss", patience=2).state_dict()
+      {'best': inf, 'wait': 0, 'stopped_epoch': None}
+
     Args:
       monitor: a name in `trainer.callback_metrics`, such as "val_loss".
       min_delta: the minimum change that counts as an improvement; it must be exceeded.
@@ -28,10 +32,6 @@ class EarlyStopping(Callback):
 
     Raises:
       TypeError, ValueError: for an invalid argument.
-
-    Example:
-      >>> EarlyStopping("val_loss", patience=2).state_dict()
-      {'best': inf, 'wait': 0, 'stopped_epoch': None}
     """
 
     def __init__(

@@ -23,12 +23,6 @@ class EMA(Callback):
     arrays named ".average" in place of ".params". A run that resumes from a checkpoint without an average starts one
     there.
 
-    Args:
-      decay: the weight of the former average, from 0 to below 1.
-
-    Raises:
-      ValueError: for an invalid argument.
-
     Example:
       >>> import numpy as np, optax, jaxaccum
       >>> task = jaxaccum.Task(lambda key, batch: jnp.zeros(()), lambda w, x, key: w * x.mean(), optax.sgd(1.0))
@@ -37,6 +31,12 @@ class EMA(Callback):
       >>> state = trainer.fit(task, [np.full(2, 4, np.float32)] * 2)
       >>> print(state.params, ema.params)  # 0.75 * (0.25 * -4) + 0.25 * -8
       -8.0 -2.75
+
+    Args:
+      decay: the weight of the former average, from 0 to below 1.
+
+    Raises:
+      ValueError: for an invalid argument.
     """
 
     def __init__(self, decay: float = 0.999):

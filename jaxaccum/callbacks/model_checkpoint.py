@@ -21,6 +21,10 @@ class ModelCheckpoint(Callback):
 
     At most one of the four intervals may be given; the default is every epoch.
 
+    Example:
+      >>> ModelCheckpoint("run", monitor="val_loss", save_top_k=3).every_n_epochs
+      1
+
     Args:
       dirpath: the folder, for one run at a time and the same in all of its processes; None is "checkpoints" in the
         Trainer's `default_root_dir`.
@@ -45,10 +49,6 @@ class ModelCheckpoint(Callback):
     Raises:
       TypeError, ValueError: for an invalid argument.
       ImportError: if orbax is missing.
-
-    Example:
-      >>> ModelCheckpoint("run", monitor="val_loss", save_top_k=3).every_n_epochs
-      1
     """
 
     def __init__(

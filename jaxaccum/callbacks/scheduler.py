@@ -10,15 +10,15 @@ from jaxaccum.callbacks.base import Callback
 class GradientAccumulationScheduler(Callback):
     """Sets K by epoch, or by the unit of a schedule.
 
+    Example:
+      >>> GradientAccumulationScheduler(scheduling={0: 8, 4: 4}).schedule(5)
+      4
+
     Args:
       scheduling: a dict from epoch to K, which is not modified, or an `AccumulationSchedule`.
 
     Raises:
       TypeError, ValueError: as `AccumulationSchedule`.
-
-    Example:
-      >>> GradientAccumulationScheduler(scheduling={0: 8, 4: 4}).schedule(5)
-      4
     """
 
     def __init__(self, scheduling: Mapping[int, int] | AccumulationSchedule):

@@ -47,6 +47,17 @@ def load(path: str | os.PathLike[str], like: Tree) -> Tree: ...
 def load(path: str | os.PathLike[str], like: Tree | None = None) -> Any:
     """Reads a checkpoint, or the parameters in it, into host memory. The devices that saved it need not be available.
 
+    Example:
+      >>> import tempfile, jax.numpy as jnp, numpy as np, optax, jaxaccum
+      >>> task = jaxaccum.Task(lambda key, batch: {"w": jnp.ones(2)}, lambda p, x, key: p["w"] @ x[0], optax.sgd(1.0))
+      >>> saved = jaxaccum.callbacks.ModelCheckpoint(tempfile.mkdtemp())
+      >>> trainer = jaxaccum.Trainer(max_epochs=1, strategy="single", callbacks=saved, enable_progress_bar=False)
+      >>> _ = trainer.fit(task, [np.full((1, 2), 3, np.float32)])
+      >>> jaxaccum.checkpoint.load(saved.last_model_path).arrays[".params['w']"]
+      array([-2., -2.], dtype=float32)
+      >>> jaxaccum.checkpoint.load(saved.last_model_path, like={"w": jnp.ones(2)})
+      {'w': array([-2., -2.], dtype=float32)}
+
     Args:
       path: its folder.
       like: parameters with the tree, shapes and dtypes of those in the checkpoint, as arrays or
@@ -60,17 +71,6 @@ def load(path: str | os.PathLike[str], like: Tree | None = None) -> Any:
       ValueError: if the parameters are not like `like`; the message names the first array that differs.
       OSError: if there is no checkpoint at `path`, or it can't be read.
       ImportError: if orbax is missing.
-
-    Example:
-      >>> import tempfile, jax.numpy as jnp, numpy as np, optax, jaxaccum
-      >>> task = jaxaccum.Task(lambda key, batch: {"w": jnp.ones(2)}, lambda p, x, key: p["w"] @ x[0], optax.sgd(1.0))
-      >>> saved = jaxaccum.callbacks.ModelCheckpoint(tempfile.mkdtemp())
-      >>> trainer = jaxaccum.Trainer(max_epochs=1, strategy="single", callbacks=saved, enable_progress_bar=False)
-      >>> _ = trainer.fit(task, [np.full((1, 2), 3, np.float32)])
-      >>> jaxaccum.checkpoint.load(saved.last_model_path).arrays[".params['w']"]
-      array([-2., -2.], dtype=float32)
-      >>> jaxaccum.checkpoint.load(saved.last_model_path, like={"w": jnp.ones(2)})
-      {'w': array([-2., -2.], dtype=float32)}
     """
     orbax = _orbax()
     path = _paths.absolute(path)

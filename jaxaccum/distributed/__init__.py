@@ -49,6 +49,10 @@ def initialize(
     stdout line-buffered, disables jax's preemption service, which would keep SIGTERM from ending the process, and
     delays aborts by 6 seconds, except on process 0.
 
+    Example:
+      >>> import jaxaccum.distributed
+      >>> jaxaccum.distributed.initialize("10.0.0.1:1234", num_processes=4, process_id=0)  # doctest: +SKIP
+
     Args:
       coordinator_address: host and port of process 0. Here and below, None detects the value from the cluster.
       num_processes: the number of processes. With one, nothing is installed.
@@ -61,10 +65,6 @@ def initialize(
     Raises:
       ValueError: if a timeout is not positive and finite, or if an argument is missing and can't be detected.
       RuntimeError: from jax, if already initialized or if called after the first computation.
-
-    Example:
-      >>> import jaxaccum.distributed
-      >>> jaxaccum.distributed.initialize("10.0.0.1:1234", num_processes=4, process_id=0)  # doctest: +SKIP
     """
     _check_timeout("peer_timeout", peer_timeout)
     _check_timeout("exit_timeout", exit_timeout)
@@ -112,6 +112,11 @@ def agree(name: str, value: Any, *, timeout: float = 300.0) -> Any:
     raises on all processes instead. Every process must call it the same number of times, for example at the start of
     each epoch. It takes milliseconds and does not use devices.
 
+    Example:
+      >>> import jaxaccum.distributed
+      >>> jaxaccum.distributed.agree("epoch 0", {"every_k": 8, "micro_steps": 120})
+      {'every_k': 8, 'micro_steps': 120}
+
     Args:
       name: the name of the value in error messages.
       value: Python numbers, strings, lists and dictionaries, as in JSON.
@@ -125,11 +130,6 @@ def agree(name: str, value: Any, *, timeout: float = 300.0) -> Any:
       ValueError: on all processes, if their values or names differ. The message lists the processes for each value.
         Also if `timeout` is not positive and finite.
       TimeoutError: if a process does not call this in time. The message names it.
-
-    Example:
-      >>> import jaxaccum.distributed
-      >>> jaxaccum.distributed.agree("epoch 0", {"every_k": 8, "micro_steps": 120})
-      {'every_k': 8, 'micro_steps': 120}
     """
     _check_timeout("timeout", timeout)
     try:

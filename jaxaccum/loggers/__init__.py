@@ -27,15 +27,15 @@ _event_files = itertools.count()
 class JSONLLogger:
     r"""Appends one JSON object per line to a file: `{"step": 8, "train_loss": 0.5, ...}`.
 
-    Args:
-      path: the file; its parent folder is created.
-
     Example:
       >>> import tempfile, pathlib
       >>> path = pathlib.Path(tempfile.mkdtemp()) / "metrics.jsonl"
       >>> JSONLLogger(path).write_scalars(8, {"train_loss": 0.5})
       >>> path.read_text()
       '{"step": 8, "train_loss": 0.5}\n'
+
+    Args:
+      path: the file; its parent folder is created.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -72,9 +72,6 @@ class JSONLLogger:
 class CSVLogger:
     """Writes a CSV table with a row per call and a column per name. Missing values are left empty.
 
-    Args:
-      path: the file; its parent folder is created. Rows are appended to an existing file.
-
     Example:
       >>> import tempfile, pathlib
       >>> path = pathlib.Path(tempfile.mkdtemp()) / "metrics.csv"
@@ -85,6 +82,9 @@ class CSVLogger:
       step,train_loss,val_loss
       8,0.5,
       8,,0.75
+
+    Args:
+      path: the file; its parent folder is created. Rows are appended to an existing file.
     """
 
     def __init__(self, path: str | os.PathLike[str]):

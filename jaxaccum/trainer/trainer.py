@@ -354,6 +354,14 @@ class Trainer:
     ) -> dict[str, float]:
         """Computes the weighted means of the loss and the metrics over `test_loader`, and passes them to the loggers.
 
+        Example:
+          >>> import numpy as np, optax, jaxaccum
+          >>> task = jaxaccum.Task(lambda key, batch: np.ones(()), lambda w, x, key: w * x.mean(), optax.sgd(0.5))
+          >>> trainer = jaxaccum.Trainer(max_epochs=1, strategy="single", enable_progress_bar=False)
+          >>> _ = trainer.fit(task, [np.ones(2, np.float32)])
+          >>> trainer.test(task, {"a": [np.ones(2, np.float32)], "b": [np.full(2, 3, np.float32)]})
+          {'test_loss/a': 0.5, 'test_loss/b': 1.5}
+
         Args:
           task: the task that was trained.
           test_loader: an iterable of batches, or a dict of several by name, as `val_loader` in `fit`.
@@ -365,14 +373,6 @@ class Trainer:
 
         Raises:
           As `validate`.
-
-        Example:
-          >>> import numpy as np, optax, jaxaccum
-          >>> task = jaxaccum.Task(lambda key, batch: np.ones(()), lambda w, x, key: w * x.mean(), optax.sgd(0.5))
-          >>> trainer = jaxaccum.Trainer(max_epochs=1, strategy="single", enable_progress_bar=False)
-          >>> _ = trainer.fit(task, [np.ones(2, np.float32)])
-          >>> trainer.test(task, {"a": [np.ones(2, np.float32)], "b": [np.full(2, 3, np.float32)]})
-          {'test_loss/a': 0.5, 'test_loss/b': 1.5}
         """
         loaders = val_loaders(test_loader, self._limit(1.0), "test_loader")
         params, model_state, at = self._weights(task, loaders, state, ckpt_path)
@@ -391,19 +391,6 @@ class Trainer:
     ) -> list[Tree]:
         """Calls `task.predict` on each batch of `predict_loader`, on the training devices.
 
-        Args:
-          task: the task that was trained.
-          predict_loader: an iterable of batches. With several processes, each passes those of its own devices.
-          state: as in `validate`.
-          ckpt_path: as in `validate`.
-
-        Returns:
-          What `predict` returned for each batch of this process, in order, in NumPy arrays. With "dp" the arrays have
-          one entry for each example.
-
-        Raises:
-          ValueError: if the task has no `predict`; otherwise as `validate`.
-
         Example:
           >>> import numpy as np, optax, jaxaccum
           >>> task = jaxaccum.Task(
@@ -416,6 +403,19 @@ class Trainer:
           >>> _ = trainer.fit(task, [np.ones(2, np.float32)])
           >>> trainer.predict(task, [np.array([2.0, 4.0], np.float32)])
           [array([1., 2.], dtype=float32)]
+
+        Args:
+          task: the task that was trained.
+          predict_loader: an iterable of batches. With several processes, each passes those of its own devices.
+          state: as in `validate`.
+          ckpt_path: as in `validate`.
+
+        Returns:
+          What `predict` returned for each batch of this process, in order, in NumPy arrays. With "dp" the arrays have
+          one entry for each example.
+
+        Raises:
+          ValueError: if the task has no `predict`; otherwise as `validate`.
         """
         if task.predict is None:
             raise ValueError("task has no predict: pass Task(predict=lambda params, batch: ...).")
@@ -429,6 +429,14 @@ class Trainer:
         It follows the schedule of K and the limits, as `estimated_stepping_batches` does in a run, and takes the
         loader's `len` as given. Early stops are not foreseen.
 
+        Example:
+          >>> import jaxaccum
+          >>> trainer = jaxaccum.Trainer(
+          ...     accumulate_grad_batches={0: 4, 2: 2}, max_epochs=3, strategy="single", enable_progress_bar=False
+          ... )
+          >>> trainer.estimate_optimizer_steps([None] * 6)
+          7
+
         Args:
           train_loader: as for `fit`.
 
@@ -438,14 +446,6 @@ class Trainer:
         Raises:
           ValueError: if it can't be known, such as for a loader without a length and without `max_steps`, or with
             `accumulate_grad_batches="auto"`, which needs the first batch.
-
-        Example:
-          >>> import jaxaccum
-          >>> trainer = jaxaccum.Trainer(
-          ...     accumulate_grad_batches={0: 4, 2: 2}, max_epochs=3, strategy="single", enable_progress_bar=False
-          ... )
-          >>> trainer.estimate_optimizer_steps([None] * 6)
-          7
         """
         if self._options.target_batch_size is not None:
             raise ValueError(
@@ -656,16 +656,17 @@ class Trainer:
             run_checkpoint.begin(found, loader, self._strategy)
         # Before the first collective, which would deadlock if a process had left.
         examples = sum(processes.gather("the number of examples", length(loader.first)))
+        micro_step = examples * self._strategy.group
         if options.target_batch_size is not None:
-            micro_step = examples * self._strategy.group
             every_k = target.split(options.target_batch_size, micro_step, "the examples of a micro-step")
             options.accumulate_grad_batches = AccumulationSchedule({0: every_k})
+        total_steps = options.total_steps(epoch_micro_steps, micro_step) if _task.needs_total_steps(task) else None
         setup = Setup(
             options=options,
             strategy=self._strategy,
             processes=processes,
             examples=examples,
-            programs=run_state.programs_for(task, options, self._strategy, seed, epoch_micro_steps, self._run),
+            programs=run_state.programs_for(task, options, self._strategy, seed, total_steps, self._run),
             evaluation=self._evaluation_of(task),
             loader=loader,
             val_loaders=loaders,

@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import runpy
 import struct
 from pathlib import Path
 
@@ -314,8 +313,6 @@ def test_tensorboard_says_when_it_cannot_write(tmp_path, monkeypatch):
     [
         ("tensorboardX", TensorBoardLogger, "logs"),
         ("matplotlib.figure", lambda folder: fitted().plot(), "plots"),
-        ("flax", lambda folder: runpy.run_module("jaxaccum.flax"), "flax"),
-        ("equinox", lambda folder: runpy.run_module("jaxaccum.equinox"), "equinox"),
     ],
 )
 def test_a_missing_extra_says_what_to_install(module, use, extra, monkeypatch, tmp_path):
@@ -482,7 +479,7 @@ def test_progress_bar_metrics_are_the_newest_that_are_ready():
     assert t.progress_bar_metrics == {"train_loss": 0.0}
     means = [OnDevice(float(i)) for i in range(1000)]
     for i, mean in enumerate(means):
-        t._running.metrics.close_window(WindowLogs({"train_loss": mean}, None))
+        t._running.metrics.close_window(WindowLogs({"train_loss": mean}, None, None))
         if i >= 100:
             means[i - 100].ready = True
             assert t.progress_bar_metrics == {"train_loss": i - 100}
@@ -496,7 +493,7 @@ def test_few_means_are_kept_however_far_the_device_is_behind():
     _ = t.progress_bar_metrics
     means = [OnDevice(float(i + 1)) for i in range(10_000)]
     for mean in means:
-        t._running.metrics.close_window(WindowLogs({"train_loss": mean}, None))
+        t._running.metrics.close_window(WindowLogs({"train_loss": mean}, None, None))
     assert len(t._running.metrics._unfinished) <= 256
     assert t.progress_bar_metrics == {"train_loss": 0.0}
     for finished, least in [(1, 1), (9_900, 9_000)]:

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.metadata
+import inspect
 import json
 import pydoc
 import subprocess
@@ -92,7 +93,7 @@ def test_without_flax_the_core_works_and_the_adapters_say_what_is_missing():
         "try:\n"
         "    import jaxaccum.flax\n"
         "except ImportError as error:\n"
-        "    assert 'flax' in str(error)\n"
+        "    assert 'pip install \"jaxaccum[flax]\"' in str(error)\n"
         "else:\n"
         "    raise AssertionError('imported without flax')"
     )
@@ -177,6 +178,14 @@ def test_the_public_name_is_there_and_documented(name):
     public = getattr(jaxaccum, name)
     assert public.__doc__ and "Alias for field" not in public.__doc__
     assert getattr(public, "__module__", public.__name__).startswith("jaxaccum")
+
+
+@pytest.mark.parametrize("name", sorted({*PUBLIC, "Task", "Trainer", "plan"} - {"MultiStepsState"}))
+def test_an_example_comes_before_the_arguments(name):
+    """Catches a reference that shows how a name is used after a page of arguments, or not at all."""
+    summary, _, rest = inspect.getdoc(getattr(jaxaccum, name)).partition("\n")
+    assert summary.endswith(".") and "Example:" in rest
+    assert "Args:" not in rest.partition("Example:")[0]
 
 
 def test_no_other_name_is_public():

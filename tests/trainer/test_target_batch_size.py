@@ -48,3 +48,6 @@ def test_an_optimizer_of_total_steps_knows_the_k_of_the_target():
     assert seen[-1] == t.global_step == 3
     with pytest.raises(ValueError, match=r'accumulate_grad_batches="auto" needs the first batch'):
         t.estimate_optimizer_steps(ones(2))
+    t = single(accumulate_grad_batches=jaxaccum.AccumulationSchedule({0: 1, 4: 2}, by="samples"), max_epochs=2)
+    t.fit(slope(chosen), ones(2, 2, 2, 2))
+    assert seen[-1] == t.global_step == 5

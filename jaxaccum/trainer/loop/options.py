@@ -156,14 +156,15 @@ class Options:
             return min(schedule.optimizer_steps(self.epochs, micro_steps, examples), self.steps)
         return self.steps
 
-    def total_steps(self, micro_steps: int | float) -> int:
+    def total_steps(self, micro_steps: int | float, examples: int | None = None) -> int:
         """Returns `optimizer_steps`; raises ValueError if they are not known."""
-        steps = self.optimizer_steps(micro_steps)
+        steps = self.optimizer_steps(micro_steps, examples)
         if math.isinf(steps):
             raise ValueError(
                 f"the number of optimizer steps is not known with max_epochs={self.max_epochs}, max_steps="
-                f"{self.max_steps} and a train_loader of {micro_steps} micro-steps per epoch: pass max_steps, or "
-                "max_epochs and a loader with a length or an int limit_train_batches."
+                f"{self.max_steps}, K by {self.accumulate_grad_batches.by!r} and a train_loader of {micro_steps} "
+                "micro-steps per epoch: pass max_steps, or max_epochs and a loader with a length or an int "
+                "limit_train_batches, and K by epoch or step."
             )
         return int(steps)
 

@@ -73,10 +73,9 @@ class Run:
 
 
 def programs_for(
-    task: Task, options: Options, strategy: Strategy, seed: int, micro_steps: int | float, last: Run | None
+    task: Task, options: Options, strategy: Strategy, seed: int, total_steps: int | None, last: Run | None
 ) -> Programs:
-    """Returns the programs of the `last` run if they fit, otherwise new ones; `micro_steps` are those of an epoch."""
-    total_steps = options.total_steps(micro_steps) if _task.needs_total_steps(task) else None
+    """Returns the programs of the `last` run if they fit, otherwise new ones. `total_steps` may be None."""
     if last is not None and last.setup.programs.fits(task, seed, total_steps):
         return last.setup.programs
     optimizer = _task.optimizer(task, total_steps)

@@ -1557,6 +1557,28 @@ BUGS = [
         "params",
         "equinox",
     ),
+    Bug("an infinite gradient is not dropped", "all_finite", "jnp.isfinite(x)", "~jnp.isnan(x)", "multi_steps"),
+    Bug(
+        "norms lack the imaginary parts",
+        "norms.squares",
+        "[x.real, x.imag] if jnp.iscomplexobj(x) else [x]",
+        "[x.real]",
+        "gradient_norms",
+    ),
+    Bug(
+        "statistics in a dataclass are averaged",
+        "overwrites.holds",
+        'getattr(key, "key", getattr(key, "name", None))',
+        'getattr(key, "key", None)',
+        "overwrites",
+    ),
+    Bug(
+        "a module passed by keyword stays unwrapped",
+        "modules.arguments",
+        "args, kwargs = _wrapped((args, kwargs))",
+        "args = _wrapped(args)",
+        "equinox",
+    ),
 ]
 
 

@@ -44,12 +44,12 @@ def test_a_nonfinite_gradient_ends_with_its_window(drive, bad):
 
 @pytest.mark.parametrize("drive", DRIVES)
 def test_dropping_costs_the_nonfinite_micro_batch_only(drive):
-    """Catches a drop that loses the window, is not counted, or divides by K."""
-    tx = jaxaccum.MultiSteps(optax.sgd(1.0), 3, nonfinite="drop")
-    grads = [jnp.array([1.0, 1.0]), jnp.array([5.0, np.nan]), jnp.array([3.0, 5.0])]
-    params, state = run(tx, jnp.zeros(2), grads, drive=drive, k=3)
+    """Catches a drop that loses the window, is not counted, divides by K, or takes an infinity for a number."""
+    tx = jaxaccum.MultiSteps(optax.sgd(1.0), 4, nonfinite="drop")
+    grads = [jnp.array([1.0, 1.0]), jnp.array([5.0, np.nan]), jnp.array([-np.inf, 5.0]), jnp.array([3.0, 5.0])]
+    params, state = run(tx, jnp.zeros(2), grads, drive=drive, k=4)
     assert_same(params, jnp.array([-2.0, -3.0]))
-    assert int(state.dropped) == 1 and int(state.gradient_step) == 1
+    assert int(state.dropped) == 2 and int(state.gradient_step) == 1
 
 
 @pytest.mark.parametrize("drive", DRIVES)

@@ -251,6 +251,17 @@ def test_micro_batches_that_are_left_out(reason):
     assert not np.any(state.norms.pending)
 
 
+def test_complex_gradients():
+    """Catches the norm of the real parts alone."""
+    loss = lambda p, x: jnp.mean(jnp.abs(x @ p - 1j) ** 2)
+    p, x = jnp.array([1 + 2j, -3j]), jnp.array([[1.0, 2.0], [3.0, -1.0]])
+    _, _, norms = jaxaccum.value_and_grad(loss, 2, gradient_norms="all")(p, x)
+    length = lambda rows: np.linalg.norm(jax.grad(loss)(p, rows))
+    np.testing.assert_allclose(
+        (norms.window, *norms.micro_batch), (length(x), length(x[:1]), length(x[1:])), rtol=1e-12
+    )
+
+
 @pytest.mark.parametrize(("batch", "want"), [("per_device", (140.25, 9.0, 9)), ("global", (17.75, 2.0, 9))])
 def test_pending_norms_on_another_number_of_devices(batch, want):
     """Catches sums that are lost or not scaled with the weights, and micro-batches' norms that are added up."""

@@ -508,6 +508,9 @@ def test_train_state_overwrites_fp8_statistics_and_accumulates_the_rest():
         state = state.apply_gradients(grads=grads)
         assert float(state.params[OVERWRITE_WITH_GRADIENT]["scale"]) == (1, 11)[i]
     assert_close(state.params["params"], trained(ADAM, [GRADIENTS[:2].mean(0)]))
+    bare = jaxaccum.flax.TrainState.create(apply_fn=None, params=params, tx=ADAM).apply_gradients(grads=grads)
+    assert float(bare.params[OVERWRITE_WITH_GRADIENT]["scale"]) == 11
+    assert_close(bare.params["params"], trained(ADAM, GRADIENTS[1:2]))
 
 
 @pytest.mark.parametrize("wrap", IN_A_CHAIN.values(), ids=IN_A_CHAIN)

@@ -21,6 +21,7 @@ import jaxaccum
 from jaxaccum import checkpoint
 from jaxaccum.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from jaxaccum.checkpoint import orbax_io
+from jaxaccum.distributed.process_group import Processes
 from jaxaccum.loggers import JSONLLogger
 
 
@@ -100,6 +101,19 @@ def test_what_is_outdated_goes_only_when_the_new_one_is_complete(tmp_path, monke
     monkeypatch.setattr(checkpoint.Writer, "start", started)
     single(callbacks=ModelCheckpoint(tmp_path, every_n_micro_steps=1)).fit(slope(), ones(*[2] * 5))
     assert all(1 <= len(there) <= 2 for there in seen[1:]) and len(names(tmp_path)) == 1
+
+
+def test_a_removal_that_is_cut_off_leaves_no_checkpoint(tmp_path, monkeypatch):
+    """Catches a checkpoint that lost a part of its files, and is read."""
+    path = tmp_path / "epoch=0-micro_step=1"
+    (path / "notes").mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path, **options: None)
+        orbax_io.remove(path)
+    assert not path.exists()
+    assert orbax_io.newest([tmp_path], Processes()) is None
+    orbax_io.remove(path)
+    assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("where", ["at once", "in the background"])

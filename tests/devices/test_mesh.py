@@ -233,6 +233,15 @@ def test_parameters_on_another_device_are_refused():
             call()
 
 
+def test_new_parameters_go_to_a_mesh_without_the_default_device():
+    """Catches the check of above for parameters that no one put anywhere, which jax moves to the mesh."""
+    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[4:])
+    window = jaxaccum.value_and_grad(lambda w, x: jnp.mean((w * x) ** 2), K, mesh=mesh)
+    value, grad = window(jnp.ones(()), np.ones(4 * K, np.float32))
+    state = jaxaccum.MultiSteps(optax.sgd(1.0), 2, mesh=mesh).init(jnp.ones(()))
+    assert (value, grad) == (1.0, 2.0) and state.mini_step.devices() == {*mesh.devices.flat}
+
+
 def test_a_mesh_that_is_none_is_refused():
     """Catches a shape given for a mesh."""
     with pytest.raises(TypeError, match=r"mesh must be a jax.sharding.Mesh.*got \(8,\)"):

@@ -201,6 +201,17 @@ def test_a_resume_drops_lines_that_are_none(logger, name, tmp_path):
     assert [record for record in records_of(path) if record not in RECORDS[:4]] == []
 
 
+def test_a_number_that_was_cut_off_is_dropped(tmp_path):
+    """Catches a row with all of its columns, whose last number is another one."""
+    path = tmp_path / "m.csv"
+    log = CSVLogger(path)
+    log.write_scalars(8, {"train_loss": 0.5})
+    log.write_scalars(9, {"train_loss": 0.25})
+    path.write_text(path.read_text().removesuffix("5\n"))
+    CSVLogger(path).begin({"step": 9, "micro_step": 9})
+    assert records_of(path) == [{"step": 8, "train_loss": 0.5}]
+
+
 @pytest.mark.parametrize(("logger", "name"), [(JSONLLogger, "m.jsonl"), (CSVLogger, "m.csv")])
 def test_a_line_that_was_cut_off_gets_none_glued_to_it(logger, name, tmp_path):
     """Catches a record that is lost because another one was, in a file that is taken up or by one logger."""

@@ -52,6 +52,13 @@ def test_dropping_costs_the_nonfinite_micro_batch_only(drive):
     assert int(state.dropped) == 2 and int(state.gradient_step) == 1
 
 
+def test_what_weighs_nothing_is_not_dropped():
+    """Catches padding that is NaN, and counted among the micro-batches that were dropped."""
+    tx = jaxaccum.MultiSteps(optax.sgd(1.0), 2, nonfinite="drop")
+    params, state = run(tx, jnp.array(0.0), [jnp.array(np.nan), jnp.array(2.0)], [0.0, 1.0])
+    assert params == -2.0 and int(state.dropped) == 0
+
+
 @pytest.mark.parametrize("drive", DRIVES)
 def test_a_window_that_weighs_nothing_changes_nothing(drive):
     """Catches the weight decay, moments and counts of an optimizer step on 0/0."""

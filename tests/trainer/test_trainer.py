@@ -397,16 +397,18 @@ def test_devices_meet_once_a_window(strategy):
 
 
 def test_model_state_is_carried_in_the_window_and_averaged_over_devices_after_it():
-    """Catches a state that restarts, that one device's replaces, or that weight-0 copies advance."""
+    """Catches a state that restarts, that one device's replaces or goes on with, or that weight-0 copies advance."""
     batches = loader(4, 4, 4, 4, 4)
     means = [batch["x"].mean() for batch in batches]
     state = single(accumulate_grad_batches=2).fit(task(model_state=True), batches)
     np.testing.assert_allclose(state.model_state["seen"], sum(means), rtol=1e-5)
     assert int(state.model_state["steps"]) == 5
-    got = trainer(strategy="ddp", devices=2, accumulate_grad_batches=2).fit(task(model_state=True), batches).model_state
+    state = trainer(strategy="ddp", devices=2, accumulate_grad_batches=2).fit(task(model_state=True), batches)
+    got, local = state.model_state, state.pending.model_state
     # Window 1: batches 0 and 2 on the first device, 1 and 3 on the second; window 2: batch 4 on the first.
     np.testing.assert_allclose(got["seen"], sum(means[:4]) / 2 + means[4] / 2, rtol=1e-5)
     assert int(got["steps"]) == 3
+    np.testing.assert_array_equal(local["seen"], [got["seen"]] * 2)
 
 
 def test_hooks_run_in_lightnings_order_and_in_the_order_of_the_callbacks():

@@ -1657,6 +1657,34 @@ BUGS = [
         "pass",
         "trainer",
     ),
+    Bug(
+        "a batch that dp splits over processes is not counted",
+        "process_shards.pieces",
+        "found[-1] = batch, place._replace(advance=1)",
+        "pass",
+        "process_shards",
+    ),
+    Bug(
+        "a window is clipped before it is divided by K",
+        "of_window",
+        "optax.chain(*parts, optimizer)",
+        "optax.chain(*parts[::-1], optimizer)",
+        "trainer",
+    ),
+    Bug(
+        "a checkpoint's monitor silences the warning of no validation",
+        "Hooks.__init__",
+        "monitor.needs_validation and monitor.warns",
+        "monitor.needs_validation",
+        "validation",
+    ),
+    Bug(
+        "a validation runs the program of another task",
+        "Trainer._evaluation_of",
+        "self._evaluation is None or self._evaluation.task is not task",
+        "self._evaluation is None",
+        "trainer",
+    ),
 ]
 
 

@@ -1,5 +1,6 @@
 """The Trainer: what it shares with PyTorch Lightning or improves, row by row; then its loop and its errors."""
 
+import dataclasses
 import math
 
 import jax
@@ -82,13 +83,17 @@ def test_row_6_the_last_batch_steps_where_the_loader_has_no_length():
     assert steps(Stream(), accumulate_grad_batches=4, max_epochs=2) == [0, 0, 0, 1, 2, 2, 2, 2, 3, 4]
 
 
-@pytest.mark.parametrize(("how", "want"), [("exact", [-1, -1, -1]), ("divide_by_k", [-1, -1, -0.5])])
-def test_row_7_a_partial_window_is_divided_by_what_it_holds_or_as_lightning_does(how, want):
-    """Catches the division by K where it was not asked for: K=4 and N=10 give 1, 1, 0.5."""
+@pytest.mark.parametrize(
+    ("how", "clip", "want"),
+    [("exact", None, [-1, -1, -1]), ("divide_by_k", None, [-1, -1, -0.5]), ("divide_by_k", 0.75, [-0.75, -0.75, -0.5])],
+)
+def test_row_7_a_partial_window_is_divided_by_what_it_holds_or_as_lightning_does(how, clip, want):
+    """Catches the division by K where it was not asked for, or after the clipping: K=4 and N=10 give 1, 1, 0.5."""
     moved = Recorder(lambda t: float(t.state.params))
-    single(accumulate_grad_batches=4, partial_window=how, callbacks=moved).fit(slope(), ones(*[2] * 10))
+    options = {"partial_window": how, "gradient_clip_val": clip}
+    single(accumulate_grad_batches=4, callbacks=moved, **options).fit(slope(), ones(*[2] * 10))
     positions = np.array([0, *moved.seen[3::4], moved.seen[-1]])
-    np.testing.assert_allclose(np.diff(positions), want)
+    np.testing.assert_allclose(np.diff(positions), want, rtol=1e-6)
 
 
 def test_row_8_global_step_counts_optimizer_steps_and_batch_idx_micro_batches():
@@ -546,7 +551,7 @@ def test_a_validation_after_a_part_of_an_epoch_without_a_length_is_refused_at_th
 
 
 def test_validate_gives_the_weighted_means():
-    """Catches a mean of means, a limit that is not kept, and a state that must be the last fit's."""
+    """Catches a mean of means, a limit that is not kept, and a state or a task that must be the last fit's."""
     batches = [np.full(n, value, np.float32) for n, value in [(1, 1), (3, 5), (4, 100)]]
     loss = lambda w, batch, key: (jnp.mean(batch) * w, {"count": jaxaccum.Weighted(batch.size * 1.0, 1)})
     the_task = jaxaccum.Task(lambda key, batch: jnp.ones(()), loss, optax.sgd(0.0))
@@ -556,6 +561,8 @@ def test_validate_gives_the_weighted_means():
         assert t.validate(the_task, batches) == pytest.approx({"val_loss": 4.0, "val_count": 2.0})
         half = state._replace(params=jnp.full((), 0.5))
         assert t.validate(the_task, batches, half)["val_loss"] == pytest.approx(2.0)
+        tripled = dataclasses.replace(the_task, loss=lambda *args: 3 * loss(*args)[0])
+        assert t.validate(tripled, batches) == pytest.approx({"val_loss": 12.0})
 
 
 @pytest.mark.parametrize("strategy", ["single", "ddp"])

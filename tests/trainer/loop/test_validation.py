@@ -121,13 +121,17 @@ def test_a_hook_may_make_windows_longer():
     assert validations(ones(*[2] * 6), max_steps=2, callbacks=[Sets()]) == [6]
 
 
-def test_a_length_by_which_none_falls_due_is_a_warning_and_so_is_a_run_without_any():
-    """Catches a length believed in earnest, and a run that ends without a word on the validation it never had."""
+def test_a_length_by_which_none_falls_due_is_a_warning_and_so_is_a_run_without_any(tmp_path):
+    """Catches a length believed in earnest, and a run that ends without a word on the validation it never had.
+
+    `EarlyStopping` has its own word for that; `ModelCheckpoint`, which may look at the same value, has none.
+    """
     with pytest.warns(UserWarning) as caught:
         seen = validations(Unsized(ones(*[2] * 6), length=3), val_check_interval=5)
     assert seen == [5] and ["no validation will fall due" in str(w.message) for w in caught] == [True]
     with pytest.warns(UserWarning, match="no validation fell due in the 4 micro-steps of this run") as caught:
-        validations(Unsized(ones(2, 2)), max_epochs=None, max_steps=4, val_check_interval=5, callbacks=[LongWindows()])
+        callbacks = [LongWindows(), ModelCheckpoint(tmp_path, monitor="val_loss")]
+        validations(Unsized(ones(2, 2)), max_epochs=None, max_steps=4, val_check_interval=5, callbacks=callbacks)
     assert len(caught) == 1
 
 

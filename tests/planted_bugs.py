@@ -1685,6 +1685,28 @@ BUGS = [
         "self._evaluation is None",
         "trainer",
     ),
+    Bug(
+        "the newest of many programs is forgotten",
+        "eager._compiled",
+        "_PROGRAMS.popitem(last=False)",
+        "_PROGRAMS.popitem(last=True)",
+        "eager",
+    ),
+    Bug("a store that does not answer counts as gone", "is_gone", "ConnectionRefusedError", "OSError", "coordination"),
+    Bug(
+        "one branch of a conditional speaks for the others",
+        "linearity._results",
+        "_union(branch)",
+        "branch[0]",
+        "hoisting",
+    ),
+    Bug(
+        "a cast to a wider dtype is hoisted",
+        "_gains",
+        "not widens and not moves and matrices and size(var) <= sum(map(size, origins))",
+        "not moves and matrices and size(var) <= sum(map(size, origins))",
+        "hoisting",
+    ),
 ]
 
 

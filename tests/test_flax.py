@@ -623,6 +623,24 @@ def test_an_nnx_task_of_stacked_layers_draws_a_mask_for_each():
     np.testing.assert_array_equal(drawn["layers"]["mask"][...], np.ones((3, 8)))
 
 
+class Shifted(nn.Module):
+    """A layer with a collection that no call changes."""
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, ())
+        return x * scale + self.variable("constants", "shift", lambda: jnp.full((), 3.0)).value
+
+
+def test_a_linen_task_keeps_collections_that_no_call_changes():
+    """Catches a model state of the mutable collections alone."""
+    loss = lambda model, batch, train: jnp.mean(model(batch))
+    task = jaxaccum.flax.linen_task(Shifted(), loss, optax.sgd(0.1))
+    params, state = task.init(jax.random.key(0), jnp.ones((2, 3)))
+    for key in (jax.random.key(1), None):
+        assert task.loss(params, state, jnp.ones((2, 3)), key) == (4.0, {"constants": {"shift": 3.0}})
+
+
 @pytest.mark.parametrize("make", [linen_tower, nnx_tower], ids=["linen", "nnx"])
 def test_a_task_of_a_flax_model_trains_as_by_hand(make):
     """Catches statistics that stand still, masks that are shared, and a mode that validation does not switch."""

@@ -289,7 +289,7 @@ def test_the_static_boundary_may_be_numpys():
 
 @pytest.mark.parametrize("static", [False, True])
 def test_a_value_of_one_window_does_not_reach_the_next(static):
-    """Catches a mean that holds values of an earlier window, where not every call passes one."""
+    """Catches a mean that holds values of an earlier window, where not every call passes one, or none: it is NaN."""
     seen = optax.GradientTransformationExtraArgs(
         lambda params: jnp.zeros(()),
         lambda updates, state, params=None, *, value=0.0, **_: (updates, jnp.asarray(value)),
@@ -302,6 +302,8 @@ def test_a_value_of_one_window_does_not_reach_the_next(static):
         update = jax.jit(lambda s, extra, b=boundary: tx.update(jnp.ones(()), s, boundary=b, **extra)[1])
         state = update(state, extra)
     assert state.inner_opt_state == 2.0
+    _, state = tx.flush(tx.update(jnp.ones(()), state, boundary=False if static else None)[1])
+    assert np.isnan(state.inner_opt_state)
 
 
 def test_a_number_among_traced_parameters():

@@ -93,6 +93,13 @@ def test_a_second_signal_is_not_waited_for(tmp_path):
     assert not list(tmp_path.glob("*")) and isinstance(sends.after, KeyboardInterrupt)
 
 
+def test_a_run_that_no_signal_ends_leaves_no_handlers(tmp_path):
+    """Catches a signal after the run that a handler of the run swallows."""
+    before = handlers()
+    fit(tmp_path)
+    assert handlers() == before
+
+
 def test_another_thread_sets_no_handlers(tmp_path):
     """Catches Python's ValueError where fit runs in a worker thread."""
     before, ended = handlers(), []

@@ -203,6 +203,17 @@ def test_the_first_look_leaves_nothing_behind():
         assert_same(states[steps], states[0])
 
 
+def test_the_first_look_keeps_to_the_limit():
+    """Catches a look at all batches of a loader that limit_val_batches cuts short."""
+
+    class Loader:
+        def __iter__(self):
+            yield from ones(2, 2)
+            raise AssertionError("beyond the limit")
+
+    single(max_epochs=1, num_sanity_val_steps=-1, limit_val_batches=2).fit(slope(), ones(2), Loader())
+
+
 @pytest.mark.parametrize("form", ["iterator", "one iterator for ever", "begins anew"])
 def test_the_first_look_takes_nothing_from_the_first_validation(form):
     """Catches a validation without the batches that were looked at before training."""

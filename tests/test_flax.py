@@ -623,6 +623,22 @@ def test_an_nnx_task_of_stacked_layers_draws_a_mask_for_each():
     np.testing.assert_array_equal(drawn["layers"]["mask"][...], np.ones((3, 8)))
 
 
+class NnxPair(nnx.Module):
+    """Two masks, each of a stream of its own."""
+
+    def __init__(self, rngs):
+        self.scale = nnx.Param(jnp.ones(()))
+        self.masks = nnx.List([nnx.Dropout(0.5, rngs=nnx.Rngs(rngs())) for _ in range(2)])
+
+
+def test_an_nnx_task_draws_apart_from_each_stream():
+    """Catches a key that all streams begin with."""
+    differ = lambda model, x: jnp.mean(jnp.abs(model.masks[0](x) - model.masks[1](x)) * model.scale[...])
+    task = jaxaccum.flax.nnx_task(NnxPair, differ, optax.sgd(0.1))
+    params, state = task.init(jax.random.key(0), None)
+    assert task.loss(params, state, jnp.ones(64), jax.random.key(1))[0] > 0
+
+
 class Shifted(nn.Module):
     """A layer with a collection that no call changes."""
 

@@ -73,10 +73,11 @@ def test_checkpoints_are_saved_at_their_interval_and_at_the_end(tmp_path, option
         ({"save_top_k": 0}, [5]),
         ({"save_top_k": -1}, [1, 2, 3, 4, 5]),
         ({"save_top_k": 1, "save_last": False}, [2, 5]),
+        ({"save_top_k": 0, "save_last": False}, []),
     ],
 )
 def test_the_best_are_kept_and_the_newest(tmp_path, options, want):
-    """Catches the worst kept for the best, the newest lost, and a NaN that is the best of all."""
+    """Catches the worst kept for the best, the newest lost, a NaN that is the best of all, and what is not kept."""
     values = [4.0, 1.0, 3.0, math.nan, 9.0]
     table = jnp.array(values)
     loss = lambda w, batch, key: 0 * w + jnp.mean(batch) if key is not None else table[jnp.int32(w)] + 0 * batch.mean()
@@ -88,6 +89,19 @@ def test_the_best_are_kept_and_the_newest(tmp_path, options, want):
     if options.get("save_top_k") != 0:
         best = max if options.get("mode") == "max" else min
         assert saves.state_dict()["saved"][saves.best_model_path.name] == best(v for v in values if not math.isnan(v))
+
+
+def test_the_newest_of_equals_is_the_best():
+    """Catches a run that improves on nothing, and keeps where it began."""
+    policy = ModelCheckpoint("run", monitor="score", save_top_k=2)
+    assert policy.ranked({"a": 1.0, "b": 2.0, "c": 1.0}) == ["c", "a"]
+
+
+def test_what_is_saved_in_mid_epoch_has_no_rank(tmp_path):
+    """Catches a checkpoint that ranks by the value of an earlier one."""
+    saves, stop = ModelCheckpoint(tmp_path, monitor="score"), Breaks(3, do=lambda t: setattr(t, "should_stop", True))
+    single(max_epochs=2, callbacks=[saves, Ranks([1.0, 0.0]), stop]).fit(slope(), ones(2, 2))
+    assert [path.name.rpartition("=")[2] for path in (saves.best_model_path, saves.last_model_path)] == ["2", "3"]
 
 
 def test_what_is_outdated_goes_only_when_the_new_one_is_complete(tmp_path, monkeypatch):
@@ -372,12 +386,14 @@ def test_early_stopping_stays_stopped_and_goes_on_with_more_patience(tmp_path):
 
 
 def test_the_seed_of_a_resume_is_the_checkpoints(tmp_path):
-    """Catches other masks after the resume."""
+    """Catches other masks after the resume, and its masks in a later run of the same Trainer."""
     batches, the_task = loader(*[4] * 4), task(dropout=0.5)
     saves = ModelCheckpoint(tmp_path, every_n_micro_steps=1, save_top_k=-1)
     want = single(seed=3, callbacks=saves).fit(the_task, batches)
-    got = single(seed=4).fit(the_task, batches, ckpt_path=tmp_path / "epoch=0-micro_step=2")
+    other, own = single(seed=4), single(seed=4).fit(the_task, batches)
+    got = other.fit(the_task, batches, ckpt_path=tmp_path / "epoch=0-micro_step=2")
     assert_same(got.params, want.params)
+    assert_same(other.fit(the_task, batches).params, own.params)
 
 
 def test_a_resumed_run_may_be_made_longer(tmp_path):
@@ -578,6 +594,16 @@ def test_best_is_found_on_disk(tmp_path, mode):
         single(callbacks=ModelCheckpoint(tmp_path, monitor="other")).fit(slope(), ones(2), ckpt_path="best")
 
 
+def test_the_next_best_is_taken_for_one_that_is_gone(tmp_path):
+    """Catches an error for a checkpoint that someone removed."""
+    policy = lambda: ModelCheckpoint(tmp_path, monitor="score", save_top_k=2)
+    single(max_epochs=3, callbacks=[policy(), Ranks([1.0, 2.0, 3.0])]).fit(slope(), ones(2, 2))
+    shutil.rmtree(*tmp_path.glob("*micro_step=2"))
+    at = Recorder(lambda t: t.micro_step)
+    single(max_epochs=3, callbacks=[policy(), at, Ranks([0.0] * 3)]).fit(slope(), ones(2, 2), ckpt_path="best")
+    assert at.seen == [5, 6]
+
+
 def test_the_newest_is_the_newest_whatever_the_clock_says(tmp_path, monkeypatch):
     """Catches an older checkpoint gone on from because a clock was set back."""
     clock = iter(range(10**9, 0, -(10**6)))
@@ -612,6 +638,26 @@ def test_a_first_save_that_fails_costs_nothing_but_itself(tmp_path):
         t = single(callbacks=ModelCheckpoint(tmp_path / "file" / "checkpoints"))
         t.fit(slope(), ones(2, 2))
     assert t.micro_step == 2
+
+
+def test_a_state_that_fails_leaves_no_name(tmp_path):
+    """Catches a checkpoint that was never written, and is known as the last."""
+
+    class Fails(Callback):
+        is_broken = False
+
+        def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
+            self.is_broken = trainer.micro_step == 2
+
+        def state_dict(self):
+            if self.is_broken:
+                raise RuntimeError("mine")
+            return {}
+
+    saves = ModelCheckpoint(tmp_path, every_n_micro_steps=1)
+    with pytest.raises(RuntimeError, match="mine"), pytest.warns(UserWarning, match="could not be saved"):
+        single(callbacks=[saves, Fails()]).fit(slope(), ones(2, 2))
+    assert names(tmp_path) == saves.names == ["epoch=0-micro_step=1"]
 
 
 def test_on_exception_does_not_take_the_errors_place(tmp_path):

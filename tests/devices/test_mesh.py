@@ -17,6 +17,7 @@ from devices import (
     inner,
     loss,
     make,
+    mesh_of,
     micro_batches,
     noisy,
     on_data,
@@ -218,6 +219,17 @@ def test_a_prepare_that_gathers_what_is_whole_is_refused():
     f = jaxaccum.value_and_grad(lambda p, x: jnp.mean(x["x"]) * p["w"].sum(), K, prepare=gather, mesh=mesh)
     with pytest.raises(ValueError, match=r"prepare gathers over data_axis=\('data',\).*Leave the gather out"):
         jax.jit(f)(params(), batch())
+
+
+def test_a_constant_weight_is_that_of_each_device():
+    """Catches a number that the next micro-step refuses, as it is none of each device."""
+    mesh = mesh_of("auto")
+    fun = lambda w, x: jaxaccum.Weighted(jnp.sum(w * x), 2.0)
+    value, grads = jaxaccum.local_value_and_grad(fun, mesh=mesh)(jnp.ones(()), jnp.arange(16.0))
+    assert value.weight.tolist() == [2.0] * 8
+    tx = jaxaccum.MultiSteps(optax.sgd(1.0), 1, mesh=mesh)
+    w, _ = tx.apply(jnp.ones(()), tx.init(jnp.ones(())), grads, weight=value.weight)
+    assert w == 1 - 7.5
 
 
 def test_parameters_on_another_device_are_refused():

@@ -597,3 +597,21 @@ def test_a_checkpoint_leaves_no_record_behind(tmp_path):
     saves = ModelCheckpoint(tmp_path, every_n_micro_steps=1)
     single(log_every_n_steps=1, logger=JSONLLogger(path), callbacks=[counts, saves]).fit(slope(), ones(2, 2, 2))
     assert seen == [0, 1, 2]
+
+
+def test_what_the_devices_never_finish_is_not_waited_for():
+    """Catches a run that hangs in its last record after another process has gone."""
+
+    class Never:
+        def is_ready(self):
+            return False
+
+        def __array__(self, *args, **kwargs):
+            raise AssertionError("was waited for")
+
+    log = Logged()
+    kept = Records([log])
+    kept.add(1, {"loss": 1.0})
+    kept.add(2, {"loss": Never()})
+    kept.flush(waits=False)
+    assert log.records == kept.history == [{"step": 1, "loss": 1.0}]

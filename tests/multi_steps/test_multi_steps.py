@@ -132,6 +132,14 @@ def test_flush_divides_by_what_the_window_holds():
     assert int(state.mini_step) == 0 and int(state.gradient_step) == 1
 
 
+def test_the_largest_count_of_steps_stays():
+    """Catches a count that becomes negative, and schedules that begin again."""
+    tx, most = jaxaccum.MultiSteps(optax.sgd(1.0), 1), np.iinfo(np.int32).max
+    state = tx.init(jnp.array(0.0))._replace(gradient_step=jnp.int32(most))
+    params, state = tx.apply(jnp.array(0.0), state, jnp.array(2.0))
+    assert params == -2.0 and state.gradient_step == most
+
+
 @pytest.mark.parametrize("jitted", [False, True])
 def test_flush_of_nothing_does_nothing(jitted):
     """Catches an optimizer step on stale sums."""

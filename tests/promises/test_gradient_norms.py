@@ -309,17 +309,22 @@ def test_collectives(reduce):
 
 
 def test_layers_are_added_in_place_for_the_norm_of_the_window():
-    """Catches a second tree of gradients for the one norm that doesn't need it."""
+    """Catches a second tree of gradients for the one norm that doesn't need it, and norms of the sums so far."""
 
     def loss(p, x):
         return jnp.mean(jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p)[0] ** 2)
 
-    layers, x = jnp.ones((16, 32, 32)), jnp.ones((4, 32))
+    layers, x = jnp.full((16, 32, 32), 0.1), jnp.ones((4, 32))
 
     def temporary(flag):
         f = jax.jit(jaxaccum.value_and_grad(loss, 2, gradient_norms=flag, accumulator_dtype=jnp.float64))
         return f.lower(layers, x).compile().memory_analysis().temp_size_in_bytes
 
+    tx = jaxaccum.MultiSteps(optax.sgd(1.0), 3, gradient_norms="all", accumulator_dtype=jnp.float64)
+    state = tx.init(layers)
+    for rows in (x, 2 * x):
+        _, _, state = tx.micro_step(loss, layers, state, rows)
+        np.testing.assert_allclose(state.norms.micro_batch, norm(jax.grad(loss)(layers, rows)), rtol=1e-12)
     off, window, all_ = map(temporary, (None, "window", "all"))
     assert window < off + layers.nbytes / 2 <= all_
     for options in ({"gradient_norms": "all"}, {"transform_micro_gradient": lambda g: g}):

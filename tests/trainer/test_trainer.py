@@ -655,6 +655,7 @@ def test_errors_name_argument_value_and_remedy():
     refused(ValueError, "partial_window must be.*'half'", partial_window="half")
     refused(ValueError, "nonfinite must be.*'skip'", nonfinite="skip")
     refused(ValueError, "gradient_clip_val.*-1", gradient_clip_val=-1)
+    refused(ValueError, "gradient_clip_val.*nan", gradient_clip_val=math.nan)
     refused(ValueError, "limit_train_batches=0.5.*pass an int", iter(ones(2)), limit_train_batches=0.5)
     refused(TypeError, "callbacks must be.*3", callbacks=3)
     refused(TypeError, "callbacks must be", callbacks=[Callback(), "x"])

@@ -168,6 +168,13 @@ def test_a_micro_batch_of_weight_zero_leaves_the_model_state_alone():
     assert (value, stats, grad) == (0.0, 3.0, 0.0)
 
 
+def test_a_list_is_a_pair_as_for_jax():
+    """Catches a loss that jax takes, and that returns its aux in a list."""
+    fun = lambda w, x: [jnp.mean(w * x), x.sum()]
+    (value, aux), grad = jaxaccum.value_and_grad(fun, 2, has_aux=True)(jnp.ones(()), jnp.arange(4.0))
+    assert (value, grad, aux.tolist()) == (1.5, 1.5, [2.0, 4.0])
+
+
 def test_several_carries_come_back_in_order():
     """Catches carries that change places."""
     fun = lambda w, x, a, b: (jnp.mean(w * x), (a + 1, b * 2))

@@ -93,6 +93,18 @@ def test_a_second_signal_is_not_waited_for(tmp_path):
     assert not list(tmp_path.glob("*")) and isinstance(sends.after, KeyboardInterrupt)
 
 
+def test_a_signal_in_a_validation_does_not_wait_for_its_end(tmp_path):
+    """Catches a process that is killed while it validates, before it has saved."""
+    ended = []
+
+    class Ends(Callback):
+        def on_validation_end(self, trainer, task):
+            ended.append(trainer.micro_step)
+
+    left_with(SystemExit, tmp_path, Sends(signal.SIGTERM, hook="on_validation_start"), Ends())
+    assert not ended
+
+
 def test_a_run_that_no_signal_ends_leaves_no_handlers(tmp_path):
     """Catches a signal after the run that a handler of the run swallows."""
     before = handlers()

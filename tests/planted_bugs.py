@@ -1873,6 +1873,63 @@ BUGS = [
         "None",
         "checkpoint",
     ),
+    Bug(
+        "noise carries a NaN over to a number",
+        "_truncated",
+        "jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))",
+        "rounded",
+        "rounding",
+    ),
+    Bug(
+        "the norm of nothing has no derivative",
+        "norms.root",
+        "jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square)))",
+        "jnp.sqrt(square)",
+        "gradient_norms",
+    ),
+    Bug(
+        "EarlyStopping waits for an infinite value",
+        "EarlyStopping._look",
+        "not math.isfinite(value)",
+        "math.isnan(value)",
+        "callbacks",
+    ),
+    Bug(
+        "a checkpoint that another process cannot read is gone on from",
+        "_first_readable",
+        "if not failures: break\nresult = None",
+        "if not failures: break\nresult = result",
+        "checkpoint",
+    ),
+    Bug(
+        "a process that has not written yet counts as finished",
+        "Watch._talk",
+        "len(entries) == self._num_processes",
+        "True",
+        "heartbeat",
+    ),
+    Bug("the last of several signals counts", "Processes.gather", "signals[0]", "signals[-1]", "process_group"),
+    Bug(
+        "an nnx micro-step loses its keyword arguments",
+        "HostDriven._arguments",
+        "{**kwargs, 'graphdef': graphdef}",
+        "{'graphdef': graphdef}",
+        "flax",
+    ),
+    Bug(
+        "a loader that never ends has a length",
+        "batch_limits.size",
+        "0 < known < _ENDLESS",
+        "0 < known",
+        "batch_limits",
+    ),
+    Bug(
+        "the effective batch counts the devices of each process twice",
+        "Trainer.effective_batch_size",
+        "self._strategy.group",
+        "self._strategy.batches",
+        "processes",
+    ),
 ]
 
 

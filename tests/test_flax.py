@@ -628,15 +628,42 @@ class NnxPair(nnx.Module):
 
     def __init__(self, rngs):
         self.scale = nnx.Param(jnp.ones(()))
-        self.masks = nnx.List([nnx.Dropout(0.5, rngs=nnx.Rngs(rngs())) for _ in range(2)])
+        self.one, self.other = (nnx.Dropout(0.5, rngs=nnx.Rngs(rngs())) for _ in range(2))
 
 
 def test_an_nnx_task_draws_apart_from_each_stream():
     """Catches a key that all streams begin with."""
-    differ = lambda model, x: jnp.mean(jnp.abs(model.masks[0](x) - model.masks[1](x)) * model.scale[...])
+    differ = lambda model, x: jnp.mean(jnp.abs(model.one(x) - model.other(x)) * model.scale[...])
     task = jaxaccum.flax.nnx_task(NnxPair, differ, optax.sgd(0.1))
     params, state = task.init(jax.random.key(0), None)
     assert task.loss(params, state, jnp.ones(64), jax.random.key(1))[0] > 0
+
+
+class Noisy(nn.Module):
+    """Adds the difference of two streams."""
+
+    @nn.compact
+    def __call__(self, x):
+        one, other = (jax.random.uniform(self.make_rng(name), x.shape) for name in ("one", "other"))
+        return x * self.param("scale", nn.initializers.ones, ()) + one - other
+
+
+def test_a_linen_task_has_all_of_its_streams():
+    """Catches streams that are missing or alike."""
+    loss = lambda model, batch, train: jnp.mean(jnp.abs(model(batch) - batch))
+    task = jaxaccum.flax.linen_task(Noisy(), loss, optax.sgd(0.1), rngs=("one", "other"))
+    params, state = task.init(jax.random.key(0), jnp.ones(8))
+    assert task.loss(params, state, jnp.ones(8), jax.random.key(1))[0] > 0
+
+
+def test_keyword_arguments_of_an_nnx_micro_step():
+    """Catches an argument that the loss doesn't get."""
+    tx, model = MultiSteps(optax.sgd(0.0), 1), nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    step = jaxaccum.flax.HostDriven(tx, lambda model, x, *, scale: scale * jnp.mean(model(x) ** 2))
+    state = step.init(model)
+    one, state = step(model, state, jnp.ones((4, 3)), scale=1.0)
+    two, _ = step(model, state, jnp.ones((4, 3)), scale=2.0)
+    assert two == 2 * one
 
 
 class Shifted(nn.Module):

@@ -566,6 +566,18 @@ def test_checkpoints_none_of_which_can_be_read_are_an_error(tmp_path, part):
         assert all(f"epoch=0-micro_step={step} can't be read" in str(error.value) for step in (2, 4))
 
 
+def test_what_another_process_cannot_read_is_passed_over(tmp_path):
+    """Catches processes that go on from different checkpoints."""
+
+    class Another(Processes):
+        def gather(self, about, value=None):
+            return [value, "not on this machine" if about == "a checkpoint" else value]
+
+    single(callbacks=ModelCheckpoint(tmp_path)).fit(slope(), ones(2, 2))
+    with pytest.raises(OSError, match=r"none of the 1 checkpoints in .* can be used: not on this machine"):
+        orbax_io.newest([tmp_path], Another())
+
+
 def test_a_folder_without_checkpoints_is_a_fresh_start(tmp_path):
     """Catches a folder of something else taken for a broken checkpoint."""
     (tmp_path / "tensorboard").mkdir()

@@ -56,9 +56,9 @@ def entry(about, value=None, signal=None, stop=False):
 def test_values_and_wishes_come_from_all(store, process):
     """Catches values out of order, and a wish that needs all processes or only this one."""
     processes = process(0, of=3)
-    store |= {key(0, 1): entry("here", "b", stop=True), key(0, 2): entry("here", "a", signal=15)}
+    store |= {key(0, 1): entry("here", "b", signal=2, stop=True), key(0, 2): entry("here", "a", signal=15)}
     assert processes.gather("here", "a") == ["a", "b", "a"]
-    assert processes.wishes == Wishes(15, True) and processes.own == Wishes()
+    assert processes.wishes == Wishes(2, True) and processes.own == Wishes()
     other = process(2, of=3)
     process_group._gatherings = itertools.count()
     assert other.gather("here", "a") == ["a", "b", "a"] and other.wishes == processes.wishes

@@ -99,7 +99,8 @@ def fit(folder, callbacks=(), batches=None, val=None, ckpt_path=None, dropout=0.
         return {"error": f"{type(error).__name__}: {error}", "micro_step": t.micro_step if t._run else None}
     digest = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(state.params)))
     params = {name: np.asarray(x).tolist() for name, x in state.params.items()}
-    told = {"samples_seen": t.samples_seen, "global_step": t.global_step, "micro_step": t.micro_step}
+    names = ("samples_seen", "global_step", "micro_step", "effective_batch_size")
+    told = {name: getattr(t, name) for name in names}
     return {"digest": digest.hexdigest(), "params": params, **told}
 
 

@@ -251,6 +251,12 @@ def test_micro_batches_that_are_left_out(reason):
     assert not np.any(state.norms.pending)
 
 
+def test_the_derivative_of_a_norm_of_nothing():
+    """Catches the square root's, which is NaN at 0."""
+    window = jaxaccum.value_and_grad(lambda p, x: jnp.mean((p * x) ** 2), 2, gradient_norms="all")
+    assert jax.grad(lambda p: window(p, jnp.ones(4))[2].window)(0.0) == 0
+
+
 def test_complex_gradients():
     """Catches the norm of the real parts alone."""
     loss = lambda p, x: jnp.mean(jnp.abs(x @ p - 1j) ** 2)

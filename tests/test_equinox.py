@@ -78,7 +78,7 @@ def micro_steps(driver, tx, fun, **options):
             return value, eqx.apply_updates(model, updates), state
 
         return eqx.filter_jit(step)
-    step = lambda model, state, *args: tx.micro_step(fun, model, state, *args, **options)
+    step = lambda model, state, *args, **kwargs: tx.micro_step(fun, model, state, *args, **options, **kwargs)
     return eqx.filter_jit(step) if driver == "filter_jit" else step
 
 
@@ -226,7 +226,10 @@ def frozen_loss(trained, x, frozen):
 
 @pytest.mark.parametrize("driver", ["window", "micro_step", "HostDriven"])
 def test_frozen_parts(driver):
-    """Catches a frozen part, a whole module as another argument, that is refused, trained or decayed."""
+    """Catches a frozen part, a whole module as another argument, that is refused, trained or decayed.
+
+    Windows get it by position, micro-steps by keyword.
+    """
     model, x = eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0)), data()
     spec = eqx.tree_at(lambda m: m.layers[-1].weight, jax.tree.map(lambda _: False, model), True)
     trained, frozen = eqx.partition(model, spec)
@@ -237,7 +240,7 @@ def test_frozen_parts(driver):
         tx = jaxaccum.MultiSteps(optax.sgd(1.0), K)
         step, new, state = micro_steps(driver, tx, frozen_loss), copied(trained), tx.init(trained)
         for i in range(K):
-            _, new, state = step(new, state, x[i::K], frozen)
+            _, new, state = step(new, state, x[i::K], frozen=frozen)
         got = jax.tree.map(jnp.subtract, trained, new)
     assert jax.tree.structure(got) == jax.tree.structure(want)
     assert_close(got, want, 1e-5)

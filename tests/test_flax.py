@@ -518,6 +518,9 @@ def test_train_state_overwrites_fp8_statistics_and_accumulates_the_rest():
         state = state.apply_gradients(grads=grads)
         assert float(state.params[OVERWRITE_WITH_GRADIENT]["scale"]) == (1, 11)[i]
     assert_close(state.params["params"], trained(ADAM, [GRADIENTS[:2].mean(0)]))
+    bare = jaxaccum.flax.TrainState.create(apply_fn=None, params=params, tx=ADAM).apply_gradients(grads=grads)
+    assert float(bare.params[OVERWRITE_WITH_GRADIENT]["scale"]) == 11
+    assert_close(bare.params["params"], trained(ADAM, GRADIENTS[1:2]))
 
 
 @pytest.mark.parametrize("wrap", IN_A_CHAIN.values(), ids=IN_A_CHAIN)
@@ -628,6 +631,67 @@ def test_an_nnx_task_of_stacked_layers_draws_a_mask_for_each():
     assert len(masks) == 6
     _, drawn = task.loss(params, state, jnp.ones((2, 8)), None)
     np.testing.assert_array_equal(drawn["layers"]["mask"][...], np.ones((3, 8)))
+
+
+class NnxPair(nnx.Module):
+    """Two masks, each of a stream of its own."""
+
+    def __init__(self, rngs):
+        self.scale = nnx.Param(jnp.ones(()))
+        self.one, self.other = (nnx.Dropout(0.5, rngs=nnx.Rngs(rngs())) for _ in range(2))
+
+
+def test_an_nnx_task_draws_apart_from_each_stream():
+    """Catches a key that all streams begin with."""
+    differ = lambda model, x: jnp.mean(jnp.abs(model.one(x) - model.other(x)) * model.scale[...])
+    task = jaxaccum.flax.nnx_task(NnxPair, differ, optax.sgd(0.1))
+    params, state = task.init(jax.random.key(0), None)
+    assert task.loss(params, state, jnp.ones(64), jax.random.key(1))[0] > 0
+
+
+class Noisy(nn.Module):
+    """Adds the difference of two streams."""
+
+    @nn.compact
+    def __call__(self, x):
+        one, other = (jax.random.uniform(self.make_rng(name), x.shape) for name in ("one", "other"))
+        return x * self.param("scale", nn.initializers.ones, ()) + one - other
+
+
+def test_a_linen_task_has_all_of_its_streams():
+    """Catches streams that are missing or alike."""
+    loss = lambda model, batch, train: jnp.mean(jnp.abs(model(batch) - batch))
+    task = jaxaccum.flax.linen_task(Noisy(), loss, optax.sgd(0.1), rngs=("one", "other"))
+    params, state = task.init(jax.random.key(0), jnp.ones(8))
+    assert task.loss(params, state, jnp.ones(8), jax.random.key(1))[0] > 0
+
+
+def test_keyword_arguments_of_an_nnx_micro_step():
+    """Catches an argument that the loss doesn't get."""
+    tx, model = MultiSteps(optax.sgd(0.0), 1), nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    step = jaxaccum.flax.HostDriven(tx, lambda model, x, *, scale: scale * jnp.mean(model(x) ** 2))
+    state = step.init(model)
+    one, state = step(model, state, jnp.ones((4, 3)), scale=1.0)
+    two, _ = step(model, state, jnp.ones((4, 3)), scale=2.0)
+    assert two == 2 * one
+
+
+class Shifted(nn.Module):
+    """A layer with a collection that no call changes."""
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, ())
+        return x * scale + self.variable("constants", "shift", lambda: jnp.full((), 3.0)).value
+
+
+def test_a_linen_task_keeps_collections_that_no_call_changes():
+    """Catches a model state of the mutable collections alone."""
+    loss = lambda model, batch, train: jnp.mean(model(batch))
+    task = jaxaccum.flax.linen_task(Shifted(), loss, optax.sgd(0.1))
+    params, state = task.init(jax.random.key(0), jnp.ones((2, 3)))
+    for key in (jax.random.key(1), None):
+        assert task.loss(params, state, jnp.ones((2, 3)), key) == (4.0, {"constants": {"shift": 3.0}})
 
 
 @pytest.mark.parametrize("make", [linen_tower, nnx_tower], ids=["linen", "nnx"])

@@ -33,6 +33,7 @@ def losing(values):
         ([5, 4.9, 4.8, 1, 1, 1], {"patience": 2, "min_delta": 0.5}, 3),
         ([1, 2, 3, 3, 3, 9], {"patience": 2, "mode": "max"}, 5),
         ([5, 4, math.nan, 1, 1, 1], {"patience": 9}, 3),
+        ([5, 4, -math.inf, 1, 1, 1], {"patience": 9}, 3),
         ([5, 4, 3, 2, 1, 0], {}, 6),
         ([5, math.nan, math.inf, 4, math.nan, math.nan], {"patience": 3, "check_finite": False}, 6),
         ([math.nan, 5, math.nan, math.nan, 4, 4], {"patience": 2, "check_finite": False}, 4),
@@ -42,7 +43,7 @@ def losing(values):
     ],
 )
 def test_early_stopping_stops_when_nothing_improves(values, options, epochs):
-    """Catches an improvement that doesn't reset the wait, a stop one epoch late, and a NaN that is waited out."""
+    """Catches an improvement that doesn't reset the wait, a stop one epoch late, and what is no number waited out."""
     stopping = EarlyStopping("val_loss", **options)
     t = single(max_epochs=6, callbacks=stopping)
     t.fit(losing(values), ones(2), ones(2))

@@ -24,6 +24,7 @@ from jaxaccum import checkpoint
 from jaxaccum.callbacks import EMA, Callback, EarlyStopping, ModelCheckpoint
 from jaxaccum.checkpoint import orbax_io
 from jaxaccum.distributed import process_group
+from jaxaccum.distributed.process_group import Processes
 from jaxaccum.loggers import JSONLLogger
 
 
@@ -104,10 +105,11 @@ def test_checkpoints_are_saved_as_time_passes(tmp_path, monkeypatch, seconds, wa
         ({"save_top_k": 0}, [5]),
         ({"save_top_k": -1}, [1, 2, 3, 4, 5]),
         ({"save_top_k": 1, "save_last": False}, [2, 5]),
+        ({"save_top_k": 0, "save_last": False}, []),
     ],
 )
 def test_the_best_are_kept_and_the_newest(tmp_path, options, want):
-    """Catches the worst kept for the best, the newest lost, and a NaN that is the best of all."""
+    """Catches the worst kept for the best, the newest lost, a NaN that is the best of all, and what is not kept."""
     values = [4.0, 1.0, 3.0, math.nan, 9.0]
     table = jnp.array(values)
     loss = lambda w, batch, key: 0 * w + jnp.mean(batch) if key is not None else table[jnp.int32(w)] + 0 * batch.mean()
@@ -121,6 +123,19 @@ def test_the_best_are_kept_and_the_newest(tmp_path, options, want):
         assert saves.state_dict()["saved"][saves.best_model_path.name] == best(v for v in values if not math.isnan(v))
 
 
+def test_the_newest_of_equals_is_the_best():
+    """Catches a run that improves on nothing, and keeps where it began."""
+    policy = ModelCheckpoint("run", monitor="score", save_top_k=2)
+    assert policy.ranked({"a": 1.0, "b": 2.0, "c": 1.0}) == ["c", "a"]
+
+
+def test_what_is_saved_in_mid_epoch_has_no_rank(tmp_path):
+    """Catches a checkpoint that ranks by the value of an earlier one."""
+    saves, stop = ModelCheckpoint(tmp_path, monitor="score"), Breaks(3, do=lambda t: setattr(t, "should_stop", True))
+    single(max_epochs=2, callbacks=[saves, Ranks([1.0, 0.0]), stop]).fit(slope(), ones(2, 2))
+    assert [path.name.rpartition("=")[2] for path in (saves.best_model_path, saves.last_model_path)] == ["2", "3"]
+
+
 def test_what_is_outdated_goes_only_when_the_new_one_is_complete(tmp_path, monkeypatch):
     """Catches a moment without any checkpoint, and folders that pile up."""
     start, seen = checkpoint.Writer.start, []
@@ -132,6 +147,19 @@ def test_what_is_outdated_goes_only_when_the_new_one_is_complete(tmp_path, monke
     monkeypatch.setattr(checkpoint.Writer, "start", started)
     single(callbacks=ModelCheckpoint(tmp_path, every_n_micro_steps=1)).fit(slope(), ones(*[2] * 5))
     assert all(1 <= len(there) <= 2 for there in seen[1:]) and len(names(tmp_path)) == 1
+
+
+def test_a_removal_that_is_cut_off_leaves_no_checkpoint(tmp_path, monkeypatch):
+    """Catches a checkpoint that lost a part of its files, and is read."""
+    path = tmp_path / "epoch=0-micro_step=1"
+    (path / "notes").mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path, **options: None)
+        orbax_io.remove(path)
+    assert not path.exists()
+    assert orbax_io.newest([tmp_path], Processes()) is None
+    orbax_io.remove(path)
+    assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("where", ["at once", "in the background"])
@@ -393,12 +421,14 @@ def test_early_stopping_stays_stopped_and_goes_on_with_more_patience(tmp_path):
 
 
 def test_the_seed_of_a_resume_is_the_checkpoints(tmp_path):
-    """Catches other masks after the resume."""
+    """Catches other masks after the resume, and its masks in a later run of the same Trainer."""
     batches, the_task = loader(*[4] * 4), task(dropout=0.5)
     saves = ModelCheckpoint(tmp_path, every_n_micro_steps=1, save_top_k=-1)
     want = single(seed=3, callbacks=saves).fit(the_task, batches)
-    got = single(seed=4).fit(the_task, batches, ckpt_path=tmp_path / "epoch=0-micro_step=2")
+    other, own = single(seed=4), single(seed=4).fit(the_task, batches)
+    got = other.fit(the_task, batches, ckpt_path=tmp_path / "epoch=0-micro_step=2")
     assert_same(got.params, want.params)
+    assert_same(other.fit(the_task, batches).params, own.params)
 
 
 def test_a_resumed_run_may_be_made_longer(tmp_path):
@@ -571,6 +601,18 @@ def test_checkpoints_none_of_which_can_be_read_are_an_error(tmp_path, part):
         assert all(f"epoch=0-micro_step={step} can't be read" in str(error.value) for step in (2, 4))
 
 
+def test_what_another_process_cannot_read_is_passed_over(tmp_path):
+    """Catches processes that go on from different checkpoints."""
+
+    class Another(Processes):
+        def gather(self, about, value=None):
+            return [value, "not on this machine" if about == "a checkpoint" else value]
+
+    single(callbacks=ModelCheckpoint(tmp_path)).fit(slope(), ones(2, 2))
+    with pytest.raises(OSError, match=r"none of the 1 checkpoints in .* can be used: not on this machine"):
+        orbax_io.newest([tmp_path], Another())
+
+
 def test_a_folder_without_checkpoints_is_a_fresh_start(tmp_path):
     """Catches a folder of something else taken for a broken checkpoint."""
     (tmp_path / "tensorboard").mkdir()
@@ -597,6 +639,16 @@ def test_best_is_found_on_disk(tmp_path, mode):
         single(callbacks=ModelCheckpoint(tmp_path)).fit(slope(), ones(2), ckpt_path="best")
     with pytest.raises(FileNotFoundError, match=r"'best' finds no checkpoint of ModelCheckpoint\(monitor='other'"):
         single(callbacks=ModelCheckpoint(tmp_path, monitor="other")).fit(slope(), ones(2), ckpt_path="best")
+
+
+def test_the_next_best_is_taken_for_one_that_is_gone(tmp_path):
+    """Catches an error for a checkpoint that someone removed."""
+    policy = lambda: ModelCheckpoint(tmp_path, monitor="score", save_top_k=2)
+    single(max_epochs=3, callbacks=[policy(), Ranks([1.0, 2.0, 3.0])]).fit(slope(), ones(2, 2))
+    shutil.rmtree(*tmp_path.glob("*micro_step=2"))
+    at = Recorder(lambda t: t.micro_step)
+    single(max_epochs=3, callbacks=[policy(), at, Ranks([0.0] * 3)]).fit(slope(), ones(2, 2), ckpt_path="best")
+    assert at.seen == [5, 6]
 
 
 def test_the_newest_is_the_newest_whatever_the_clock_says(tmp_path, monkeypatch):
@@ -633,6 +685,26 @@ def test_a_first_save_that_fails_costs_nothing_but_itself(tmp_path):
         t = single(callbacks=ModelCheckpoint(tmp_path / "file" / "checkpoints"))
         t.fit(slope(), ones(2, 2))
     assert t.micro_step == 2
+
+
+def test_a_state_that_fails_leaves_no_name(tmp_path):
+    """Catches a checkpoint that was never written, and is known as the last."""
+
+    class Fails(Callback):
+        is_broken = False
+
+        def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
+            self.is_broken = trainer.micro_step == 2
+
+        def state_dict(self):
+            if self.is_broken:
+                raise RuntimeError("mine")
+            return {}
+
+    saves = ModelCheckpoint(tmp_path, every_n_micro_steps=1)
+    with pytest.raises(RuntimeError, match="mine"), pytest.warns(UserWarning, match="could not be saved"):
+        single(callbacks=[saves, Fails()]).fit(slope(), ones(2, 2))
+    assert names(tmp_path) == saves.names == ["epoch=0-micro_step=1"]
 
 
 def test_on_exception_does_not_take_the_errors_place(tmp_path):

@@ -17,6 +17,7 @@ from devices import (
     inner,
     loss,
     make,
+    mesh_of,
     micro_batches,
     noisy,
     on_data,
@@ -65,10 +66,10 @@ def test_a_k_that_is_traced_compiles_once_on_a_mesh(name, kind):
 def test_aux_on_a_mesh_is_that_of_every_device(name, kind):
     """Catches aux that is gathered, averaged or one device's own."""
     mesh, data_axis, devices = make(name, kind)
-    fun = lambda p, data: (loss(p, data), data["x"].sum())
+    fun = lambda p, data: (loss(p, data), data["x"].sum(axis=0))
     f = jaxaccum.value_and_grad(fun, K, mesh=mesh, data_axis=data_axis, has_aux=True)
     (_, aux), _ = jax.jit(f)(placed(mesh), on_data(mesh, data_axis, batch(0, devices)))
-    want = micro_batches(batch(0, devices)["x"], devices, K).sum(axis=(1, 2)).reshape(devices, K).T
+    want = micro_batches(batch(0, devices)["x"], devices, K).sum(axis=1).reshape(devices, K, -1).swapaxes(0, 1)
     np.testing.assert_allclose(aux, want, rtol=1e-5)
     assert aux.sharding.spec[:2] == (None, data_axis)
 
@@ -220,6 +221,17 @@ def test_a_prepare_that_gathers_what_is_whole_is_refused():
         jax.jit(f)(params(), batch())
 
 
+def test_a_constant_weight_is_that_of_each_device():
+    """Catches a number that the next micro-step refuses, as it is none of each device."""
+    mesh = mesh_of("auto")
+    fun = lambda w, x: jaxaccum.Weighted(jnp.sum(w * x), 2.0)
+    value, grads = jaxaccum.local_value_and_grad(fun, mesh=mesh)(jnp.ones(()), jnp.arange(16.0))
+    assert value.weight.tolist() == [2.0] * 8
+    tx = jaxaccum.MultiSteps(optax.sgd(1.0), 1, mesh=mesh)
+    w, _ = tx.apply(jnp.ones(()), tx.init(jnp.ones(())), grads, weight=value.weight)
+    assert w == 1 - 7.5
+
+
 def test_parameters_on_another_device_are_refused():
     """Catches parameters that jax would move, or a message about a computation that the user did not write."""
     mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
@@ -231,6 +243,15 @@ def test_parameters_on_another_device_are_refused():
     ):
         with pytest.raises(ValueError, match=r"\['b'\] lies on .*5.*not among the mesh's 4 devices"):
             call()
+
+
+def test_new_parameters_go_to_a_mesh_without_the_default_device():
+    """Catches the check of above for parameters that no one put anywhere, which jax moves to the mesh."""
+    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[4:])
+    window = jaxaccum.value_and_grad(lambda w, x: jnp.mean((w * x) ** 2), K, mesh=mesh)
+    value, grad = window(jnp.ones(()), np.ones(4 * K, np.float32))
+    state = jaxaccum.MultiSteps(optax.sgd(1.0), 2, mesh=mesh).init(jnp.ones(()))
+    assert (value, grad) == (1.0, 2.0) and state.mini_step.devices() == {*mesh.devices.flat}
 
 
 def test_a_mesh_that_is_none_is_refused():

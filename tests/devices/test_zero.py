@@ -260,12 +260,13 @@ def test_a_reduction_that_does_not_exist_is_refused(options, message):
 def test_shardings_split_the_first_dimension_that_divides():
     """Catches scalars and odd sizes that can't be split, and a split that takes another axis' place."""
     mesh, _ = make("data x model", "auto")
-    model = jax.device_put(jnp.ones((8, 6)), NamedSharding(mesh, P("model")))
+    model, short = jax.device_put((jnp.ones((8, 6)), jnp.ones((4, 6))), NamedSharding(mesh, P("model")))
     spec = lambda x: jaxaccum.zero_sharding(x, mesh).spec
     assert spec(jnp.ones(())) == P()
     assert spec(jnp.ones((3, 8))) == P(None, "data")
     assert spec(jnp.ones((3, 5))) == P(None, None)
     assert spec(model) == P(("data", "model"), None)
+    assert spec(short) == P("data", None)
     assert spec(np.ones((4, 4))) == P("data", None)
 
 

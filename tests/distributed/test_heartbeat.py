@@ -71,3 +71,15 @@ def test_all_go_on_until_the_last_has_finished(store, ends):
     store[1] = json.dumps(NOBODY._replace(beat=9, finished=True))
     finishing.join(1.0)
     assert not finishing.is_alive() and not ends
+
+
+def test_a_process_that_has_not_written_yet_has_not_finished(store, ends):
+    """Catches a process that leaves before another one has begun."""
+    watch = heartbeat.Watch(0, 2, peer_timeout=5.0, exit_timeout=60.0)
+    finishing = threading.Thread(target=watch.finish)
+    finishing.start()
+    wait_for(lambda: watch._news.of(0).finished)
+    assert not watch._all_finished.is_set()
+    store[1] = json.dumps(NOBODY._replace(beat=1, finished=True))
+    finishing.join(5.0)
+    assert not finishing.is_alive() and not ends

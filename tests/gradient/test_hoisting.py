@@ -96,6 +96,7 @@ W, X = jnp.ones((4, 4)), jnp.ones((2, 4))
     [
         (lambda w, x: (x @ half(w)).sum(), [((4, 4), "bfloat16")]),
         (lambda w, x: (x @ half(w).T).sum(), [((4, 4), "bfloat16")]),
+        (lambda w, x: (x @ half(w).astype(w.dtype)).sum(), [((4, 4), "bfloat16")]),
         (lambda w, x: (x @ w.T).sum(), []),
         (lambda w, x: (x @ w[:2].T).sum(), []),
         (lambda w, x: (x @ jnp.concatenate([w, w], axis=1)).sum(), []),
@@ -108,7 +109,10 @@ W, X = jnp.ones((4, 4)), jnp.ones((2, 4))
         ),
         (lambda w, x: jax.lax.cond(x.sum() > 0, lambda w: (x @ half(w)).sum(), lambda w: jnp.float32(0), w), []),
     ],
-    ids=["cast", "cast-transpose", "transpose", "slice", "larger", "larger-work", "norm", "penalty", "loop", "cond"],
+    ids=[
+        *("cast", "cast-transpose", "cast-back", "transpose", "slice", "larger", "larger-work"),
+        *("norm", "penalty", "loop", "cond"),
+    ],
 )
 def test_rule(loss, expected):
     """What saves nothing, makes something larger, or would be summed over a loop in half precision."""
@@ -156,6 +160,7 @@ NONLINEAR = {
     "rounded": lambda w, ct: ct.astype(int).astype(ct.dtype),
     "in a jit": lambda w, ct: jax.jit(lambda ct: jnp.clip(ct, -0.02, 0.02))(ct),
     "in a branch": lambda w, ct: jax.lax.cond(w[0, 0] > 9, lambda: ct, lambda: ct**2),
+    "in the other branch": lambda w, ct: jax.lax.cond(w[0, 0] > 0, lambda: ct**2, lambda: ct),
     "chosen by itself": lambda w, ct: jax.lax.cond(ct[0, 0] > 0, lambda: ct, lambda: 2 * ct),
     "in a loop": lambda w, ct: jax.lax.scan(lambda c, row: (c * row, c), jnp.ones_like(ct[0]), ct)[1],
     "around a loop": lambda w, ct: jnp.full_like(w, jax.lax.fori_loop(0, 3, lambda i, c: c + 1, ct.sum())),

@@ -76,14 +76,14 @@ def test_gradients_are_the_same(monkeypatch):
 @pytest.mark.parametrize("where", ["plain jit", "mesh"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_is_gathered(where, kind, monkeypatch):
-    """A stack whose parts would have to come together first."""
+    """A stack whose parts would have to come together first, or lie in different ways."""
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(KINDS[kind],) * 2)
     place = lambda leaf, *spec: jax.device_put(leaf, NamedSharding(mesh, P(*spec)))
-    p = {"w": place(jnp.ones((3, 8)), None, "model"), "b": [place(jnp.ones(8), "model")] * 2}
+    p = {"w": place(jnp.ones((3, 8)), None, "model"), "b": [place(jnp.ones(8), "model")] * 2, "c": place(jnp.ones(8))}
     x = place(jnp.ones((4 * K * N, 3)), "data")
 
     def fun(p, x):
-        return jnp.mean((x @ p["w"] * p["b"][0] + p["b"][1]) ** 2)
+        return jnp.mean((x @ p["w"] * p["b"][0] + p["b"][1] + p["c"]) ** 2)
 
     def lower():
         with jax.set_mesh(mesh):

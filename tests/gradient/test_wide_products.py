@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxaccum
+from jaxaccum._gradient import wide_products
 
 K, N = 4, 2
 HALF = jnp.bfloat16
@@ -219,3 +220,13 @@ def test_a_weight_that_passes_through_integers_has_no_gradient():
     got, want = (mean_gradient(loss, p, x, num_micro_batches=K, in_place=in_place) for in_place in (None, False))
     assert not np.any(got["b"])
     np.testing.assert_allclose(got["a"], want["a"], rtol=0.05, atol=0.02 * np.abs(want["a"]).max())
+
+
+def test_a_product_with_an_algorithm_stays():
+    """Catches a gradient that is formed otherwise than the loss asks for."""
+
+    def occurs(precision):
+        product = lambda w, x: jax.lax.dot(x, w, precision=precision, preferred_element_type=HALF)
+        return wide_products.occur(jax.make_jaxpr(product)(jnp.ones((3, 5), HALF), jnp.ones((2, 3), HALF)).jaxpr)
+
+    assert occurs(None) and not occurs(jax.lax.DotAlgorithmPreset.BF16_BF16_BF16)

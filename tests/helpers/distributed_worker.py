@@ -62,6 +62,7 @@ def agree():
     """Calls `agree` for each value, and prints the results."""
     agree = jaxaccum.distributed.agree
     print(agree("same", {"every_k": 8, "rest": [1, 2.5, None]}))
+    agree("another order", {"a": 1, "b": 2} if PROCESS else {"b": 2, "a": 1})
     tries = [
         lambda: agree("every_k", 4 if PROCESS == 1 else 8),
         lambda: agree("stop", 4) if PROCESS == 1 else agree("epoch", 8),

@@ -120,7 +120,8 @@ def fit(folder, callbacks=(), batches=None, val=None, ckpt_path=None, dropout=0.
     except (Exception, SystemExit) as error:
         return {"error": f"{type(error).__name__}: {error}", "micro_step": t.micro_step if t._run else None}
     params = {name: np.asarray(x).tolist() for name, x in state.params.items()}
-    told = {"samples_seen": t.samples_seen, "global_step": t.global_step, "micro_step": t.micro_step}
+    names = ("samples_seen", "global_step", "micro_step", "effective_batch_size")
+    told = {name: getattr(t, name) for name in names}
     return {"digest": digest(state.params), "params": params, **told}
 
 

@@ -118,3 +118,16 @@ def test_a_parameter_that_is_a_number_compiles_once():
     with counted_compiles() as compiles:
         assert f(3.0, jnp.ones(4))[1] == 6.0
     assert not compiles
+
+
+def test_the_program_that_ran_last_is_kept(monkeypatch):
+    """Catches a cache that forgets the newest once it is full, so that each call compiles again."""
+    monkeypatch.setattr(eager, "_PROGRAMS", type(eager._PROGRAMS)())
+    monkeypatch.setattr(eager, "_MOST", 2)
+    double = jax.jit(lambda x: 2 * x)
+    call = lambda length: eager.call_compiled(lambda x: double(x) + 1, jnp.ones(length))
+    for length in (3, 4, 5):
+        call(length)
+    with counted_compiles() as compiles:
+        call(4), call(5)
+    assert not compiles and len(eager._PROGRAMS) == 2

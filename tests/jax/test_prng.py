@@ -116,6 +116,13 @@ def test_micro_steps_on_a_mesh_draw_their_own(driver, kind):
     np.testing.assert_allclose(values, [jax.random.uniform(jax.random.fold_in(key, p)) for p in range(8)], rtol=1e-6)
 
 
+def test_local_gradients_draw_their_own():
+    """Catches one mask on all devices."""
+    values, _ = jaxaccum.local_value_and_grad(noisy, mesh=mesh_of("auto"), key_argnums=2)(W, X, jax.random.key(0))
+    want = [jax.random.uniform(jax.random.fold_in(jax.random.key(0), p)) for p in range(8)]
+    np.testing.assert_allclose(values, want, rtol=1e-6)
+
+
 def test_micro_steps_elsewhere_use_a_key_as_it_is():
     """Catches a key that is folded where each call has its own."""
     key = jax.random.key(5)

@@ -202,6 +202,17 @@ def test_a_resume_drops_lines_that_are_none(logger, name, tmp_path):
     assert [record for record in records_of(path) if record not in RECORDS[:4]] == []
 
 
+def test_a_number_that_was_cut_off_is_dropped(tmp_path):
+    """Catches a row with all of its columns, whose last number is another one."""
+    path = tmp_path / "m.csv"
+    log = CSVLogger(path)
+    log.write_scalars(8, {"train_loss": 0.5})
+    log.write_scalars(9, {"train_loss": 0.25})
+    path.write_text(path.read_text().removesuffix("5\n"))
+    CSVLogger(path).begin({"step": 9, "micro_step": 9})
+    assert records_of(path) == [{"step": 8, "train_loss": 0.5}]
+
+
 @pytest.mark.parametrize(("logger", "name"), [(JSONLLogger, "m.jsonl"), (CSVLogger, "m.csv")])
 def test_a_line_that_was_cut_off_gets_none_glued_to_it(logger, name, tmp_path):
     """Catches a record that is lost because another one was, in a file that is taken up or by one logger."""
@@ -587,3 +598,21 @@ def test_a_checkpoint_leaves_no_record_behind(tmp_path):
     saves = ModelCheckpoint(tmp_path, every_n_micro_steps=1)
     single(log_every_n_steps=1, logger=JSONLLogger(path), callbacks=[counts, saves]).fit(slope(), ones(2, 2, 2))
     assert seen == [0, 1, 2]
+
+
+def test_what_the_devices_never_finish_is_not_waited_for():
+    """Catches a run that hangs in its last record after another process has gone."""
+
+    class Never:
+        def is_ready(self):
+            return False
+
+        def __array__(self, *args, **kwargs):
+            raise AssertionError("was waited for")
+
+    log = Logged()
+    kept = Records([log])
+    kept.add(1, {"loss": 1.0})
+    kept.add(2, {"loss": Never()})
+    kept.flush(waits=False)
+    assert log.records == kept.history == [{"step": 1, "loss": 1.0}]

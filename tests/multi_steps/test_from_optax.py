@@ -256,6 +256,12 @@ OURS = jaxaccum.MultiSteps(optax.adam(0.1), 4)
             r"state.skip_state is not that of the should_skip_update_fn of tx, at skip_state/n: nothing in",
         ),
         (
+            OURS,
+            lambda: jax.tree.map(lambda x: jnp.stack([x] * 2), pending()),
+            ValueError,
+            r"state.mini_step must be a scalar, got shape \(2,\).*replicated",
+        ),
+        (
             jaxaccum.MultiSteps(optax.adam(0.1), 4, prepare=jaxaccum.cast(jnp.bfloat16, where=lambda *_: True)),
             pending,
             ValueError,

@@ -274,6 +274,24 @@ def test_a_loss_that_raises_for_other_arguments():
             assert is_alive(now)
 
 
+def test_a_loss_that_raises_under_another_mesh():
+    """Catches sums taken by a call that jax traces anew for its mesh, of types that it ran with before."""
+
+    def loss(w, x):
+        if not jax.sharding.get_abstract_mesh().empty:
+            raise RuntimeError("a mesh")
+        return tangent(w, x)
+
+    tx, _, params, _ = summing(3)
+    step = jaxaccum.HostDriven(tx, loss)
+    x = x_of(1)
+    step(jnp.zeros(1), tx.init(params), x)
+    now = jnp.zeros(1), tx.init(params)
+    with jax.set_mesh(jax.make_mesh((1,), ("data",))), pytest.raises(RuntimeError, match="a mesh"):
+        step(*now, x)
+    assert is_alive(now)
+
+
 def test_arguments_on_another_device():
     """Catches sums taken by a call that jax refuses for where its arguments lie, of types that it ran with before."""
     tx, step, *_ = summing(3)

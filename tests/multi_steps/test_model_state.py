@@ -180,6 +180,16 @@ def test_keyword_arguments_reach_the_loss(driver):
     assert loss == 6.0 and params == -5.0
 
 
+@pytest.mark.parametrize("driver", ["jit", "HostDriven"])
+def test_carries_in_any_order(driver):
+    """Catches carries that the loss gets in other places once it has more arguments."""
+    fun = lambda w, a, x, b, y: (w * x + y, (b + x, a + y))
+    tx, w = jaxaccum.MultiSteps(optax.sgd(1.0), 1), jnp.float32(1.0)
+    step = stepper(driver, tx, fun, carry_argnums=(3, 1))
+    (loss, (b, a)), w, _ = step(w, tx.init(w), 10.0, 2.0, 20.0, 3.0)
+    assert (loss, b, a, w) == (5.0, 22.0, 13.0, -1.0)
+
+
 def test_a_key_by_keyword_on_a_mesh():
     """Catches one mask for all devices."""
     fun = lambda w, x, *, key: jnp.sum(w * x * jax.random.normal(key))
@@ -239,6 +249,16 @@ def test_arrays_that_are_not_yet_on_the_mesh(reduce):
         (_, carry), params, state = step(params, state, x, carry)
     np.testing.assert_array_equal(carry, 4.0)
     assert [program._cache_size() for program in step._programs[True]] == [1, 1]
+
+
+def test_a_number_as_carry():
+    """Catches programs that compile again for what they return, which has no weak type."""
+    tx = jaxaccum.MultiSteps(optax.sgd(0.1), 2)
+    step = jaxaccum.HostDriven(tx, lambda w, x, s: (jnp.sum(x * w), s + x[0]), carry_argnums=2)
+    params, carry, state = jnp.ones(2), 0.0, tx.init(jnp.ones(2))
+    for _ in range(4):
+        (_, carry), params, state = step(params, state, np.ones(2, np.float32), carry)
+    assert carry == 4.0 and [program._cache_size() for program in step._programs[True]] == [1, 1]
 
 
 def test_lowered_programs():

@@ -44,12 +44,19 @@ def test_a_nonfinite_gradient_ends_with_its_window(drive, bad):
 
 @pytest.mark.parametrize("drive", DRIVES)
 def test_dropping_costs_the_nonfinite_micro_batch_only(drive):
-    """Catches a drop that loses the window, is not counted, or divides by K."""
-    tx = jaxaccum.MultiSteps(optax.sgd(1.0), 3, nonfinite="drop")
-    grads = [jnp.array([1.0, 1.0]), jnp.array([5.0, np.nan]), jnp.array([3.0, 5.0])]
-    params, state = run(tx, jnp.zeros(2), grads, drive=drive, k=3)
+    """Catches a drop that loses the window, is not counted, divides by K, or takes an infinity for a number."""
+    tx = jaxaccum.MultiSteps(optax.sgd(1.0), 4, nonfinite="drop")
+    grads = [jnp.array([1.0, 1.0]), jnp.array([5.0, np.nan]), jnp.array([-np.inf, 5.0]), jnp.array([3.0, 5.0])]
+    params, state = run(tx, jnp.zeros(2), grads, drive=drive, k=4)
     assert_same(params, jnp.array([-2.0, -3.0]))
-    assert int(state.dropped) == 1 and int(state.gradient_step) == 1
+    assert int(state.dropped) == 2 and int(state.gradient_step) == 1
+
+
+def test_what_weighs_nothing_is_not_dropped():
+    """Catches padding that is NaN, and counted among the micro-batches that were dropped."""
+    tx = jaxaccum.MultiSteps(optax.sgd(1.0), 2, nonfinite="drop")
+    params, state = run(tx, jnp.array(0.0), [jnp.array(np.nan), jnp.array(2.0)], [0.0, 1.0])
+    assert params == -2.0 and int(state.dropped) == 0
 
 
 @pytest.mark.parametrize("drive", DRIVES)
@@ -123,6 +130,14 @@ def test_flush_divides_by_what_the_window_holds():
     updates, state = jax.jit(tx.flush)(state, jnp.array(0.0))
     assert updates == -5.0 and tx.has_updated(state)
     assert int(state.mini_step) == 0 and int(state.gradient_step) == 1
+
+
+def test_the_largest_count_of_steps_stays():
+    """Catches a count that becomes negative, and schedules that begin again."""
+    tx, most = jaxaccum.MultiSteps(optax.sgd(1.0), 1), np.iinfo(np.int32).max
+    state = tx.init(jnp.array(0.0))._replace(gradient_step=jnp.int32(most))
+    params, state = tx.apply(jnp.array(0.0), state, jnp.array(2.0))
+    assert params == -2.0 and state.gradient_step == most
 
 
 @pytest.mark.parametrize("jitted", [False, True])
@@ -282,7 +297,7 @@ def test_the_static_boundary_may_be_numpys():
 
 @pytest.mark.parametrize("static", [False, True])
 def test_a_value_of_one_window_does_not_reach_the_next(static):
-    """Catches a mean that holds values of an earlier window, where not every call passes one."""
+    """Catches a mean that holds values of an earlier window, where not every call passes one, or none: it is NaN."""
     seen = optax.GradientTransformationExtraArgs(
         lambda params: jnp.zeros(()),
         lambda updates, state, params=None, *, value=0.0, **_: (updates, jnp.asarray(value)),
@@ -295,6 +310,8 @@ def test_a_value_of_one_window_does_not_reach_the_next(static):
         update = jax.jit(lambda s, extra, b=boundary: tx.update(jnp.ones(()), s, boundary=b, **extra)[1])
         state = update(state, extra)
     assert state.inner_opt_state == 2.0
+    _, state = tx.flush(tx.update(jnp.ones(()), state, boundary=False if static else None)[1])
+    assert np.isnan(state.inner_opt_state)
 
 
 def test_a_number_among_traced_parameters():

@@ -577,7 +577,7 @@ def test_a_loss_is_one_floating_scalar(loss, words):
 
 DRIVERS = {
     "micro_step": lambda tx, loss: tx.micro_step,
-    "HostDriven": lambda tx, loss: lambda loss, *args: HostDriven(tx, loss)(*args),
+    "HostDriven": lambda tx, loss: lambda loss, *args, **kwargs: HostDriven(tx, loss)(*args, **kwargs),
 }
 drivers = pytest.mark.parametrize(("name", "driver"), DRIVERS.items(), ids=DRIVERS)
 
@@ -784,6 +784,8 @@ def test_an_nnx_rngs_is_no_key():
         for driver in DRIVERS.values():
             with fails(TypeError, *words):
                 driver(tx, noisy)(noisy, W, tx.init(W), jnp.ones((8, 3)), nnx.Rngs(0))
+            with fails(TypeError, *words):
+                driver(tx, noisy)(noisy, W, tx.init(W), jnp.ones((8, 3)), rngs=nnx.Rngs(0))
             driver(tx, keyed)(keyed, W, tx.init(W), jnp.ones((8, 3)), nnx.Rngs(0)())
 
 

@@ -251,6 +251,23 @@ def test_micro_batches_that_are_left_out(reason):
     assert not np.any(state.norms.pending)
 
 
+def test_the_derivative_of_a_norm_of_nothing():
+    """Catches the square root's, which is NaN at 0."""
+    window = jaxaccum.value_and_grad(lambda p, x: jnp.mean((p * x) ** 2), 2, gradient_norms="all")
+    assert jax.grad(lambda p: window(p, jnp.ones(4))[2].window)(0.0) == 0
+
+
+def test_complex_gradients():
+    """Catches the norm of the real parts alone."""
+    loss = lambda p, x: jnp.mean(jnp.abs(x @ p - 1j) ** 2)
+    p, x = jnp.array([1 + 2j, -3j]), jnp.array([[1.0, 2.0], [3.0, -1.0]])
+    _, _, norms = jaxaccum.value_and_grad(loss, 2, gradient_norms="all")(p, x)
+    length = lambda rows: np.linalg.norm(jax.grad(loss)(p, rows))
+    np.testing.assert_allclose(
+        (norms.window, *norms.micro_batch), (length(x), length(x[:1]), length(x[1:])), rtol=1e-12
+    )
+
+
 @pytest.mark.parametrize(("batch", "want"), [("per_device", (140.25, 9.0, 9)), ("global", (17.75, 2.0, 9))])
 def test_pending_norms_on_another_number_of_devices(batch, want):
     """Catches sums that are lost or not scaled with the weights, and micro-batches' norms that are added up."""
@@ -298,17 +315,22 @@ def test_collectives(reduce):
 
 
 def test_layers_are_added_in_place_for_the_norm_of_the_window():
-    """Catches a second tree of gradients for the one norm that doesn't need it."""
+    """Catches a second tree of gradients for the one norm that doesn't need it, and norms of the sums so far."""
 
     def loss(p, x):
         return jnp.mean(jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p)[0] ** 2)
 
-    layers, x = jnp.ones((16, 32, 32)), jnp.ones((4, 32))
+    layers, x = jnp.full((16, 32, 32), 0.1), jnp.ones((4, 32))
 
     def temporary(flag):
         f = jax.jit(jaxaccum.value_and_grad(loss, 2, gradient_norms=flag, accumulator_dtype=jnp.float64))
         return f.lower(layers, x).compile().memory_analysis().temp_size_in_bytes
 
+    tx = jaxaccum.MultiSteps(optax.sgd(1.0), 3, gradient_norms="all", accumulator_dtype=jnp.float64)
+    state = tx.init(layers)
+    for rows in (x, 2 * x):
+        _, _, state = tx.micro_step(loss, layers, state, rows)
+        np.testing.assert_allclose(state.norms.micro_batch, norm(jax.grad(loss)(layers, rows)), rtol=1e-12)
     off, window, all_ = map(temporary, (None, "window", "all"))
     assert window < off + layers.nbytes / 2 <= all_
     for options in ({"gradient_norms": "all"}, {"transform_micro_gradient": lambda g: g}):

@@ -1,5 +1,7 @@
 """Statistics of fp8 layers, whose "gradient" is their new value: a window keeps the largest, never an average."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -61,6 +63,15 @@ def test_windows(form, options):
         "eager": lambda: f()(params(), X),
     }[form]()
     assert amax(grads) == 9.0 and grads["params"]["w"] == 5.0 and value == 10.0
+
+
+def test_statistics_in_a_field():
+    """Catches statistics that are known in a dict alone, and not in a dataclass."""
+    kind = dataclasses.make_dataclass("Params", ["w", NAME])
+    kind = jax.tree_util.register_dataclass(kind, ["w", NAME], [])
+    fun = lambda p, x: jnp.mean(observed(x, getattr(p, NAME)) * p.w)
+    _, grads = jaxaccum.value_and_grad(fun, K)(kind(jnp.array(2.0), jnp.array(7.0)), X)
+    assert (grads.w, getattr(grads, NAME)) == (5.0, 9.0)
 
 
 @pytest.mark.parametrize("weights", ["all", "some", "none"])

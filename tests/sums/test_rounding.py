@@ -151,3 +151,11 @@ def test_the_devices_of_a_mapped_axis_round_differently():
     step = jax.pmap(lambda g: tx.update(g, tx.init(g))[1].acc_grads, "data", devices=jax.devices()[:2])
     sums = step(jnp.full((2, SIZE), STEP))
     assert (sums[0] != sums[1]).mean() > 0.2
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0x7FC00000])
+def test_a_nan_stays_one(bits):
+    """Catches noise that carries a NaN's bits over to an infinity or a number."""
+    nan = jnp.asarray(np.uint32(bits)).view(jnp.float32)
+    kept = weighted_sum.add(jnp.zeros(64, jnp.bfloat16), jnp.broadcast_to(nan, 64), counters=(jnp.int32(1),))
+    assert jnp.isnan(kept).all()

@@ -79,7 +79,8 @@ def test_two_processes_train_as_one_with_all_their_devices(alone, together, case
     zero, one = (of[case] for of in together)
     assert zero["digest"] == one["digest"]
     assert_same_end(zero, alone[case])
-    assert zero["micro_step"] == one["micro_step"] == alone[case]["micro_step"]
+    for name in ("micro_step", "effective_batch_size"):
+        assert zero[name] == one[name] == alone[case][name]
 
 
 def test_process_0_alone_logs_what_is_of_all(alone, together):

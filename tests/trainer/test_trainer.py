@@ -1,5 +1,6 @@
 """The Trainer: what it shares with PyTorch Lightning or improves, row by row; then its loop and its errors."""
 
+import dataclasses
 import math
 
 import jax
@@ -86,13 +87,17 @@ def test_row_6_the_last_batch_steps_where_the_loader_has_no_length():
     assert steps(Stream(), accumulate_grad_batches=4, max_epochs=2) == [0, 0, 0, 1, 2, 2, 2, 2, 3, 4]
 
 
-@pytest.mark.parametrize(("how", "want"), [("exact", [-1, -1, -1]), ("divide_by_k", [-1, -1, -0.5])])
-def test_row_7_a_partial_window_is_divided_by_what_it_holds_or_as_lightning_does(how, want):
-    """Catches the division by K where it was not asked for: K=4 and N=10 give 1, 1, 0.5."""
+@pytest.mark.parametrize(
+    ("how", "clip", "want"),
+    [("exact", None, [-1, -1, -1]), ("divide_by_k", None, [-1, -1, -0.5]), ("divide_by_k", 0.75, [-0.75, -0.75, -0.5])],
+)
+def test_row_7_a_partial_window_is_divided_by_what_it_holds_or_as_lightning_does(how, clip, want):
+    """Catches the division by K where it was not asked for, or after the clipping: K=4 and N=10 give 1, 1, 0.5."""
     moved = Recorder(lambda t: float(t.state.params))
-    single(accumulate_grad_batches=4, partial_window=how, callbacks=moved).fit(slope(), ones(*[2] * 10))
+    options = {"partial_window": how, "gradient_clip_val": clip}
+    single(accumulate_grad_batches=4, callbacks=moved, **options).fit(slope(), ones(*[2] * 10))
     positions = np.array([0, *moved.seen[3::4], moved.seen[-1]])
-    np.testing.assert_allclose(np.diff(positions), want)
+    np.testing.assert_allclose(np.diff(positions), want, rtol=1e-6)
 
 
 def test_row_8_global_step_counts_optimizer_steps_and_batch_idx_micro_batches():
@@ -411,16 +416,18 @@ def test_devices_meet_once_a_window(strategy):
 
 
 def test_model_state_is_carried_in_the_window_and_averaged_over_devices_after_it():
-    """Catches a state that restarts, that one device's replaces, or that weight-0 copies advance."""
+    """Catches a state that restarts, that one device's replaces or goes on with, or that weight-0 copies advance."""
     batches = loader(4, 4, 4, 4, 4)
     means = [batch["x"].mean() for batch in batches]
     state = single(accumulate_grad_batches=2).fit(task(model_state=True), batches)
     np.testing.assert_allclose(state.model_state["seen"], sum(means), rtol=1e-5)
     assert int(state.model_state["steps"]) == 5
-    got = trainer(strategy="ddp", devices=2, accumulate_grad_batches=2).fit(task(model_state=True), batches).model_state
+    state = trainer(strategy="ddp", devices=2, accumulate_grad_batches=2).fit(task(model_state=True), batches)
+    got, local = state.model_state, state.pending.model_state
     # Window 1: batches 0 and 2 on the first device, 1 and 3 on the second; window 2: batch 4 on the first.
     np.testing.assert_allclose(got["seen"], sum(means[:4]) / 2 + means[4] / 2, rtol=1e-5)
     assert int(got["steps"]) == 3
+    np.testing.assert_array_equal(local["seen"], [got["seen"]] * 2)
 
 
 def test_hooks_run_in_lightnings_order_and_in_the_order_of_the_callbacks():
@@ -558,7 +565,7 @@ def test_a_validation_after_a_part_of_an_epoch_without_a_length_is_refused_at_th
 
 
 def test_validate_gives_the_weighted_means():
-    """Catches a mean of means, a limit that is not kept, and a state that must be the last fit's."""
+    """Catches a mean of means, a limit that is not kept, and a state or a task that must be the last fit's."""
     batches = [np.full(n, value, np.float32) for n, value in [(1, 1), (3, 5), (4, 100)]]
     loss = lambda w, batch, key: (jnp.mean(batch) * w, {"count": jaxaccum.Weighted(batch.size * 1.0, 1)})
     the_task = jaxaccum.Task(lambda key, batch: jnp.ones(()), loss, optax.sgd(0.0))
@@ -568,6 +575,8 @@ def test_validate_gives_the_weighted_means():
         assert t.validate(the_task, batches) == pytest.approx({"val_loss": 4.0, "val_count": 2.0})
         half = state._replace(params=jnp.full((), 0.5))
         assert t.validate(the_task, batches, half)["val_loss"] == pytest.approx(2.0)
+        tripled = dataclasses.replace(the_task, loss=lambda *args: 3 * loss(*args)[0])
+        assert t.validate(tripled, batches) == pytest.approx({"val_loss": 12.0})
 
 
 @pytest.mark.parametrize("strategy", ["single", "ddp"])
@@ -662,6 +671,7 @@ def test_errors_name_argument_value_and_remedy():
     refused(ValueError, "partial_window must be.*'half'", partial_window="half")
     refused(ValueError, "nonfinite must be.*'skip'", nonfinite="skip")
     refused(ValueError, "gradient_clip_val.*-1", gradient_clip_val=-1)
+    refused(ValueError, "gradient_clip_val.*nan", gradient_clip_val=math.nan)
     refused(ValueError, "limit_train_batches=0.5.*pass an int", iter(ones(2)), limit_train_batches=0.5)
     refused(TypeError, "callbacks must be.*3", callbacks=3)
     refused(TypeError, "callbacks must be", callbacks=[Callback(), "x"])

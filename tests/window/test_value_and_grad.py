@@ -153,7 +153,7 @@ def test_model_state_goes_from_micro_batch_to_micro_batch(form, has_aux):
 
 
 def test_a_micro_batch_of_weight_zero_leaves_the_model_state_alone():
-    """Catches statistics of padding."""
+    """Catches statistics of padding, in a window of one micro-batch too."""
 
     def fun(w, x, stats):
         return jaxaccum.Weighted(jnp.sum(w * x), (x > 0).sum()), stats + x.sum()
@@ -162,6 +162,17 @@ def test_a_micro_batch_of_weight_zero_leaves_the_model_state_alone():
         jnp.array(2.0), jnp.array([1.0, -5.0, 3.0, -7.0]), jnp.array(10.0)
     )
     assert (value, stats, grad) == (4.0, 14.0, 2.0)
+    (value, stats), grad = jaxaccum.value_and_grad(fun, 1, carry_argnums=2)(
+        jnp.array(2.0), -jnp.ones(2), jnp.array(3.0)
+    )
+    assert (value, stats, grad) == (0.0, 3.0, 0.0)
+
+
+def test_a_list_is_a_pair_as_for_jax():
+    """Catches a loss that jax takes, and that returns its aux in a list."""
+    fun = lambda w, x: [jnp.mean(w * x), x.sum()]
+    (value, aux), grad = jaxaccum.value_and_grad(fun, 2, has_aux=True)(jnp.ones(()), jnp.arange(4.0))
+    assert (value, grad, aux.tolist()) == (1.5, 1.5, [2.0, 4.0])
 
 
 def test_several_carries_come_back_in_order():

@@ -1,6 +1,7 @@
 """Loaders: when each is told the epoch and iterated over, how far it is read, and where a resume puts it."""
 
 import itertools
+import math
 
 import jax
 import numpy as np
@@ -9,6 +10,8 @@ from training import Recorder, assert_same, loader, ones, single, slope, task
 
 import jaxaccum
 from jaxaccum.callbacks import Callback, ModelCheckpoint
+from jaxaccum.checkpoint import json_state
+from jaxaccum.trainer.input.loader import Start, TrainLoader
 
 BATCHES = [np.full(2, value, np.float32) for value in range(7)]
 
@@ -477,3 +480,24 @@ def test_several_validation_loaders_have_names(bad):
     """Catches a run that validates on nothing, and results without a name of their own."""
     with pytest.raises(TypeError, match=r"val_loader must be a loader or a dict of loaders by name, got the keys \["):
         single().fit(slope(), BATCHES, bad)
+
+
+def test_a_position_of_version_0_1():
+    """Catches a checkpoint that holds the loader's own state alone."""
+
+    class Loader:
+        position = 0
+
+        def state_dict(self):
+            return {"at": self.position}
+
+        def load_state_dict(self, state):
+            self.position = state["at"]
+
+        def __iter__(self):
+            return iter(ones(1, 2, 3)[self.position :])
+
+    options = {"limit_train_batches": 1.0, "overfit_batches": 0, "epochs": 1, "steps": math.inf}
+    batches = TrainLoader(Loader(), keeps_state=True, **options)
+    batches.begin(Start(batches=1, all_batches=1), json_state.dumps({"at": 1}, "Loader"))
+    assert [len(batch) for batch in batches.epoch(0)] == [2, 3]

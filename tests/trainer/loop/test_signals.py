@@ -129,6 +129,25 @@ def test_bad_exit_signals_are_refused_at_construction(bad):
         single(exit_signals=bad)
 
 
+def test_a_signal_in_a_validation_does_not_wait_for_its_end(tmp_path):
+    """Catches a process that is killed while it validates, before it has saved."""
+    ended = []
+
+    class Ends(Callback):
+        def on_validation_end(self, trainer, task):
+            ended.append(trainer.micro_step)
+
+    left_with(SystemExit, tmp_path, Sends(signal.SIGTERM, hook="on_validation_start"), Ends())
+    assert not ended
+
+
+def test_a_run_that_no_signal_ends_leaves_no_handlers(tmp_path):
+    """Catches a signal after the run that a handler of the run swallows."""
+    before = handlers()
+    fit(tmp_path)
+    assert handlers() == before
+
+
 def test_another_thread_sets_no_handlers(tmp_path):
     """Catches Python's ValueError where fit runs in a worker thread."""
     before, ended = handlers(), []

@@ -121,13 +121,17 @@ def test_a_hook_may_make_windows_longer():
     assert validations(ones(*[2] * 6), max_steps=2, callbacks=[Sets()]) == [6]
 
 
-def test_a_length_by_which_none_falls_due_is_a_warning_and_so_is_a_run_without_any():
-    """Catches a length believed in earnest, and a run that ends without a word on the validation it never had."""
+def test_a_length_by_which_none_falls_due_is_a_warning_and_so_is_a_run_without_any(tmp_path):
+    """Catches a length believed in earnest, and a run that ends without a word on the validation it never had.
+
+    `EarlyStopping` has its own word for that; `ModelCheckpoint`, which may look at the same value, has none.
+    """
     with pytest.warns(UserWarning) as caught:
         seen = validations(Unsized(ones(*[2] * 6), length=3), val_check_interval=5)
     assert seen == [5] and ["no validation will fall due" in str(w.message) for w in caught] == [True]
     with pytest.warns(UserWarning, match="no validation fell due in the 4 micro-steps of this run") as caught:
-        validations(Unsized(ones(2, 2)), max_epochs=None, max_steps=4, val_check_interval=5, callbacks=[LongWindows()])
+        callbacks = [LongWindows(), ModelCheckpoint(tmp_path, monitor="val_loss")]
+        validations(Unsized(ones(2, 2)), max_epochs=None, max_steps=4, val_check_interval=5, callbacks=callbacks)
     assert len(caught) == 1
 
 
@@ -197,6 +201,17 @@ def test_the_first_look_leaves_nothing_behind():
         assert sum("val_loss" in record for record in log.records) == 1 and "val_loss" not in first.seen[0]
     for steps in (2, -1, 3):
         assert_same(states[steps], states[0])
+
+
+def test_the_first_look_keeps_to_the_limit():
+    """Catches a look at all batches of a loader that limit_val_batches cuts short."""
+
+    class Loader:
+        def __iter__(self):
+            yield from ones(2, 2)
+            raise AssertionError("beyond the limit")
+
+    single(max_epochs=1, num_sanity_val_steps=-1, limit_val_batches=2).fit(slope(), ones(2), Loader())
 
 
 @pytest.mark.parametrize("form", ["iterator", "one iterator for ever", "begins anew"])

@@ -264,3 +264,18 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     flags = ["--target-batch-size", "16", "--memory-limit", "2e3", "--alternatives", "--measure", "--batch", "other"]
     command.main(["plan", "planned:made", *flags])
     assert capsys.readouterr().out == f"{((planned.task, None, [2], None, 16, None, 2000), on)}\n"
+
+
+@pytest.mark.parametrize(
+    ("params", "options", "words"),
+    [
+        ({"w": jnp.ones(3)}, {"key_argnums": 2}, "plan takes no key_argnums: .* Close over"),
+        ({"w": jnp.ones(3)}, {"batch_argnums": (1, 2)}, "plan takes no batch_argnums: .* one tree"),
+        ({"w": jnp.ones(3), "f": jnp.tanh}, {}, r"params\['f'\] is no array .* eqx.partition"),
+    ],
+)
+def test_what_is_no_loss_of_params_and_a_batch(params, options, words):
+    """Catches an error from inside jax, which names no argument of the caller's."""
+    loss = lambda params, x: jnp.mean((x @ params["w"]) ** 2)
+    with pytest.raises(TypeError, match=words):
+        jaxaccum.plan(loss, params, jnp.ones((1, 3)), optax.sgd(1.0), 4, memory_limit=1e6, **options)

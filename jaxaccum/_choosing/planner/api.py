@@ -13,6 +13,7 @@ from jaxaccum._choosing.planner.step import Step
 from jaxaccum._devices import placement
 from jaxaccum._devices.topology import MeshAxis, Sync
 from jaxaccum._integers import as_int, positive_int
+from jaxaccum._sums import numeric
 from jaxaccum._types import Tree
 
 # The part of a device's memory that a plan uses by default: the runtime needs some besides the program.
@@ -100,6 +101,7 @@ def plan(
     each = target.split(examples, sync.size(), "the number of devices")
     limit = _limit(memory_limit, sync)
     _check_batch(batch)
+    _check_loss(params, options)
     step = _step.of(task_or_loss, params, batch, optimizer, examples, sync, options)
     planner = _Planner(step, each, limit)
     chosen = planner.largest()
@@ -201,6 +203,21 @@ def _check_batch(batch: Tree) -> None:
     lengths = {shape[:1] for shape in shapes.values()}
     if len(lengths) != 1 or lengths == {()}:
         raise ValueError(f"the leaves of batch must have one leading length, got shapes {shapes}.")
+
+
+def _check_loss(params: Tree, options: dict[str, Any]) -> None:
+    if positions := ", ".join(name for name in options if name.endswith("argnums")):
+        raise TypeError(
+            f"plan takes no {positions}: the loss is loss(params, batch). Close over other arguments, such as a key, "
+            "and put several arrays of a batch in one tree."
+        )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not hasattr(leaf, "dtype"):
+            raise TypeError(
+                f"params{numeric.path_name(path)} is no array but {leaf!r:.60}. Of an equinox module pass the arrays, "
+                "as eqx.partition(model, eqx.is_inexact_array) gives them, and combine them in the loss; for a flax "
+                "model pass a linen_task or an nnx_task, and None for params."
+            )
 
 
 def _said(memory: Memory) -> str:

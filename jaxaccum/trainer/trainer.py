@@ -68,7 +68,7 @@ class Trainer:
       accumulate_grad_batches: K: an int, a dict from epoch to K, or an `AccumulationSchedule`, by epoch or by optimizer
         step, samples or tokens. K changes only at the start of a window. With a schedule by samples or tokens, an
         iterator may be read up to 3 micro-steps beyond `max_steps`. "auto": the K with which a window has
-        `target_batch_size` examples, given those of the loader's first batch.
+        `target_batch_size` examples, given those of the run's first batch.
       target_batch_size: the examples of a window, for "auto": a multiple of P·N with "ddp" and "zero", else of N.
         `jaxaccum.plan` finds the largest N that fits in memory, for the loader.
       max_epochs: the number of epochs; -1 for no limit. None means 1000, with a warning, or no limit if `max_steps` or
@@ -656,6 +656,8 @@ class Trainer:
             run_checkpoint.begin(found, loader, self._strategy)
         # Before the first collective, which would deadlock if a process had left.
         examples = sum(processes.gather("the number of examples", length(loader.first)))
+        if found is not None:  # The first batch after a resume may be another one.
+            examples = run_checkpoint.examples(found, self._strategy) or examples
         micro_step = examples * self._strategy.group
         if options.target_batch_size is not None:
             every_k = target.split(options.target_batch_size, micro_step, "the examples of a micro-step")

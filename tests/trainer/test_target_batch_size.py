@@ -46,7 +46,7 @@ def test_a_window_has_the_target(strategy, k):
 @pytest.mark.parametrize("by", ["auto", "samples"])
 @pytest.mark.parametrize("devices", [1, 2])
 def test_a_resume_before_a_smaller_batch_knows_the_first_one(tmp_path, by, devices):
-    """Catches a K, or a number of optimizer steps, from the first batch after the resume in place of the run's first."""
+    """Catches a K, or a number of optimizer steps, from the first batch after the resume, not from the run's first."""
     batches = ones(*[8] * 4 * devices, *[4] * devices)
     options = {"strategy": "single" if devices == 1 else "ddp", "devices": devices, "max_epochs": 2}
     if by == "auto":

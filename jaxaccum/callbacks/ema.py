@@ -19,9 +19,10 @@ class EMA(Callback):
     It starts at the parameters that the run starts from. After each optimizer step it is `decay * average + (1 - decay)
     * params`, without bias correction. It is stored in float32 or wider.
 
-    `fit` validates with the average, and so does `Trainer.validate` unless it is given a state. Checkpoints keep it, as
-    arrays named ".average" in place of ".params". A run that resumes from a checkpoint without an average starts one
-    there.
+    `fit` validates with the average, and `Trainer.validate`, `test` and `predict` use it unless they are given a state.
+    The parameters that `fit` returns, and those of `jaxaccum.checkpoint.load(path, like=params)`, are those of the last
+    step. Checkpoints keep the average as arrays named ".average" in place of ".params". A run that resumes from a
+    checkpoint without an average starts one there.
 
     Example:
       >>> import numpy as np, optax, jaxaccum

@@ -36,8 +36,8 @@ class ModelCheckpoint(Callback):
       train_time_interval: a `datetime.timedelta`; save after the micro-step in which this time has passed since the run
         started or the last interval ended. With several processes the clock is that of process 0.
       monitor: the name in `trainer.callback_metrics` by which to rank checkpoints; None ranks by age, newest first. It
-        is an error if the value is missing when a checkpoint is due, unless the first window or validation may still
-        provide it.
+        is an error if the value is missing when a checkpoint is due, unless the first window, epoch or validation may
+        still provide it.
       mode: "min" or "max": whether lower or higher is better.
       save_top_k: how many of the best checkpoints to keep; -1 keeps all. Without a `monitor` it must be -1, 0 or 1.
       save_last: whether to also keep the newest checkpoint, for a resume. False saves only checkpoints that rank in the

@@ -1,6 +1,7 @@
 """The value that a callback monitors: its name, its current value, and which values are better."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jaxaccum.callbacks.base import TrainerView
@@ -30,20 +31,27 @@ class Monitor(NamedTuple):
         return math.inf if self.mode == "min" else -math.inf
 
     def value(self, trainer: TrainerView) -> float | None:
-        """Returns the value; None if the first window or validation may still provide it.
+        """Returns the value; None if the first window, epoch or validation may still provide it.
 
         Raises:
           ValueError: if the value is missing and will not become available.
         """
-        metrics, kind = trainer.callback_metrics, self.name.partition("_")[0]
+        metrics = trainer.callback_metrics
         if self.name in metrics:
             return float(metrics[self.name])
-        if kind in ("train", "val") and not any(name.startswith(f"{kind}_") for name in metrics):
+        if self._may_come(trainer, metrics):
             return None
         raise ValueError(
             f"monitor={self.name!r} is not among what is logged: {sorted(metrics)}. Pass one of these, or have a "
             "callback log it with trainer.log before it is looked at."
         )
+
+    def _may_come(self, trainer: TrainerView, metrics: Mapping[str, float]) -> bool:
+        """Whether the first window, epoch or validation may still provide the value."""
+        kind = "train" if self.name == "grad_norm" else self.name.partition("_")[0]
+        if kind == "train" and self.name.endswith("_epoch") and not trainer.current_epoch:
+            return True
+        return kind in ("train", "val") and not any(name.startswith(f"{kind}_") for name in metrics)
 
 
 def check_mode(mode: str) -> None:

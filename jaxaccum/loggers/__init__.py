@@ -1,9 +1,9 @@
 """Loggers for the scalars of a `Trainer`.
 
-A logger is any object with `write_scalars(step, dict)`. It may also define `flush()`, which is called when a run ends,
-and `begin(place)`, which is called before training. `place` is None for a fresh run. For a resumed run it is a dict
-with the checkpoint's "step" (optimizer steps), "micro_step" and "records": the number of records made between that
-micro-step and the checkpoint. An exception in a logger only causes a warning.
+A logger is any object with `write_scalars(step, dict)`. It may also define `flush()`, which is called when `fit` or
+`test` ends, and `begin(place)`, which is called before training, but not before a test. `place` is None for a fresh
+run. For a resumed run it is a dict with the checkpoint's "step" (optimizer steps), "micro_step" and "records": the
+number of records made between that micro-step and the checkpoint. An exception in a logger only causes a warning.
 """
 
 import csv

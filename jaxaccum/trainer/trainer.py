@@ -68,7 +68,7 @@ class Trainer:
       accumulate_grad_batches: K: an int, a dict from epoch to K, or an `AccumulationSchedule`, by epoch or by optimizer
         step, samples or tokens. K changes only at the start of a window. With a schedule by samples or tokens, an
         iterator may be read up to 3 micro-steps beyond `max_steps`. "auto": the K with which a window has
-        `target_batch_size` examples, given those of the loader's first batch.
+        `target_batch_size` examples, given those of the run's first batch.
       target_batch_size: the examples of a window, for "auto": a multiple of P·N with "ddp" and "zero", else of N.
         `jaxaccum.plan` finds the largest N that fits in memory, for the loader.
       max_epochs: the number of epochs; -1 for no limit. None means 1000, with a warning, or no limit if `max_steps` or
@@ -264,7 +264,8 @@ class Trainer:
             dict of several, by name, each has results of its own, such as "val_loss/name".
           ckpt_path: the folder of a checkpoint; "last" for the newest checkpoint in the folders of the
             `ModelCheckpoint`s, or a fresh start with a warning if there is none; "best" for the best checkpoint of the
-            newest run on disk, ranked by the first `ModelCheckpoint` with a monitor; or None for a fresh start.
+            newest run on disk, ranked by the first `ModelCheckpoint` with a monitor, if possible one that saves whole
+            runs; or None for a fresh start.
           init_from: what a fresh run starts from in place of what `Task.init` returns: parameters, for example of
             `jaxaccum.checkpoint.load(path, like=params)`, with a fresh optimizer state; or a `FitState`, whose
             parameters, optimizer state and model state are taken. They are copied. All counters start at 0. With
@@ -328,20 +329,22 @@ class Trainer:
           task: the task that was trained.
           val_loader: an iterable of batches, or a dict of several by name, as in `fit`.
           state: the state that `fit` returned. None uses the state of the last `fit`, unless `ckpt_path` is given.
-          ckpt_path: the checkpoint to validate: its folder, "last" or "best", as in `fit`. It doesn't require a `fit`
-            in this process.
+          ckpt_path: the checkpoint to validate: its folder, "last" or "best", as in `fit`, and weights alone too. It
+            doesn't require a `fit` in this process; `Task.init` is called on the first batch.
 
         Returns:
           A dict with "val_loss" and the metrics, whose names are prefixed with "val_"; with several loaders their names
           are appended, such as "val_loss/name".
 
         Raises:
-          ValueError: if the loader is empty, if both `state` and `ckpt_path` are given, or for a checkpoint of another
-            task.
+          ValueError: if the loader is empty or `limit_val_batches` is 0, if both `state` and `ckpt_path` are given, or
+            for a checkpoint of another task.
           OSError: if `ckpt_path` is not a checkpoint.
           RuntimeError: if neither is given and `fit` has not been called.
         """
-        loaders = val_loaders(val_loader, self._limit(self._options.limit_val_batches))
+        if self._val_limit == 0:
+            raise ValueError("limit_val_batches=0 means no validation: validate needs a Trainer with another limit.")
+        loaders = val_loaders(val_loader, self._val_limit)
         params, model_state, _ = self._weights(task, loaders, state, ckpt_path)
         return self._evaluation_of(task).run(params, model_state, loaders)
 
@@ -634,7 +637,7 @@ class Trainer:
             )
         loaders: dict[str, ValLoader] = {}
         if val_loader is not None and options.limit_val_batches != 0:
-            loaders = val_loaders(val_loader, self._limit(options.overfit_batches or options.limit_val_batches))
+            loaders = val_loaders(val_loader, self._val_limit)
         arguments.check_monitors(self._callbacks, bool(loaders))
         checkpoints = RunCheckpoints(self, self._callbacks, self._folder, processes)
         loader = self._train_loader(train_loader, keeps_state=bool(checkpoints.folders))
@@ -656,6 +659,8 @@ class Trainer:
             run_checkpoint.begin(found, loader, self._strategy)
         # Before the first collective, which would deadlock if a process had left.
         examples = sum(processes.gather("the number of examples", length(loader.first)))
+        if found is not None:  # The first batch after a resume may be another one.
+            examples = run_checkpoint.examples(found, self._strategy) or examples
         micro_step = examples * self._strategy.group
         if options.target_batch_size is not None:
             every_k = target.split(options.target_batch_size, micro_step, "the examples of a micro-step")
@@ -698,7 +703,8 @@ class Trainer:
         found = saving.find(ckpt_path, self._callbacks, self._folder, self._processes)
         first = next(iter(loaders.values()))
         for batch in first.first(1):
-            initial = _task.initial(task, jax.random.key(found.notes["seed"]), batch)
+            key, arrays = jax.random.key(found.notes["seed"]), self._strategy.read(batch).arrays
+            initial = _task.initial(task, key, arrays)
             params, _, model_state, _ = run_checkpoint.weights(found, *initial, averaged=self._average is not None)
             return params, model_state, run_checkpoint.place(found, self._strategy)
         raise ValueError(f"{first.name} gave no batch.")
@@ -717,6 +723,10 @@ class Trainer:
     def _limit(self, value: int | float) -> int | float:
         """Returns a limit of loader batches, which `fast_dev_run` replaces."""
         return self._options.fast_dev_run * self._strategy.group or value
+
+    @property
+    def _val_limit(self) -> int | float:
+        return self._limit(self._options.overfit_batches or self._options.limit_val_batches)
 
     def _evaluation_of(self, task: Task) -> Evaluation:
         """Returns the validation programs for `task`, reusing those of the last call for the same task."""

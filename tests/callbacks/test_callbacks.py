@@ -85,6 +85,26 @@ def test_a_misspelt_monitor_is_met_at_the_first_look_in_words(monitors, monitor,
                 single(callbacks=monitors(monitor), **options).fit(slope(), ones(2), validation)
 
 
+@pytest.mark.parametrize("monitor", ["train_loss_epoch", "grad_norm"])
+def test_a_value_of_a_windows_or_an_epochs_end_is_waited_for(tmp_path, monitor):
+    """Catches a stop, or a checkpoint, in the first window or epoch that turns into an error about the monitor."""
+
+    class Stops(Callback):
+        def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
+            trainer.should_stop = trainer.micro_step == stop
+
+    for stop in (1, 3):
+        saves = ModelCheckpoint(tmp_path / str(stop), monitor=monitor, every_n_micro_steps=1)
+        options = {"log_epoch_means": True, "log_grad_norm": True, "accumulate_grad_batches": 2}
+        t = single(callbacks=[Stops(), saves, EarlyStopping(monitor)], **options)
+        t.fit(slope(), ones(2, 2, 2, 2))
+        assert t.micro_step == stop
+    t = single(max_epochs=3, callbacks=ModelCheckpoint(tmp_path, monitor=monitor))
+    with pytest.raises(ValueError, match=f"monitor='{monitor}' is not among .*'train_loss'"):
+        t.fit(slope(), ones(2, 2))
+    assert t.micro_step == 2
+
+
 def test_early_stopping_waits_for_the_first_window():
     """Catches a stop in the first window that turns into an error about the monitor."""
 

@@ -897,6 +897,17 @@ def test_weights_alone_are_saved_beside_whole_runs(tmp_path, strategy, devices):
     assert_same(again, end)
 
 
+def test_the_best_to_resume_from_is_a_whole_run(tmp_path):
+    """Catches the best weights, from which no run resumes, taken for the best run because they come first."""
+    policies = lambda: [ModelCheckpoint(tmp_path, monitor="train_loss", save_weights_only=x) for x in (True, False)]
+    single(callbacks=policies()).fit(slope(), ones(2, 2))
+    t = single(max_epochs=2, callbacks=policies())
+    t.fit(slope(), ones(2, 2), ckpt_path="best")
+    assert t.is_resuming and t.micro_step == 4
+    with pytest.raises(ValueError, match=r"weights has weights only.*save_weights_only=False"):
+        single(callbacks=policies()[:1]).fit(slope(), ones(2, 2), ckpt_path="best")
+
+
 @pytest.mark.parametrize("weights_first", [True, False])
 def test_a_resumed_run_goes_on_with_its_weights(tmp_path, weights_first):
     """Catches weights that are written again, and those of the run before that nobody removes any more."""

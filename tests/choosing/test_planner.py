@@ -1,5 +1,6 @@
 """`plan`: the largest micro-batch that fits, beside the programs that a script compiles."""
 
+import dataclasses
 import types
 
 import compiles
@@ -151,6 +152,8 @@ def test_a_task():
     assert found.memory.batch == 2 * bare.batch and found.memory.optimizer == bare.optimizer
     given = jaxaccum.plan(task, PARAMS, {"x": BATCH, "unused": BATCH}, None, TARGET, None, 10**9)
     assert given == found
+    needs_steps = dataclasses.replace(task, optimizer=lambda total_steps: OPT)
+    assert jaxaccum.plan(needs_steps, PARAMS, {"x": BATCH, "unused": BATCH}, None, TARGET, None, 10**9) == found
 
 
 def test_the_fastest(monkeypatch):

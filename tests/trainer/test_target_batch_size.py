@@ -9,6 +9,24 @@ from training import loader, ones, single, slope, task, trainer
 import jaxaccum
 
 
+class Stateful(list):
+    """A loader with a state, which goes on where it was when it is iterated."""
+
+    at = 0
+
+    def __iter__(self):
+        while self.at < len(self):
+            self.at += 1
+            yield self[self.at - 1]
+        self.at = 0
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
 @pytest.mark.parametrize(("strategy", "k"), [("single", 6), ("ddp", 3), ("dp", 6)])
 def test_a_window_has_the_target(strategy, k):
     """Catches a window of another number of examples, and a K that the estimate does not know."""
@@ -23,6 +41,27 @@ def test_a_window_has_the_target(strategy, k):
     # Another loader makes another K.
     auto.fit(problem, loader(*[12] * 4))
     assert auto.effective_batch_size == 24
+
+
+@pytest.mark.parametrize("by", ["auto", "samples"])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_resume_before_a_smaller_batch_knows_the_first_one(tmp_path, by, devices):
+    """Catches a K, or a number of optimizer steps, from the first batch after the resume, not from the run's first."""
+    batches = ones(*[8] * 4 * devices, *[4] * devices)
+    options = {"strategy": "single" if devices == 1 else "ddp", "devices": devices, "max_epochs": 2}
+    if by == "auto":
+        options |= {"accumulate_grad_batches": "auto", "target_batch_size": 16 * devices}
+    else:
+        schedule = jaxaccum.AccumulationSchedule({0: 1, 16 * devices: 2}, by="samples")
+        options["accumulate_grad_batches"] = schedule
+    problem = slope(lambda total_steps: optax.sgd(1 / total_steps))
+    saves = jaxaccum.callbacks.ModelCheckpoint(tmp_path, every_n_micro_steps=1, save_top_k=-1)
+    want = trainer(callbacks=saves, **options)
+    state = want.fit(problem, Stateful(batches))
+    got = trainer(**options)
+    resumed = got.fit(problem, Stateful(batches), ckpt_path=tmp_path / "epoch=0-micro_step=4")
+    assert (got.global_step, got.effective_batch_size) == (want.global_step, 16 * devices)
+    np.testing.assert_array_equal(resumed.params, state.params)
 
 
 def test_errors():

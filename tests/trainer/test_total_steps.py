@@ -6,8 +6,10 @@ import optax
 import pytest
 from training import Unsized, assert_same, ones, single, slope, trainer
 
+import jaxaccum
 from jaxaccum.callbacks import ModelCheckpoint
 
+BY_TOKENS = jaxaccum.AccumulationSchedule({0: 1, 8: 2}, by="tokens")
 LINEAR = dataclasses.replace(slope(), optimizer=lambda total_steps: optax.sgd(1 / total_steps))
 
 
@@ -50,6 +52,7 @@ def test_another_number_of_steps_makes_another_optimizer():
         ({"max_epochs": 2, "limit_train_batches": 2}, Unsized(ones(2)), 4),
         ({"max_epochs": 2, "overfit_batches": 2}, ones(2, 2, 2), 4),
         ({"max_epochs": 2, "fast_dev_run": 2}, ones(2, 2, 2), 2),
+        ({"max_steps": 9, "fast_dev_run": 2, "accumulate_grad_batches": BY_TOKENS}, ones(2, 2, 2), 2),
         ({"max_epochs": None, "max_time": {"hours": 1}, "max_steps": 9}, ones(2), 9),
         ({"max_epochs": 2}, Unsized(ones(2)), None),
         ({"max_epochs": -1}, ones(2), None),

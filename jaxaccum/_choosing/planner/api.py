@@ -68,8 +68,8 @@ def plan(
       params: the parameters, or their shapes (`jax.ShapeDtypeStruct`s). For a `Task` None means what its `init` makes.
         With `mesh`, they are replicated, except for those that have a `NamedSharding`.
       batch: an example batch, arrays or shapes with any one leading length.
-      optimizer: an optax transformation; None for the one of a `Task`. Its state lies as the parameters do, or with
-        `reduce="scatter"` as `zero_sharding` says.
+      optimizer: an optax transformation; None for the one of a `Task`, made for 1,000,000 `total_steps` if it is a
+        function of them. Its state lies as the parameters do, or with `reduce="scatter"` as `zero_sharding` says.
       target_batch_size: the examples of a window, P·N·K with `mesh`, else N·K.
       mesh: a `jax.sharding.Mesh`, as for `value_and_grad`. N and all memory are then those of one device.
       memory_limit: bytes of one device, such as 16e9. None means 98% of the least `bytes_limit` that the devices'

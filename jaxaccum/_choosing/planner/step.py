@@ -23,6 +23,8 @@ from jaxaccum.task import Task
 
 T = TypeVar("T")
 
+_TOTAL_STEPS = 1_000_000  # For optimizers that are functions of them; their states don't depend on the number.
+
 
 class Step(NamedTuple):
     """A step of K micro-batches, as a function of K. Trees hold shapes, with shardings if there is a mesh."""
@@ -116,7 +118,8 @@ def of(
         params, model_state = made if params is None else (params, made[1])
         args = shaped(model_state, common), whole, shaped(key, common)
         options |= {"batch_argnums": 2, "carry_argnums": 1, "key_argnums": 3}
-        optimizer = task.optimizer if optimizer is None else optimizer
+        if optimizer is None:
+            optimizer = _task.optimizer(task, _TOTAL_STEPS if _task.needs_total_steps(task) else None)
         task_or_loss = functools.partial(_loss_and_state, task)
     if not (callable(getattr(optimizer, "init", None)) and callable(getattr(optimizer, "update", None))):
         raise TypeError(f"optimizer must be an optax.GradientTransformation, got {optimizer!r}.")

@@ -58,7 +58,8 @@ class Options:
         self._check_batches()
         self._check_windows()
         if self.fast_dev_run:
-            self.max_epochs, self.max_steps, self.max_time = 1, -1, None
+            # No window is shorter than a micro-step.
+            self.max_epochs, self.max_steps, self.max_time = 1, int(self.fast_dev_run), None
             self.min_epochs = self.min_steps = None
             self.overfit_batches = self.num_sanity_val_steps = 0
             self.check_val_every_n_epoch, self.val_check_interval = 1, 1.0

@@ -46,6 +46,7 @@ def notes(run: Run, callbacks: Sequence[Callback]) -> dict[str, Any]:
         "seed": run.setup.programs.seed,
         "devices": strategy.size,
         "group": strategy.batches,
+        "micro_step_examples": run.setup.examples * strategy.group,
         "loaders": processes.gather("a checkpoint's notes", run.loader_state),
         "means": {name: number(mean) for name, mean in metrics.window.items()},
         "epoch_sums": dict(metrics.epoch.all()),  # Written later, by another thread.
@@ -64,6 +65,12 @@ def place(checkpoint: Checkpoint, strategy: Strategy) -> Counters:
     at = Counters(**{"toward_validation": noted["batch_idx"], **noted})
     before = checkpoint.notes["group"]
     return at if before == strategy.batches else at.regrouped(before, strategy.batches)
+
+
+def examples(checkpoint: Checkpoint, strategy: Strategy) -> int | None:
+    """Returns the examples in the run's first loader batch, over all processes; None if they are not noted."""
+    noted = checkpoint.notes.get("micro_step_examples")  # Not in version 0.1.
+    return None if noted is None else noted * strategy.batches // checkpoint.notes["group"] // strategy.group
 
 
 def begin(checkpoint: Checkpoint, loader: TrainLoader, strategy: Strategy) -> None:

@@ -35,7 +35,7 @@ class Setup(NamedTuple):
     evaluation: Evaluation
     loader: TrainLoader
     val_loaders: dict[str, ValLoader]  # By the names of their results; {} for no validation.
-    examples: int  # In the first loader batch, over all processes.
+    examples: int  # In the run's first loader batch, over all processes.
 
     @property
     def epoch_micro_steps(self) -> int | float:

@@ -276,7 +276,7 @@ def find(
 ) -> Checkpoint:
     """Finds the checkpoint for `ckpt_path`: a path, "last" or "best", that all processes can read.
 
-    With `to_resume`, "last" passes over weights.
+    With `to_resume`, "last" passes over weights, and "best" prefers the policies that save whole runs.
 
     Raises:
       ValueError: for "last" or "best" without a policy, or for "best" without one that has a monitor.
@@ -296,9 +296,10 @@ def find(
         if found is None:
             raise NoLastCheckpointError(f"ckpt_path='last' finds no checkpoint in {', '.join(map(str, folders))}.")
         return found
-    policy = next((policy for policy in policies if policy.monitored is not None), None)
-    if policy is None:
+    monitored = [policy for policy in policies if policy.monitored is not None]
+    if not monitored:
         raise ValueError("ckpt_path='best' needs a ModelCheckpoint with a monitor, but none of the callbacks has one.")
+    policy = min(monitored, key=lambda policy: to_resume and policy.save_weights_only)
     found = orbax_io.best(policy.folder(folder), processes, functools.partial(run_checkpoint.ranked, policy))
     if found is None:
         raise FileNotFoundError(

@@ -1,11 +1,12 @@
 """Starts a run from given parameters."""
 
+import os
 from typing import Any
 
 import jax
 
 from jaxaccum._types import Tree
-from jaxaccum.checkpoint import named_arrays
+from jaxaccum.checkpoint import Checkpoint, named_arrays
 from jaxaccum.trainer.input.strategies import Strategy
 from jaxaccum.trainer.programs.compiled import FitState
 
@@ -14,9 +15,17 @@ class WarmStart:
     """What `init_from` provides: parameters, or a `FitState`'s parameters, model state and optimizer state.
 
     Each method raises ValueError if the given arrays differ from those that the task makes.
+
+    Raises:
+      TypeError: for a path or a whole checkpoint.
     """
 
     def __init__(self, init_from: Tree | FitState):
+        if isinstance(init_from, (str, os.PathLike, Checkpoint)):
+            raise TypeError(
+                f"init_from must be parameters or a FitState, got a {type(init_from).__name__}: pass "
+                "jaxaccum.checkpoint.load(path, like=params)."
+            )
         self._has_state = isinstance(init_from, FitState)
         self._given = init_from if isinstance(init_from, FitState) else _state(params=init_from)
 

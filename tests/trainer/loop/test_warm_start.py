@@ -97,3 +97,9 @@ def test_init_from_and_a_checkpoint(tmp_path):
     with pytest.warns(UserWarning, match="finds no checkpoint"):
         assert make().fit(slope(), batches, ckpt_path="last", init_from=start).params == 3
     assert make().fit(slope(), batches, ckpt_path="last", init_from=start).params == 3  # The end of that run.
+    (path,) = tmp_path.iterdir()
+    for given in (path, str(path), jaxaccum.checkpoint.load(path)):
+        with pytest.raises(
+            TypeError, match=r"init_from must be .*, got .*: pass jaxaccum\.checkpoint\.load\(path, like="
+        ):
+            single().fit(slope(), batches, init_from=given)

@@ -97,6 +97,34 @@ def test_test_and_predict_take_a_checkpoint_in_a_new_process(tmp_path, devices, 
     np.testing.assert_array_equal(got, [w, w])
 
 
+def test_init_of_a_new_process_sees_arrays(tmp_path):
+    """Catches a batch of another library that reaches `Task.init` as it is; in `fit` it is converted."""
+
+    class Tensor:
+        def __init__(self, array):
+            self.shape, self._array = array.shape, array
+
+        def __array__(self, dtype=None, copy=None):
+            return self._array
+
+    the_task = jaxaccum.Task(lambda key, x: 0 * x.sum(), lambda w, x, key: w * jnp.mean(x), optax.sgd(1.0))
+    saves, batches = ModelCheckpoint(tmp_path), [Tensor(x) for x in ones(2)]
+    single(callbacks=saves).fit(the_task, batches)
+    assert single(callbacks=saves).validate(the_task, batches, ckpt_path="last") == {"val_loss": -1}
+
+
+def test_a_validation_after_fit_has_the_limit_of_those_in_fit():
+    """Catches `overfit_batches` forgotten after `fit`, and an error that advises what caused it."""
+    batches = [np.full(2, i, np.float32) for i in (1, 2, 3)]
+    t = single(overfit_batches=1)
+    t.fit(slope(), batches, batches)
+    assert t.validate(slope(), batches) == {"val_loss": t.callback_metrics["val_loss"]} == {"val_loss": -1}
+    t = single(limit_val_batches=0)
+    t.fit(slope(), batches, batches)
+    with pytest.raises(ValueError, match="limit_val_batches=0 means no validation"):
+        t.validate(slope(), batches)
+
+
 def test_errors_name_argument_value_and_remedy(tmp_path):
     """Catches what fails deep inside of jax."""
     t = fitted("single", 1, slope())

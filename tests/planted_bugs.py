@@ -1399,7 +1399,7 @@ BUGS = [
     Bug(
         "a flushed window ignores division by K",
         "Loop._flush_if_asked",
-        "self._share(run.at.window_step)",
+        "self._extra_args(run.at.window_step)",
         "None",
         "trainer",
     ),

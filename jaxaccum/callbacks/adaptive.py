@@ -28,19 +28,16 @@ class AdaptiveAccumulation(NoiseScaleMonitor):
     Example:
       >>> import jax, jax.numpy as jnp, optax, jaxaccum
       >>> task = jaxaccum.Task(
-      ...     init=lambda key, batch: jnp.zeros(3),
-      ...     loss=lambda w, x, key: jnp.mean((x @ w - 1.0) ** 2),
-      ...     optimizer=optax.sgd(0.02),
+      ...     init=lambda key, batch: jnp.zeros(64), loss=lambda w, x, key: jnp.mean(x @ w), optimizer=optax.sgd(0.1)
       ... )
-      >>> loader = [jax.random.normal(key, (8, 3)) + 1.0 for key in jax.random.split(jax.random.key(0), 400)]
-      >>> adaptive = AdaptiveAccumulation(min_k=2, max_k=16)
+      >>> loader = list(jax.random.normal(jax.random.key(0), (400, 4, 64)) + 1 / 8)  # |G|² = 1, tr(Σ) = 64
+      >>> adaptive = AdaptiveAccumulation(min_k=2, max_k=32)
       >>> trainer = jaxaccum.Trainer(
       ...     accumulate_grad_batches=2, max_epochs=1, strategy="single", callbacks=adaptive, enable_progress_bar=False
       ... )
       >>> state = trainer.fit(task, loader)
-      >>> ks = list(adaptive.chosen.values())
-      >>> ks[0], max(ks)
-      (2, 16)
+      >>> adaptive.chosen[0], 10 < adaptive.every_k < 24  # 64 / 4 is 16.
+      (2, True)
       >>> schedule = jaxaccum.AccumulationSchedule(adaptive.chosen, by="step")  # for accumulate_grad_batches
 
     Args:

@@ -133,3 +133,15 @@ def test_wrong_arguments():
         single(callbacks=[NoiseScaleMonitor(), AdaptiveAccumulation(2, 4)])
     with pytest.raises(TypeError, match=r"scale must be a jaxaccum\.NoiseScale"):
         NoiseScaleMonitor(NoiseScale)
+
+
+def test_plot_draws_it_beside_the_weight_of_a_window(tmp_path):
+    """Catches a noise scale in tokens beside a batch size in examples, and an interval that hides the curves."""
+    t = single(accumulate_grad_batches=3, callbacks=NoiseScaleMonitor(), log_every_n_steps=1)
+    t.fit(linear(unit=10), rows(*[4] * 12))
+    axes = t.plot(tmp_path / "run.png").axes[2]
+    window, scale = axes.lines
+    assert window.get_label() == "window" and list(window.get_data()[1]) == [120] * 4
+    assert scale.get_label() == "noise scale" and scale.get_data()[1][-1] == t.callback_metrics["noise_scale"]
+    assert len(axes.collections) == 1 and np.isinf(t._running.metrics.records.history[0]["noise_scale_high"])
+    assert axes.get_ylim()[1] < 1e6

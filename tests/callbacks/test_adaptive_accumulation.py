@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 from compiles import counted_compiles
-from test_noise_scale_monitor import linear, rows, two_sizes
+from noise import linear, rows, two_sizes
 from training import Logged, Recorder, assert_same, single, trainer
 
 import jaxaccum

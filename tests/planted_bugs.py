@@ -407,8 +407,8 @@ BUGS = [
     Bug(
         "a fused window ignores division by K",
         "Programs._scan",
-        "self._close_with(state, batch, place, share, counts)",
-        "self._close_with(state, batch, place, None, counts)",
+        "self._close_with(state, batch, place, extra_args, counts)",
+        "self._close_with(state, batch, place, jax.tree.map(jnp.ones_like, extra_args), counts)",
         TRAINER,
     ),
     Bug(
@@ -1399,8 +1399,8 @@ BUGS = [
     Bug(
         "a flushed window ignores division by K",
         "Loop._flush_if_asked",
-        "self._share(run.at.window_step)",
-        "None",
+        "self._extra_args(run.at.window_step)",
+        "self._extra_args(run.at.every_k)",
         "trainer",
     ),
     Bug(
@@ -1738,8 +1738,8 @@ BUGS = [
     Bug(
         "the norm of a window of weight 0 is 0",
         "Programs._with_step",
-        "jnp.full_like(x, jnp.nan)",
-        "x",
+        "jnp.full_like(of_window.window, jnp.nan)",
+        "of_window.window",
         "window_end",
     ),
     Bug(
@@ -2242,6 +2242,48 @@ BUGS = [
         "self._strategy.group",
         "self._strategy.batches",
         "processes",
+    ),
+    Bug(
+        "the noise scale takes the norm of the sums after each micro-step",
+        "Programs.run",
+        "starts and self._measures_starts",
+        "self._measures_starts",
+        "noise_scale_monitor",
+    ),
+    Bug(
+        "a fused window takes the norm of the sums after each micro-step",
+        "Programs._scan",
+        "self._add_piece(state.params, unpack(pending), piece[0], piece[1], counts, starts=None)",
+        "self._add_piece(state.params, unpack(pending), piece[0], piece[1], counts, starts=True)",
+        "noise_scale_monitor",
+    ),
+    Bug(
+        "a resumed window has lost the norm of its first micro-batch",
+        "compiled._without_step",
+        "GradientNorms(None, pending=sums.norms.pending)",
+        "GradientNorms(None, pending=0 * sums.norms.pending)",
+        "noise_scale_monitor",
+    ),
+    Bug(
+        "a resumed run measures the noise scale anew",
+        "NoiseScaleMonitor.load_state_dict",
+        "jnp.asarray(x, old.dtype)",
+        "old",
+        "noise_scale_monitor",
+    ),
+    Bug(
+        "an adaptive K changes within the confidence interval",
+        "AdaptiveAccumulation.follow",
+        "step > WARM_UP and micro_step > 0 and is_outside",
+        "step > WARM_UP and micro_step > 0",
+        "adaptive_accumulation",
+    ),
+    Bug(
+        "the learning rate does not follow an adaptive K",
+        "AdaptiveAccumulation.learning_rate_factor",
+        "self.rule.learning_rate_factor(self.every_k, self.chosen[0])",
+        "1.0",
+        "adaptive_accumulation",
     ),
 ]
 

@@ -197,6 +197,7 @@ class Trainer:
             fuse_windows=fuse_windows,
             nonfinite=nonfinite,
             detect_anomaly=detect_anomaly,
+            noise_scale=arguments.noise_scale(observers),
         )
         self._callbacks = arguments.of_dev_run(observers) if self._options.fast_dev_run else observers
         if self._options.max_time is not None:
@@ -551,7 +552,7 @@ class Trainer:
     def accumulate_grad_batches(self) -> int:
         """The current K. A callback may set it in `on_train_epoch_start`, for that epoch.
 
-        With an `AccumulationSchedule` by steps, samples or tokens it can't be set.
+        With an `AccumulationSchedule` by steps, samples or tokens, or `AdaptiveAccumulation`, it can't be set.
         """
         return self._at.every_k
 
@@ -560,8 +561,8 @@ class Trainer:
         if self._run is None or not self._run.takes_k:
             raise RuntimeError(
                 f"accumulate_grad_batches={k!r} can't be set here: K changes at an epoch's start alone, or follows an "
-                "AccumulationSchedule by steps, samples or tokens. Without one, set it in a callback's "
-                "on_train_epoch_start, or pass the Trainer a dict from epochs to K."
+                "AccumulationSchedule by steps, samples or tokens, or AdaptiveAccumulation. Without these, set it in a "
+                "callback's on_train_epoch_start, or pass the Trainer a dict from epochs to K."
             )
         self._run.at.every_k = positive_int(k, "accumulate_grad_batches")
 
@@ -665,6 +666,7 @@ class Trainer:
         if options.target_batch_size is not None:
             every_k = target.split(options.target_batch_size, micro_step, "the examples of a micro-step")
             options.accumulate_grad_batches = AccumulationSchedule({0: every_k})
+        options.check_noise_scale(self._strategy.size)
         total_steps = options.total_steps(epoch_micro_steps, micro_step) if _task.needs_total_steps(task) else None
         setup = Setup(
             options=options,

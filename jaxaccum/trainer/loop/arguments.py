@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxaccum._integers import positive_int
 from jaxaccum._schedule import AccumulationSchedule
-from jaxaccum.callbacks import Callback, EarlyStopping
+from jaxaccum.callbacks import AdaptiveAccumulation, Callback, EarlyStopping, NoiseScaleMonitor
 from jaxaccum.callbacks.average import ParamsAverage
 from jaxaccum.callbacks.monitor import Monitor
 from jaxaccum.callbacks.policy import CheckpointPolicy
@@ -16,7 +16,7 @@ from jaxaccum.loggers import JSONLLogger
 
 
 def callbacks(value: Any) -> tuple[Callback, ...]:
-    """Returns the callbacks as a tuple; at most one of them may set K by a schedule, and one average the parameters."""
+    """Returns the callbacks as a tuple; at most one may set K by a schedule, average, or measure the noise scale."""
     found = (value,) if isinstance(value, Callback) else value
     if not isinstance(found, Sequence) or not all(isinstance(callback, Callback) for callback in found):
         raise TypeError(f"callbacks must be a jaxaccum.callbacks.Callback or a sequence of them, got {value!r}.")
@@ -24,7 +24,17 @@ def callbacks(value: Any) -> tuple[Callback, ...]:
         raise ValueError(f"callbacks hold more than one GradientAccumulationScheduler: {found!r}; merge them into one.")
     if sum(isinstance(callback, ParamsAverage) for callback in found) > 1:
         raise ValueError(f"callbacks hold more than one EMA: {found!r}; validations use one of them, so pass one.")
+    if sum(isinstance(callback, NoiseScaleMonitor) for callback in found) > 1:
+        raise ValueError(
+            f"callbacks hold more than one NoiseScaleMonitor or AdaptiveAccumulation, which is one too: {found!r}; "
+            "pass one."
+        )
     return tuple(found)
+
+
+def noise_scale(callbacks: Sequence[Callback]) -> NoiseScaleMonitor | None:
+    """Returns the callback that measures the noise scale, or None."""
+    return next((callback for callback in callbacks if isinstance(callback, NoiseScaleMonitor)), None)
 
 
 def average(callbacks: Sequence[Callback]) -> ParamsAverage | None:
@@ -62,7 +72,12 @@ def schedule(
             f"accumulate_grad_batches={accumulate_grad_batches!r} and a GradientAccumulationScheduler both say what K "
             "is: give one of them."
         )
-    return given if offered is None else offered
+    chosen = given if offered is None else offered
+    if isinstance(noise_scale(callbacks), AdaptiveAccumulation) and (chosen.by != "epoch" or list(chosen) != [0]):
+        raise ValueError(
+            f"AdaptiveAccumulation sets K, and so does {chosen!r}: pass the K to start with, or one of them."
+        )
+    return chosen
 
 
 def exit_signals(value: Any) -> tuple[int, ...]:

@@ -126,8 +126,10 @@ class Loop:
         if boundary:
             self._hooks.call("on_before_optimizer_step")
         with jax.profiler.StepTraceAnnotation("train", step_num=at.micro_step):
-            share = self._share(window_step) if boundary else None
-            run.state, outputs, of_window = self._setup.programs.run(run.state, call, boundary, share)
+            extra_args = self._extra_args(window_step) if boundary else {}
+            run.state, outputs, of_window = self._setup.programs.run(
+                run.state, call, starts=not at.window_step, boundary=boundary, extra_args=extra_args
+            )
         # Nothing fails between here and the hooks, so the counters match the state even if a hook raises.
         run.uncounted.extend(zip(call, outputs, strict=True))
         try:
@@ -158,16 +160,22 @@ class Loop:
     def _close_window(self, logs: WindowLogs) -> None:
         run = self._run
         run.metrics.close_window(logs)
-        if logs.weight is not None:
-            run.lengths.close(logs.weight)
+        if self._options.noise_scale is not None:
+            self._options.noise_scale.close_window(logs.weight, logs.two_sizes)
+        if logs.weight is not None and run.lengths.change_with_windows:
+            run.lengths.close(logs.weight, run.at.window_step)
         run.at.close_window()
         run.at.recorded = not run.record_is_due
 
-    def _share(self, window_step: int) -> jax.Array | None:
-        """Returns the factor for the gradient of a window of this many micro-steps; None for the exact mean."""
-        if not self._options.divides_by_k:
-            return None
-        return self._setup.strategy.constant(window_step / self._run.at.every_k, weighted_sum.weight_dtype())
+    def _extra_args(self, window_step: int) -> dict[str, jax.Array]:
+        """Returns the extra args of `window_optimizer` for a window of this many micro-steps."""
+        options, factors = self._options, dict[str, float]()
+        if options.divides_by_k:
+            factors["share"] = window_step / self._run.at.every_k
+        if options.adaptive is not None and options.adaptive.follows_k:
+            factors["learning_rate_factor"] = options.adaptive.learning_rate_factor
+        constant = self._setup.strategy.constant
+        return {name: constant(factor, weighted_sum.weight_dtype()) for name, factor in factors.items()}
 
     def _refuse_anomaly(self, outputs: Mapping[str, float]) -> None:
         """Raises FloatingPointError if the micro-step was dropped. Waits for the device."""
@@ -225,7 +233,7 @@ class Loop:
         run = self._run
         if self._options.flush_on_stop and run.at.window_step:
             self._hooks.call("on_before_optimizer_step")
-            run.state, of_window = self._setup.programs.flush(run.state, self._share(run.at.window_step))
+            run.state, of_window = self._setup.programs.flush(run.state, self._extra_args(run.at.window_step))
             self._close_window(of_window)
             run.metrics.record_window(run.at)
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from jaxaccum._integers import as_int, positive_int
 from jaxaccum._schedule import AccumulationSchedule
+from jaxaccum._sums import norms
+from jaxaccum.callbacks import AdaptiveAccumulation, NoiseScaleMonitor
 from jaxaccum.distributed.process_group import Processes
 from jaxaccum.trainer.input import batch_limits
 from jaxaccum.trainer.loop.counters import Counters
@@ -52,6 +54,7 @@ class Options:
     fuse_windows: bool
     nonfinite: str
     detect_anomaly: bool
+    noise_scale: NoiseScaleMonitor | None  # The callback that measures it.
 
     def __post_init__(self):
         self._check_length()
@@ -143,16 +146,26 @@ class Options:
         return at.epoch >= (self.min_epochs or 0) and at.global_step >= (self.min_steps or 0)
 
     @property
+    def adaptive(self) -> AdaptiveAccumulation | None:
+        """The callback that adapts K."""
+        return self.noise_scale if isinstance(self.noise_scale, AdaptiveAccumulation) else None
+
+    @property
+    def largest_k(self) -> int:
+        """The largest K that the run may take, unless a callback sets it."""
+        return self.adaptive.rule.max_k if self.adaptive else max(self.accumulate_grad_batches.values())
+
+    @property
     def divides_by_k(self) -> bool:
         return self.partial_window == "divide_by_k"
 
     def optimizer_steps(self, micro_steps: int | float, examples: int | None = None) -> int | float:
         """Returns the run's optimizer steps, given the micro-steps per epoch; may be infinite.
 
-        With K by "tokens", or by "samples" if the `examples` in a micro-step are not known, it is `steps`.
+        If K adapts, or is by "tokens", or by "samples" and the `examples` in a micro-step are not known, it is `steps`.
         """
         schedule = self.accumulate_grad_batches
-        is_known = schedule.by != "tokens" and (schedule.by != "samples" or examples is not None)
+        is_known = schedule.by != "tokens" and (schedule.by != "samples" or examples is not None) and not self.adaptive
         if is_known and isinstance(self.epochs, int) and isinstance(micro_steps, int):
             return min(schedule.optimizer_steps(self.epochs, micro_steps, examples), self.steps)
         return self.steps
@@ -161,19 +174,28 @@ class Options:
         """Returns `optimizer_steps`; raises ValueError if they are not known."""
         steps = self.optimizer_steps(micro_steps, examples)
         if math.isinf(steps):
+            by = "the noise scale" if self.adaptive else repr(self.accumulate_grad_batches.by)
             raise ValueError(
                 f"the number of optimizer steps is not known with max_epochs={self.max_epochs}, max_steps="
-                f"{self.max_steps}, K by {self.accumulate_grad_batches.by!r} and a train_loader of {micro_steps} "
+                f"{self.max_steps}, K by {by} and a train_loader of {micro_steps} "
                 "micro-steps per epoch: pass max_steps, or max_epochs and a loader with a length or an int "
                 "limit_train_batches, and K by epoch or step."
             )
         return int(steps)
+
+    def check_noise_scale(self, devices: int) -> None:
+        """Raises ValueError if K is 1 on one device, where such a window tells nothing of the noise."""
+        if self.adaptive is not None:
+            norms.check_two_sizes("min_k", self.adaptive.rule.min_k, devices)
+        elif self.noise_scale is not None:
+            norms.check_two_sizes("accumulate_grad_batches", self.largest_k, devices)
 
     def agree(self, processes: Processes, **others: Any) -> None:
         """Raises ValueError in all processes if these options, but for those that may differ, or `others` differ."""
         common = {name: value for name, value in vars(self).items() if name not in _OWN}
         schedule = self.accumulate_grad_batches
         common["accumulate_grad_batches"] = [*schedule.items(), *([schedule.by] if schedule.by != "epoch" else [])]
+        common["noise_scale"] = self.noise_scale and self.noise_scale.settings
         common["gradient_clip_val"] = str(self.gradient_clip_val)  # It may not be JSON-serialisable.
         processes.agree("options", common | others)
 

@@ -214,7 +214,7 @@ def _redistributed(pending: Pending, before: int, strategy: Strategy, programs: 
     if strategy.process_count == 1:
         sums = programs.redistribute(pending.sums)
     else:  # On the host; the sums are placed on the devices later, with the rest.
-        names = ("acc_grads", "weight", "averages", "dropped")
+        names = ("acc_grads", "weight", "averages", "dropped", "norms")
         stacked = lambda x: x if before > 1 else x[None]
         held = {name: jax.tree.map(stacked, getattr(pending.sums, name)) for name in names}
         sums = pending.sums._replace(**redistribution.folded(held, now))

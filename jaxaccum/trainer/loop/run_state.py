@@ -80,8 +80,11 @@ def programs_for(
         return last.setup.programs
     optimizer = _task.optimizer(task, total_steps)
     clipping = options.gradient_clip_val, options.gradient_clip_algorithm
-    optimizer = window_optimizer.of_window(optimizer, *clipping, options.divides_by_k)
-    logs = options.log_grad_norm, options.log_epoch_means, options.accumulate_grad_batches.by == "tokens"
+    adaptive, log_noise = options.adaptive, options.noise_scale is not None
+    follows_k = adaptive is not None and adaptive.follows_k
+    optimizer = window_optimizer.of_window(optimizer, *clipping, options.divides_by_k, follows_k)
+    log_weight = log_noise or options.accumulate_grad_batches.by == "tokens"
+    logs = options.log_grad_norm, options.log_epoch_means, log_weight, log_noise
     return Programs(task, strategy, optimizer, options.nonfinite, seed, total_steps, *logs)
 
 
@@ -97,4 +100,7 @@ def begin(
     metrics = Metrics(Records(() if setup.processes.index else loggers))
     if average is not None:
         average.begin(state.params, step=0)
-    return Run(setup, state, metrics, WindowLengths(setup.options.accumulate_grad_batches), average)
+    options = setup.options
+    if options.noise_scale is not None:
+        options.noise_scale.begin()
+    return Run(setup, state, metrics, WindowLengths(options.accumulate_grad_batches, options.adaptive), average)

@@ -52,7 +52,7 @@ class Interval:
     def check_falls_due(self, k_may_change: bool) -> None:
         """Raises ValueError if no validation can become due in the run, counted from its start."""
         setup, options = self._setup, self._setup.options
-        most = math.inf if k_may_change else options.steps * max(options.accumulate_grad_batches.values())
+        most = math.inf if k_may_change else options.steps * options.largest_k
         every_n_epochs = options.check_val_every_n_epoch or 1
 
         def is_reached(shortest: int | float, longest: int | float) -> bool:

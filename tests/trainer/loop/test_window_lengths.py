@@ -109,8 +109,8 @@ def test_the_newest_window_is_not_waited_for():
             raise AssertionError("waited for the devices")
 
     lengths = WindowLengths(AccumulationSchedule({0: 1, 5: 2}, by="tokens"))
-    lengths.close(jnp.float32(5))
-    lengths.close(Running())
+    lengths.close(jnp.float32(5), 1)
+    lengths.close(Running(), 1)
     assert lengths.every_k(Counters(global_step=2)) == lengths.every_k(Counters(global_step=2)) == 2
 
 

@@ -630,7 +630,7 @@ BUGS = [
     ),
     Bug(
         "a monitor with an unknown prefix raises no error",
-        "Monitor.value",
+        "Monitor._may_come",
         'kind in ("train", "val") and not any(name.startswith(f"{kind}_") for name in metrics)',
         'not any(name.startswith(f"{kind}_") for name in metrics)',
         TRAINER,
@@ -1980,8 +1980,8 @@ BUGS = [
     Bug(
         "a window is clipped before it is divided by K",
         "of_window",
-        "optax.chain(*parts, optimizer)",
-        "optax.chain(*parts[::-1], optimizer)",
+        "parts.append(clip(gradient_clip_val))",
+        "parts.insert(0, clip(gradient_clip_val))",
         "trainer",
     ),
     Bug(

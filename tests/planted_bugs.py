@@ -630,7 +630,7 @@ BUGS = [
     ),
     Bug(
         "a monitor with an unknown prefix raises no error",
-        "Monitor.value",
+        "Monitor._may_come",
         'kind in ("train", "val") and not any(name.startswith(f"{kind}_") for name in metrics)',
         'not any(name.startswith(f"{kind}_") for name in metrics)',
         TRAINER,
@@ -1869,6 +1869,34 @@ BUGS = [
         "not (to_resume and notes.get('weights_only'))",
         "True",
         "checkpoint",
+    ),
+    Bug(
+        "a resumed run takes its size from the first batch that it reads",
+        "run_checkpoint.examples",
+        "noted is None",
+        "True",
+        "target_batch_size",
+    ),
+    Bug(
+        "a mean of the first epoch is missed before its end",
+        "Monitor._may_come",
+        "self.name.endswith('_epoch')",
+        "False",
+        "callbacks",
+    ),
+    Bug(
+        "the best weights are taken for the best run",
+        "saving.find",
+        "to_resume and policy.save_weights_only",
+        "False",
+        "checkpoint",
+    ),
+    Bug(
+        "a validation after fit forgets its limit",
+        "Trainer._val_limit",
+        "self._options.overfit_batches or self._options.limit_val_batches",
+        "self._options.limit_val_batches",
+        "evaluation",
     ),
 ]
 

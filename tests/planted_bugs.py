@@ -2285,6 +2285,34 @@ BUGS = [
         "1.0",
         "adaptive_accumulation",
     ),
+    Bug(
+        "a resumed run takes its size from the first batch that it reads",
+        "run_checkpoint.examples",
+        "noted is None",
+        "True",
+        "target_batch_size",
+    ),
+    Bug(
+        "a mean of the first epoch is missed before its end",
+        "Monitor._may_come",
+        "self.name.endswith('_epoch')",
+        "False",
+        "callbacks",
+    ),
+    Bug(
+        "the best weights are taken for the best run",
+        "saving.find",
+        "to_resume and policy.save_weights_only",
+        "False",
+        "checkpoint",
+    ),
+    Bug(
+        "a validation after fit forgets its limit",
+        "Trainer._val_limit",
+        "self._options.overfit_batches or self._options.limit_val_batches",
+        "self._options.limit_val_batches",
+        "evaluation",
+    ),
 ]
 
 

@@ -67,7 +67,7 @@ def bare(loader: list[Any], k: int) -> float:
         if (i + 1) % k:
             pending, _ = accumulate(params, pending, batch, piece.place)
         else:
-            state, _, _ = step(state._replace(pending=pending), batch, piece.place, None)
+            state, _, _ = step(state._replace(pending=pending), batch, piece.place, {})
             params, opt_state, model_state, pending = state
             state = type(state)(params, opt_state, model_state, pending)
     jax.block_until_ready((params, pending))

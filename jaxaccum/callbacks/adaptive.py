@@ -15,8 +15,8 @@ class AdaptiveAccumulation(NoiseScaleMonitor):
     The run starts with the Trainer's `accumulate_grad_batches`, moved into the bounds. From then on K changes at the
     start of a window, by the rule `jaxaccum.AdaptiveAccumulation`, if the window of the present K is outside of the
     confidence interval of the noise scale. K of a window follows from all windows but the one just before it, which the
-    devices may still run: nothing waits, and K is the same in every process and after a resume. Nothing compiles again,
-    except with `fuse_windows`, which compiles a program for each K.
+    devices may still run: nothing waits, and K is the same in every process and after a resume. The first ten windows
+    change nothing. No program depends on K, except with `fuse_windows`, which compiles one for each K.
 
     `chosen` has the schedule that the run chose. `Trainer(accumulate_grad_batches=AccumulationSchedule(chosen,
     by="step"))` repeats its windows.

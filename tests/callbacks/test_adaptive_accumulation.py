@@ -9,7 +9,14 @@ from training import Logged, Recorder, assert_same, single, trainer
 
 import jaxaccum
 from jaxaccum import AccumulationSchedule, NoiseScale
-from jaxaccum.callbacks import AdaptiveAccumulation, Callback, GradientAccumulationScheduler, ModelCheckpoint, adaptive
+from jaxaccum.callbacks import (
+    AdaptiveAccumulation,
+    Callback,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    NoiseScaleMonitor,
+    adaptive,
+)
 
 SCALE = NoiseScale(decay=0.9)
 
@@ -145,3 +152,22 @@ def test_a_stream_is_left_the_rest():
     t.fit(linear(), stream)
     assert len(callback.chosen) > 1 and t.global_step == 9
     assert 0 <= 60 - t.micro_step - len(list(stream)) <= 3
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize(
+    ("before", "after"), [("none", "monitor"), ("monitor", "none"), ("none", "adaptive"), ("adaptive", "schedule")]
+)
+def test_a_resume_with_other_callbacks(tmp_path, devices, before, after):
+    """Catches a run that can't begin or end to measure the noise scale, and estimates that are taken for weights."""
+    loader, options = rows(*[4] * 20 * devices), {"strategy": "single" if devices == 1 else "ddp", "devices": devices}
+    made = {"none": [], "schedule": [], "monitor": [NoiseScaleMonitor(SCALE)], "adaptive": [adapts()]}
+    saves = ModelCheckpoint(tmp_path, every_n_micro_steps=1, save_top_k=-1)
+    trainer(accumulate_grad_batches=2, callbacks=[*made[before], saves], **options).fit(linear(), loader)
+    every_k = AccumulationSchedule({0: 2, 6: 3}, by="step") if after == "schedule" else 2
+    t = trainer(accumulate_grad_batches=every_k, callbacks=made[after], **options)
+    for micro_step in (4, 5):
+        t.fit(linear(), loader, ckpt_path=tmp_path / f"epoch=0-micro_step={micro_step}")
+        assert t.micro_step == 20
+        if made[after]:
+            assert float(made[after][0]._state.weight) > 2

@@ -19,7 +19,7 @@ from training import Logged, loader, task, trainer
 
 import jaxaccum
 import jaxaccum.distributed
-from jaxaccum.callbacks import EMA, Callback, ModelCheckpoint
+from jaxaccum.callbacks import EMA, AdaptiveAccumulation, Callback, ModelCheckpoint
 from jaxaccum.distributed import process_group
 from jaxaccum.trainer.programs.compiled import FitState
 
@@ -125,6 +125,13 @@ def fit(folder, callbacks=(), batches=None, val=None, ckpt_path=None, dropout=0.
     return {"digest": digest(state.params), "params": params, **told}
 
 
+def fit_adaptively(folder, **options):
+    """The same of a run with an adaptive K, and its schedule."""
+    adaptive = AdaptiveAccumulation(1, 4, scale=jaxaccum.NoiseScale(decay=0.9))
+    ended = fit(folder, adaptive, accumulate_grad_batches=1, max_epochs=4, **options)
+    return ended | {"chosen": [list(change) for change in adaptive.chosen.items()]}
+
+
 def digest(params):
     return hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(params))).hexdigest()
 
@@ -169,6 +176,8 @@ def cases(folder):
     yield "tokens", fit(folder, saves, accumulate_grad_batches=TOKENS)
     path = folder / "tokens" / "epoch=0-micro_step=4"
     yield "tokens, resumed", fit(folder, accumulate_grad_batches=TOKENS, ckpt_path=path)
+
+    yield "adaptive", fit_adaptively(folder)
 
     process_group.time = Clock()
     timed = ModelCheckpoint(folder / "timed", train_time_interval=datetime.timedelta(seconds=4), save_top_k=-1)

@@ -11,7 +11,7 @@ import flags
 import numpy as np
 import process_worker
 import pytest
-from process_worker import SIZES, TOKENS, ZERO, Positioned, fit, of_process
+from process_worker import SIZES, TOKENS, ZERO, Positioned, fit, fit_adaptively, of_process
 from training import Logged, loader
 
 from jaxaccum.callbacks import ModelCheckpoint
@@ -32,6 +32,7 @@ def alone(folder):
     return {
         "ddp": fit(folder, strategy="ddp", devices=4, val=val, logger=log) | {"records": log.records},
         "tokens": fit(folder, devices=4, accumulate_grad_batches=TOKENS),
+        "adaptive": fit_adaptively(folder, devices=4),
         "single": fit(folder, saves, strategy="single", accumulate_grad_batches={0: 12, 1: 8}),
         "zero": fit(folder, batches=loader(*SIZES)[:16], devices=4, **ZERO),
         "twice": fit(folder, batches=loader(*SIZES)[:16], devices=4, twice=True, **ZERO),
@@ -73,7 +74,7 @@ def errors(together, case):
     return [of_process[case]["error"] for of_process in together]
 
 
-@pytest.mark.parametrize("case", ["ddp", "zero", "dp", "tokens", "twice"])
+@pytest.mark.parametrize("case", ["ddp", "zero", "dp", "tokens", "adaptive", "twice"])
 def test_two_processes_train_as_one_with_all_their_devices(alone, together, case):
     """Catches keys, weights and batches that are numbered or counted in each process alone, and sums not joined."""
     zero, one = (of[case] for of in together)
@@ -81,6 +82,8 @@ def test_two_processes_train_as_one_with_all_their_devices(alone, together, case
     assert_same_end(zero, alone[case])
     for name in ("micro_step", "effective_batch_size"):
         assert zero[name] == one[name] == alone[case][name]
+    if case == "adaptive":
+        assert len(zero["chosen"]) > 1 and zero["chosen"] == one["chosen"] == alone[case]["chosen"]
 
 
 def test_process_0_alone_logs_what_is_of_all(alone, together):

@@ -410,7 +410,7 @@ def test_devices_meet_once_a_window(strategy):
     (piece,) = t._strategy.pieces(loader(8) * t._strategy.group)
     programs = t._running.setup.programs
     accumulate = programs._accumulate.lower(state.params, state.pending, *piece.inputs).compile()
-    step = programs._step.lower(state, *piece.inputs, None).compile()
+    step = programs._step.lower(state, *piece.inputs, {}).compile()
     assert jaxaccum.collectives(accumulate).count() == 0
     assert jaxaccum.collectives(step).count() > 0 and jaxaccum.collectives(step).count(in_loop=True) == 0
 

@@ -216,7 +216,7 @@ def test_what_is_off_costs_nothing():
     t.fit(slope(), ones(2, 2))
     assert t.callback_metrics.keys() == {"train_loss"}
     programs, piece = t._running.setup.programs, t._running.setup.strategy.pieces(ones(2))[0]
-    _, _, logs = programs._step.eval_shape(t.state, *piece.inputs, None)
+    _, _, logs = programs._step.eval_shape(t.state, *piece.inputs, {})
     assert logs.means.keys() == {"train_loss"} and logs.sums is None
 
 

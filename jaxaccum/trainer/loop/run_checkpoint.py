@@ -26,6 +26,7 @@ from jaxaccum.trainer.loop.run_state import Run
 from jaxaccum.trainer.programs.compiled import FitState, Pending, Programs
 
 _AVERAGE = ".average"  # Where an array's path starts with ".params".
+_NORMS = ".pending.sums.norms.pending"
 
 
 def arrays(run: Run) -> dict[str, Any]:
@@ -187,7 +188,7 @@ def _filled(checkpoint: Checkpoint, like: FitState, before: int, now: int) -> Fi
 def _placed(checkpoint: Checkpoint, like: FitState, strategy: Strategy, programs: Programs) -> FitState:
     """Returns the checkpoint's arrays as a state like `like`, on the strategy's devices."""
     before = checkpoint.notes["devices"]
-    state = _filled(checkpoint, like, before, strategy.size)
+    state = _filled(_with_norms(checkpoint, like, before), like, before, strategy.size)
     if not checkpoint.notes["counters"]["window_step"]:
         # The programs expect zero sums at the start of a window; version 0.1 saved those of the last window.
         sums = with_cleared_sums(state.pending.sums, functools.partial(jax.tree.map, np.zeros_like))
@@ -197,6 +198,16 @@ def _placed(checkpoint: Checkpoint, like: FitState, strategy: Strategy, programs
     if strategy.process_count == 1:
         return jax.device_put(state, jax.tree.map(lambda x: x.sharding, like), may_alias=False)
     return jax.tree.map(lambda x, lies: strategy.placed(x, lies.sharding), state, like)
+
+
+def _with_norms(checkpoint: Checkpoint, like: FitState, devices: int) -> Checkpoint:
+    """Adds zeros for the norms of the open window, or removes them: only one of the two runs may measure the noise."""
+    arrays = {name: x for name, x in checkpoint.arrays.items() if name != _NORMS}
+    if like.pending.sums.norms:
+        *_, entries = like.pending.sums.norms.pending.shape
+        shape = (devices, entries) if devices > 1 else (entries,)
+        arrays[_NORMS] = checkpoint.arrays.get(_NORMS, np.zeros(shape, weighted_sum.weight_dtype()))
+    return checkpoint._replace(arrays=arrays)
 
 
 def _redistributed(pending: Pending, before: int, strategy: Strategy, programs: Programs) -> Pending:

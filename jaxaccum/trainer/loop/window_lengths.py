@@ -22,6 +22,7 @@ class WindowLengths:
         self._weight = 0.0  # Σ w of the windows that decide.
         # For each later window, oldest first: Σ w, or what `adaptive` measured; numbers or device scalars.
         self._undecided: list[Any] = []
+        self._kind = "undecided" if adaptive is None else "estimates"  # Of these, in a checkpoint.
         if adaptive is not None:
             adaptive.start(schedule(0))
 
@@ -67,7 +68,7 @@ class WindowLengths:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state for a checkpoint. Waits for the last window."""
-        return {"weight": self._weight, "undecided": jax.tree.map(records.number, self._undecided)}
+        return {"weight": self._weight, self._kind: jax.tree.map(records.number, self._undecided)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._weight, self._undecided = state["weight"], list(state["undecided"])
+        self._weight, self._undecided = state["weight"], list(state.get(self._kind, []))

@@ -108,8 +108,8 @@ def test_a_fused_windows_devices_meet_once_outside_its_loop(strategy):
     state = t.fit(masked(), micro_batches(strategy, 3))
     (piece,) = t._strategy.pieces(micro_batches(strategy, 1))
     programs = t._running.setup.programs
-    window = jaxaccum.collectives(programs._window.lower(state, [piece.inputs] * 3, None).compile())
-    step = jaxaccum.collectives(programs._step.lower(state, *piece.inputs, None).compile())
+    window = jaxaccum.collectives(programs._window.lower(state, [piece.inputs] * 3, {}).compile())
+    step = jaxaccum.collectives(programs._step.lower(state, *piece.inputs, {}).compile())
     assert window.count() == step.count() > 0 and window.count(in_loop=True) == 0
 
 

@@ -167,6 +167,11 @@ class HostDriven:
 
     def init(self, model: Any) -> MultiStepsState:
         """The state of `tx` for the variables to train, with an empty window."""
+        if isinstance(model, linen.Module):
+            raise TypeError(
+                "jaxaccum.flax.HostDriven takes an nnx model, got a linen module: use jaxaccum.HostDriven with a loss "
+                "of the parameters, which calls module.apply, and batch statistics in carry_argnums."
+            )
         state: Any = self._tx.init(nnx.state(model, self._wrt))
         return state
 

@@ -735,6 +735,13 @@ def test_arguments_are_counted_as_the_caller_counts_them():
         jaxaccum.flax.value_and_grad(loss, 4, batch_argnums=(1, 2))(model, x)
 
 
+def test_a_linen_module_is_no_nnx_model():
+    """Catches an IndexError from inside flax."""
+    step = jaxaccum.flax.HostDriven(jaxaccum.MultiSteps(optax.sgd(1.0), 2), lambda model, x: jnp.mean(model(x)))
+    with pytest.raises(TypeError, match=r"takes an nnx model, got a linen module: use jaxaccum.HostDriven"):
+        step.init(nn.Dense(1))
+
+
 def test_linen_takes_one_batch():
     """Catches labels that are taken as the key, and an option that the adapter has no use for."""
     module, loss = nn.Dense(1), lambda model, batch: jnp.mean(model(batch) ** 2)

@@ -18,7 +18,7 @@ from jaxaccum._devices.topology import MappedAxis, MeshAxis, OneDevice
 from jaxaccum._gradient import substitution
 from jaxaccum._gradient.roles import Roles
 from jaxaccum._jax import core, eager, jaxprs, prng
-from jaxaccum._sums import traced_loss, weighted_sum
+from jaxaccum._sums import traced_loss
 from jaxaccum._types import Tree
 
 _BATCH_ALONE = Roles(params=(0,), batch=(1,), keys=(), carry=())
@@ -44,12 +44,14 @@ class HostWeight:
 
     def is_positive(self, params: Tree, *args: Tree, **kwargs: Tree) -> bool:
         """Whether the weight is known to be positive; waits for the leaves it depends on if they are being computed."""
-        held = params, *[args[i - 1] for i in self._roles.carry]
-        _, *others = self._roles.without_carry((params, *args))
-        data = *others, kwargs
+        held, data = (params,), (*args, kwargs)
+        if self._roles.carry:
+            held = params, *[args[i - 1] for i in self._roles.carry]
+            _, *others = self._roles.without_carry((params, *args))
+            data = *others, kwargs
         leaves, treedef = jax.tree.flatten(data)
-        types = tuple([(np.shape(x), getattr(x, "dtype", type(x))) for x in leaves])
-        signature = treedef, types, weighted_sum.weight_dtype(), eager.trace_state_clean()
+        types = tuple([(x.shape, x.dtype) if hasattr(x, "dtype") else type(x) for x in leaves])
+        signature = treedef, types, jax.config.jax_enable_x64, eager.trace_state_clean()
         known = self._known.get(signature)
         if known is None:
             try:

@@ -51,7 +51,8 @@ class HostWeight:
             data = *others, kwargs
         leaves, treedef = jax.tree.flatten(data)
         types = tuple([(x.shape, x.dtype) if hasattr(x, "dtype") else type(x) for x in leaves])
-        signature = treedef, types, jax.config.jax_enable_x64, eager.trace_state_clean()
+        x64 = jax.config.jax_enable_x64  # pyrefly: ignore[missing-attribute]
+        signature = treedef, types, x64, eager.trace_state_clean()
         known = self._known.get(signature)
         if known is None:
             try:

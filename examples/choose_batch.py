@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import optax
 from flax import nnx
-from train_lm import PEAK_LEARNING_RATE, ByteLM, Loader, loss, micro_batches, read_standard_library
+from train_lm import PEAK_LEARNING_RATE, ByteLM, Loader, loss, micro_batches, read_standard_library, split
 
 import jaxaccum
 
@@ -45,8 +45,7 @@ def main() -> None:
     """Plans and trains; see the module's docstring."""
     args = parse_arguments()
     rng = np.random.default_rng(args.seed)
-    shuffled = rng.permutation(read_standard_library())[: args.limit]
-    held_out, train = np.split(shuffled, [math.ceil(len(shuffled) / 20)])
+    train, held_out = split(read_standard_library(), args.limit, rng)
     graphdef, params = nnx.split(ByteLM(nnx.Rngs(args.seed)))
     # The number of windows is not known beforehand, so the learning rate does not decay: K grows instead.
     learning_rate = optax.linear_schedule(0, PEAK_LEARNING_RATE / 2, WARMUP)

@@ -226,14 +226,20 @@ class Table(Callback):
         tqdm.write("{:>5}{:>4}{:>17}{:>17}{:>17.4f}{:>20.4f}{:>9.1f}".format(*self.epochs[-1].values()))
 
 
+def split(library: np.ndarray, limit: int | None, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the functions to train on and those to hold out, a twentieth, from `limit` of them in a random order."""
+    shuffled = rng.permutation(library)[:limit]
+    held_out, train = np.split(shuffled, [math.ceil(len(shuffled) / 20)])
+    return train, held_out
+
+
 def main() -> None:
     """Trains; see the module's docstring."""
     args = parse_arguments()
     rng = np.random.default_rng(args.seed)
 
     library = read_standard_library()
-    shuffled = rng.permutation(library)[: args.limit]
-    held_out, train = np.split(shuffled, [math.ceil(len(shuffled) / 20)])
+    train, held_out = split(library, args.limit, rng)
     graphdef, params = nnx.split(ByteLM(nnx.Rngs(args.seed)))
     loader = Loader(train, args.batch_size, rng)
 

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from flax import nnx
 from tqdm import tqdm
-from train_lm import ByteLM, loss, micro_batches, optimizer, parse_arguments, read_standard_library
+from train_lm import ByteLM, loss, micro_batches, optimizer, parse_arguments, read_standard_library, split
 
 import jaxaccum
 
@@ -60,8 +60,7 @@ def main() -> None:
     """Trains; see the module's docstring."""
     args = parse_arguments()
     rng = np.random.default_rng(args.seed)
-    shuffled = rng.permutation(read_standard_library())[: args.limit]
-    held_out, train = np.split(shuffled, [math.ceil(len(shuffled) / 20)])
+    train, held_out = split(read_standard_library(), args.limit, rng)
     graphdef, params = nnx.split(ByteLM(nnx.Rngs(args.seed)))
     loss_fn = functools.partial(loss, graphdef)
 

@@ -16,7 +16,8 @@ from jaxaccum._choosing.planner import target
 from jaxaccum._integers import positive_int
 from jaxaccum._schedule import AccumulationSchedule
 from jaxaccum._types import Tree
-from jaxaccum.callbacks import Callback, ProgressBar
+from jaxaccum.callbacks import Callback, NoiseScaleMonitor, ProgressBar
+from jaxaccum.callbacks.average import ParamsAverage
 from jaxaccum.callbacks.time_limit import TimeLimit
 from jaxaccum.checkpoint import Checkpoint, orbax_io
 from jaxaccum.distributed.process_group import Processes
@@ -170,7 +171,7 @@ class Trainer:
         exit_signals: Sequence[int] = EXIT_SIGNALS,
     ):
         observers = arguments.callbacks(callbacks)
-        self._average = arguments.average(observers)
+        self._average = arguments.one_of(ParamsAverage, observers)
         self._options = Options(
             accumulate_grad_batches=arguments.schedule(accumulate_grad_batches, target_batch_size, observers),
             target_batch_size=target_batch_size,
@@ -197,7 +198,7 @@ class Trainer:
             fuse_windows=fuse_windows,
             nonfinite=nonfinite,
             detect_anomaly=detect_anomaly,
-            noise_scale=arguments.noise_scale(observers),
+            noise_scale=arguments.one_of(NoiseScaleMonitor, observers),
         )
         self._callbacks = arguments.of_dev_run(observers) if self._options.fast_dev_run else observers
         if self._options.max_time is not None:

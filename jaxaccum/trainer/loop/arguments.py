@@ -3,7 +3,7 @@
 import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxaccum._integers import positive_int
 from jaxaccum._schedule import AccumulationSchedule
@@ -13,6 +13,8 @@ from jaxaccum.callbacks.monitor import Monitor
 from jaxaccum.callbacks.policy import CheckpointPolicy
 from jaxaccum.callbacks.scheduler import offered_schedule
 from jaxaccum.loggers import JSONLLogger
+
+T = TypeVar("T")
 
 
 def callbacks(value: Any) -> tuple[Callback, ...]:
@@ -32,14 +34,9 @@ def callbacks(value: Any) -> tuple[Callback, ...]:
     return tuple(found)
 
 
-def noise_scale(callbacks: Sequence[Callback]) -> NoiseScaleMonitor | None:
-    """Returns the callback that measures the noise scale, or None."""
-    return next((callback for callback in callbacks if isinstance(callback, NoiseScaleMonitor)), None)
-
-
-def average(callbacks: Sequence[Callback]) -> ParamsAverage | None:
-    """Returns the callback that averages the parameters, or None."""
-    return next((callback for callback in callbacks if isinstance(callback, ParamsAverage)), None)
+def one_of(kind: type[T], callbacks: Sequence[Callback]) -> T | None:
+    """Returns the first callback of this kind, or None."""
+    return next((callback for callback in callbacks if isinstance(callback, kind)), None)
 
 
 def of_dev_run(callbacks: Sequence[Callback]) -> tuple[Callback, ...]:
@@ -73,7 +70,7 @@ def schedule(
             "is: give one of them."
         )
     chosen = given if offered is None else offered
-    if isinstance(noise_scale(callbacks), AdaptiveAccumulation) and (chosen.by != "epoch" or list(chosen) != [0]):
+    if one_of(AdaptiveAccumulation, callbacks) is not None and (chosen.by != "epoch" or list(chosen) != [0]):
         raise ValueError(
             f"AdaptiveAccumulation sets K, and so does {chosen!r}: pass the K to start with, or one of them."
         )

@@ -75,7 +75,6 @@ def test_what_the_blocks_compute(capsys, tmp_path, monkeypatch):
 
     run("apply_updates(params, updates), state\n")
     assert "2 optimizer steps" in capsys.readouterr().out
-    assert int(run("step.flush")["state"].gradient_step) == 11 // 8 + 1 + 4 // 4 + 1
     # On 8 devices an epoch is two micro-steps, and each is a window of its own.
     assert run("max_epochs=")["trainer"].global_step == 4
 
@@ -83,7 +82,7 @@ def test_what_the_blocks_compute(capsys, tmp_path, monkeypatch):
 def test_the_readme_is_short():
     """Catches a block that a reader scrolls through, and a page that grows."""
     assert all(len(code.splitlines()) <= 15 for page, _, code in BLOCKS if page == "README.md")
-    assert len(README.splitlines()) <= 325
+    assert len(README.splitlines()) <= 295
 
 
 def test_every_example_is_listed():
@@ -150,6 +149,12 @@ def gibibytes(side):
     return f"{case['temp'] / 1024:.1f}"
 
 
+def planned(trial):
+    kinds = ("parameters", "optimizer", "sums", "activations", "peak")
+    figures = [f"{trial[kind] / 2**30:.2f}" for kind in kinds]
+    return f"| {' | '.join([str(trial['n']), str(trial['k']), *figures, 'yes' if trial['fits'] else 'no'])} |"
+
+
 def temporary(name, side, k, other, other_k):
     cases = {(case["side"], case["k"]): case["temp"] for case in record(name)["cases"]}
     return f"{cases[side, k] / cases[other, other_k]:.2f}"
@@ -202,10 +207,6 @@ def beside_lightning(record, ours):
                 *beside_lightning(BESIDE, "jaxaccum"),
             ],
         ),
-        (
-            "**Which N and K?**",
-            [f"{next(x for x in record('plan-1.3B-h100')['plan']['trials'] if x['n'] == 8)['peak'] / 2**30:.2f}"],
-        ),
         ("- The speed comes from", [ratio(DRIVERS, "host driven, drop")]),
         ("- `coupled_value_and_grad` runs", [ratio("coupled-h100", "coupled", "plain window", case="K = 8, N = 8")]),
         (
@@ -224,6 +225,12 @@ def test_the_figures_of_the_readme_are_those_of_records(start, numbers):
     (paragraph,) = (part for part in re.split(r"\n(?=\||- |\n)", README) if part.strip().startswith(start))
     written = re.findall(r"(?<![.\d])\d+\.\d+\b(?!\.\d)", paragraph)
     assert [x for x in written if x != "1.3"] == numbers
+
+
+def test_the_plan_of_the_readme_is_that_of_the_record():
+    """Catches a table of a plan that no device made."""
+    (rows,) = re.findall(r"^\| N \| K \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", README, re.M)
+    assert rows.splitlines() == [planned(trial) for trial in record("plan-1.3B-h100")["plan"]["trials"]]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The figures of records: times beside the floor's as bars, with the fastest and the slowest round; memory over K.
+"""The figures of records: times over the floor's, with the fastest and the slowest round; memory over K; losses.
 
     PYTHONPATH=. python benchmarks/plots.py benchmarks/results/window-unrolled-h100.json
 
@@ -61,6 +61,24 @@ def memory(record: Record) -> Figure:
         axes.plot(*zip(*points, strict=True), marker="o", label=side)
     axes.set(xscale="log", yscale="log", xlabel="K", ylabel="temporary MiB")
     axes.legend(fontsize=7)
+    return figure
+
+
+def curves(record: Record) -> Figure:
+    """Held-out loss over samples and over optimizer steps: of each policy the median over the seeds."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for policy in dict.fromkeys(run["policy"] for run in record["runs"]):
+        points = zip(*(run["curve"] for run in record["runs"] if run["policy"] == policy), strict=True)
+        samples, steps, losses = zip(
+            *([statistics.median(x) for x in zip(*p, strict=True)] for p in points), strict=True
+        )
+        width = 2.2 if policy.startswith("adaptive") else 1.1
+        for axes, x in zip(panels, (samples, steps), strict=True):
+            axes.plot(x, losses, linewidth=width, label=policy)
+    panels[0].set(xlabel="samples", ylabel="held-out bits per byte")
+    panels[1].set(xlabel="optimizer steps", xscale="log")
+    panels[1].legend(fontsize=7)
     return figure
 
 
@@ -127,7 +145,8 @@ def main() -> None:
     given = options.parse_args()
     for path in given.records:
         record, kind = json.loads(path.read_text()), path.stem.split("-")[0]
-        figure = memory(record) if kind == "memory" else times(record, importlib.import_module(kind).COMPARISON.floor)
+        draw = {"memory": memory, "adaptive": curves}.get(kind)
+        figure = draw(record) if draw else times(record, importlib.import_module(kind).COMPARISON.floor)
         with matplotlib.rc_context({"svg.hashsalt": "jaxaccum"}):  # Drawn again, the file is the same.
             figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
     if given.summary:

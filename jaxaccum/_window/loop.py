@@ -145,8 +145,8 @@ class Window(NamedTuple):
         changed = lambda sums, change: Weighted((sums.total[0], change(sums.total[1])), sums.weight)
         dtypes = []
 
-        def part(state):
-            sums = changed(state[0], packing.unpack)
+        def part(state):  # Of the stacks, so that small leaves take one kernel together.
+            sums, _ = state
             return norms.of_part(Weighted(sums.total[1], sums.weight))
 
         def micro_step(state, i):

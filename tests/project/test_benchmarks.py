@@ -64,6 +64,20 @@ def test_plan(tmp_path):
     assert all(f"| {n} | {8 // n} |" in printed for n in sizes)
 
 
+def test_adaptive(tmp_path):
+    """Catches policies that see other data, and a curve without its last validation."""
+    out = tmp_path / "adaptive.json"
+    options = ["--limit", "64", "--epochs", "1", "--seeds", "1", "--validations", "2", "--out", str(out)]
+    path = f"{ROOT}:{ROOT / 'examples'}"
+    printed = run("adaptive.py", *options, "--policies", "adaptive", "K = 4", PYTHONPATH=path, XLA_FLAGS=flags.HURRY)
+    adaptive, fixed = json.loads(out.read_text())["runs"]
+    assert adaptive["chosen"] == {"0": 2} and not fixed["chosen"]
+    assert [point[:2] for point in adaptive["curve"]] == [[32, 2], [64, 4]]
+    assert [point[:2] for point in fixed["curve"]] == [[32, 1], [64, 2]]
+    assert all(4 < point[2] < 8 for point in adaptive["curve"] + fixed["curve"])
+    assert "| K = 4 | adaptive | 1 of 1 |" in printed
+
+
 @pytest.mark.parametrize("options", [[], ["--overlap", "--unrolled"]])
 def test_devices(tmp_path, options):
     """Catches a side that does other work than its name says: a sync too many or too few, or other data."""
@@ -207,6 +221,7 @@ def test_the_readme_has_the_table_of_each_record(record, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [script, "--table", str(record)])
     importlib.import_module("devices")  # The helper of this name, which is put back after the test.
     monkeypatch.delitem(sys.modules, "devices")
+    monkeypatch.syspath_prepend(ROOT / "examples")
     monkeypatch.syspath_prepend(BENCHMARKS)
     runpy.run_path(script, run_name="__main__")
     assert capsys.readouterr().out in (BENCHMARKS / "README.md").read_text()

@@ -160,6 +160,12 @@ def temporary(name, side, k, other, other_k):
     return f"{cases[side, k] / cases[other, other_k]:.2f}"
 
 
+def saved(policy):
+    """Samples and steps of the adaptive runs to the end of this policy, from the table of the record."""
+    (line,) = re.findall(rf"^\| {policy} \| adaptive \|.*$", PAGES["benchmarks/README.md"], re.M)
+    return [cell.split()[0] for cell in line.split(" | ")[3:]]
+
+
 def peak(name):
     peaks = {case["side"]: case["peak"] for case in record(f"memory-{name}-1.3B-h100")["cases"]}
     return f"{peaks['training, Trainer'] / peaks['training, window']:.2f}"
@@ -278,6 +284,7 @@ def test_the_plan_of_the_readme_is_that_of_the_record():
         ),
         ("peak memory of training", [peak(x) for x in ("training", "training-untuned")]),
         ("window with the norms", [ratio("window-noise-h100", "window, noise scale", "window")]),
+        ("a K that follows the noise scale / ", saved("K = 16, 8, 4, 2 by epoch")),
         ("Lightning's Trainer / ours", beside_lightning(TRAINERS, "jaxaccum, Trainer")),
         (
             "Lightning's Trainer / our window",

@@ -76,7 +76,8 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
       axis_name: inside `jax.pmap` or `jax.shard_map`, the name of the mapped data axis, or a tuple of names. Each
         device accumulates local sums, which are reduced once per window, at the boundary: Σ w·g / Σ w over devices and
         micro-steps. All devices must reach the boundary on the same call. With `use_grad_mean=False` the result is the
-        mean of the devices' sums.
+        mean of the devices' sums. The state differs between devices: in `shard_map` give it a leading device axis, as
+        it has in `pmap`.
       mesh: under jit, a `jax.sharding.Mesh`. Gradients then come from `local_value_and_grad`, with a leading axis for
         the P devices of the data axis. A weight or an averaged extra arg is a scalar for all devices, or (P,). Local
         sums are (P, ...), sharded over the data axis, and reduced only at the boundary. The mesh's other axes are left

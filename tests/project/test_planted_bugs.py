@@ -17,4 +17,4 @@ def test_a_planted_bug_still_finds_its_place(bug):
 
 def test_the_readme_says_how_many_they_are():
     """Catches a number that was not updated with the list."""
-    assert f"injects {len(planted_bugs.BUGS)} bugs" in (planted_bugs.ROOT / "README.md").read_text()
+    assert f"each of the {len(planted_bugs.BUGS)} bugs" in (planted_bugs.ROOT / "README.md").read_text()

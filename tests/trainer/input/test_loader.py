@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import types
 
 import jax
 import numpy as np
@@ -501,3 +502,17 @@ def test_a_position_of_version_0_1():
     batches = TrainLoader(Loader(), keeps_state=True, **options)
     batches.begin(Start(batches=1, all_batches=1), json_state.dumps({"at": 1}, "Loader"))
     assert [len(batch) for batch in batches.epoch(0)] == [2, 3]
+
+
+@pytest.mark.parametrize("lengths", [[3, 3], [None, 3], [None, None], [3, 2], [None, 3, 4]])
+def test_the_lengths_of_all_processes(lengths):
+    """Catches an epoch that one process ends before the others, and a loader without a length that is refused."""
+    batches = TrainLoader(
+        ones(1, 1, 1), limit_train_batches=1.0, overfit_batches=0, epochs=1, steps=math.inf, keeps_state=False
+    )
+    told = types.SimpleNamespace(gather=lambda about, own: lengths)
+    if len(set(lengths) - {None}) < 2:
+        batches.agree(told)
+    else:
+        with pytest.raises(ValueError, match=rf"on another process: .*limit_train_batches={min(lengths[-2:])}"):
+            batches.agree(told)

@@ -11,6 +11,7 @@ import pytest
 from training import Logged, trainer
 
 import jaxaccum
+from jaxaccum._gradient.host_weight import HostWeight
 from jaxaccum.callbacks import Callback
 
 WIDTH, K = 4, 3
@@ -62,6 +63,16 @@ def test_weights_from_the_data_compile_one_program(strategy, fuse_windows):
     t = trainer(strategy=strategy, devices=devices, accumulate_grad_batches=K, fuse_windows=fuse_windows)
     t.fit(masked(), batches(2 * K * group))
     assert variants(t) == ((0, 0, 1) if fuse_windows else (1, 1, 0))
+
+
+@pytest.mark.parametrize(("strategy", "devices"), [("single", 1), ("ddp", 2)])
+def test_the_host_knows_which_batches_count(strategy, devices, monkeypatch):
+    """Catches a run that never knows, and so always runs the program with a selection."""
+    found, is_positive = [], HostWeight.is_positive
+    monkeypatch.setattr(HostWeight, "is_positive", lambda *args: found.append(is_positive(*args)) or found[-1])
+    groups = [[batch] * devices for batch in batches(3, empty=(1,))]
+    trainer(strategy=strategy, devices=devices).fit(masked(), [batch for group in groups for batch in group])
+    assert found == [True, False, True]
 
 
 STRATEGIES, EMPTY = ["single", "ddp", "dp", "zero"], [(0,), (1, 5), (2, 3), (0, 1, 2, 3, 4, 5)]

@@ -162,7 +162,7 @@ class ModelCheckpoint(Callback):
         """Whether a checkpoint with this score would be kept."""
         if self.save_last or score is None:
             return self.save_last or self.save_top_k != 0
-        return self.save_top_k != 0 and "" in self.ranked({**self._saved, "": score})
+        return "" in self.ranked({**self._saved, "": score})
 
     def has(self, name: str, score: float | None) -> bool:
         """Whether the checkpoint is kept with this score; None matches any score."""

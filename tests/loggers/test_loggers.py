@@ -613,6 +613,6 @@ def test_what_the_devices_never_finish_is_not_waited_for():
     log = Logged()
     kept = Records([log])
     kept.add(1, {"loss": 1.0})
-    kept.add(2, {"loss": Never()})
+    kept.add(2, {"rate": 0.1, "loss": Never()})
     kept.flush(waits=False)
     assert log.records == kept.history == [{"step": 1, "loss": 1.0}]

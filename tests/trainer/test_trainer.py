@@ -239,9 +239,11 @@ def test_row_17_a_stop_in_mid_window_keeps_it_or_flushes_it(flush, division, end
         def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
             trainer.should_stop = batch_idx == 5
 
-    t = single(accumulate_grad_batches=4, flush_on_stop=flush, partial_window=division, callbacks=Stop())
+    log, options = Logged(), {"flush_on_stop": flush, "partial_window": division}
+    t = single(accumulate_grad_batches=4, callbacks=Stop(), logger=log, log_every_n_steps=1, **options)
     state = t.fit(slope(), [np.full(2, value, np.float32) for value in (1, 1, 1, 1, 2, 4, 8, 8)])
     assert float(state.params) == end
+    assert [record["step"] for record in log.records if "train_loss" in record] == ([1, 2] if flush else [1])
     assert (t.global_step, t.window_step, t.micro_step, t.current_epoch) == ((2, 0) if flush else (1, 2)) + (6, 0)
     if not flush:
         assert int(state.pending.sums.mini_step) == 2 and float(state.pending.sums.acc_grads) == 2 * (2 + 4)

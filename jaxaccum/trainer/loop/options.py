@@ -204,10 +204,10 @@ def _seconds(max_time: Any) -> float | None:
     """Converts Lightning's forms of a duration: a timedelta, its arguments as a dict, or "DD:HH:MM:SS"."""
     if max_time is None:
         return None
-    given, parts = max_time, str(max_time).split(":")
+    given = max_time
     try:
-        if isinstance(max_time, str) and len(parts) == 4:
-            given = dict(zip(("days", "hours", "minutes", "seconds"), map(int, parts), strict=True))
+        if isinstance(max_time, str):
+            given = dict(zip(("days", "hours", "minutes", "seconds"), map(int, max_time.split(":")), strict=True))
         if isinstance(given, Mapping):
             given = datetime.timedelta(**given)
         if given > datetime.timedelta():

@@ -12,7 +12,7 @@ from training import Recorder, assert_same, loader, ones, single, slope, task
 import jaxaccum
 from jaxaccum.callbacks import Callback, ModelCheckpoint
 from jaxaccum.checkpoint import json_state
-from jaxaccum.trainer.input.loader import Start, TrainLoader
+from jaxaccum.trainer.input.loader import Start, TrainLoader, ValLoader
 
 BATCHES = [np.full(2, value, np.float32) for value in range(7)]
 
@@ -516,3 +516,25 @@ def test_the_lengths_of_all_processes(lengths):
     else:
         with pytest.raises(ValueError, match=rf"on another process: .*limit_train_batches={min(lengths[-2:])}"):
             batches.agree(told)
+
+
+def test_a_checkpoint_without_a_position_skips_what_was_trained_on():
+    """Catches a loader that has a position now, and begins anew because the checkpoint has none."""
+
+    class Loader(list):
+        def state_dict(self):
+            return {}
+
+        def load_state_dict(self, state):
+            raise AssertionError("there is no state")
+
+    options = {"limit_train_batches": 1.0, "overfit_batches": 0, "epochs": 1, "steps": math.inf}
+    batches = TrainLoader(Loader(ones(1, 2, 3)), keeps_state=True, **options)
+    batches.begin(Start(batches=1, all_batches=1))
+    assert [len(batch) for batch in batches.epoch(0)] == [2, 3]
+
+
+def test_a_fraction_of_a_val_loader_without_a_length_is_refused_at_once():
+    """Catches an error that comes with the first validation."""
+    with pytest.raises(ValueError, match=r"limit_val_batches=0\.5 is a fraction of a loader without a length"):
+        ValLoader(iter(ones(1, 2)), 0.5, "val_loader")

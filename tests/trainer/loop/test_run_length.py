@@ -70,6 +70,18 @@ def clock(monkeypatch):
     return clock
 
 
+def test_a_stop_before_an_epoch_takes_effect_after_its_first_micro_step():
+    """Catches a stop that is forgotten until the epoch's end, and an epoch without a batch."""
+
+    class Stops(Callback):
+        def on_train_epoch_start(self, trainer, task):
+            trainer.should_stop = trainer.current_epoch == 1
+
+    t = single(max_epochs=4, callbacks=Stops())
+    t.fit(slope(), ones(2, 2, 2))
+    assert (t.micro_step, t.current_epoch) == (4, 1)
+
+
 @DEVICES
 def test_max_time_counts_over_resumes(tmp_path, devices, clock):
     """Catches a limit that each resume begins anew, or that a second fit goes on with; 5 seconds are 5 micro-steps."""

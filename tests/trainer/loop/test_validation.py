@@ -44,6 +44,7 @@ def validations(batches, **options):
         (6, {"val_check_interval": 6, "max_epochs": 2}, [6, 12]),
         (6, {"val_check_interval": 0.5, "max_epochs": 2}, [3, 6, 9, 12]),
         (3, {"max_epochs": 4, "check_val_every_n_epoch": 2}, [6, 12]),
+        (2, {"max_epochs": 6, "check_val_every_n_epoch": 3}, [6, 12]),
         (4, {"max_epochs": 4, "check_val_every_n_epoch": 2, "val_check_interval": 2}, [6, 8, 14, 16]),
     ],
 )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training import Logged, trainer
+from training import Logged, Recorder, trainer
 
 import jaxaccum
 from jaxaccum._gradient.host_weight import HostWeight
@@ -119,6 +119,18 @@ def test_a_plain_loss_of_several_devices_has_no_selection():
         return len(re.findall(rf"f32\[2,{WIDTH}\]\S* = select_n", text))
 
     assert selects(True) == 0 < selects(False)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "dp", "zero"])
+def test_sums_stay_on_their_devices(strategy):
+    """Catches a micro-step that gathers what each device has summed: its gradients, weights, norms and counts."""
+    layouts = Recorder(lambda t: t.state.pending.sums)
+    monitor = jaxaccum.callbacks.NoiseScaleMonitor()
+    options = {"strategy": strategy, "devices": 2, "accumulate_grad_batches": 2, "nonfinite": "drop"}
+    trainer(**options, callbacks=[monitor, layouts]).fit(masked(), batches(4))
+    sums = layouts.seen[0]
+    own = jax.tree.leaves((sums.acc_grads, sums.weight, sums.averages, sums.dropped, sums.norms))
+    assert len(own) > 5 and not any(x.is_fully_replicated for x in own)
 
 
 def test_devices_without_a_share_are_left_out():

@@ -2274,8 +2274,8 @@ BUGS = [
     Bug(
         "an adaptive K changes within the confidence interval",
         "AdaptiveAccumulation.follow",
-        "step > WARM_UP and micro_step > 0 and is_outside",
-        "step > WARM_UP and micro_step > 0",
+        "self._windows >= WARM_UP and micro_step > 0 and is_outside",
+        "self._windows >= WARM_UP and micro_step > 0",
         "adaptive_accumulation",
     ),
     Bug(
@@ -2312,6 +2312,13 @@ BUGS = [
         "self._options.overfit_batches or self._options.limit_val_batches",
         "self._options.limit_val_batches",
         "evaluation",
+    ),
+    Bug(
+        "a resumed run that begins to adapt K does not warm up",
+        "AdaptiveAccumulation.follow",
+        "self._windows >= WARM_UP",
+        "step > WARM_UP",
+        "adaptive_accumulation",
     ),
 ]
 

@@ -207,6 +207,8 @@ class Trainer:
             self._callbacks += (ProgressBar(),)
         self._exit_signals = arguments.exit_signals(exit_signals)
         self._strategy, self._processes = Strategy(strategy, devices), Processes()
+        if target_batch_size is None:  # Otherwise K is not known yet.
+            self._options.check_noise_scale(self._strategy.size)
         root = _paths.absolute(default_root_dir or ".")
         loggers = arguments.loggers(logger, root)
         self._loggers, self._folder = () if self._options.fast_dev_run else loggers, root / "checkpoints"
@@ -667,7 +669,7 @@ class Trainer:
         if options.target_batch_size is not None:
             every_k = target.split(options.target_batch_size, micro_step, "the examples of a micro-step")
             options.accumulate_grad_batches = AccumulationSchedule({0: every_k})
-        options.check_noise_scale(self._strategy.size)
+            options.check_noise_scale(self._strategy.size)
         total_steps = options.total_steps(epoch_micro_steps, micro_step) if _task.needs_total_steps(task) else None
         setup = Setup(
             options=options,

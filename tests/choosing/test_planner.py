@@ -303,7 +303,11 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == f"{((planned.task, None, [1], None, 512, None, None), off)}\n"
     flags = ["--target-batch-size", "16", "--memory-limit", "2e3", "--alternatives", "--measure", "--batch", "other"]
     command.main(["plan", "planned:made", *flags])
-    assert capsys.readouterr().out == f"{((planned.task, None, [2], None, 16, None, 2000), on)}\n"
+    assert capsys.readouterr().out == f"{((planned.task, None, [2], None, 16, None, 2000.0), on)}\n"
+    for name in ("planned", "planned:", ":task"):
+        with pytest.raises(SystemExit):
+            command.main(["plan", name])
+        assert f"{name!r} must be MODULE:TASK" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,14 @@ def test_a_task():
     assert jaxaccum.plan(needs_steps, PARAMS, {"x": BATCH, "unused": BATCH}, None, TARGET, None, 10**9) == found
 
 
+def test_an_init_that_reads_its_batch():
+    """Catches a batch of tracers where a run has arrays, such as one that holds the number of classes."""
+    init = lambda key, batch: jnp.zeros((WIDTH, 1 + int(np.max(batch))))
+    task = jaxaccum.Task(init, lambda w, x, key: jnp.mean((x @ w) ** 2), OPT)
+    found = jaxaccum.plan(task, None, BATCH + 4, None, 8, None, 10**9)
+    assert found.memory.parameters == WIDTH * 5 * 4
+
+
 def test_a_whole_equinox_module():
     """Catches leaves that are not trained counted as trained, or lost: a function, a number, and an array of ints."""
     eqx = pytest.importorskip("equinox")

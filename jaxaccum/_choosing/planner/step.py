@@ -118,7 +118,10 @@ def of(
     options = {"batch_argnums": 1, **options, **sync.options()}
     if isinstance(task_or_loss, Task):
         task, key = task_or_loss, jax.eval_shape(lambda: jax.random.key(0))
-        made = jax.eval_shape(functools.partial(_task.initial, task), key, batch)
+        if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(batch)):
+            made = jax.eval_shape(functools.partial(_task.initial, task), key, batch)
+        else:  # As in a run, `init` may read the numbers.
+            made = jax.eval_shape(functools.partial(_task.initial, task, batch=batch), key)
         params, model_state = made if params is None else (params, made[1])
         args = shaped(model_state, common), whole, shaped(key, common)
         options |= {"batch_argnums": 2, "carry_argnums": 1, "key_argnums": 3}

@@ -14,7 +14,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     about = "Prints the largest micro-batch of a task that fits on one device, as jaxaccum.plan finds it."
     command = commands.add_parser("plan", help=about, description=about)
-    command.add_argument("task", metavar="MODULE:TASK", help="a Task, or a function that returns one")
+    command.add_argument("task", type=_named, metavar="MODULE:TASK", help="a Task, or a function that returns one")
     command.add_argument(
         "--batch", default="batch", metavar="NAME", help="an example batch in MODULE, or a function that returns one"
     )
@@ -29,13 +29,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(args.run(args))
 
 
+def _named(text: str) -> tuple[str, str]:
+    """Parses MODULE:NAME."""
+    module, _, name = text.partition(":")
+    if not (module and name):
+        raise argparse.ArgumentTypeError(f"{text!r} must be MODULE:TASK, such as train:task")
+    return module, name
+
+
 def _plan(args: argparse.Namespace) -> Plan:
-    module, _, name = args.task.partition(":")
+    module, name = args.task
     found = (getattr(importlib.import_module(module), attribute) for attribute in (name, args.batch))
     task, batch = (value() if callable(value) else value for value in found)
-    limit = None if args.memory_limit is None else int(args.memory_limit)
     options = {"alternatives": args.alternatives, "measure": args.measure}
-    return plan(task, None, batch, None, args.target_batch_size, None, limit, **options)
+    return plan(task, None, batch, None, args.target_batch_size, None, args.memory_limit, **options)
 
 
 if __name__ == "__main__":

@@ -2274,8 +2274,8 @@ BUGS = [
     Bug(
         "an adaptive K changes within the confidence interval",
         "AdaptiveAccumulation.follow",
-        "step > WARM_UP and micro_step > 0 and is_outside",
-        "step > WARM_UP and micro_step > 0",
+        "self._windows >= WARM_UP and micro_step > 0 and is_outside",
+        "self._windows >= WARM_UP and micro_step > 0",
         "adaptive_accumulation",
     ),
     Bug(
@@ -2312,6 +2312,41 @@ BUGS = [
         "self._options.overfit_batches or self._options.limit_val_batches",
         "self._options.limit_val_batches",
         "evaluation",
+    ),
+    Bug(
+        "a plan leaves out what of a module is not trained",
+        "Step.fixed",
+        "(self.params, self.rest, *state)",
+        "(self.params, *state)",
+        "planner",
+    ),
+    Bug(
+        "a plan for the noise scale has a window of one size",
+        "api.plan",
+        "sizes.remove(each)",
+        "pass",
+        "planner",
+    ),
+    Bug(
+        "a loader's batch is taken for that of one device",
+        "check_loader",
+        "-(-n // sharing)",
+        "n",
+        "target_batch_size",
+    ),
+    Bug(
+        "a loader's batch that does not fit is trained on",
+        "check_loader",
+        "planner.fits(n)",
+        "planner.fits(n) or True",
+        "target_batch_size",
+    ),
+    Bug(
+        "a resumed run that begins to adapt K does not warm up",
+        "AdaptiveAccumulation.follow",
+        "self._windows >= WARM_UP",
+        "step > WARM_UP",
+        "adaptive_accumulation",
     ),
 ]
 

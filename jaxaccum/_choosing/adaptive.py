@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 
 from jaxaccum._integers import positive_int
 
@@ -48,7 +49,8 @@ class AdaptiveAccumulation:
             object.__setattr__(self, name, positive_int(getattr(self, name), name))
         if self.max_k < self.min_k:
             raise ValueError(f"max_k must be at least min_k, got min_k={self.min_k} and max_k={self.max_k}.")
-        if not 0 <= self.hysteresis < math.inf:
+        is_number = isinstance(self.hysteresis, numbers.Real) and not isinstance(self.hysteresis, bool)
+        if not (is_number and 0 <= self.hysteresis < math.inf):
             raise ValueError(f"hysteresis must be a finite number of at least 0, got {self.hysteresis!r}.")
         if self.learning_rate not in _EXPONENTS:
             raise ValueError(f"learning_rate must be one of {tuple(_EXPONENTS)}, got {self.learning_rate!r}.")
@@ -59,17 +61,22 @@ class AdaptiveAccumulation:
         Args:
           every_k: the present K.
           noise_scale: B_simple, smoothed, as `NoiseScale.estimate` gives it; infinite asks for `max_k`, and NaN for no
-            change.
+            change. It is infinite before the first window, so first wait for some.
           micro_step_size: what one micro-step weighs on all devices, in the units of `noise_scale`: N·P examples.
 
         Returns:
           K, within the bounds.
 
         Raises:
-          TypeError, ValueError: if `every_k` is not an integer of at least 1, or `micro_step_size` is not a finite
-            number above 0.
+          TypeError, ValueError: if `every_k` is not an integer of at least 1, if `noise_scale` is negative, or if
+            `micro_step_size` is not a finite number above 0.
         """
         every_k, scale = positive_int(every_k, "every_k"), float(noise_scale)
+        if scale < 0:
+            raise ValueError(
+                f"noise_scale must be at least 0, or NaN, got {scale}: if the estimate of |G|² is not positive, pass "
+                "infinity."
+            )
         if not 0 < micro_step_size < math.inf:
             raise ValueError(f"micro_step_size must be a finite number above 0, got {micro_step_size!r}.")
         present = min(max(every_k, self.min_k), self.max_k)

@@ -1,6 +1,7 @@
 """`NoiseScale`: the batch size at which a gradient's noise is as large as the gradient itself."""
 
 import dataclasses
+import numbers
 import statistics
 from typing import Any, NamedTuple
 
@@ -94,10 +95,11 @@ class NoiseScale:
     confidence: float = 0.95
 
     def __post_init__(self):
-        if not 0 < self.decay <= 1:
-            raise ValueError(f"decay must be above 0 and up to 1, got {self.decay!r}.")
-        if not 0 < self.confidence < 1:
-            raise ValueError(f"confidence must be between 0 and 1, got {self.confidence!r}.")
+        is_number = lambda x: isinstance(x, numbers.Real) and not isinstance(x, bool)
+        if not (is_number(self.decay) and 0 < self.decay <= 1):
+            raise ValueError(f"decay must be a number above 0 and up to 1, got {self.decay!r}.")
+        if not (is_number(self.confidence) and 0 < self.confidence < 1):
+            raise ValueError(f"confidence must be a number between 0 and 1, got {self.confidence!r}.")
 
     def init(self) -> NoiseScaleState:
         """The state before the first window."""
@@ -135,7 +137,9 @@ class NoiseScale:
         return jax.tree.map(lambda new, old: jnp.where(is_told, new, old), new, state)
 
     def estimate(self, state: NoiseScaleState) -> NoiseEstimate:
-        """The estimates from the windows so far; before the second one, the interval is unbounded."""
+        """The estimates from the windows so far; before the first one the scale is infinite, and before the second one
+        the interval is unbounded.
+        """
         gradient, noise = state.mean
         is_told = state.weight_squared < state.weight**2  # There are two windows.
         weight, rest = (jnp.where(is_told, x, 1) for x in (state.weight, state.weight**2 - state.weight_squared))

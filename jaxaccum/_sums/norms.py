@@ -63,11 +63,11 @@ def check_argument(value: Any, in_place: bool | None) -> None:
         )
 
 
-def check_two_sizes(name: str, every_k: Any, devices: int) -> None:
-    """Checks that a window of K = `every_k`, the argument `name`, holds the two batch sizes that "noise" needs."""
+def check_two_sizes(name: str, every_k: Any, devices: int, user: str = "gradient_norms='noise'") -> None:
+    """Checks that a window of K = `every_k`, the argument `name`, holds the two batch sizes that `user` needs."""
     if isinstance(every_k, int) and every_k * devices == 1:
         raise ValueError(
-            f"gradient_norms='noise' needs two batch sizes in a window, and {name}=1 on one device has one: pass a "
+            f"{user} needs two batch sizes in a window, and {name}=1 on one device has one: pass a "
             f"larger {name}, or use several devices."
         )
 

@@ -16,7 +16,7 @@ class AdaptiveAccumulation(NoiseScaleMonitor):
     start of a window, by the rule `jaxaccum.AdaptiveAccumulation`, if the window of the present K is outside of the
     confidence interval of the noise scale. K of a window follows from all windows but the one just before it, which the
     devices may still run: nothing waits, and K is the same in every process and after a resume. The first ten windows
-    change nothing. No program depends on K, except with `fuse_windows`, which compiles one for each K.
+    that it measures change nothing. No program depends on K, except with `fuse_windows`, which compiles one for each K.
 
     `chosen` has the schedule that the run chose. `Trainer(accumulate_grad_batches=AccumulationSchedule(chosen,
     by="step"))` repeats its windows.
@@ -86,6 +86,7 @@ class AdaptiveAccumulation(NoiseScaleMonitor):
         """Starts with K = `every_k`, moved into the bounds."""
         self.chosen = {0: min(max(every_k, self.rule.min_k), self.rule.max_k)}
         self._weights = self._micro_steps = 0.0
+        self._windows = 0
 
     def measured(self, weight: Any, micro_steps: int) -> tuple[Any, ...]:
         """What `follow` needs of the window that was just closed: numbers and scalars on the devices."""
@@ -93,20 +94,22 @@ class AdaptiveAccumulation(NoiseScaleMonitor):
 
     def follow(self, step: int, low: float, scale: float, high: float, weight: float, micro_steps: int) -> None:
         """Decides K of window `step` by what a window measured."""
+        self._windows += 1
         self._weights = self.scale.decay * self._weights + weight
         self._micro_steps = self.scale.decay * self._micro_steps + micro_steps
         micro_step = self._weights / self._micro_steps
         is_outside = not low <= self.every_k * micro_step <= high
-        if step > WARM_UP and micro_step > 0 and is_outside:
+        if self._windows >= WARM_UP and micro_step > 0 and is_outside:
             every_k = self.rule.next_k(self.every_k, scale, micro_step)
             if every_k != self.every_k:
                 self.chosen[step] = every_k
 
     def state_dict(self) -> dict[str, Any]:
-        sizes = {"weights": self._weights, "micro_steps": self._micro_steps}
+        sizes = {"windows": self._windows, "weights": self._weights, "micro_steps": self._micro_steps}
         return {**super().state_dict(), **sizes, "chosen": self.chosen}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        self._windows = state_dict["windows"]
         self._weights, self._micro_steps = state_dict["weights"], state_dict["micro_steps"]
         self.chosen = dict(state_dict["chosen"])

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxaccum import _paths
 from jaxaccum import task as _task
-from jaxaccum._choosing.planner import target
+from jaxaccum._choosing.planner import check_loader, target
 from jaxaccum._integers import positive_int
 from jaxaccum._schedule import AccumulationSchedule
 from jaxaccum._types import Tree
@@ -69,7 +69,8 @@ class Trainer:
       accumulate_grad_batches: K: an int, a dict from epoch to K, or an `AccumulationSchedule`, by epoch or by optimizer
         step, samples or tokens. K changes only at the start of a window. With a schedule by samples or tokens, an
         iterator may be read up to 3 micro-steps beyond `max_steps`. "auto": the K with which a window has
-        `target_batch_size` examples, given those of the run's first batch.
+        `target_batch_size` examples, given those of the run's first batch. On devices that report their memory `fit`
+        also compiles what `jaxaccum.plan` would, once, and refuses batches that don't fit.
       target_batch_size: the examples of a window, for "auto": a multiple of P·N with "ddp" and "zero", else of N.
         `jaxaccum.plan` finds the largest N that fits in memory, for the loader.
       max_epochs: the number of epochs; -1 for no limit. None means 1000, with a warning, or no limit if `max_steps` or
@@ -207,6 +208,8 @@ class Trainer:
             self._callbacks += (ProgressBar(),)
         self._exit_signals = arguments.exit_signals(exit_signals)
         self._strategy, self._processes = Strategy(strategy, devices), Processes()
+        if target_batch_size is None:  # Otherwise K is not known yet.
+            self._options.check_noise_scale(self._strategy.size)
         root = _paths.absolute(default_root_dir or ".")
         loggers = arguments.loggers(logger, root)
         self._loggers, self._folder = () if self._options.fast_dev_run else loggers, root / "checkpoints"
@@ -667,7 +670,8 @@ class Trainer:
         if options.target_batch_size is not None:
             every_k = target.split(options.target_batch_size, micro_step, "the examples of a micro-step")
             options.accumulate_grad_batches = AccumulationSchedule({0: every_k})
-        options.check_noise_scale(self._strategy.size)
+            options.check_noise_scale(self._strategy.size)
+            self._check_memory(task, loader.first, micro_step)
         total_steps = options.total_steps(epoch_micro_steps, micro_step) if _task.needs_total_steps(task) else None
         setup = Setup(
             options=options,
@@ -684,6 +688,17 @@ class Trainer:
         if found is not None:
             checkpoints.restore(found, run)
         return run, checkpoints
+
+    def _check_memory(self, task: Task, batch: Tree, micro_step: int) -> None:
+        """Raises ValueError if micro-steps of so many examples need more memory than the devices report."""
+        strategy, window = self._strategy, self._options.target_batch_size
+        assert window is not None
+        held = (
+            window if self._options.fuse_windows else 2
+        )  # Batches that are on the devices: a window, or the next one.
+        sharing = strategy.size // strategy.batches
+        n, window = -(-micro_step // strategy.batches), window // strategy.batches
+        check_loader(task, strategy.read(batch).arrays, n, window, strategy.sync, sharing, held)
 
     def _resumed(self, ckpt_path: str | os.PathLike[str]) -> Checkpoint | None:
         """Returns the checkpoint to resume from; None, with a warning, for "last" if there is none."""

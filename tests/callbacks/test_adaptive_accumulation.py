@@ -120,6 +120,16 @@ def test_a_fresh_run_starts_anew():
     assert states[0][1:] == states[1][1:] and states[0][1][0] == 5  # Moved into the bounds.
 
 
+def test_a_run_that_begins_to_adapt_warms_up(tmp_path, monkeypatch):
+    """Catches a K from the first two windows that are measured, in a run that has made many before."""
+    monkeypatch.setattr(adaptive, "WARM_UP", 5)
+    loader, saves, callback = rows(*[4] * 60), ModelCheckpoint(tmp_path), adapts()
+    single(accumulate_grad_batches=2, callbacks=saves, max_steps=9).fit(linear(), loader)
+    single(accumulate_grad_batches=2, callbacks=[callback, saves]).fit(linear(), loader, ckpt_path="last")
+    first, change, *_ = callback.chosen
+    assert first == 0 and change >= 9 + 5 + 1
+
+
 @pytest.mark.parametrize(
     ("every_k", "others"),
     [({0: 2, 1: 4}, []), (AccumulationSchedule({0: 2}, by="step"), []), (1, [GradientAccumulationScheduler({1: 4})])],

@@ -85,14 +85,17 @@ def test_a_run_without_it_measures_nothing():
 @pytest.mark.parametrize(
     ("callbacks", "every_k", "message"),
     [
-        ([NoiseScaleMonitor()], 1, "accumulate_grad_batches=1 on one device"),
-        ([AdaptiveAccumulation(1, 4)], 2, "min_k=1 on one device"),
+        ([NoiseScaleMonitor()], 1, "NoiseScaleMonitor .* accumulate_grad_batches=1 on one device"),
+        ([AdaptiveAccumulation(1, 4)], 2, "AdaptiveAccumulation .* min_k=1 on one device"),
     ],
 )
 def test_one_size_is_refused(callbacks, every_k, message):
     """Catches a run that would never learn the noise scale, or that would stop to learn it."""
     with pytest.raises(ValueError, match=message):
-        single(accumulate_grad_batches=every_k, callbacks=callbacks).fit(linear(), rows(4, 4))
+        single(accumulate_grad_batches=every_k, callbacks=callbacks)
+    t = single(accumulate_grad_batches="auto", target_batch_size=4 * every_k, callbacks=callbacks)
+    with pytest.raises(ValueError, match=message):
+        t.fit(linear(), rows(4, 4))
 
 
 def test_wrong_arguments():

@@ -49,6 +49,7 @@ def test_the_learning_rate(rule, want):
         ({"min_k": 1, "max_k": 2.5}, TypeError, "max_k must be an integer"),
         ({"min_k": 1, "max_k": 2, "hysteresis": -0.1}, ValueError, "hysteresis must be"),
         ({"min_k": 1, "max_k": 2, "hysteresis": math.nan}, ValueError, "hysteresis must be"),
+        ({"min_k": 1, "max_k": 2, "hysteresis": None}, ValueError, "hysteresis must be"),
         ({"min_k": 1, "max_k": 2, "learning_rate": "square"}, ValueError, "learning_rate must be one of"),
     ],
 )
@@ -63,3 +64,9 @@ def test_bad_sizes(size):
     """Catches a division by 0."""
     with pytest.raises(ValueError, match="micro_step_size must be"):
         AdaptiveAccumulation(1, 2).next_k(1, 1.0, size)
+
+
+def test_a_negative_scale():
+    """Catches a ratio of one's own, whose negative |G|² says that K is too small, and which would shrink it."""
+    with pytest.raises(ValueError, match=r"noise_scale must be .* got -1\.0"):
+        AdaptiveAccumulation(1, 2).next_k(1, -1.0, 1.0)

@@ -113,7 +113,18 @@ def test_older_windows_fade():
     np.testing.assert_allclose((state.weight, state.weight_squared), (1.75, np.sum(weights**2)))
 
 
-@pytest.mark.parametrize("options", [{"decay": 0.0}, {"decay": 1.5}, {"confidence": 0}, {"confidence": 1.0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"decay": 0.0},
+        {"decay": 1.5},
+        {"decay": True},
+        {"decay": None},
+        {"confidence": 0},
+        {"confidence": 1.0},
+        {"confidence": "0.95"},
+    ],
+)
 def test_bad_arguments(options):
     """Catches a decay that forgets all, and a level of confidence in percent."""
     (name,) = options

@@ -156,6 +156,51 @@ def test_a_task():
     assert jaxaccum.plan(needs_steps, PARAMS, {"x": BATCH, "unused": BATCH}, None, TARGET, None, 10**9) == found
 
 
+def test_an_init_that_reads_its_batch():
+    """Catches a batch of tracers where a run has arrays, such as one that holds the number of classes."""
+    init = lambda key, batch: jnp.zeros((WIDTH, 1 + int(np.max(batch))))
+    task = jaxaccum.Task(init, lambda w, x, key: jnp.mean((x @ w) ** 2), OPT)
+    found = jaxaccum.plan(task, None, BATCH + 4, None, 8, None, 10**9)
+    assert found.memory.parameters == WIDTH * 5 * 4
+
+
+def test_a_whole_equinox_module():
+    """Catches leaves that are not trained counted as trained, or lost: a function, a number, and an array of ints."""
+    eqx = pytest.importorskip("equinox")
+
+    class Model(eqx.Module):
+        matrix: jax.Array
+        kept: jax.Array
+        scale: float
+        activation: object = jax.nn.tanh
+
+        def __call__(self, x):
+            return self.scale * self.activation(x @ self.matrix)[:, self.kept]
+
+    def make():
+        return Model(jnp.zeros((WIDTH, WIDTH)), jnp.arange(8), 2.0)
+
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    loss = lambda model, x: jnp.mean(model(x) ** 2)
+    arrays, rest = eqx.partition(make(), eqx.is_inexact_array)
+    for options in ({"measure": True}, {"mesh": mesh, "alternatives": True}):
+        found = jaxaccum.plan(loss, make(), BATCH, OPT, 8, memory_limit=10**9, **options)
+        bare = jaxaccum.plan(lambda p, x: loss(eqx.combine(p, rest), x), arrays, BATCH, OPT, 8, memory_limit=10**9)
+        assert found.memory.parameters == bare.memory.parameters + 8 * 4
+        assert found.memory.optimizer == bare.memory.optimizer and found.memory.sums <= bare.memory.sums
+    assert jaxaccum.plan(loss, eqx.filter_eval_shape(make), BATCH, OPT, 8, mesh, 10**9).memory == found.memory
+
+
+def test_a_window_that_tells_the_noise_has_two_sizes():
+    """Catches a K of 1 where the norms need two sizes, and its refusal where several devices make them."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    found = plan(10**9, target=8, gradient_norms="noise")
+    assert (found.micro_batch_size, found.every_k) == (4, 2)
+    assert plan(10**9, target=8, gradient_norms="noise", mesh=mesh).every_k == 1
+    with pytest.raises(ValueError, match="target_batch_size=1 on one device"):
+        plan(10**9, target=1, gradient_norms="noise")
+
+
 def test_the_fastest(monkeypatch):
     """Catches the largest size where another is faster, and sizes that are not timed or do not fit."""
     times = [5.0, 4.0, 2.0, 3.0, None]
@@ -266,7 +311,11 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == f"{((planned.task, None, [1], None, 512, None, None), off)}\n"
     flags = ["--target-batch-size", "16", "--memory-limit", "2e3", "--alternatives", "--measure", "--batch", "other"]
     command.main(["plan", "planned:made", *flags])
-    assert capsys.readouterr().out == f"{((planned.task, None, [2], None, 16, None, 2000), on)}\n"
+    assert capsys.readouterr().out == f"{((planned.task, None, [2], None, 16, None, 2000.0), on)}\n"
+    for name in ("planned", "planned:", ":task"):
+        with pytest.raises(SystemExit):
+            command.main(["plan", name])
+        assert f"{name!r} must be MODULE:TASK" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -274,7 +323,11 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     [
         ({"w": jnp.ones(3)}, {"key_argnums": 2}, "plan takes no key_argnums: .* Close over"),
         ({"w": jnp.ones(3)}, {"batch_argnums": (1, 2)}, "plan takes no batch_argnums: .* one tree"),
-        ({"w": jnp.ones(3), "f": jnp.tanh}, {}, r"params\['f'\] is no array .* eqx.partition"),
+        ({"w": jnp.ones(3)}, {"num_micro_batches": 2}, "plan takes no num_micro_batches: it chooses K"),
+        ({"w": jnp.ones(3)}, {"stacked": True}, "plan takes no stacked"),
+        ({"w": jnp.ones(3), "f": jnp.tanh}, {}, r"params\['f'\] is no floating array .* close over it .* nnx_task"),
+        ({"w": jnp.ones(3), "n": np.arange(3)}, {}, r"params\['n'\] is no floating array"),
+        (None, {}, "params=None is for a Task"),
     ],
 )
 def test_what_is_no_loss_of_params_and_a_batch(params, options, words):

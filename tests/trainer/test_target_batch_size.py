@@ -1,12 +1,17 @@
-"""`accumulate_grad_batches="auto"`: K from a target and from the loader's batches."""
+"""`accumulate_grad_batches="auto"`: K from a target and from the loader's batches, and whether these fit."""
+
+import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiles import counted_compiles
 from training import loader, ones, single, slope, task, trainer
 
 import jaxaccum
+from jaxaccum._choosing.planner import api, step
 
 
 class Stateful(list):
@@ -64,10 +69,46 @@ def test_a_resume_before_a_smaller_batch_knows_the_first_one(tmp_path, by, devic
     np.testing.assert_array_equal(resumed.params, state.params)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "n", "fits", "fuse"),
+    [("single", 8, 4, False), ("single", 16, 8, True), ("ddp", 8, 4, False), ("dp", 16, 8, False)],
+)
+def test_a_micro_batch_that_does_not_fit_is_refused(monkeypatch, strategy, n, fits, fuse):
+    """Catches a run that ends for want of memory, a size of other devices, and a largest size that is not."""
+    devices = 1 if strategy == "single" else 2
+    options = {"strategy": strategy, "devices": devices, "fuse_windows": fuse}
+    t = trainer(accumulate_grad_batches="auto", target_batch_size=64, **options)
+    loss = lambda w, batch, key: jnp.mean(jnp.tanh(batch["x"] @ w) ** 2)
+    problem = jaxaccum.Task(lambda key, batch: jnp.ones((3, 64)), loss, optax.adamw(0.1))
+    batches, limits = loader(*[n] * (8 * devices)), []
+    monkeypatch.setattr(api, "_device_limit", lambda sync: limits[-1])
+
+    def peak(n):
+        """The bytes that a step of the loader's batches of `n` examples needs."""
+        every_k, own = 64 // n if fuse else 2, n // 2 if strategy == "dp" else n
+        made = step.of(problem, None, batches[0], None, devices * own * every_k, t._strategy.sync, {})
+        return made.memory(made.compiled(every_k)).total
+
+    limits.append(peak(fits))
+    message = rf"N = {n} examples takes [\d,]+ bytes \(parameters .* limit is {limits[-1]:,} bytes.* is {fits}: pass"
+    with pytest.raises(ValueError, match=message):
+        t.fit(problem, batches)
+    assert t._run is None
+    compiles = []
+    for limits[-1] in (10**9, 10**9, None):  # The first compiles what all runs share.
+        t = trainer(accumulate_grad_batches="auto", target_batch_size=64, **options)
+        with counted_compiles() as compiled:
+            t.fit(dataclasses.replace(problem), batches)
+        compiles.append(len(compiled))
+    assert compiles[1] == compiles[2] + 1
+
+
 def test_errors():
     """Catches a target that is not met, or not told what to do."""
     with pytest.raises(ValueError, match=r"examples of a micro-step, 8; nearest: 16 and 24\."):
         trainer(accumulate_grad_batches="auto", target_batch_size=20, strategy="ddp", devices=2).fit(task(), loader(4))
+    with pytest.raises(ValueError, match=r"target_batch_size=8 .* examples of a micro-step are 0"):
+        single(accumulate_grad_batches="auto", target_batch_size=8).fit(task(), loader(0))
     for options in ({"accumulate_grad_batches": "auto"}, {"target_batch_size": 8}):
         with pytest.raises(ValueError, match="target_batch_size"):
             trainer(**options)

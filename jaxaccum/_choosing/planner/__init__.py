@@ -3,6 +3,6 @@
 `step` compiles the step of one size, `search` decides which sizes are compiled, `result` is what the caller gets.
 """
 
-from jaxaccum._choosing.planner.api import plan
+from jaxaccum._choosing.planner.api import check_loader, plan
 
-__all__ = ["plan"]
+__all__ = ["check_loader", "plan"]

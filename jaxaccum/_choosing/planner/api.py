@@ -1,6 +1,7 @@
 """`plan`: its arguments, their checks, and the order in which sizes are compiled, timed and compared."""
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,12 +14,15 @@ from jaxaccum._choosing.planner.step import Step
 from jaxaccum._devices import placement
 from jaxaccum._devices.topology import MeshAxis, Sync
 from jaxaccum._integers import as_int, positive_int
-from jaxaccum._sums import numeric
+from jaxaccum._sums import modules, norms, numeric
 from jaxaccum._types import Tree
+from jaxaccum.task import Task
 
 # The part of a device's memory that a plan uses by default: the runtime needs some besides the program.
 SHARE = 0.98
 TIMED = 4  # The largest sizes that fit are timed.
+# Options of `value_and_grad`, besides positions of arguments.
+_REFUSED = ("num_micro_batches", "stacked", "axis_name")
 
 
 def plan(
@@ -65,8 +69,9 @@ def plan(
 
     Args:
       task_or_loss: `loss(params, batch)`, as for `value_and_grad`, or a `Task`.
-      params: the parameters, or their shapes (`jax.ShapeDtypeStruct`s). For a `Task` None means what its `init` makes.
-        With `mesh`, they are replicated, except for those that have a `NamedSharding`.
+      params: the parameters, or their shapes (`jax.ShapeDtypeStruct`s), or a whole equinox module, whose floating
+        arrays are trained. For a `Task` None means what its `init` makes. With `mesh`, they are replicated, except for
+        those that have a `NamedSharding`.
       batch: an example batch, arrays or shapes with any one leading length.
       optimizer: an optax transformation; None for the one of a `Task`, made for 1,000,000 `total_steps` if it is a
         function of them. Its state lies as the parameters do, or with `reduce="scatter"` as `zero_sharding` says.
@@ -83,7 +88,8 @@ def plan(
       measure: whether to time windows on the devices, and to choose the fastest size instead of the largest. It
         compiles, and runs for 3 windows, the 4 largest sizes that fit, and those that were compiled before. Arrays of
         zeros are allocated for that. Sizes for which there is no room beside other arrays are not timed.
-      **options: further options of `value_and_grad`, for example `prepare`, `accumulator_dtype` and `has_aux`.
+      **options: further options of `value_and_grad`, for example `prepare`, `accumulator_dtype` and `has_aux`. With
+        `gradient_norms="noise"` on one device K is at least 2.
 
     Returns:
       A `Plan` with `micro_batch_size` (N), `every_k` (K), `devices` (P), `memory_limit`, `memory` (the peak's bytes by
@@ -101,9 +107,13 @@ def plan(
     each = target.split(examples, sync.size(), "the number of devices")
     limit = _limit(memory_limit, sync)
     _check_batch(batch)
-    _check_loss(params, options)
+    _check_loss(task_or_loss, params, options)
     step = _step.of(task_or_loss, params, batch, optimizer, examples, sync, options)
-    planner = _Planner(step, each, limit)
+    sizes = target.divisors(each)
+    if options.get("gradient_norms") == "noise" and sync.size() == 1:
+        norms.check_two_sizes("target_batch_size", each, devices=1)
+        sizes.remove(each)
+    planner = _Planner(lambda n: (step, each // n), sizes, limit)
     chosen = planner.largest()
     if measure:
         chosen = planner.fastest(chosen, batch)
@@ -117,47 +127,80 @@ def plan(
     )
 
 
-class _Planner:
-    """Compiles a step for the sizes that divide `examples`, those of a window on one device."""
+def check_loader(task: Task, batch: Tree, n: int, window: int, sync: Sync, sharing: int, most: int) -> None:
+    """Raises ValueError if a step of a loader's batches of `n` examples needs more memory than a device has.
 
-    def __init__(self, step: Step, examples: int, limit: int):
-        self._step, self._examples, self._limit = step, examples, limit
-        self._sizes = [n for n in range(1, examples + 1) if examples % n == 0]
+    A window has `window` examples of the loader, and up to `most` of its batches are on the devices at once. `sharing`
+    devices share a batch. It compiles once. Nothing is checked if a device doesn't report its memory, or if the leaves
+    of the batch differ in length.
+    """
+    limit = _device_limit(sync)
+    if limit is None or not _has_one_length(batch):
+        return
+
+    def sized(n: int) -> tuple[Step, int]:
+        every_k = min(window // n, most)
+        examples = -(-n // sharing) * sync.size() * every_k
+        return _step.of(task, None, batch, None, examples, sync, {}), every_k
+
+    planner = _Planner(sized, [size for size in target.divisors(window) if size <= n], limit)
+    if planner.fits(n):
+        return
+    raise ValueError(
+        f"a micro-step of the loader's N = {n} examples takes {_said(planner.trials[n].memory)} on each device, and "
+        f"the memory limit is {limit:,} bytes; the largest N that fits and makes target_batch_size is "
+        f"{planner.largest()}: pass a loader of such batches."
+    )
+
+
+class _Planner:
+    """Compiles steps of some sizes; `sized` returns the step of a size, and its K."""
+
+    def __init__(self, sized: Callable[[int], tuple[Step, int]], sizes: Sequence[int], limit: int):
+        self._sized, self._sizes, self._limit = sized, sizes, limit
         self._compiled: dict[int, jax.stages.Compiled] = {}
         self.trials: dict[int, Trial] = {}
 
     def largest(self) -> int:
         """Returns the largest size that fits, or raises ValueError."""
-        fixed = self._step.fixed()
+        smallest = self._sizes[0]
+        fixed = self._sized(smallest)[0].fixed()
         arguments = fixed._replace(sums=0)
         if arguments.total > self._limit:
-            raise ValueError(f"the arguments of a step take {_said(arguments)} {self._of_limit}")
+            raise ValueError(
+                f"the arguments of a step take {_said(arguments)} {self._of_limit}; a smaller target_batch_size or "
+                "more devices may take less."
+            )
         found = search.largest(self._sizes, self._limit, fixed.total, self._peak)
         if found is None:
-            memory = self.trials[1].memory
-            takes = "more than the compiler could get" if memory is None else _said(memory)
-            raise ValueError(f"a step with N = 1 takes {takes} {self._of_limit}")
+            memory = self.trials[smallest].memory
+            raise ValueError(
+                f"a step with N = {smallest} takes {_said(memory)} {self._of_limit}; jax.checkpoint of the loss, a "
+                "smaller accumulator_dtype or more devices may take less."
+            )
         return found
+
+    def fits(self, n: int) -> bool:
+        """Compiles size `n`."""
+        self._peak(n)
+        return self.trials[n].fits
 
     def fastest(self, largest: int, batch: Tree) -> int:
         """Times sizes up to `largest` and returns the fastest; `largest` if there is room for none of them."""
         fitting = [n for n in self._sizes if n <= largest]
         for n in sorted({*fitting[-TIMED:], *(n for n in self.trials if n <= largest)}):
-            if n not in self.trials:
-                self._peak(n)
-            if self.trials[n].fits:
-                timed = functools.partial(timing.seconds, self._step, self._compiled[n], batch)
+            if self.fits(n):
+                timed = functools.partial(timing.seconds, self._sized(n)[0], self._compiled[n], batch)
                 self.trials[n] = self.trials[n]._replace(seconds=_step.if_there_is_memory(timed))
         times = {n: trial.seconds for n, trial in self.trials.items() if trial.seconds is not None}
         return min(times, key=times.__getitem__, default=largest)
 
     def alternatives(self, n: int) -> dict[str, Memory | None]:
         """Returns the memory of size `n` with other options."""
-        step, every_k = self._step, self._examples // n
+        step, every_k = self._sized(n)
         with_options = lambda **options: step._replace(options=step.options | options)
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         others = {
-            "jax.checkpoint": step._replace(fun=jax.checkpoint(step.fun, policy=policy)),
+            "jax.checkpoint": _step.rematerialised(step),
             'prepare="auto"': with_options(prepare="auto"),
             "accumulator_dtype=bfloat16": with_options(accumulator_dtype=jnp.bfloat16),
         }
@@ -166,18 +209,21 @@ class _Planner:
         return {name: other.memory(other.compiled(every_k)) for name, other in others.items()}
 
     def _peak(self, n: int) -> int | None:
-        """Compiles size `n` and returns its peak; None if the compiler runs out of memory."""
-        compiled = self._step.compiled(self._examples // n)
-        memory = self._step.memory(compiled)
-        if compiled is not None:
-            self._compiled[n] = compiled
-        fits = memory is not None and memory.total <= self._limit
-        self.trials[n] = Trial(n, self._examples // n, memory, fits)
+        """Compiles size `n`, once, and returns its peak; None if the compiler runs out of memory."""
+        if n not in self.trials:
+            step, every_k = self._sized(n)
+            compiled = step.compiled(every_k)
+            memory = step.memory(compiled)
+            if compiled is not None:
+                self._compiled[n] = compiled
+            fits = memory is not None and memory.total <= self._limit
+            self.trials[n] = Trial(n, every_k, memory, fits)
+        memory = self.trials[n].memory
         return None if memory is None else memory.total
 
     @property
     def _of_limit(self) -> str:
-        return f"on each device, and the limit is {self._limit:,} bytes."
+        return f"on each device, and the memory limit is {self._limit:,} bytes"
 
 
 def _limit(memory_limit: Any, sync: Sync) -> int:
@@ -188,38 +234,52 @@ def _limit(memory_limit: Any, sync: Sync) -> int:
         if limit < 1:
             raise ValueError(f"memory_limit must be a number of bytes above 0, got {limit}.")
         return limit
+    limit = _device_limit(sync)
+    if limit is None:
+        raise ValueError("the devices do not report how much memory they have: pass memory_limit, in bytes.")
+    return limit
+
+
+def _device_limit(sync: Sync) -> int | None:
+    """Returns the bytes that a step may take on each device by default; None if a device doesn't report its memory."""
     devices = sync.mesh.local_devices if isinstance(sync, MeshAxis) else jax.local_devices()[:1]
-    limits = []
-    for device in devices:
-        stats = device.memory_stats() or {}
-        if "bytes_limit" not in stats:
-            raise ValueError(f"{device} does not report how much memory it has: pass memory_limit, in bytes.")
-        limits.append(stats["bytes_limit"])
-    return int(SHARE * min(limits))
+    stats = [device.memory_stats() or {} for device in devices]
+    known = all("bytes_limit" in x for x in stats)
+    return int(SHARE * min(x["bytes_limit"] for x in stats)) if known else None
 
 
 def _check_batch(batch: Tree) -> None:
-    shapes = {jax.tree_util.keystr(path): jnp.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(batch)}
-    lengths = {shape[:1] for shape in shapes.values()}
-    if len(lengths) != 1 or lengths == {()}:
+    if not _has_one_length(batch):
+        shapes = {jax.tree_util.keystr(path): jnp.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(batch)}
         raise ValueError(f"the leaves of batch must have one leading length, got shapes {shapes}.")
 
 
-def _check_loss(params: Tree, options: dict[str, Any]) -> None:
-    if positions := ", ".join(name for name in options if name.endswith("argnums")):
+def _has_one_length(batch: Tree) -> bool:
+    lengths = {jnp.shape(x)[:1] for x in jax.tree.leaves(batch)}
+    return len(lengths) == 1 and lengths != {()}
+
+
+def _check_loss(task_or_loss: Any, params: Tree, options: dict[str, Any]) -> None:
+    refused = [name for name in options if name.endswith("argnums") or name in _REFUSED]
+    if refused:
         raise TypeError(
-            f"plan takes no {positions}: the loss is loss(params, batch). Close over other arguments, such as a key, "
-            "and put several arrays of a batch in one tree."
+            f"plan takes no {', '.join(refused)}: it chooses K, and the loss is loss(params, batch). Close over other "
+            "arguments, such as a key, put several arrays of a batch in one tree, and pass mesh for several devices."
         )
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if not hasattr(leaf, "dtype"):
+    if isinstance(task_or_loss, Task):
+        return
+    if params is None:
+        raise TypeError("params=None is for a Task, whose init makes them: pass the parameters, or their shapes.")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(modules.trained(params)):
+        if not (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)):
             raise TypeError(
-                f"params{numeric.path_name(path)} is no array but {leaf!r:.60}. Of an equinox module pass the arrays, "
-                "as eqx.partition(model, eqx.is_inexact_array) gives them, and combine them in the loss; for a flax "
-                "model pass a linen_task or an nnx_task, and None for params."
+                f"params{numeric.path_name(path)} is no floating array but {leaf!r:.60}: close over it in the loss. "
+                "For a flax model pass a linen_task or an nnx_task, and None for params."
             )
 
 
-def _said(memory: Memory) -> str:
+def _said(memory: Memory | None) -> str:
+    if memory is None:
+        return "more than the compiler could get"
     kinds = ", ".join(f"{kind} {size:,}" for kind, size in memory._asdict().items() if size)
     return f"{memory.total:,} bytes ({kinds})"

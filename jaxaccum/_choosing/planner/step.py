@@ -16,7 +16,7 @@ from jaxaccum._choosing.planner.result import Memory
 from jaxaccum._devices.topology import MeshAxis, Sync
 from jaxaccum._devices.zero import zero_sharding
 from jaxaccum._multi_steps import inner_update
-from jaxaccum._sums import weighted_sum
+from jaxaccum._sums import modules, weighted_sum
 from jaxaccum._types import Tree
 from jaxaccum._window.api import value_and_grad
 from jaxaccum.task import Task
@@ -33,16 +33,18 @@ class Step(NamedTuple):
     optimizer: optax.GradientTransformation
     params: Tree
     opt_state: Tree
+    rest: Tree  # The leaves of an equinox module that are not trained; None if there are none.
     args: tuple[Tree, ...]  # (batch,), or (model state, batch, key) of a task.
     options: dict[str, Any]  # Of `value_and_grad`.
 
     def compiled(self, every_k: int) -> jax.stages.Compiled | None:
         """Compiles the step; None if the compiler runs out of memory."""
-        window = value_and_grad(self.fun, every_k, **self.options)
+        window = value_and_grad(modules.whole(self.fun), every_k, **self.options)
         optimizer = inner_update.without_refused(optax.with_extra_args_support(self.optimizer), ["value"])
 
-        def step(params, opt_state, *args):
-            value, grads, *_ = window(params, *args)
+        def step(params, opt_state, rest, *args):
+            args, others = modules.arguments(rest, args, {})
+            value, grads, *_ = window(params, *args, **others)
             loss, *_ = jax.tree.leaves(value)
             updates, opt_state = optimizer.update(grads, opt_state, params, value=loss)
             return optax.apply_updates(params, updates), opt_state, value
@@ -51,13 +53,15 @@ class Step(NamedTuple):
         kept = jax.tree.map(lambda x: x.sharding, held)
         # The arrays exist whether or not the loss uses them.
         jitted = jax.jit(step, donate_argnums=(0, 1), keep_unused=True, out_shardings=(*kept, None))
-        lowered = jitted.lower(*held, *self.args)
+        lowered = jitted.lower(*held, self.rest, *self.args)
         return if_there_is_memory(lowered.compile)  # A compiler for GPUs runs kernels, to time them.
 
     def fixed(self) -> Memory:
         """Returns the memory of one device that doesn't depend on K."""
         *state, batch = self.args[: self.options["batch_argnums"]]
-        return Memory(*map(_bytes, ((self.params, *state), self.opt_state, batch, self._sums())), activations=0)
+        return Memory(
+            *map(_bytes, ((self.params, self.rest, *state), self.opt_state, batch, self._sums())), activations=0
+        )
 
     def memory(self, compiled: jax.stages.Compiled | None) -> Memory | None:
         """Returns the peak memory of one device; activations are what the other kinds leave of it."""
@@ -114,7 +118,10 @@ def of(
     options = {"batch_argnums": 1, **options, **sync.options()}
     if isinstance(task_or_loss, Task):
         task, key = task_or_loss, jax.eval_shape(lambda: jax.random.key(0))
-        made = jax.eval_shape(functools.partial(_task.initial, task), key, batch)
+        if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(batch)):
+            made = jax.eval_shape(functools.partial(_task.initial, task), key, batch)
+        else:  # As in a run, `init` may read the numbers.
+            made = jax.eval_shape(functools.partial(_task.initial, task, batch=batch), key)
         params, model_state = made if params is None else (params, made[1])
         args = shaped(model_state, common), whole, shaped(key, common)
         options |= {"batch_argnums": 2, "carry_argnums": 1, "key_argnums": 3}
@@ -123,9 +130,9 @@ def of(
         task_or_loss = functools.partial(_loss_and_state, task)
     if not (callable(getattr(optimizer, "init", None)) and callable(getattr(optimizer, "update", None))):
         raise TypeError(f"optimizer must be an optax.GradientTransformation, got {optimizer!r}.")
-    params = shaped(params, common)
+    params, rest = (shaped(tree, common) for tree in modules.parted(params))
     opt_state = _like_params(jax.eval_shape(optimizer.init, params), params, common)
-    step = Step(task_or_loss, optimizer, params, opt_state, args, options)
+    step = Step(task_or_loss, optimizer, params, opt_state, rest, args, options)
     return scattered(step) if options.get("reduce") == "scatter" else step
 
 
@@ -135,6 +142,18 @@ def scattered(step: Step) -> Step:
     shardings = zero_sharding(step.opt_state, mesh, data_axis)
     opt_state = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), step.opt_state, shardings)
     return step._replace(opt_state=opt_state, options=step.options | {"reduce": "scatter"})
+
+
+def rematerialised(step: Step) -> Step:
+    """Returns the step with `jax.checkpoint` of the loss, which saves products with parameters."""
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+
+    def fun(params, *args):
+        trained, rest = modules.parted(params)
+        of_trained = lambda trained, *args: step.fun(modules.combined(trained, rest), *args)
+        return jax.checkpoint(of_trained, policy=policy)(trained, *args)
+
+    return step._replace(fun=fun)
 
 
 def shaped(tree: Tree, default: NamedSharding | None) -> Tree:

@@ -17,14 +17,14 @@ def seconds(step: Step, compiled: jax.stages.Compiled, batch: Tree) -> float:
 
     Parameters and state are zeros, and the batch repeats the examples of `batch`, unless those are shapes.
     """
-    held = jax.tree.map(_zeros, (step.params, step.opt_state))
+    *held, rest = jax.tree.map(_zeros, (step.params, step.opt_state, step.rest))
     *state, whole = step.args[: step.options["batch_argnums"]]
     args = [*jax.tree.map(_zeros, state), jax.tree.map(_repeated, whole, batch)]
     args += [jax.device_put(jax.random.key(0), key.sharding) for key in step.args[len(args) :]]
     times = []
     for _ in range(1 + WINDOWS):  # The first is slower.
         start = time.perf_counter()
-        *held, _ = jax.block_until_ready(compiled(*held, *args))
+        *held, _ = jax.block_until_ready(compiled(*held, rest, *args))
         times.append(time.perf_counter() - start)
     return min(times[1:])
 

@@ -186,9 +186,9 @@ class Options:
     def check_noise_scale(self, devices: int) -> None:
         """Raises ValueError if K is 1 on one device, where such a window tells nothing of the noise."""
         if self.adaptive is not None:
-            norms.check_two_sizes("min_k", self.adaptive.rule.min_k, devices)
+            norms.check_two_sizes("min_k", self.adaptive.rule.min_k, devices, "AdaptiveAccumulation")
         elif self.noise_scale is not None:
-            norms.check_two_sizes("accumulate_grad_batches", self.largest_k, devices)
+            norms.check_two_sizes("accumulate_grad_batches", self.largest_k, devices, "NoiseScaleMonitor")
 
     def agree(self, processes: Processes, **others: Any) -> None:
         """Raises ValueError in all processes if these options, but for those that may differ, or `others` differ."""

@@ -215,6 +215,24 @@ def test_the_first_look_keeps_to_the_limit():
     single(max_epochs=1, num_sanity_val_steps=-1, limit_val_batches=2).fit(slope(), ones(2), Loader())
 
 
+@pytest.mark.parametrize(("strategy", "devices", "want"), [("single", 1, 2), ("ddp", 2, 4), ("dp", 2, 2)])
+def test_the_first_look_counts_micro_steps(strategy, devices, want):
+    """Catches a count of loader batches where each device takes one."""
+    taken = []
+
+    class Loader:
+        def __iter__(self):
+            for batch in ones(*[2] * 8):
+                taken.append(batch)
+                yield batch
+
+    first, looked_at = Callback(), []
+    first.on_train_batch_start = lambda *_: looked_at.append(len(taken))
+    options = {"strategy": strategy, "devices": devices, "num_sanity_val_steps": 2}
+    trainer(**options, callbacks=first).fit(slope(), ones(*[2] * devices), Loader())
+    assert looked_at[0] == want
+
+
 @pytest.mark.parametrize("form", ["iterator", "one iterator for ever", "begins anew"])
 def test_the_first_look_takes_nothing_from_the_first_validation(form):
     """Catches a validation without the batches that were looked at before training."""

@@ -145,6 +145,17 @@ def test_devices_without_a_share_are_left_out():
     )
 
 
+def test_a_loader_batch_has_its_own_key_on_any_device():
+    """Catches keys that two batches share where the batches of one micro-step differ in shape."""
+    loss = lambda p, batch, key: p * jnp.mean(batch) * jax.random.uniform(key)
+    task = jaxaccum.Task(lambda key, batch: jnp.zeros(()), loss, optax.sgd(1.0))
+    data = [np.full(n, i + 1.0, np.float32) for i, n in enumerate((2, 2, 3, 3, 3, 2, 2, 4))]
+    run = lambda strategy, devices, k: (
+        trainer(strategy=strategy, devices=devices, accumulate_grad_batches=k).fit(task, data).params
+    )
+    np.testing.assert_allclose(run("ddp", 4, 1), run("single", 1, 4), rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("strategy", "devices", "fuse_windows"),
     [("single", 1, False), ("single", 1, True), ("ddp", 2, False), ("zero", 2, True)],

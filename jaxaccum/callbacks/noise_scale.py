@@ -23,10 +23,8 @@ class NoiseScaleMonitor(Callback):
 
     The windows themselves provide the norms, as with `gradient_norms="noise"` (see `NoiseScale`). On one device these
     are the norms of a window's first micro-batch and of the whole window, so K must be above 1 there, and windows of
-    one micro-step are left out. On several devices they are the norms of the devices' own sums and of the whole window.
-    With "ddp" and "zero", a batch that differs in shape from the others of its micro-step runs on the first device. A
-    window that ran there alone is left out, so give the batches of a micro-step one shape. Nothing waits for the
-    devices. The state is saved with the run.
+    one micro-step are left out. On several devices they are the norms of the devices' own sums and of the whole window;
+    a window that ran on one device alone is left out. Nothing waits for the devices. The state is saved with the run.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, jaxaccum

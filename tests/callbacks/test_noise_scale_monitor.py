@@ -46,6 +46,13 @@ def test_what_tells_nothing_is_left_out(nonfinite):
     assert float(monitor._state.weight) == pytest.approx(1 + 0.99)  # The last window is one micro-step.
 
 
+def test_batches_that_differ_in_shape_lie_on_their_own_devices():
+    """Catches a window that runs on one device alone, and so is never measured, because its batches are ragged."""
+    monitor = NoiseScaleMonitor()
+    trainer(strategy="ddp", devices=2, callbacks=monitor).fit(linear(), rows(*[4, 3] * 3))
+    assert float(monitor._state.weight) == pytest.approx(1 + 0.99 + 0.99**2)
+
+
 @pytest.mark.parametrize("devices", [(1, 1), (4, 4), (1, 4), (4, 1)])
 def test_a_resume_at_any_micro_step(tmp_path, devices):
     """Catches a first micro-batch's norm that a checkpoint lacks, and a state that starts anew."""

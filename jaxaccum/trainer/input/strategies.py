@@ -118,7 +118,9 @@ class Strategy:
             return [self.sent(batches[0], _WHOLE)]
         if self.name == "dp":
             return self._split(batches[0])
-        return [self._run(list(run)) for _, run in itertools.groupby(batches, key=signature)]
+        runs = [list(run) for _, run in itertools.groupby(batches, key=signature)]
+        starts = itertools.accumulate(map(len, runs), initial=0)
+        return [self._run(first, run) for first, run in zip(starts, runs, strict=False)]
 
     def sent(self, batch: Tree, place: Place) -> Piece:
         """Starts the transfer of a piece to the devices; `batch` is this process's part."""
@@ -131,10 +133,10 @@ class Strategy:
             batch = jax.device_put(batch, self.local)
         return Piece(batch, place_on_devices, host, place.present == self.size)
 
-    def _run(self, run: list[Tree]) -> Piece:
-        """Returns a piece of batches with the same shape, one per device."""
-        filled = run + [run[-1]] * (self.size - len(run))
-        return self.sent(stacked(filled), Place(0, len(run), len(run)))
+    def _run(self, first: int, run: list[Tree]) -> Piece:
+        """Returns a piece of batches with the same shape, on the devices from `first` on."""
+        after = self.size - first - len(run)
+        return self.sent(stacked(run[:1] * first + run + run[-1:] * after), Place(first, len(run), len(run)))
 
     def _split(self, batch: Tree) -> list[Piece]:
         """Splits a batch over all devices; the remainder goes to the first device only."""

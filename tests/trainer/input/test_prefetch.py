@@ -34,7 +34,7 @@ def test_ddp_is_a_micro_step_for_every_p_batches_whatever_their_shapes():
     """Catches windows that shift where a batch has another size, and fills that are taken for batches."""
     assert shape("ddp", 2, [2, 2, 2, 1, 2]) == [
         [([0, 1, 2, 3], (0, 2, 2))],
-        [([4, 5, 4, 5], (0, 1, 1)), ([6, 6], (0, 1, 1))],
+        [([4, 5, 4, 5], (0, 1, 1)), ([6, 6], (1, 1, 1))],
         [([7, 8, 7, 8], (0, 1, 1))],
     ]
 

@@ -203,7 +203,7 @@ def beside_lightning(record, ours):
         ),
         ("| temporary memory |", [*map(gibibytes, ("window", "window, auto", "hand-written scan"))]),
         (
-            "Times are over",
+            '"Yours" is left',
             [
                 ratio(LOOP, "window"),
                 ratio("window-drivers-loop-trainer-h100", "Trainer"),

@@ -13,7 +13,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m jaxaccum")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     about = "Prints the largest micro-batch of a task that fits on one device, as jaxaccum.plan finds it."
-    command = commands.add_parser("plan", help=about, description=about)
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    command = commands.add_parser("plan", help=about, description=about, formatter_class=formatter)
     command.add_argument("task", metavar="MODULE:TASK", help="a Task, or a function that returns one")
     command.add_argument(
         "--batch", default="batch", metavar="NAME", help="an example batch in MODULE, or a function that returns one"
@@ -26,12 +27,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command.add_argument("--measure", action="store_true", help="also time windows, and choose the fastest size")
     command.set_defaults(run=_plan)
     args = parser.parse_args(arguments)
-    print(args.run(args))
+    print(args.run(args, command))
 
 
-def _plan(args: argparse.Namespace) -> Plan:
+def _plan(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Plan:
     module, _, name = args.task.partition(":")
-    found = (getattr(importlib.import_module(module), attribute) for attribute in (name, args.batch))
+    try:
+        members = vars(importlib.import_module(module))
+    except ModuleNotFoundError as error:
+        parser.error(f"TASK must be MODULE:NAME, got {args.task!r}: {error}")
+    for what, member in (("TASK", name), ("--batch", args.batch)):
+        if member not in members:
+            has = ", ".join(name for name in members if not name.startswith("_"))
+            parser.error(f"{what} is {member!r}, but {module} has: {has}")
+    found = (members[name], members[args.batch])
     task, batch = (value() if callable(value) else value for value in found)
     limit = None if args.memory_limit is None else int(args.memory_limit)
     options = {"alternatives": args.alternatives, "measure": args.measure}

@@ -1,6 +1,7 @@
 """`plan`: the largest micro-batch that fits, beside the programs that a script compiles."""
 
 import dataclasses
+import sys
 import types
 
 import compiles
@@ -235,8 +236,17 @@ def test_errors():
         jaxaccum.plan(lambda params, x: 0.0, PARAMS, (BATCH, BATCH[:1]), OPT, memory_limit=1)
     with pytest.raises(ValueError, match="one leading length"):
         plan(1, batch=np.float32(1.0))
-    with pytest.raises(TypeError, match="optimizer"):
-        jaxaccum.plan(loss, PARAMS, BATCH, memory_limit=10**9)
+    for optimizer in (None, BATCH):
+        with pytest.raises(TypeError, match=r"optimizer must be .* got .* one tree, such as"):
+            jaxaccum.plan(loss, PARAMS, BATCH, optimizer, memory_limit=10**9)
+    with pytest.raises(ValueError, match="accumulates by itself"):
+        jaxaccum.plan(loss, PARAMS, BATCH, jaxaccum.MultiSteps(OPT, 8), memory_limit=10**9)
+    with pytest.raises(ValueError, match="params=None is for a Task"):
+        jaxaccum.plan(loss, None, BATCH, OPT, memory_limit=10**9)
+    with pytest.raises(TypeError, match=r"plan got .* 'accumulate_dtype': did you mean 'accumulator_dtype'"):
+        plan(10**9, accumulate_dtype=jnp.float32)
+    with pytest.raises(ValueError, match=r"target_batch_size .* got 0\.$"):
+        plan(10**9, target=0)
     for limit, error in ((0, ValueError), (1.5, TypeError), (True, TypeError)):
         with pytest.raises(error, match="memory_limit"):
             plan(limit)
@@ -267,6 +277,25 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     flags = ["--target-batch-size", "16", "--memory-limit", "2e3", "--alternatives", "--measure", "--batch", "other"]
     command.main(["plan", "planned:made", *flags])
     assert capsys.readouterr().out == f"{((planned.task, None, [2], None, 16, None, 2000), on)}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["planned"], "TASK is '', but planned has: task, batch"),
+        (["planned:nope"], "TASK is 'nope', but planned has: task, batch"),
+        (["planned:task", "--batch", "planned:batch"], "--batch is 'planned:batch', but planned has: task, batch"),
+        (["nope:task"], "TASK must be MODULE:NAME, got 'nope:task': No module named 'nope'"),
+    ],
+)
+def test_the_command_finds_nothing(tmp_path, monkeypatch, capsys, arguments, words):
+    """Catches a traceback."""
+    (tmp_path / "planned.py").write_text("task = batch = object()")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "planned", raising=False)
+    with pytest.raises(SystemExit):
+        command.main(["plan", *arguments])
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

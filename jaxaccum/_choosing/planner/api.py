@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxaccum import _calls
 from jaxaccum._choosing.planner import search, target, timing
 from jaxaccum._choosing.planner import step as _step
 from jaxaccum._choosing.planner.result import Memory, Plan, Trial
@@ -15,6 +16,8 @@ from jaxaccum._devices.topology import MeshAxis, Sync
 from jaxaccum._integers import as_int, positive_int
 from jaxaccum._sums import numeric
 from jaxaccum._types import Tree
+from jaxaccum._window.api import value_and_grad
+from jaxaccum.task import Task, is_transformation
 
 # The part of a device's memory that a plan uses by default: the runtime needs some besides the program.
 SHARE = 0.98
@@ -97,11 +100,12 @@ def plan(
         if even N = 1 does not fit, with the bytes by kind.
     """
     sync = placement.select_sync(None, mesh, data_axis, reduce=reduce)
-    examples = positive_int(target_batch_size, "target_batch_size")
+    _calls.check_keywords("plan", options, value_and_grad)
+    _check_loss(task_or_loss, params, optimizer, options)
+    examples = positive_int(target_batch_size, "target_batch_size", note="")
     each = target.split(examples, sync.size(), "the number of devices")
     limit = _limit(memory_limit, sync)
     _check_batch(batch)
-    _check_loss(params, options)
     step = _step.of(task_or_loss, params, batch, optimizer, examples, sync, options)
     planner = _Planner(step, each, limit)
     chosen = planner.largest()
@@ -205,14 +209,22 @@ def _check_batch(batch: Tree) -> None:
         raise ValueError(f"the leaves of batch must have one leading length, got shapes {shapes}.")
 
 
-def _check_loss(params: Tree, options: dict[str, Any]) -> None:
+def _check_loss(task_or_loss: Any, params: Tree, optimizer: Any, options: dict[str, Any]) -> None:
+    is_task = isinstance(task_or_loss, Task)
+    if params is None and not is_task:
+        raise ValueError("params=None is for a Task, which makes its own: pass the parameters or their shapes.")
+    if not (is_transformation(optimizer) or (optimizer is None and is_task)):
+        raise TypeError(
+            f"optimizer must be an optax.GradientTransformation, got {numeric.kind(optimizer)}. The batch is one "
+            "argument: pass several arrays as one tree, such as {'x': x, 'y': y}."
+        )
     if positions := ", ".join(name for name in options if name.endswith("argnums")):
         raise TypeError(
             f"plan takes no {positions}: the loss is loss(params, batch). Close over other arguments, such as a key, "
             "and put several arrays of a batch in one tree."
         )
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if not hasattr(leaf, "dtype"):
+        if not hasattr(leaf, "shape"):
             raise TypeError(
                 f"params{numeric.path_name(path)} is no array but {leaf!r:.60}. Of an equinox module pass the arrays, "
                 "as eqx.partition(model, eqx.is_inexact_array) gives them, and combine them in the loss; for a flax "

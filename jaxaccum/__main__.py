@@ -3,6 +3,7 @@
 import argparse
 import importlib
 from collections.abc import Sequence
+from types import ModuleType
 
 from jaxaccum._choosing.planner import plan
 from jaxaccum._choosing.planner.result import Plan
@@ -13,13 +14,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m jaxaccum")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     about = "Prints the largest micro-batch of a task that fits on one device, as jaxaccum.plan finds it."
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    command = commands.add_parser("plan", help=about, description=about, formatter_class=formatter)
+    command = commands.add_parser("plan", help=about, description=about)
     command.add_argument("task", metavar="MODULE:TASK", help="a Task, or a function that returns one")
     command.add_argument(
-        "--batch", default="batch", metavar="NAME", help="an example batch in MODULE, or a function that returns one"
+        "--batch",
+        default="batch",
+        metavar="NAME",
+        help="an example batch in MODULE, or a function that returns one (default: %(default)s)",
     )
-    command.add_argument("--target-batch-size", type=int, default=512, metavar="N", help="the examples of a window")
+    command.add_argument(
+        "--target-batch-size",
+        type=int,
+        default=512,
+        metavar="N",
+        help="the examples of a window (default: %(default)s)",
+    )
     command.add_argument(
         "--memory-limit", type=float, metavar="BYTES", help="by default that of the device; 16e9 is valid"
     )
@@ -35,11 +44,12 @@ def _plan(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Plan:
     try:
         members = vars(importlib.import_module(module))
     except ModuleNotFoundError as error:
-        parser.error(f"TASK must be MODULE:NAME, got {args.task!r}: {error}")
-    for what, member in (("TASK", name), ("--batch", args.batch)):
-        if member not in members:
-            has = ", ".join(name for name in members if not name.startswith("_"))
-            parser.error(f"{what} is {member!r}, but {module} has: {has}")
+        parser.error(f"the task must be MODULE:TASK, got {args.task!r}: {error}")
+    has = ", ".join(x for x, value in members.items() if not (x.startswith("_") or isinstance(value, ModuleType)))
+    if name not in members:
+        parser.error(f"the task must be MODULE:TASK, got {args.task!r}; {module} has: {has}")
+    if args.batch not in members:
+        parser.error(f"--batch must be a name in {module}, got {args.batch!r}; {module} has: {has}")
     found = (members[name], members[args.batch])
     task, batch = (value() if callable(value) else value for value in found)
     limit = None if args.memory_limit is None else int(args.memory_limit)

@@ -51,8 +51,8 @@ def _refuse_nnx_state(params: Tree) -> None:
         if kinds := ", ".join(sorted({type(variable).__name__ for variable in variables})):
             raise TypeError(
                 f"the parameters hold an nnx model ({type(model).__name__}) with {kinds} variables, which would be "
-                "trained as parameters: use jaxaccum.flax.HostDriven or jaxaccum.flax.value_and_grad; for plan, "
-                "jaxaccum.flax.nnx_task."
+                "trained as parameters: use jaxaccum.flax.HostDriven or jaxaccum.flax.value_and_grad; for plan "
+                "and the Trainer, jaxaccum.flax.nnx_task."
             )
 
 

@@ -247,6 +247,10 @@ def test_errors():
         plan(10**9, accumulate_dtype=jnp.float32)
     with pytest.raises(ValueError, match=r"target_batch_size .* got 0\.$"):
         plan(10**9, target=0)
+    with pytest.raises(
+        TypeError, match=r"task_or_loss is called as task_or_loss\(params, batch\), got <lambda>\(p, x, y"
+    ):
+        jaxaccum.plan(lambda p, x, y: 0.0, PARAMS, BATCH, OPT, memory_limit=10**9)
     for limit, error in ((0, ValueError), (1.5, TypeError), (True, TypeError)):
         with pytest.raises(error, match="memory_limit"):
             plan(limit)
@@ -282,20 +286,30 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["planned"], "TASK is '', but planned has: task, batch"),
-        (["planned:nope"], "TASK is 'nope', but planned has: task, batch"),
-        (["planned:task", "--batch", "planned:batch"], "--batch is 'planned:batch', but planned has: task, batch"),
-        (["nope:task"], "TASK must be MODULE:NAME, got 'nope:task': No module named 'nope'"),
+        (["planned"], "must be MODULE:TASK, got 'planned'; planned has: task, batch"),
+        (["planned:nope"], "must be MODULE:TASK, got 'planned:nope'; planned has: task, batch"),
+        (
+            ["planned:task", "--batch", "planned:batch"],
+            "--batch must be a name in planned, got 'planned:batch'; planned has: task, batch",
+        ),
+        (["nope:task"], "must be MODULE:TASK, got 'nope:task': No module named 'nope'"),
     ],
 )
 def test_the_command_finds_nothing(tmp_path, monkeypatch, capsys, arguments, words):
     """Catches a traceback."""
-    (tmp_path / "planned.py").write_text("task = batch = object()")
+    (tmp_path / "planned.py").write_text("import jax\ntask = batch = object()")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "planned", raising=False)
     with pytest.raises(SystemExit):
         command.main(["plan", *arguments])
     assert words in capsys.readouterr().err
+
+
+def test_the_help_has_the_defaults(capsys):
+    """Catches a default that one must look up in the code."""
+    with pytest.raises(SystemExit):
+        command.main(["plan", "--help"])
+    assert "(default: batch)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -212,7 +212,12 @@ def _check_batch(batch: Tree) -> None:
 def _check_loss(task_or_loss: Any, params: Tree, optimizer: Any, options: dict[str, Any]) -> None:
     is_task = isinstance(task_or_loss, Task)
     if params is None and not is_task:
-        raise ValueError("params=None is for a Task, which makes its own: pass the parameters or their shapes.")
+        raise ValueError(
+            "params=None is for a Task, which makes its own: pass the parameters or their shapes, or "
+            "for a flax model a linen_task or an nnx_task."
+        )
+    if not is_task:
+        _calls.positional("task_or_loss", task_or_loss, "params", "batch")
     if not (is_transformation(optimizer) or (optimizer is None and is_task)):
         raise TypeError(
             f"optimizer must be an optax.GradientTransformation, got {numeric.kind(optimizer)}. The batch is one "

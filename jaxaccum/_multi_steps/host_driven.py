@@ -22,6 +22,7 @@ from jaxaccum._sums import modules, numeric, weighted_sum
 from jaxaccum._types import Tree
 
 _AS_IT_IS = "a micro-batch is taken as it is, and all arguments after state are the loss's"
+# What to do in place of passing an argument of `value_and_grad`.
 REMEDIES = {
     "batch_argnums": _AS_IT_IS,
     "key_argnums": f"{_AS_IT_IS}: pass a key as an argument, another one in each call",

@@ -6,7 +6,7 @@ from typing import Any
 _LARGEST = 2**31 - 1
 
 
-def positive_int(value: Any, name: str) -> int:
+def positive_int(value: Any, name: str, note: str = "; K=1 means no accumulation") -> int:
     """`value` as a Python int of at least 1.
 
     Example:
@@ -16,6 +16,7 @@ def positive_int(value: Any, name: str) -> int:
     Args:
       value: an integer of any kind: Python's, numpy's, or a concrete jax scalar. A bool is not one.
       name: what to call it in the error.
+      note: the end of the error for an int out of range.
 
     Returns:
       The int.
@@ -26,7 +27,7 @@ def positive_int(value: Any, name: str) -> int:
     """
     number = as_int(value, name, "an integer of at least 1")
     if not 1 <= number <= _LARGEST:
-        raise ValueError(f"{name} must be an integer from 1 to {_LARGEST}, got {number}; K=1 means no accumulation.")
+        raise ValueError(f"{name} must be an integer from 1 to {_LARGEST}, got {number}{note}.")
     return number
 
 
@@ -41,4 +42,4 @@ def as_int(value: Any, name: str, wanted: str) -> int:
             raise TypeError
         return operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be {wanted}, got {value!r} of type {type(value).__name__}.") from None
+        raise TypeError(f"{name} must be {wanted}, got {value!r:.60} of type {type(value).__name__}.") from None

@@ -18,7 +18,7 @@ Example:
 from collections.abc import Callable
 from typing import Any
 
-from jaxaccum import _extras
+from jaxaccum import _calls, _extras
 from jaxaccum._jax import prng
 from jaxaccum._sums import modules
 from jaxaccum._window import api
@@ -63,6 +63,7 @@ def filter_value_and_grad(
             f"argnums={options['argnums']!r}: filter_value_and_grad differentiates the first argument. Put all that is "
             "to be differentiated in there, as a tuple."
         )
+    _calls.check_keywords("filter_value_and_grad", options, api.value_and_grad)
     window = api.value_and_grad(modules.whole(fun), num_micro_batches, **options)
 
     def value_and_grad(model, *args, **kwargs):

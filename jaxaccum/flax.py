@@ -3,8 +3,9 @@
 Requires flax, which the core does not: `pip install "jaxaccum[flax]"`.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,12 +13,14 @@ import jax.numpy as jnp
 import optax
 
 try:
-    from flax import linen, nnx
+    from flax import errors, linen, nnx
     from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
     from flax.training import train_state
 except ImportError as error:
     raise ImportError('jaxaccum.flax needs flax: pip install "jaxaccum[flax]".') from error
 
+from jaxaccum import _calls
+from jaxaccum._gradient.returns import Returns
 from jaxaccum._jax import prng
 from jaxaccum._multi_steps import host_driven, misspelling
 from jaxaccum._multi_steps.api import MultiSteps
@@ -70,10 +73,12 @@ def value_and_grad(
       A function of the same arguments that returns `(loss, grads)` or `((loss, aux), grads)`, and the norms with
       `gradient_norms`; `grads` is an `nnx.State`.
     """
+    _calls.check_keywords("jaxaccum.flax.value_and_grad", options, api.value_and_grad)
     positions = lambda argnums: (argnums,) if isinstance(argnums, int) else tuple(argnums)
     known = {0, *positions(batch_argnums), *positions(key_argnums)}
 
     def value_and_grad(model, *args, **kwargs):
+        _check_nnx(model, "jaxaccum.flax.value_and_grad", "jaxaccum.flax.linen_value_and_grad")
         if max(known) > len(args):
             raise TypeError(
                 f"batch_argnums={batch_argnums} and key_argnums={key_argnums} count the arguments from 0, but only "
@@ -113,9 +118,16 @@ def _functional(
     *rest, state = args
     # Copied, because nnx can't mutate the carry's variables, which were created outside of this trace.
     model = nnx.merge(graphdef, params, state, copy=True)
-    returned = fun(model, *rest, **kwargs)
+    value, _, aux = Returns(has_aux, None).unpack(fun(model, *rest, **kwargs))
     _, _, state = nnx.split(model, wrt, ...)
-    return (returned[0], (state, returned[1])) if has_aux else (returned, state)
+    return (value, (state, aux)) if has_aux else (value, state)
+
+
+def _check_nnx(model: Any, what: str, remedy: str) -> None:
+    """Raises for a linen module, or a `TrainState` of one, in the place of an nnx model."""
+    if isinstance(model, (linen.Module, train_state.TrainState)):
+        kind = "linen module" if isinstance(model, linen.Module) else type(model).__name__
+        raise TypeError(f"{what} takes an nnx model, got a {kind}: use {remedy}.")
 
 
 class HostDriven:
@@ -144,6 +156,7 @@ class HostDriven:
       wrt: the filter of the variables to train, as in nnx.
     """
 
+    @_calls.explains(**host_driven.REMEDIES)
     def __init__(self, tx: MultiSteps, fun: Callable[..., Any], has_aux: bool = False, *, wrt: Any = nnx.Param):
         def pure(params, state, /, *args, **kwargs):
             return _functional(fun, wrt, has_aux, kwargs.pop(_GRAPHDEF), params, *args, state, **kwargs)
@@ -167,11 +180,8 @@ class HostDriven:
 
     def init(self, model: Any) -> MultiStepsState:
         """The state of `tx` for the variables to train, with an empty window."""
-        if isinstance(model, linen.Module):
-            raise TypeError(
-                "jaxaccum.flax.HostDriven takes an nnx model, got a linen module: use jaxaccum.HostDriven with a loss "
-                "of the parameters, which calls module.apply, and batch statistics in carry_argnums."
-            )
+        remedy = "with a loss of the parameters, which calls module.apply, and batch statistics in carry_argnums"
+        _check_nnx(model, "jaxaccum.flax.HostDriven", f"jaxaccum.HostDriven {remedy}")
         state: Any = self._tx.init(nnx.state(model, self._wrt))
         return state
 
@@ -259,18 +269,28 @@ def linen_value_and_grad(
             f"linen_value_and_grad takes no {', '.join(sorted(positions))}: fun receives the model and one batch. Pass "
             "several arrays as one tree, such as {'x': x, 'y': y}."
         )
+    _calls.check_keywords("linen_value_and_grad", options, api.value_and_grad)
+    _check_linen(module)
+    _calls.positional("fun", fun, "model", "batch")
     mutable, rngs = _names(mutable), _names(rngs)
     apply = linen.apply(fun, module, mutable=list(mutable))
 
     def pure(differentiated, state, batch, key, *, constants):
-        returned, state = apply({**differentiated, **state, **constants}, batch, rngs=_streams(key, rngs))
-        return (returned[0], (state, returned[1])) if has_aux else (returned, state)
+        with _hints():
+            returned, state = apply({**differentiated, **state, **constants}, batch, rngs=_streams(key, rngs))
+        value, _, aux = Returns(has_aux, None).unpack(returned)
+        return (value, (state, aux)) if has_aux else (value, state)
 
     window = api.value_and_grad(
         pure, num_micro_batches, has_aux=has_aux, batch_argnums=2, key_argnums=3, carry_argnums=1, **options
     )
 
     def value_and_grad(variables, batch, key=None):
+        if not isinstance(variables, Mapping):
+            raise TypeError(
+                f"variables must be a dict of collections, such as {{'params': ts.params}} of a TrainState ts, got a "
+                f"{type(variables).__name__}."
+            )
         if rngs and key is None:
             raise TypeError(f"key is needed: rngs={rngs} draw from it.")
         if key is not None and not prng.is_key(key):
@@ -324,11 +344,20 @@ def linen_task(
       the parameters are a dict of "params" and `_overwrite_with_gradient`, whose statistics are overwritten at each
       optimizer step.
     """
+    _check_linen(module)
+    if (third := _calls.positional("fun", fun, "model", "batch", "train")[2:3]) and third[0] in ("key", "rng", "rngs"):
+        raise TypeError(
+            f"fun is called as fun(model, batch, train), but names the bool train {third[0]!r}: name random "
+            "streams in rngs=, and draw from them with model.make_rng(name)."
+        )
     mutable, rngs = _names(mutable), _names(rngs)
 
     def init(key, batch):
         make = linen.init(lambda model, batch: fun(model, batch, True), module)
-        variables = dict(jax.jit(make)(_streams(key, ("params", *rngs)), batch))
+        with _hints():
+            variables = dict(jax.jit(make)(_streams(key, ("params", *rngs)), batch))
+        if "params" not in variables:
+            raise ValueError(f"module={type(module).__name__} has no parameters to train.")
         params = variables.pop("params")
         if OVERWRITE_WITH_GRADIENT in variables:
             params = {"params": params, OVERWRITE_WITH_GRADIENT: variables.pop(OVERWRITE_WITH_GRADIENT)}
@@ -340,7 +369,8 @@ def linen_task(
         variables = {**(params if _has_statistics(params) else {"params": params}), **model_state}
         if not train:
             return _with_state(apply(variables, batch, False), model_state)
-        returned, changed = apply(variables, batch, True, rngs=_streams(key, rngs))
+        with _hints():
+            returned, changed = apply(variables, batch, True, rngs=_streams(key, rngs))
         return _with_state(returned, {**model_state, **changed})
 
     return Task(init, loss, optimizer, model_state=True)
@@ -376,6 +406,13 @@ def nnx_task(
       A Task whose parameters are the `nnx.State` of the variables to train. Its model state is that of all other
       variables except the random streams. `nnx.update(model, state.params, state.model_state)` writes both to a model.
     """
+    if isinstance(make, nnx.Module) or not callable(make):
+        raise TypeError(
+            f"make must be a function of rngs that returns the model, got a {type(make).__name__}: for example "
+            "lambda rngs: nnx.Linear(3, 1, rngs=rngs)."
+        )
+    _calls.positional("make", make, "rngs")
+    _calls.positional("fun", fun, "model", "batch")
     # All models from `make` have the same structure, and so do their random streams.
     graphdef, _, random, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), wrt, nnx.RngState, ...)
     streams, structure = jax.tree.flatten(random)
@@ -395,6 +432,30 @@ def nnx_task(
         return _with_state(returned, nnx.split(model, wrt, nnx.RngState, ...)[3])
 
     return Task(init, loss, optimizer, model_state=True)
+
+
+def _check_linen(module: Any) -> None:
+    """Raises for what is not an instance of a linen module."""
+    if not isinstance(module, linen.Module):
+        remedy = "are module and fun swapped?"
+        if isinstance(module, type):
+            remedy = f"pass an instance, {module.__name__}(...)"
+        elif isinstance(module, nnx.Module):
+            remedy = "use jaxaccum.flax.value_and_grad or nnx_task"
+        raise TypeError(f"module must be a flax.linen.Module, got a {type(module).__name__}: {remedy}")
+
+
+@contextlib.contextmanager
+def _hints() -> Iterator[None]:
+    """Adds a note about our arguments to flax's errors about collections and random streams."""
+    try:
+        yield
+    except errors.ModifyScopeVariableError as error:
+        error.add_note("To let a call change collections, pass their names as mutable=, such as 'batch_stats'.")
+        raise
+    except errors.InvalidRngError as error:
+        error.add_note("To let a call draw from random streams, pass their names as rngs=, such as 'dropout'.")
+        raise
 
 
 def _names(value: str | Iterable[str]) -> tuple[str, ...]:

@@ -1,12 +1,14 @@
 """`Task`: the initialization, loss and optimizer that a `Trainer` trains."""
 
+import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import optax
 
+from jaxaccum import _calls
 from jaxaccum._sums.weighted_sum import Weighted
 from jaxaccum._types import Tree
 
@@ -61,7 +63,7 @@ class Task:
         for name in ("init", "loss"):
             if not callable(getattr(self, name)):
                 raise TypeError(f"{name} must be a function, got {getattr(self, name)!r}.")
-        if not (_is_transformation(self.optimizer) or needs_total_steps(self)):
+        if not (is_transformation(self.optimizer) or needs_total_steps(self)):
             raise TypeError(
                 "optimizer must be an optax.GradientTransformation, for example optax.adam(1e-3), or a function of "
                 f"total_steps that returns one, for example lambda total_steps: ..., got {self.optimizer!r}."
@@ -74,11 +76,16 @@ class Task:
             raise TypeError(
                 f"model_state must be True or False, got {self.model_state!r}; the state itself is what init returns."
             )
+        state = ("model_state",) if self.model_state else ()
+        _calls.positional("Task.init", self.init, "key", "batch")
+        _calls.positional("Task.loss", self.loss, "params", *state, "batch", "key")
+        if self.predict is not None:
+            _calls.positional("Task.predict", self.predict, "params", *state, "batch")
 
 
 def needs_total_steps(task: Task) -> bool:
     """Whether the task's optimizer is a function of `total_steps`."""
-    if _is_transformation(task.optimizer) or not callable(task.optimizer):
+    if is_transformation(task.optimizer) or not callable(task.optimizer):
         return False
     return "total_steps" in inspect.signature(task.optimizer).parameters
 
@@ -88,12 +95,13 @@ def optimizer(task: Task, total_steps: int | None) -> optax.GradientTransformati
     made: Any = task.optimizer
     if total_steps is not None:
         made = made(total_steps=total_steps)
-    if not _is_transformation(made):
+    if not is_transformation(made):
         raise TypeError(f"optimizer(total_steps) must return an optax.GradientTransformation, got {made!r}.")
     return made
 
 
-def _is_transformation(value: Any) -> bool:
+def is_transformation(value: Any) -> bool:
+    """Whether `value` is an optax transformation."""
     return callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))
 
 
@@ -110,7 +118,8 @@ def initial(task: Task, key: Any, batch: Tree) -> tuple[Tree, Tree]:
 def evaluate(task: Task, params: Tree, model_state: Tree, batch: Tree, key: Any) -> tuple[Any, Tree, dict[str, Any]]:
     """Evaluates the loss on one micro-batch and normalizes its result to (loss, new model state, metrics)."""
     if task.model_state:
-        returned = task.loss(params, model_state, batch, key)
+        with _hints(task, params, key):
+            returned = task.loss(params, model_state, batch, key)
         if not isinstance(returned, tuple) or isinstance(returned, Weighted) or len(returned) not in (2, 3):
             raise TypeError(
                 "with model_state=True the loss must return (loss, model_state) or (loss, model_state, metrics), "
@@ -118,7 +127,8 @@ def evaluate(task: Task, params: Tree, model_state: Tree, batch: Tree, key: Any)
             )
         value, model_state, metrics = (*returned, {})[:3]
     else:
-        value, metrics = task.loss(params, batch, key), {}
+        with _hints(task, params, key):
+            value, metrics = task.loss(params, batch, key), {}
         if isinstance(value, tuple) and not isinstance(value, Weighted):
             if len(value) != 2:
                 raise TypeError(f"the loss must return a loss or (loss, metrics), got a tuple of {len(value)}.")
@@ -129,6 +139,19 @@ def evaluate(task: Task, params: Tree, model_state: Tree, batch: Tree, key: Any)
             "model state is returned with model_state=True."
         )
     return value, model_state, metrics
+
+
+@contextlib.contextmanager
+def _hints(task: Task, params: Tree, key: Any) -> Iterator[None]:
+    """Adds notes to an error of the loss about what may have caused it."""
+    try:
+        yield
+    except Exception as error:
+        if key is None and "NoneType" in str(error):
+            error.add_note("The key is None in validation: use dropout only if it is not None.")
+        if not task.model_state and isinstance(params, tuple):
+            error.add_note("Task.init returned a tuple: if it is (params, model_state), pass Task model_state=True.")
+        raise
 
 
 def predicted(task: Task, params: Tree, model_state: Tree, batch: Tree) -> Any:

@@ -2348,6 +2348,29 @@ BUGS = [
         "step > WARM_UP",
         "adaptive_accumulation",
     ),
+    Bug(
+        "batch statistics of an nnx model are trained",
+        "numeric._refuse_nnx_state",
+        "not isinstance(node, nnx.Param)",
+        "False",
+        "errors",
+    ),
+    Bug(
+        "K is assigned to a MultiSteps",
+        "MultiSteps.__setattr__",
+        "name in ('every_k', 'every_k_schedule')",
+        "False",
+        "errors",
+    ),
+    Bug("a planned optimizer accumulates", "step.of", "checks.inner_state(initial)", "pass", "planner"),
+    Bug(
+        "a wrapper is taken for what it wraps",
+        "_calls.positional",
+        "inspect.signature(fun, follow_wrapped=False)",
+        "inspect.signature(fun)",
+        "task",
+    ),
+    Bug("a key is the bool train", "linen_task", "third[0] in ('key', 'rng', 'rngs')", "False", "flax"),
 ]
 
 

@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -737,9 +738,78 @@ def test_arguments_are_counted_as_the_caller_counts_them():
 
 def test_a_linen_module_is_no_nnx_model():
     """Catches an IndexError from inside flax."""
-    step = jaxaccum.flax.HostDriven(jaxaccum.MultiSteps(optax.sgd(1.0), 2), lambda model, x: jnp.mean(model(x)))
+    loss = lambda model, x: jnp.mean(model(x))
+    step = jaxaccum.flax.HostDriven(jaxaccum.MultiSteps(optax.sgd(1.0), 2), loss)
     with pytest.raises(TypeError, match=r"takes an nnx model, got a linen module: use jaxaccum.HostDriven"):
         step.init(nn.Dense(1))
+    train_state = jaxaccum.flax.TrainState.create(apply_fn=None, params={}, tx=optax.sgd(1.0))
+    for model, kind in ((nn.Dense(1), "linen module"), (train_state, "TrainState")):
+        with pytest.raises(
+            TypeError, match=f"takes an nnx model, got a {kind}: use jaxaccum.flax.linen_value_and_grad"
+        ):
+            jaxaccum.flax.value_and_grad(loss, 2)(model, BATCH["x"])
+
+
+LINEN, NNX = jaxaccum.flax.linen_task, jaxaccum.flax.nnx_task
+LINEN_WINDOW = jaxaccum.flax.linen_value_and_grad
+two, three = lambda model, batch: jnp.mean(model(batch)), lambda model, batch, train: jnp.mean(model(batch))
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "words"),
+    [
+        (LINEN, (nn.Dense(1), two, ADAM), r"fun is called as fun\(model, batch, train\), got <lambda>\(model, batch\)"),
+        (LINEN, (nn.Dense(1), lambda m, b, key: 0.0, ADAM), "names the bool train 'key': name random streams in rngs="),
+        (LINEN, (three, nn.Dense(1), ADAM), "module must be a flax.linen.Module, got a function: are .* swapped"),
+        (LINEN, (nn.Dense, three, ADAM), r"module must be .*: pass an instance, Dense\(...\)"),
+        (LINEN, (nnx.Linear(1, 1, rngs=nnx.Rngs(0)), three, ADAM), "module must be .* got a Linear: use .* nnx_task"),
+        (LINEN_WINDOW, (two, nn.Dense(1), 2), "module must be a flax.linen.Module, got a function"),
+        (LINEN_WINDOW, (nn.Dense(1), three, 2), r"fun is called as fun\(model, batch\), got"),
+        (NNX, (lambda rngs: nnx.Linear(1, 1, rngs=rngs), three, ADAM), r"fun is called as fun\(model, batch\), got"),
+        (NNX, (nnx.Linear(1, 1, rngs=nnx.Rngs(0)), two, ADAM), "make must be a function of rngs .* got a Linear"),
+        (NNX, (lambda: None, two, ADAM), r"make is called as make\(rngs\), got"),
+    ],
+)
+def test_what_is_refused_at_construction(make, arguments, words):
+    """Catches an error with the first batch, and a key that is a bool."""
+    with pytest.raises(TypeError, match=words):
+        make(*arguments)
+
+
+def test_a_linen_task_needs_parameters():
+    """Catches a KeyError."""
+    with pytest.raises(ValueError, match="module=Dropout has no parameters"):
+        LINEN(nn.Dropout(0.5, deterministic=True), three, ADAM).init(jax.random.key(0), X)
+
+
+@pytest.mark.parametrize(("module", "note"), [(Linen(norm=True), "mutable="), (Linen(dropout=0.5), "rngs=")])
+def test_notes_on_what_is_missing(module, note):
+    """Catches flax's error alone, which does not know our arguments."""
+    key, variables = jax.random.key(0), init(module)
+    task = LINEN(module, lambda model, batch, train: squared_error(model, batch), ADAM)
+    for call in (
+        lambda: jaxaccum.flax.linen_value_and_grad(module, squared_error, K)(variables, BATCH),
+        lambda: task.loss(*task.init(key, BATCH), BATCH, key),
+    ):
+        with pytest.raises(flax.errors.FlaxError) as caught:
+            call()
+        assert note in caught.value.__notes__[0]
+
+
+def test_aux_must_be_there():
+    """Catches an IndexError."""
+    nnx_window = jaxaccum.flax.value_and_grad(squared_error, K, has_aux=True)
+    linen_window = jaxaccum.flax.linen_value_and_grad(Linen(), squared_error, K, has_aux=True)
+    for call in (lambda: nnx_window(Network(), BATCH), lambda: linen_window(init(Linen()), BATCH)):
+        with pytest.raises(TypeError, match=r"fun must return \(loss, aux\), got a single array"):
+            call()
+
+
+def test_variables_are_a_dict():
+    """Catches an error about iteration where a `TrainState` is passed."""
+    train_state = jaxaccum.flax.TrainState.create(apply_fn=None, params={}, tx=ADAM)
+    with pytest.raises(TypeError, match=r"variables must be a dict .*\{'params': ts.params\}.* got a TrainState"):
+        jaxaccum.flax.linen_value_and_grad(nn.Dense(1), two, K)(train_state, X)
 
 
 def test_linen_takes_one_batch():

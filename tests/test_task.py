@@ -1,5 +1,8 @@
 """Task: what it takes, what a loss may return, and the errors for what it may not."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,6 +66,11 @@ def test_what_is_no_task_is_refused_at_construction():
         ((INIT, loss, optax.adam), "optimizer must be .* function of total_steps .* lambda total_steps: "),
         ((INIT, loss, lambda steps: OPTIMIZER), "optimizer must be .* function of total_steps"),
         ((INIT, loss, OPTIMIZER, {}), "model_state must be True or False"),
+        ((lambda key: 0, loss, OPTIMIZER), r"Task.init is called as init\(key, batch\), got <lambda>\(key\)"),
+        ((INIT, lambda w, b: w, OPTIMIZER), r"Task.loss is called as loss\(params, batch, key\), got <lambda>\(w, b\)"),
+        ((INIT, lambda w, s, b, key: w, OPTIMIZER), r"loss\(params, batch, key\), got"),
+        ((INIT, loss, OPTIMIZER, True), r"loss\(params, model_state, batch, key\), got"),
+        ((INIT, loss, OPTIMIZER, False, lambda w: w), r"Task.predict is called as predict\(params, batch\), got"),
     ]:
         with pytest.raises(TypeError, match=match):
             jaxaccum.Task(*arguments)
@@ -70,6 +78,33 @@ def test_what_is_no_task_is_refused_at_construction():
         single().fit(Task(INIT, loss, lambda total_steps: 1 / 2), ones(2))
     with pytest.raises(TypeError, match="init must return"):
         single().fit(Task(INIT, lambda w, s, b, key: (w, s), OPTIMIZER, model_state=True), ones(2))
+
+
+def test_signatures_that_are_not_refused():
+    """Catches a function refused that can be called."""
+    loss = slope().loss
+
+    @functools.wraps(lambda w, batch: 0)
+    def wrapper(*args):
+        return loss(*args)
+
+    for fun in (wrapper, functools.partial(lambda w, b, key, scale: w, scale=1), lambda w, b, key, more=1: w, max):
+        jaxaccum.Task(INIT, fun, OPTIMIZER)
+    jaxaccum.Task(INIT, jax.vmap(loss), OPTIMIZER)
+
+
+@pytest.mark.parametrize(
+    ("task", "note"),
+    [
+        (Task(INIT, lambda w, b, key: w * jax.random.uniform(key), OPTIMIZER), "key is None in validation"),
+        (Task(lambda *_: ({}, {}), lambda w, b, key: w["a"], OPTIMIZER), r"init returned a tuple: .* model_state=True"),
+    ],
+)
+def test_notes(task, note):
+    """Catches an error from inside the loss that does not say what it was given."""
+    with pytest.raises(TypeError) as caught:
+        single(num_sanity_val_steps=0).fit(task, ones(2), ones(2))
+    assert re.search(note, " ".join(caught.value.__notes__))
 
 
 def test_a_plain_loss_needs_one_number_of_examples():

@@ -34,9 +34,8 @@ class Returns(NamedTuple):
                     if has_carry
                     else "(loss, aux)"
                 )
-                raise TypeError(
-                    f"with {has_aux=} and {carry_argnums=} fun must return {form}, got {type(value)} for a pair."
-                )
+                got = "a single array" if isinstance(value, jax.Array) else f"a {type(value).__name__}"
+                raise TypeError(f"with {has_aux=} and {carry_argnums=} fun must return {form}, got {got}.")
             return value
 
         value, rest = pair(returned)

@@ -59,18 +59,21 @@ class Roles(NamedTuple):
         )
         for name, positions in self._asdict().items():
             if max(positions, default=-1) >= len(args):
+                option = {"params": "argnums", "keys": "key_argnums"}.get(name, f"{name}_argnums")
                 raise TypeError(
-                    f"the {name} argument is number {max(positions)}, counted from 0, but only {len(args)} arguments "
-                    f"were passed by position; pass it so, or name another.{hint}"
+                    f"the {name} argument is number {max(positions)}, counted from 0 ({option}), but only {len(args)} "
+                    f"arguments were passed by position; pass it so, or name another.{hint}"
                 )
 
     @contextlib.contextmanager
-    def hints(self, args: Sequence[Tree], kwargs: Mapping[str, Tree], k: Any, stacked: bool) -> Iterator[None]:
-        """Adds notes to an error about arguments that may have caused it."""
+    def hints(
+        self, args: Sequence[Tree], kwargs: Mapping[str, Tree], k: Any, stacked: bool, remedy: str = ""
+    ) -> Iterator[None]:
+        """Adds notes to an error about arguments that may have caused it; `remedy` is for those that are not split."""
         try:
             yield
         except Exception as error:
-            for hint in (self._unsplit(args, kwargs), None if stacked else self._listed(args, k)):
+            for hint in (self._unsplit(args, kwargs, remedy=remedy), None if stacked else self._listed(args, k)):
                 if hint is not None:
                     error.add_note(hint)
             raise
@@ -84,7 +87,7 @@ class Roles(NamedTuple):
         if several and broadcasts and (hint := self._unsplit(args, {}, axes)):
             warnings.warn(f"{hint} If it does not, pass it by name.", stacklevel=4)
 
-    def _unsplit(self, args: Sequence[Tree], kwargs: Mapping[str, Tree], axes: int = 1) -> str | None:
+    def _unsplit(self, args: Sequence[Tree], kwargs: Mapping[str, Tree], axes: int = 1, remedy: str = "") -> str | None:
         """A hint about arguments that have the batch's leading axes but are not split."""
         length = lambda x: tuple(getattr(x, "shape", ()))[:axes]
         lengths = {length(x) for i in self.batch for x in jax.tree.leaves(args[i])} - {()}
@@ -93,7 +96,7 @@ class Roles(NamedTuple):
         names = [*(f"args[{i}]" for i in positions), *(f"kwargs[{n!r}]" for n, arg in kwargs.items() if is_like(arg))]
         if not names:
             return None
-        remedy = f"batch_argnums={tuple(sorted((*self.batch, *positions)))}"
+        remedy = remedy or f"batch_argnums={tuple(sorted((*self.batch, *positions)))}"
         if len(names) > len(positions):
             remedy = "pass those by position, and name them in batch_argnums"
         return (

@@ -70,7 +70,7 @@ def check_devices(args: Sequence[Tree], argnums: Sequence[int], k: Any, stacked:
     length = _length(args, argnums, 1 if stacked else 0)
     pieces = devices if stacked else devices * k
     if length == 0 or length % pieces:
-        into = f"{devices} devices" + ("" if stacked else f" of num_micro_batches={k}")
+        into = f"{devices} devices" + ("" if stacked or k == 1 else f" of num_micro_batches={k}")
         raise ValueError(
             f"a batch of {length} examples can't be split over {into}: it must be a multiple of {pieces}, such as "
             f"{max(length // pieces, 1) * pieces} or {max(length // pieces + 1, 2) * pieces}."

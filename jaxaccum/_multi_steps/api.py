@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxaccum import _calls
 from jaxaccum._devices import placement
 from jaxaccum._devices.topology import MappedAxis
 from jaxaccum._gradient import in_place_sums, once_per_window
@@ -114,6 +115,7 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
 
     _config: Config
 
+    @_calls.explains(num_micro_batches="K is every_k_schedule", every_k="K is every_k_schedule")
     def __new__(
         cls,
         opt: optax.GradientTransformation,
@@ -350,7 +352,7 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
         """
         sync = self._config.sync
         if isinstance(sync, MappedAxis):
-            devices = positive_int(devices, "devices")
+            devices = positive_int(devices, "devices", note="")
         elif devices is not None:
             raise ValueError(f"devices={devices!r} is for axis_name= alone; here there are {sync.size()}.")
         if batch not in (None, *redistribution.BATCHES):
@@ -370,6 +372,14 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
     def inner_opt(self) -> optax.GradientTransformationExtraArgs:
         """The inner optimizer."""
         return self._config.inner_opt
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("every_k", "every_k_schedule"):
+            raise AttributeError(
+                f"{name} can't be set on a MultiSteps, because K belongs to the state: state = "
+                f"jaxaccum.set_every_k(state, {value!r:.60}), or step.every_k = k of a HostDriven."
+            )
+        super().__setattr__(name, value)
 
     @classmethod
     def _make(cls, iterable: Iterable[Any]) -> Any:

@@ -1,5 +1,6 @@
 """Argument checks for `MultiSteps`. Each error names the argument, the value and the remedy."""
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,9 +25,15 @@ def state(value: Any, method: str, sync: Sync | None = None) -> MultiStepsState:
     if not isinstance(value, MultiStepsState):
         raise TypeError(
             f"{method} takes the MultiStepsState that init returned, got a {type(value)}; in a chain's state "
-            "it is the entry of this transformation."
+            "it is the entry of this transformation, in a TrainState its opt_state."
         )
     if sync is not None:
+        nnx = sys.modules.get("flax.nnx")
+        if nnx is not None and isinstance(value.mini_step, nnx.Variable):
+            raise TypeError(
+                f"{method} got the opt_state of an nnx.Optimizer, which holds nnx Variables. To close a window, call "
+                "optimizer.update(model, grads, boundary=True) with its last micro-batch."
+            )
         placement.in_map(sync)
         if jnp.shape(value.weight) != sync.shape:
             shape = jnp.shape(value.weight)
@@ -50,12 +57,6 @@ def on_device(acc_grads: Tree) -> None:
 
 def gradients(grads: Tree, acc_grads: Tree, sync: Sync) -> None:
     """Checks that gradients match the parameters' tree and shapes and are floating or complex."""
-    hint = (
-        f" With mesh=, gradients have a leading axis for the {sync.shape[0]} devices of the data axis, as "
-        "jaxaccum.local_value_and_grad gives them."
-        if sync.shape
-        else ""
-    )
     is_none = lambda leaf: leaf is None
     want = dict(jax.tree_util.tree_leaves_with_path(acc_grads, is_leaf=is_none))
     got = dict(jax.tree_util.tree_leaves_with_path(grads, is_leaf=is_none))
@@ -80,7 +81,12 @@ def gradients(grads: Tree, acc_grads: Tree, sync: Sync) -> None:
                 "gradient: differentiate with respect to the others alone, or with allow_int=True."
             )
         if acc is None or jnp.shape(grad) != acc.shape:
-            shape = "an integer parameter" if acc is None else f"a parameter of shape {acc.shape}"
+            shape = "an integer parameter" if acc is None else f"a parameter of shape {acc.shape[len(sync.shape) :]}"
+            hint = (
+                f" With mesh= it must be {acc.shape}, (devices, *parameter), as jaxaccum.local_value_and_grad gives it."
+                if acc is not None and sync.shape
+                else ""
+            )
             raise ValueError(f"grads{path_name(path)} has shape {jnp.shape(grad)}, for {shape}.{hint}")
 
 

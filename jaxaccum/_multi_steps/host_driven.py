@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxaccum import _calls
 from jaxaccum._devices.topology import MappedAxis
 from jaxaccum._gradient.host_weight import HostWeight
 from jaxaccum._gradient.returns import Returns, strong
@@ -19,6 +20,13 @@ from jaxaccum._multi_steps.api import MultiSteps, config_of
 from jaxaccum._multi_steps.state import MultiStepsState, set_every_k, with_cleared_sums
 from jaxaccum._sums import modules, numeric, weighted_sum
 from jaxaccum._types import Tree
+
+_AS_IT_IS = "a micro-batch is taken as it is, and all arguments after state are the loss's"
+# What to do in place of passing an argument of `value_and_grad`.
+REMEDIES = {
+    "batch_argnums": _AS_IT_IS,
+    "key_argnums": f"{_AS_IT_IS}: pass a key as an argument, another one in each call",
+}
 
 
 class HostDriven:
@@ -71,6 +79,7 @@ class HostDriven:
         `axis_name`, a function for K, or `should_skip_update_fn`), or if `fun` is not callable.
     """
 
+    @_calls.explains(**REMEDIES)
     def __init__(
         self,
         tx: MultiSteps,
@@ -79,7 +88,7 @@ class HostDriven:
         carry_argnums: int | Sequence[int] | None = None,
     ):
         if not isinstance(tx, MultiSteps):
-            raise TypeError(f"tx must be a jaxaccum.MultiSteps, got {tx!r}.")
+            raise TypeError(f"tx must be a jaxaccum.MultiSteps, got {numeric.kind(tx)}.")
         if not callable(fun):
             raise TypeError(f"fun must be callable, got {fun!r}.")
         config = config_of(tx)

@@ -101,7 +101,8 @@ def micro_step(
             return value, (carry.renewed(new), aux)
 
         step = LossStep(config, on_device, roles, counts=counts)
-        loss, (new, aux), counted, params, state = step(params, state, args[1:], boundary, kwargs=kwargs)
+        with roles.hints(args, kwargs, 1, True, remedy="put both in one tree, such as {'x': x, 'y': y}"):
+            loss, (new, aux), counted, params, state = step(params, state, args[1:], boundary, kwargs=kwargs)
         if carry.leaves and counted is not True:
             new = weighted_sum.select(counted, new, sync.local(carry.leaves))
         return returns.pack(traced_loss.mean(loss), carry.trees(sync.averaged(new)), aux), params, state

@@ -1,5 +1,6 @@
 """Checks of dtypes, numbers and tree leaves."""
 
+import sys
 from typing import Any
 
 import jax
@@ -26,14 +27,32 @@ def available(name: str, dtype: Any) -> None:
 
 
 def arrays(params: Tree) -> None:
-    """Checks that all parameters are arrays or numbers; an equinox module also contains functions."""
+    """Checks that all parameters are arrays or numbers to train; an equinox module also contains functions."""
+    _refuse_nnx_state(params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if not (hasattr(leaf, "dtype") or isinstance(leaf, (bool, int, float, complex))):
+        if not (hasattr(leaf, "shape") or isinstance(leaf, (bool, int, float, complex))):
             raise TypeError(
-                f"the parameters hold {leaf!r} at {path_name(path) or 'their root'}, which is not an array. Separate "
-                "the arrays from the rest, for an equinox module with arrays, rest = eqx.partition(model, "
+                f"the parameters hold {leaf!r} at {path_name(path) or 'their root'}, which is not an array. For a "
+                "flax linen module pass variables['params'], and call module.apply in the loss. Otherwise separate the "
+                "arrays from the rest, for an equinox module with arrays, rest = eqx.partition(model, "
                 "eqx.is_inexact_array); pass the arrays as the parameters, and call eqx.combine(arrays, rest) in the "
                 "loss. jaxaccum.equinox.filter_value_and_grad, MultiSteps and HostDriven take a whole module."
+            )
+
+
+def _refuse_nnx_state(params: Tree) -> None:
+    """Raises for an nnx model with other variables than `nnx.Param`s; an `nnx.State` is the user's own selection."""
+    nnx = sys.modules.get("flax.nnx")  # A user with a model has imported it.
+    if nnx is None:
+        return
+    found = lambda tree, kind: jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kind))
+    for model in (node for node in found(params, nnx.Module) if isinstance(node, nnx.Module)):
+        variables = (node for node in found(model, nnx.Variable) if not isinstance(node, nnx.Param))
+        if kinds := ", ".join(sorted({type(variable).__name__ for variable in variables})):
+            raise TypeError(
+                f"the parameters hold an nnx model ({type(model).__name__}) with {kinds} variables, which would be "
+                "trained as parameters: use jaxaccum.flax.HostDriven or jaxaccum.flax.value_and_grad; for plan "
+                "and the Trainer, jaxaccum.flax.nnx_task."
             )
 
 
@@ -66,5 +85,6 @@ def is_real(value: Any, shape: tuple[int, ...]) -> bool:
 
 
 def kind(value: Any) -> str:
-    """Describes `value` for an error message; arrays by dtype and shape."""
-    return f"{value.dtype} of shape {value.shape}" if hasattr(value, "shape") else repr(value)
+    """Describes `value` for an error message; arrays by dtype and shape, also in a tree."""
+    leaf = lambda x: f"{x.dtype} of shape {x.shape}" if hasattr(x, "shape") and hasattr(x, "dtype") else x
+    return leaf(value) if hasattr(value, "shape") else repr(jax.tree.map(leaf, value))

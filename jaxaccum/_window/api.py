@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from jaxaccum import _calls
 from jaxaccum._devices import mesh_map, placement
 from jaxaccum._devices.topology import MappedAxis, MeshAxis
 from jaxaccum._gradient import in_place_sums, once_per_window, splitting
@@ -23,6 +24,7 @@ from jaxaccum._window import call
 from jaxaccum._window.loop import Window
 
 
+@_calls.explains(every_k_schedule="K is num_micro_batches")
 def value_and_grad(
     fun: Callable[..., Any],
     num_micro_batches: Any,
@@ -167,7 +169,7 @@ def value_and_grad(
         prepare=prepare,
         accumulator_dtype=accumulator_dtype,
         in_place=in_place,
-        unroll=positive_int(unroll, "unroll"),
+        unroll=positive_int(unroll, "unroll", note=""),
         observed=observed,
         two_sizes=gradient_norms == "noise",
     )

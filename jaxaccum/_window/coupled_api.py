@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from jaxaccum import _calls
 from jaxaccum._devices import mesh_map, placement
 from jaxaccum._devices.topology import MappedAxis, MeshAxis
 from jaxaccum._gradient import once_per_window, splitting
@@ -22,6 +23,7 @@ from jaxaccum._window.coupled import Coupled
 from jaxaccum._window.loop import Window
 
 
+@_calls.explains(every_k_schedule="K is num_micro_batches")
 def coupled_value_and_grad(
     encode: Callable[..., Tree],
     loss: Callable[..., Any],

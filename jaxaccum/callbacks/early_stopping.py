@@ -46,7 +46,7 @@ class EarlyStopping(Callback):
         check_mode(mode)
         self.monitor, self.min_delta, self.mode = monitor, abs(min_delta), mode
         self.monitored = Monitor(monitor, mode, warns=True)
-        self.patience = positive_int(patience, "patience")
+        self.patience = positive_int(patience, "patience", note="")
         if not isinstance(check_finite, bool):
             raise TypeError(f"check_finite must be True or False, got {check_finite!r}.")
         is_number = isinstance(stopping_threshold, numbers.Real) and not isinstance(stopping_threshold, bool)

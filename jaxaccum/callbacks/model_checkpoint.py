@@ -72,7 +72,7 @@ class ModelCheckpoint(Callback):
             "every_n_epochs": every_n_epochs,
         }
         given: dict[str, Any] = {
-            name: positive_int(value, name) for name, value in intervals.items() if value is not None
+            name: positive_int(value, name, note="") for name, value in intervals.items() if value is not None
         }
         if train_time_interval is not None:
             if not isinstance(train_time_interval, datetime.timedelta) or train_time_interval <= datetime.timedelta():

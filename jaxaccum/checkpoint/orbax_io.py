@@ -85,6 +85,8 @@ def load(path: str | os.PathLike[str], like: Tree | None = None) -> Any:
             path, args=orbax.args.Composite(arrays=orbax.args.PyTreeRestore(restore_args=wanted))
         )["arrays"]
     except Exception as error:
+        if held := [found.name for found, _ in _found([path])[0]]:
+            raise OSError(f"{path} holds checkpoints, the newest {held[0]!r}: pass the path of one of them.") from error
         raise OSError(f"{path} can't be read as a checkpoint: {error}.") from error
     empty = {name: np.zeros(shape, dtype) for name, (shape, dtype) in leaves if 0 in shape}
     found = Checkpoint(path, {**restored, **empty}, notes)
@@ -163,7 +165,7 @@ def _first_readable(
             "Mend or remove them; without any, ckpt_path='last' starts afresh."
         )
     for text in broken:
-        warnings.warn(f"{text} It is passed over.", stacklevel=6)
+        warnings.warn(f"{text} It is passed over.", stacklevel=7)
     return result
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxaccum import _paths
+from jaxaccum import _calls, _paths
 from jaxaccum import task as _task
 from jaxaccum._choosing.planner import check_loader, target
 from jaxaccum._integers import positive_int
@@ -135,6 +135,7 @@ class Trainer:
       ImportError: for a progress bar without tqdm.
     """
 
+    @_calls.explains(**arguments.REMEDIES)
     def __init__(
         self,
         *,
@@ -216,6 +217,7 @@ class Trainer:
         self._run: Run | None = None
         self._evaluation: Evaluation | None = None
 
+    @_calls.explains(train_dataloaders="it is train_loader here", val_dataloaders="it is val_loader here")
     def fit(
         self,
         task: Task,
@@ -318,6 +320,7 @@ class Trainer:
                     run.metrics.records.flush(waits=not processes.left)
         return run.state
 
+    @_calls.explains(dataloaders="it is val_loader here")
     def validate(
         self,
         task: Task,
@@ -353,6 +356,7 @@ class Trainer:
         params, model_state, _ = self._weights(task, loaders, state, ckpt_path)
         return self._evaluation_of(task).run(params, model_state, loaders)
 
+    @_calls.explains(dataloaders="it is test_loader here")
     def test(
         self,
         task: Task,
@@ -390,6 +394,7 @@ class Trainer:
         records.flush()
         return results
 
+    @_calls.explains(dataloaders="it is predict_loader here")
     def predict(
         self,
         task: Task,
@@ -425,7 +430,7 @@ class Trainer:
         Raises:
           ValueError: if the task has no `predict`; otherwise as `validate`.
         """
-        if task.predict is None:
+        if arguments.task(task).predict is None:
             raise ValueError("task has no predict: pass Task(predict=lambda params, batch: ...).")
         batches = ValLoader(predict_loader, self._limit(1.0), "predict_loader")
         params, model_state, _ = self._weights(task, {"": batches}, state, ckpt_path)
@@ -629,8 +634,7 @@ class Trainer:
     ) -> tuple[Run, RunCheckpoints]:
         """Returns a run, fresh or restored from a checkpoint, and its checkpoints."""
         options, processes = self._options, self._processes
-        if not isinstance(task, Task):
-            raise TypeError(f"task must be a jaxaccum.Task, got {task!r}.")
+        arguments.task(task)
         if init_from is not None and ckpt_path not in (None, "last"):
             raise ValueError(
                 f"init_from starts a fresh run, and ckpt_path={ckpt_path!r} resumes one: pass one of them. With "
@@ -638,7 +642,7 @@ class Trainer:
             )
         if options.has_default_length:
             warnings.warn(
-                "max_epochs is not set: training for 1000 epochs. Pass max_epochs=-1 for no end.", stacklevel=3
+                "max_epochs is not set: training for 1000 epochs. Pass max_epochs=-1 for no end.", stacklevel=4
             )
         loaders: dict[str, ValLoader] = {}
         if val_loader is not None and options.limit_val_batches != 0:
@@ -706,13 +710,16 @@ class Trainer:
         try:
             return saving.find(ckpt_path, self._callbacks, self._folder, self._processes, to_resume=True)
         except saving.NoLastCheckpointError as error:
-            warnings.warn(f"{error} The run starts afresh.", stacklevel=4)
+            warnings.warn(f"{error} The run starts afresh.", stacklevel=5)
             return None
 
     def _weights(
         self, task: Task, loaders: Mapping[str, ValLoader], state: FitState | None, ckpt_path: Any
     ) -> tuple[Tree, Tree, Counters]:
         """Returns parameters, model state and position of `state`, of a checkpoint, or of the last `fit`."""
+        arguments.task(task)
+        if state is None and ckpt_path is None and self._run is None:
+            raise RuntimeError("there is no state yet: call fit first, or pass state= or ckpt_path=.")
         if ckpt_path is None or (self._options.fast_dev_run and ckpt_path in ("last", "best") and state is None):
             params = self._running.evaluated_params if state is None else state.params
             return params, (self.state if state is None else state).model_state, self._at

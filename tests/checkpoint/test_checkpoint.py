@@ -250,6 +250,9 @@ def test_errors_name_argument_value_and_remedy(tmp_path, monkeypatch):
         single().fit(slope(), ones(2), ckpt_path=tmp_path / "nothing")
     with pytest.raises(OSError, match=f"{tmp_path} can't be read as a checkpoint"):
         single().fit(slope(), ones(2), ckpt_path=tmp_path)
+    single(callbacks=ModelCheckpoint(tmp_path)).fit(slope(), ones(2))
+    with pytest.raises(OSError, match=f"{tmp_path} holds checkpoints, the newest 'epoch=1-.*': pass the path of one"):
+        single().fit(slope(), ones(2), ckpt_path=tmp_path)
     for options, match in [
         ({"train_time_interval": 60}, "train_time_interval must be .*timedelta.*got 60"),
         ({"train_time_interval": datetime.timedelta(0)}, "train_time_interval must be .*above 0.*timedelta\\(0\\)"),

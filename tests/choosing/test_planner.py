@@ -1,6 +1,7 @@
 """`plan`: the largest micro-batch that fits, beside the programs that a script compiles."""
 
 import dataclasses
+import sys
 import types
 
 import compiles
@@ -280,8 +281,21 @@ def test_errors():
         jaxaccum.plan(lambda params, x: 0.0, PARAMS, (BATCH, BATCH[:1]), OPT, memory_limit=1)
     with pytest.raises(ValueError, match="one leading length"):
         plan(1, batch=np.float32(1.0))
-    with pytest.raises(TypeError, match="optimizer"):
-        jaxaccum.plan(loss, PARAMS, BATCH, memory_limit=10**9)
+    for optimizer in (None, BATCH):
+        with pytest.raises(TypeError, match=r"optimizer must be .* got .* one tree, such as"):
+            jaxaccum.plan(loss, PARAMS, BATCH, optimizer, memory_limit=10**9)
+    with pytest.raises(ValueError, match="accumulates by itself"):
+        jaxaccum.plan(loss, PARAMS, BATCH, jaxaccum.MultiSteps(OPT, 8), memory_limit=10**9)
+    with pytest.raises(TypeError, match="params=None is for a Task"):
+        jaxaccum.plan(loss, None, BATCH, OPT, memory_limit=10**9)
+    with pytest.raises(TypeError, match=r"plan got .* 'accumulate_dtype': did you mean 'accumulator_dtype'"):
+        plan(10**9, accumulate_dtype=jnp.float32)
+    with pytest.raises(ValueError, match=r"target_batch_size .* got 0\.$"):
+        plan(10**9, target=0)
+    with pytest.raises(
+        TypeError, match=r"task_or_loss is called as task_or_loss\(params, batch\), got <lambda>\(p, x, y"
+    ):
+        jaxaccum.plan(lambda p, x, y: 0.0, PARAMS, BATCH, OPT, memory_limit=10**9)
     for limit, error in ((0, ValueError), (1.5, TypeError), (True, TypeError)):
         with pytest.raises(error, match="memory_limit"):
             plan(limit)
@@ -315,7 +329,36 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     for name in ("planned", "planned:", ":task"):
         with pytest.raises(SystemExit):
             command.main(["plan", name])
-        assert f"{name!r} must be MODULE:TASK" in capsys.readouterr().err
+        assert f"must be MODULE:TASK, got {name!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["planned"], "must be MODULE:TASK, got 'planned'; planned has: task, batch"),
+        (["planned:nope"], "must be MODULE:TASK, got 'planned:nope'; planned has: task, batch"),
+        (
+            ["planned:task", "--batch", "planned:batch"],
+            "--batch must be a name in planned, got 'planned:batch'; planned has: task, batch",
+        ),
+        (["nope:task"], "must be MODULE:TASK, got 'nope:task': No module named 'nope'"),
+    ],
+)
+def test_the_command_finds_nothing(tmp_path, monkeypatch, capsys, arguments, words):
+    """Catches a traceback."""
+    (tmp_path / "planned.py").write_text("import jax\ntask = batch = object()")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "planned", raising=False)
+    with pytest.raises(SystemExit):
+        command.main(["plan", *arguments])
+    assert words in capsys.readouterr().err
+
+
+def test_the_help_has_the_defaults(capsys):
+    """Catches a default that one must look up in the code."""
+    with pytest.raises(SystemExit):
+        command.main(["plan", "--help"])
+    assert "(default: batch)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

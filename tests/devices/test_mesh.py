@@ -201,7 +201,7 @@ def test_the_sync_on_a_mesh_is_once_a_window(name, kind):
             lambda mesh: (lambda tx: tx.apply(params(), tx.init(params()), params()))(
                 jaxaccum.MultiSteps(optax.sgd(1.0), 2, mesh=mesh)
             ),
-            r"shape \(4,\).*leading axis for the 8 devices",
+            r"shape \(4,\), for a parameter of shape \(4,\). .* must be \(8, 4\), \(devices, \*parameter\)",
         ),
     ],
 )

@@ -3,6 +3,7 @@
 import functools
 
 import equinox as eqx
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,19 @@ import optax
 import pytest
 from flax import nnx
 
-from jaxaccum import AccumulationSchedule, HostDriven, MultiSteps, Weighted, cast, set_every_k, value_and_grad
+import jaxaccum.equinox
+import jaxaccum.flax
+from jaxaccum import (
+    AccumulationSchedule,
+    HostDriven,
+    MultiSteps,
+    Weighted,
+    cast,
+    coupled_value_and_grad,
+    plan,
+    set_every_k,
+    value_and_grad,
+)
 
 SGD = optax.sgd(1.0)
 PARAMS = {"w": jnp.zeros(2), "b": jnp.zeros(())}
@@ -137,6 +150,8 @@ BAD_OPTIONS = [
     (dict(accumulator_dtype="fp32"), TypeError, ["accumulator_dtype", "'fp32'"]),
     (dict(accumulator_dtype=jnp.complex64), TypeError, ["accumulator_dtype", "complex64"]),
     (dict(should_skip_update_fn=True), TypeError, ["should_skip_update_fn must be None or a function", "True"]),
+    (dict(num_micro_batches=2), TypeError, ["'num_micro_batches': K is every_k_schedule"]),
+    (dict(accumulate_dtype=None), TypeError, ["'accumulate_dtype': did you mean 'accumulator_dtype'?"]),
 ]
 
 
@@ -433,6 +448,7 @@ METHODS = {
 OTHER_STATES = {
     "tuple": optax.chain(TX).init(PARAMS),
     "NoneType": None,
+    "jaxaccum.flax.TrainState": jaxaccum.flax.TrainState.create(apply_fn=None, params=PARAMS, tx=TX),
     "optax.transforms._accumulation.MultiStepsState": optax.MultiSteps(SGD, 2).init(PARAMS),
 }
 
@@ -441,7 +457,13 @@ OTHER_STATES = {
 @pytest.mark.parametrize("kind", OTHER_STATES)
 def test_a_state_must_be_its_own(method, kind):
     """Catches a chain's tuple, and optax's state of the same name, which fail deep inside or not at all."""
-    with fails(TypeError, f"{method} takes the MultiStepsState", f"'{kind}'", "in a chain's state it is the entry"):
+    with fails(
+        TypeError,
+        f"{method} takes the MultiStepsState",
+        f"'{kind}'",
+        "in a chain's state it is the entry",
+        "in a TrainState its opt_state",
+    ):
         METHODS[method](TX, OTHER_STATES[kind])
 
 
@@ -527,6 +549,8 @@ BAD_WINDOW_OPTIONS = [
     (dict(accumulator_dtype=jnp.int32), TypeError, ["accumulator_dtype must be a floating dtype", "int32"]),
     (dict(grad_dtype="fp8"), TypeError, ["grad_dtype must be a floating dtype", "'fp8'"]),
     (dict(fun=3), TypeError, ["fun must be callable", "got 3"]),
+    (dict(every_k_schedule=2), TypeError, ["'every_k_schedule': K is num_micro_batches"]),
+    (dict(batch_argnum=2), TypeError, ["value_and_grad got an", "'batch_argnum': did you mean 'batch_argnums'?"]),
 ]
 
 
@@ -540,7 +564,12 @@ def test_value_and_grad_refuses_an_option_at_construction(options, error, words)
 @pytest.mark.parametrize(
     ("options", "args", "kwargs", "words"),
     [
-        (dict(batch_argnums=3), (W, X), {}, ["batch argument is number 3", "only 2 arguments", "by position"]),
+        (
+            dict(batch_argnums=3),
+            (W, X),
+            {},
+            ["batch argument is number 3", "(batch_argnums)", "only 2 arguments", "by position"],
+        ),
         (dict(key_argnums=2), (W, X), {}, ["number 2", "only 2 arguments", "by position"]),
         (dict(carry_argnums=5), (W, X), {}, ["carry argument is number 5", "by position"]),
         (dict(), (W,), {"x": X}, ["batch argument is number 1", "only 1 arguments", "by position"]),
@@ -599,7 +628,7 @@ BAD_ROLES = [
     (dict(carry_argnums=-1), ValueError, ["carry_argnums", "-1"]),
     (dict(carry_argnums=3), TypeError, ["the carry argument is number 3", "only 3 arguments"]),
     (dict(carry_argnums=2), TypeError, ["with has_aux=False and carry_argnums=2 fun must return (loss, new_carry)"]),
-    (dict(has_aux=True), TypeError, ["with has_aux=True and carry_argnums=None fun must return (loss, aux)"]),
+    (dict(has_aux=True), TypeError, ["and carry_argnums=None fun must return (loss, aux), got a single array"]),
 ]
 
 
@@ -921,3 +950,98 @@ def test_a_gradient_dtype_must_be_switched_on():
     """Catches float64 gradients that come back as float32 with no more than a warning."""
     with fails(ValueError, "grad_dtype=float64 needs x64"):
         value_and_grad(lambda w, x: jnp.sum(x @ w), 2, grad_dtype=jnp.float64)(W, X)
+
+
+@pytest.mark.parametrize("axis", [dict(batch_argnums=1), dict(key_argnums=2)], ids=repr)
+@pytest.mark.parametrize("driver", [HostDriven, jaxaccum.flax.HostDriven])
+def test_a_host_driven_step_splits_nothing(driver, axis):
+    """Catches Python's own error, which doesn't say how to pass a batch or a key."""
+    with fails(TypeError, "HostDriven got", *axis, "all arguments after state are the loss's"):
+        driver(TX, must_not_run, **axis)
+
+
+def test_adapters_name_themselves():
+    """Catches an unknown option that is blamed on a function which the caller did not call."""
+    adapters = {
+        "filter_value_and_grad": jaxaccum.equinox.filter_value_and_grad,
+        "jaxaccum.flax.value_and_grad": jaxaccum.flax.value_and_grad,
+        "linen_value_and_grad": functools.partial(jaxaccum.flax.linen_value_and_grad, nn.Dense(1)),
+    }
+    for name, adapter in adapters.items():
+        with fails(TypeError, f"{name} got", "'accumulate_dtype': did you mean 'accumulator_dtype'?"):
+            adapter(lambda model, x: 0.0, 2, accumulate_dtype=jnp.float32)
+
+
+def test_k_belongs_to_the_state():
+    """Catches an assignment that changes nothing."""
+    tx = MultiSteps(SGD, 2)
+    with fails(AttributeError, "K belongs to the state", "jaxaccum.set_every_k(state, 4)", "of a HostDriven"):
+        tx.every_k = 4
+
+
+def test_an_argument_in_the_wrong_place_is_shown_by_its_shapes():
+    """Catches an error that prints all numbers of the parameters."""
+    with fails(TypeError, "tx must be a jaxaccum.MultiSteps, got {'b': 'float32 of shape ()', 'w': 'float32 of shape"):
+        HostDriven(PARAMS, must_not_run)
+    with pytest.raises(TypeError, match="k must be an integer") as caught:
+        set_every_k(2, {"w": jnp.ones(1000)})
+    assert len(str(caught.value)) < 150
+
+
+class Net(nnx.Module):
+    """An nnx model with variables that are no parameters."""
+
+    def __init__(self):
+        self.linear, self.norm = nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.norm(self.linear(x))
+
+
+def squares(model, x):
+    return jnp.mean(model(x) ** 2)
+
+
+WITH_A_MODEL = {
+    "init": lambda tx, model, state: tx.init({"model": model}),
+    "value_and_grad": lambda tx, model, state: value_and_grad(squares, 2)(model, X),
+    "jit": lambda tx, model, state: jax.jit(value_and_grad(squares, 2))(model, X),
+    "coupled": lambda tx, model, state: coupled_value_and_grad(lambda m, x: m(x), lambda m, r: jnp.mean(r), 2)(
+        model, X
+    ),
+    "micro_step": lambda tx, model, state: tx.micro_step(squares, model, state, X),
+    "HostDriven": lambda tx, model, state: HostDriven(tx, squares)(model, state, X),
+    "plan": lambda tx, model, state: plan(squares, model, X, SGD, 4, memory_limit=1e9),
+}
+
+
+@pytest.mark.parametrize("call", WITH_A_MODEL.values(), ids=WITH_A_MODEL)
+def test_an_nnx_model_is_split_into_parameters_and_state(call):
+    """Catches batch statistics that are trained as parameters, and never updated."""
+    tx, model, plain = MultiSteps(SGD, 2), Net(), nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    words = ["an nnx model (Net) with BatchStat variables", "jaxaccum.flax.HostDriven", "jaxaccum.flax.nnx_task"]
+    with fails(TypeError, *words):
+        call(tx, model, jaxaccum.flax.HostDriven(tx, squares).init(model))
+    call(tx, plain, tx.init(plain))
+    tx.init(nnx.state(model))
+
+
+def test_the_state_of_an_nnx_optimizer_is_its_own():
+    """Catches an error of a comparison inside flush."""
+    tx, model = MultiSteps(SGD, 2), nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    with fails(
+        TypeError, "flush got the opt_state of an nnx.Optimizer", "optimizer.update(model, grads, boundary=True)"
+    ):
+        tx.flush(optimizer.opt_state)
+
+
+@drivers
+def test_arguments_of_a_mesh(name, driver):
+    """Catches an error that names K, which a micro-step does not split by, and labels that every device sees whole."""
+    del name
+    tx, loss = MultiSteps(SGD, 2, mesh=MESH), lambda w, x, y=0.0: jnp.mean((x @ w - y) ** 2)
+    with fails(ValueError, "a batch of 7 examples can't be split over 8 devices: "):
+        driver(tx, loss)(loss, W, tx.init(W), jnp.ones((7, 3)))
+    with fails(TypeError, "args[2]: as long as the batch, but not split", "put both in one tree"):
+        driver(tx, loss)(loss, W, tx.init(W), jnp.ones((16, 3)), jnp.ones(16))

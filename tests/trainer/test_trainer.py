@@ -678,6 +678,26 @@ def test_errors_name_argument_value_and_remedy():
     refused(TypeError, "callbacks must be.*3", callbacks=3)
     refused(TypeError, "callbacks must be", callbacks=[Callback(), "x"])
     refused(TypeError, "logger must be.*write_scalars", logger=print)
+    refused(TypeError, "logger must be.*got 'csv'", logger="csv")
+    refused(TypeError, "Trainer got .*'accelerator': jax finds the devices", accelerator="gpu")
+    refused(TypeError, "'num_micro_batches': K is accumulate_grad_batches", num_micro_batches=2)
+    refused(TypeError, "'max_epoch': did you mean 'max_epochs'", max_epoch=2)
+    refused(TypeError, r"task must be .* got \['float32 of shape \(2,\)'\]", ones(2), the_task=ones(2))
+    refused(ValueError, r"log_every_n_steps .* got 0\.$", log_every_n_steps=0)
+    with pytest.raises(TypeError, match=r"ckpt_path must be .*'last' or 'best', got True"):
+        single().fit(slope(), ones(2), ckpt_path=True)
+    for name in ("train", "val"):
+        with pytest.raises(TypeError, match=f"fit got .*'{name}_dataloaders': it is {name}_loader here"):
+            single().fit(slope(), ones(2), **{f"{name}_dataloaders": ones(2)})
+    with_predict = dataclasses.replace(slope(), predict=lambda w, x: w * x)
+    for method, name in (("validate", "val"), ("test", "test"), ("predict", "predict")):
+        call = getattr(single(), method)
+        with pytest.raises(TypeError, match=f"{method} got .*'dataloaders': it is {name}_loader here"):
+            call(slope(), dataloaders=ones(2))
+        with pytest.raises(RuntimeError, match="call fit first, or pass state= or ckpt_path="):
+            call(with_predict, ones(2))
+        with pytest.raises(TypeError, match=r"task must be a jaxaccum.Task, got 'task'"):
+            call("task", ones(2))
     for name, bad in [("max_epochs", 0), ("max_steps", -2), ("limit_train_batches", 0), ("limit_train_batches", 1.5)]:
         refused(ValueError, f"{name} must be .*{bad}", **{name: bad})
     for name in ("max_epochs", "max_steps", "log_every_n_steps", "seed", "val_check_interval", "devices"):

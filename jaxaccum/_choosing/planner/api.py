@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxaccum import _calls
 from jaxaccum._choosing.planner import search, target, timing
 from jaxaccum._choosing.planner import step as _step
 from jaxaccum._choosing.planner.result import Memory, Plan, Trial
@@ -16,7 +17,8 @@ from jaxaccum._devices.topology import MeshAxis, Sync
 from jaxaccum._integers import as_int, positive_int
 from jaxaccum._sums import modules, norms, numeric
 from jaxaccum._types import Tree
-from jaxaccum.task import Task
+from jaxaccum._window.api import value_and_grad
+from jaxaccum.task import Task, is_transformation
 
 # The part of a device's memory that a plan uses by default: the runtime needs some besides the program.
 SHARE = 0.98
@@ -103,11 +105,12 @@ def plan(
         if even N = 1 does not fit, with the bytes by kind.
     """
     sync = placement.select_sync(None, mesh, data_axis, reduce=reduce)
-    examples = positive_int(target_batch_size, "target_batch_size")
+    _calls.check_keywords("plan", options, value_and_grad)
+    _check_loss(task_or_loss, params, optimizer, options)
+    examples = positive_int(target_batch_size, "target_batch_size", note="")
     each = target.split(examples, sync.size(), "the number of devices")
     limit = _limit(memory_limit, sync)
     _check_batch(batch)
-    _check_loss(task_or_loss, params, options)
     step = _step.of(task_or_loss, params, batch, optimizer, examples, sync, options)
     sizes = target.divisors(each)
     if options.get("gradient_norms") == "noise" and sync.size() == 1:
@@ -259,17 +262,28 @@ def _has_one_length(batch: Tree) -> bool:
     return len(lengths) == 1 and lengths != {()}
 
 
-def _check_loss(task_or_loss: Any, params: Tree, options: dict[str, Any]) -> None:
+def _check_loss(task_or_loss: Any, params: Tree, optimizer: Any, options: dict[str, Any]) -> None:
+    is_task = isinstance(task_or_loss, Task)
+    if params is None and not is_task:
+        raise TypeError(
+            "params=None is for a Task, which makes its own: pass the parameters or their shapes, or "
+            "for a flax model a linen_task or an nnx_task."
+        )
+    if not is_task:
+        _calls.positional("task_or_loss", task_or_loss, "params", "batch")
+    if not (is_transformation(optimizer) or (optimizer is None and is_task)):
+        raise TypeError(
+            f"optimizer must be an optax.GradientTransformation, got {numeric.kind(optimizer)}. The batch is one "
+            "argument: pass several arrays as one tree, such as {'x': x, 'y': y}."
+        )
     refused = [name for name in options if name.endswith("argnums") or name in _REFUSED]
     if refused:
         raise TypeError(
             f"plan takes no {', '.join(refused)}: it chooses K, and the loss is loss(params, batch). Close over other "
             "arguments, such as a key, put several arrays of a batch in one tree, and pass mesh for several devices."
         )
-    if isinstance(task_or_loss, Task):
+    if is_task:
         return
-    if params is None:
-        raise TypeError("params=None is for a Task, whose init makes them: pass the parameters, or their shapes.")
     for path, leaf in jax.tree_util.tree_leaves_with_path(modules.trained(params)):
         if not (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)):
             raise TypeError(

@@ -15,7 +15,7 @@ from jaxaccum import task as _task
 from jaxaccum._choosing.planner.result import Memory
 from jaxaccum._devices.topology import MeshAxis, Sync
 from jaxaccum._devices.zero import zero_sharding
-from jaxaccum._multi_steps import inner_update
+from jaxaccum._multi_steps import checks, inner_update
 from jaxaccum._sums import modules, weighted_sum
 from jaxaccum._types import Tree
 from jaxaccum._window.api import value_and_grad
@@ -128,10 +128,10 @@ def of(
         if optimizer is None:
             optimizer = _task.optimizer(task, _TOTAL_STEPS if _task.needs_total_steps(task) else None)
         task_or_loss = functools.partial(_loss_and_state, task)
-    if not (callable(getattr(optimizer, "init", None)) and callable(getattr(optimizer, "update", None))):
-        raise TypeError(f"optimizer must be an optax.GradientTransformation, got {optimizer!r}.")
     params, rest = (shaped(tree, common) for tree in modules.parted(params))
-    opt_state = _like_params(jax.eval_shape(optimizer.init, params), params, common)
+    initial = jax.eval_shape(optimizer.init, params)
+    checks.inner_state(initial)
+    opt_state = _like_params(initial, params, common)
     step = Step(task_or_loss, optimizer, params, opt_state, rest, args, options)
     return scattered(step) if options.get("reduce") == "scatter" else step
 

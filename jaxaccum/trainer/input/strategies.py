@@ -74,7 +74,7 @@ class Strategy:
         if name == "single" and processes > 1:
             raise ValueError(f"strategy='single' runs in one process, and there are {processes}: pass 'ddp' or 'auto'.")
         every = 1 if name == "single" else len(available)
-        count = every if devices == "auto" else positive_int(devices, "devices")
+        count = every if devices == "auto" else positive_int(devices, "devices", note="")
         if count > len(available):
             raise ValueError(f"devices={count}, but there are only {len(available)}: {available}; pass devices='auto'.")
         if name == "single" and count > 1:

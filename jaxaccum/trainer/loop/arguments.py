@@ -7,14 +7,46 @@ from typing import Any, TypeVar
 
 from jaxaccum._integers import positive_int
 from jaxaccum._schedule import AccumulationSchedule
+from jaxaccum._sums import numeric
 from jaxaccum.callbacks import AdaptiveAccumulation, Callback, EarlyStopping, NoiseScaleMonitor
 from jaxaccum.callbacks.average import ParamsAverage
 from jaxaccum.callbacks.monitor import Monitor
 from jaxaccum.callbacks.policy import CheckpointPolicy
 from jaxaccum.callbacks.scheduler import offered_schedule
 from jaxaccum.loggers import JSONLLogger
+from jaxaccum.task import Task
 
 T = TypeVar("T")
+
+_K = "K is accumulate_grad_batches"
+_LENGTH = "pass fewer batches, such as itertools.islice(loader, n)"
+_SEED = "a run is a function of its seed= and its batches"
+# What to do in place of passing an argument that Lightning's Trainer, or our other drivers, have.
+REMEDIES = {
+    "accelerator": "jax finds the devices",
+    "num_nodes": "jaxaccum.distributed.initialize() joins processes",
+    "precision": "dtypes are those of the parameters and the loss",
+    "plugins": "dtypes are those of the parameters and the loss",
+    "enable_checkpointing": "pass callbacks=jaxaccum.callbacks.ModelCheckpoint(...)",
+    "limit_test_batches": _LENGTH,
+    "limit_predict_batches": _LENGTH,
+    "deterministic": _SEED,
+    "benchmark": _SEED,
+    "use_distributed_sampler": "each process passes the loader of its own devices",
+    "profiler": "jax.profiler.trace shows each micro-step",
+    "sync_batchnorm": "pass Task model_state=True",
+    "reload_dataloaders_every_n_epochs": "a loader's set_epoch(epoch) is called before each epoch",
+    "num_micro_batches": _K,
+    "every_k_schedule": _K,
+    "every_k": _K,
+}
+
+
+def task(value: Any) -> Task:
+    """Checks a task."""
+    if not isinstance(value, Task):
+        raise TypeError(f"task must be a jaxaccum.Task, got {numeric.kind(value)}.")
+    return value
 
 
 def callbacks(value: Any) -> tuple[Callback, ...]:
@@ -55,7 +87,7 @@ def schedule(
             '"auto" needs the size of a window in examples, which is for "auto" alone.'
         )
     if is_auto:
-        positive_int(target_batch_size, "target_batch_size")
+        positive_int(target_batch_size, "target_batch_size", note="")
         if any(offered_schedule(callback) is not None for callback in callbacks):
             raise ValueError('accumulate_grad_batches="auto" and a GradientAccumulationScheduler both set K: give one.')
         return AccumulationSchedule({0: 1})
@@ -94,7 +126,7 @@ def loggers(value: Any, root: Path) -> tuple[Any, ...]:
     """Returns the loggers as a tuple. `value` is a logger, a sequence, True for a file under `root`, or False."""
     if isinstance(value, bool):
         return (JSONLLogger(root / "metrics.jsonl"),) if value else ()
-    found = tuple(value) if isinstance(value, Sequence) else (value,)
+    found = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
     for logger in found:
         if not callable(getattr(logger, "write_scalars", None)):
             raise TypeError(

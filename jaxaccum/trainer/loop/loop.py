@@ -246,7 +246,7 @@ class Loop:
             warnings.warn(
                 f"no validation fell due in the {run.at.micro_step} micro-steps of this run: "
                 f"val_check_interval={self._options.val_check_interval} was never reached. {validation.REMEDY}",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def end_by(self, error: BaseException) -> None:

@@ -93,13 +93,15 @@ class Options:
             self.num_sanity_val_steps, "num_sanity_val_steps", least=0
         )
         if self.check_val_every_n_epoch is not None:
-            self.check_val_every_n_epoch = positive_int(self.check_val_every_n_epoch, "check_val_every_n_epoch")
+            self.check_val_every_n_epoch = positive_int(
+                self.check_val_every_n_epoch, "check_val_every_n_epoch", note=""
+            )
         elif isinstance(self.val_check_interval, float):
             raise ValueError(
                 f"check_val_every_n_epoch=None counts micro-steps across epochs, and val_check_interval="
                 f"{self.val_check_interval} is a fraction of one; pass an int val_check_interval."
             )
-        self.log_every_n_steps = positive_int(self.log_every_n_steps, "log_every_n_steps")
+        self.log_every_n_steps = positive_int(self.log_every_n_steps, "log_every_n_steps", note="")
 
     def _check_windows(self) -> None:
         clip = self.gradient_clip_val

@@ -279,9 +279,12 @@ def find(
     With `to_resume`, "last" passes over weights, and "best" prefers the policies that save whole runs.
 
     Raises:
+      TypeError: if `ckpt_path` is no path.
       ValueError: for "last" or "best" without a policy, or for "best" without one that has a monitor.
       OSError: if there is none, or if none of the existing ones can be read.
     """
+    if not isinstance(ckpt_path, (str, os.PathLike)):
+        raise TypeError(f"ckpt_path must be the path of a checkpoint, 'last' or 'best', got {ckpt_path!r:.60}.")
     if ckpt_path not in ("last", "best"):
         return checkpoint.load(ckpt_path)
     policies = policies_of(callbacks)

@@ -73,7 +73,7 @@ class Interval:
             warnings.warn(
                 f"no validation will fall due: {words}where train_loader says that an epoch has "
                 f"{expected} micro-steps. {REMEDY}",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def check_lasts(self, val_loader: ValLoader) -> None:

@@ -1,5 +1,7 @@
 """`Trainer.test` and `Trainer.predict`: what they give, from which state, on which devices."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -137,7 +139,7 @@ def test_errors_name_argument_value_and_remedy(tmp_path):
     with pytest.raises(ValueError, match="either state or ckpt_path='last', not both"):
         t.test(slope(), ones(2), t.state, ckpt_path="last")
     with pytest.raises(TypeError, match=r"predict_loader must be an iterable of batches, got a dict with the keys"):
-        t.predict(jaxaccum.Task(*[slope().init] * 2, optax.sgd(1.0), predict=slope().init), {"a": ones(2)})
+        t.predict(dataclasses.replace(slope(), predict=slope().init), {"a": ones(2)})
     with pytest.raises(TypeError, match=r"predict must be a function, or None.* got 3"):
         jaxaccum.Task(slope().init, slope().loss, optax.sgd(1.0), predict=3)
     with pytest.raises(RuntimeError, match="fit"):

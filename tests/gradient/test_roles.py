@@ -2,6 +2,7 @@
 
 import warnings
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -124,6 +125,13 @@ def test_a_warning_of_an_argument_that_would_broadcast(batch, other, k, stacked,
     assert [str(x.message).endswith("batch_argnums=(1, 2). If it does not, pass it by name.") for x in found] == (
         [True] if warns else []
     )
+
+
+def test_a_traced_number_of_micro_batches():
+    """Catches a K whose value is asked for, though the axes alone tell."""
+    args = [np.ones(3), np.ones((K, N)), np.ones((K, N))]
+    with pytest.warns(UserWarning, match="as long as the batch"):
+        jax.eval_shape(lambda k: PLAIN.warn_of_unsplit(args, k, stacked=True), K)
 
 
 def test_no_warning_if_a_part_of_the_batch_is_of_another_shape():

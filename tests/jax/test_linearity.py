@@ -270,6 +270,7 @@ def test_what_communicates():
     """Catches a collective in a body, and one in the derivative alone."""
     summed = lambda x, *_: jax.lax.psum(x, "a")
     assert not communicates(jnp.sin) and not communicates(jvp_rule(jnp.sin, jnp.multiply))
+    assert not communicates(lambda x: jax.pure_callback(np.sin, x, x))
     assert communicates(summed) and communicates(jax.jit(summed)) and communicates(jvp_rule(summed, jnp.multiply))
     assert communicates(jvp_rule(jnp.sin, lambda x, dx: summed(dx)))
     assert communicates(jax.jit(jvp_rule(jnp.sin, lambda x, dx: dx * jax.jit(summed)(x))))

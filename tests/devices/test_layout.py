@@ -117,6 +117,9 @@ def test_types_on_explicit_axes():
     assert layout.layout(placed(np.ones((4, 4)), auto, "data")) == layout.layout(np.ones((4, 4))) == (None, None)
     assert [layout.count(x, d) for d in (0, 1)] == [4, 1] and layout.count(jnp.ones(4), 0) == 1
     assert layout.count(placed(np.ones((4, 4)), mesh, None, "model"), 1) == 2
+    found = []
+    jax.eval_shape(lambda x: found.append((layout.layout(x), layout.unplaced(x))), x)
+    assert found == [(layout.layout(x), layout.unplaced(x))]
     assert layout.is_explicitly_sharded(jax.typeof(x)) and not layout.is_explicitly_sharded(jax.typeof(jnp.ones(4)))
     assert not layout.is_explicitly_sharded(jax.typeof(placed(np.ones(4), mesh)))
     weak = placed(jnp.asarray(1.0), mesh)
@@ -159,6 +162,8 @@ def test_a_reduce_scatter(kind, shape, names, spec):
     got = layout.reduce_scatter(placed(x, mesh, "data", *spec), mesh, ("data",))
     split = 1 if spec and kind == "explicit" else 0
     assert got.dtype == jnp.float32
+    program = jax.make_jaxpr(lambda x: layout.reduce_scatter(x, mesh, ("data",)))(placed(x, mesh, "data", *spec))
+    assert ("reduce_scatter" in str(program)) == (kind == "explicit" or not spec)
     np.testing.assert_allclose(got, x.astype(np.float64).sum(0), rtol=1e-6)
     wanted = P(*spec, "data") if split else P("data", *spec) if not spec else None
     assert wanted is None or got.sharding.is_equivalent_to(NamedSharding(mesh, wanted), 2)

@@ -108,6 +108,14 @@ def test_a_rule_of_ones_own():
         jaxaccum.cast(jnp.bfloat16)(params)
 
 
+def test_wrong_arguments():
+    """Catches an integer that parameters are rounded to, and a rule that can't be called."""
+    with pytest.raises(TypeError, match="dtype must be floating"):
+        jaxaccum.cast(jnp.int8)
+    with pytest.raises(TypeError, match="where must be None or a function"):
+        jaxaccum.cast(jnp.bfloat16, "w")
+
+
 def test_boxes_are_no_part_of_a_name():
     """Catches a name that ends in the field of a box, and a leaf named "value" that loses its name."""
 

@@ -65,7 +65,7 @@ LINEAR = {
     "a custom_jvp": ruled,
     "a custom_vjp": owned,
     "a barrier": lambda x, g: jax.lax.optimization_barrier((x, g))[1],
-    "a conditional": lambda x, g: jax.lax.cond(x[0] > 0, lambda x, g: x * g, lambda x, g: g, x, g),
+    "a conditional": lambda x, g: jax.lax.cond(x[0] > 0, lambda g, x: x * g, lambda g, x: g, g, x),
     "a loop": lambda x, g: scanned(lambda g, x: (g * x, None), g, jnp.stack([x, x, x])),
     "a loop from zero": lambda x, g: scanned(lambda c, _: (c + x * g, None), jnp.zeros(4)),
     "a loop that hands on": lambda x, g: scanned(lambda c, _: ((c[1], c[0] * x, c[2]), None), (g, g, x))[0],
@@ -105,7 +105,7 @@ OTHER = {
     "a custom_vjp": lambda x, g: owned(g, g),
     "a barrier": lambda x, g: jax.lax.optimization_barrier((x, g))[0],
     "a conditional": lambda x, g: jax.lax.cond(x[0] > 0, lambda x, g: g, lambda x, g: x, x, g),
-    "a conditional on it": lambda x, g: jax.lax.cond(g[0] > 0, lambda g: g, lambda g: 2 * g, g),
+    "a conditional on it": lambda x, g: jax.lax.cond(g[0] > 0, lambda x, g: g, lambda x, g: 2 * g, x, g),
     "a loop": lambda x, g: scanned(lambda c, x: (jnp.tanh(c), None), g, jnp.stack([x, x, x])),
     "a loop from the input": lambda x, g: scanned(lambda c, _: (c + g, None), x),
     "a loop's third pass": lambda x, g: scanned(lambda c, _: ((*c[1:], g), None), (0 * g, 0 * g, 0 * g, x))[0],
@@ -170,10 +170,10 @@ def test_the_backward_pass_of_attention(of_two):
     assert unproved(rule, jnp.ones(4)) == ("sine" if of_two else None)
 
 
-def split(backward):
+def split(backward, none=None):
     """(x, x of an integer, the integers) by a custom_vjp, whose cotangents `backward` gets."""
     f = jax.custom_vjp(lambda x, i: (x, x * i, i))
-    f.defvjp(lambda x, i: (f(x, i), i), lambda i, given: (backward(*given[:2], i), None))
+    f.defvjp(lambda x, i: (f(x, i), i), lambda i, given: (backward(*given[:2], i), none))
     return f
 
 
@@ -181,6 +181,8 @@ def test_integers_among_operands_and_results():
     """Catches a cotangent of an integer counted as one, or a rule that is not traced since it has integers."""
     i = jnp.arange(4)
     assert unproved(split(lambda g, h, i: g + h * i), jnp.ones(4), i) is None
+    none = np.zeros(4, jax.dtypes.float0)
+    assert unproved(split(lambda g, h, i: g + h * i, none), jnp.ones(4), i) is None
     assert unproved(split(lambda g, h, i: g * h), jnp.ones(4), i) == "<lambda>"
     assert unproved(split(lambda g, h, i: g + i), jnp.ones(4), i) == "<lambda>"
 

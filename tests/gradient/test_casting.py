@@ -41,6 +41,10 @@ SUMMED = {
     "a gather of a branch's result": lambda a, x: jax.lax.cond(x[0, 0] > 0, lambda x, a: a, lambda x, a: W, x, a)[
         INDEX
     ],
+    "a gather of the other's result": lambda a, x: jax.lax.cond(x[0, 0] > 0, lambda a: W, lambda a: a, a)[INDEX],
+    "a gather of a loop of unknown length": lambda a, x: jax.lax.while_loop(lambda a: a[0, 0] < 3, lambda a: 2 * a, a)[
+        INDEX
+    ],
     "a gather of a jit's result": lambda a, x: jax.jit(lambda x, a: (x, 2 * a))(x, a)[1][INDEX],
     "a gather of a carry": lambda a, x: scanned(lambda a, _: jnp.sin(a), a)[INDEX],
     "a gather of a loop's rows": lambda a, x: jax.lax.map(jnp.sin, a)[INDEX],
@@ -86,7 +90,7 @@ def test_what_is_a_matrix():
         "stack": jnp.ones((2, 3, 4)),
         "integers": jnp.ones((2, 2), int),
     }
-    assert selected(lambda p, x: sum(map(jnp.sum, p.values())), params, X) == {"stack"}
+    assert selected(lambda p, x, y: sum(map(jnp.sum, p.values())), params, X, X) == {"stack"}
 
 
 def test_a_rule_of_ones_own():

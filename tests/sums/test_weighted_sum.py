@@ -46,6 +46,8 @@ def test_zero_sums(wrap):
         "number": ((), "float32"),
         **statistics(((2,), "bfloat16")),
     }
+    partly = jax.make_jaxpr(lambda x: weighted_sum.init({"x": x, "constant": 1.0}, None))(1.0)
+    assert "optimization_barrier" in str(partly)  # It keeps the layout of what is traced.
     assert_equal(weighted_sum.cleared({"x": jnp.array([1.0, jnp.nan])}), {"x": jnp.zeros(2)})
 
 
@@ -167,6 +169,9 @@ def test_dtypes():
     """Catches strict promotion, and a weight that is not the widest float in use."""
     with jax.numpy_dtype_promotion("strict"):
         assert weighted_sum.promoted(BF16, jnp.float32) == jnp.float32
+        sums = weighted_sum.add(jnp.ones(2, BF16), jnp.ones(2, jnp.float16), jnp.float32(2), first=np.array(False))
+        mean = weighted_sum.mean(Weighted(sums, jnp.float32(3)), jnp.ones(2, jnp.float16))
+        assert_equal((sums, mean), ([3.0, 3.0], [1.0, 1.0]))
     assert weighted_sum.weight_dtype() == jnp.float32
     with jax.enable_x64(True):
         assert weighted_sum.weight_dtype() == jnp.float64

@@ -167,10 +167,10 @@ def test_the_mean_of_sums():
 
 def test_dtypes():
     """Catches strict promotion, and a weight that is not the widest float in use."""
-    with jax.numpy_dtype_promotion("strict"):
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
         assert weighted_sum.promoted(BF16, jnp.float32) == jnp.float32
-        sums = weighted_sum.add(jnp.ones(2, BF16), jnp.ones(2, jnp.float16), jnp.float32(2), first=np.array(False))
-        mean = weighted_sum.mean(Weighted(sums, jnp.float32(3)), jnp.ones(2, jnp.float16))
+        sums = weighted_sum.add(jnp.ones(2, BF16), jnp.ones(2, jnp.float16), jnp.float64(2), first=np.array(False))
+        mean = weighted_sum.mean(Weighted(sums, jnp.float64(3)), jnp.ones(2, jnp.float16))
         assert_equal((sums, mean), ([3.0, 3.0], [1.0, 1.0]))
     assert weighted_sum.weight_dtype() == jnp.float32
     with jax.enable_x64(True):

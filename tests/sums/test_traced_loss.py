@@ -10,7 +10,7 @@ from jaxaccum._sums import traced_loss
 from jaxaccum._sums.traced_loss import Traced
 from jaxaccum._sums.weighted_sum import Weighted
 
-PARAMS = {"w": jnp.arange(1.0, 4.0), "n": jnp.arange(3)}
+PARAMS = {"w": jnp.arange(1.0, 4.0), "n": jnp.arange(3), "v": jnp.ones(2)}
 BATCH = {"x": jnp.array([2.0, -1.0, 0.5]), "mask": jnp.array([1.0, 0.0, 1.0])}
 
 
@@ -60,7 +60,7 @@ def test_a_constant_weight(weight, constant, has):
 def test_the_weight_alone():
     """Catches a weight for which the loss runs, or that is said to need the parameters."""
     closed, used = trace(by(counted)).weight_alone()
-    assert used == [False, False, True, False] and len(closed.jaxpr.eqns) == 1  # Of n, w; mask, x.
+    assert used == [False, False, False, True, False] and len(closed.jaxpr.eqns) == 1  # Of n, v, w; mask, x.
 
 
 @jax.custom_vjp
@@ -204,8 +204,9 @@ def test_what_is_no_weight(value, message):
     with pytest.raises(ValueError, match=f"weight must be {message}"):
         traced_loss.check_weight(value)
     if isinstance(value, int | float):
-        with pytest.raises(ValueError, match=f"weight must be {message}"):
-            trace(by(lambda p, b: value))
+        for constant in (lambda p, b: value, lambda p, b: jnp.full((), float(value))):
+            with pytest.raises(ValueError, match="weight must be finite and at least 0"):
+                trace(by(constant))
     with pytest.raises(ValueError, match=r"weight must be one real number, or an array of shape \(2,\) with one"):
         traced_loss.check_weight(np.ones(3), (2,))
     with pytest.raises(ValueError, match="finite and at least 0"):

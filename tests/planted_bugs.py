@@ -831,14 +831,14 @@ BUGS = [
         "unproved_in",
         "jaxprs.bodies(eqn)",
         "()",
-        "hoisting once_per_window",
+        "linearity",
     ),
     Bug(
         "a backward rule with a constant offset counts as linear",
         "linearity",
         "_ZERO, _CONSTANT, _LINEAR, _OTHER = 0, 1, 2, 3",
         "_ZERO, _CONSTANT, _LINEAR, _OTHER = 0, 0, 2, 3",
-        "hoisting once_per_window",
+        "linearity",
     ),
     Bug(
         "HostDriven adds to the sums that another driver left",
@@ -2011,7 +2011,7 @@ BUGS = [
         "linearity._results",
         "_union(branch)",
         "branch[0]",
-        "hoisting",
+        "linearity",
     ),
     Bug(
         "a cast to a wider dtype is hoisted",

@@ -69,6 +69,8 @@ LINEAR = {
     "a loop": lambda x, g: scanned(lambda g, x: (g * x, None), g, jnp.stack([x, x, x])),
     "a loop from zero": lambda x, g: scanned(lambda c, _: (c + x * g, None), jnp.zeros(4)),
     "a loop that hands on": lambda x, g: scanned(lambda c, _: ((c[1], c[0] * x, c[2]), None), (g, g, x))[0],
+    "a loop's rows": lambda x, g: jax.lax.scan(lambda c, g: (c + g, 2 * c), 0.0, g)[1],
+    "the backward pass of a function of jax's": lambda x, g: jax.vjp(jax.nn.gelu, x)[1](g)[0],
 }
 OTHER = {
     "the input": lambda x, g: x,
@@ -105,9 +107,12 @@ OTHER = {
     "a custom_vjp": lambda x, g: owned(g, g),
     "a barrier": lambda x, g: jax.lax.optimization_barrier((x, g))[0],
     "a conditional": lambda x, g: jax.lax.cond(x[0] > 0, lambda x, g: g, lambda x, g: x, x, g),
+    "the other branch": lambda x, g: jax.lax.cond(x[0] < 0, lambda x, g: x, lambda x, g: g, x, g),
     "a conditional on it": lambda x, g: jax.lax.cond(g[0] > 0, lambda x, g: g, lambda x, g: 2 * g, x, g),
     "a loop": lambda x, g: scanned(lambda c, x: (jnp.tanh(c), None), g, jnp.stack([x, x, x])),
     "a loop from the input": lambda x, g: scanned(lambda c, _: (c + g, None), x),
+    "a loop's rows": lambda x, g: jax.lax.scan(lambda c, g: (c * g, c), 1.0, g)[1],
+    "a sort": lambda x, g: jnp.sort(g),
     "a loop's third pass": lambda x, g: scanned(lambda c, _: ((*c[1:], g), None), (0 * g, 0 * g, 0 * g, x))[0],
     "a loop to a limit": lambda x, g: jax.lax.while_loop(lambda g: g[0] < 1, lambda g: g + 1, g),
 }

@@ -116,16 +116,14 @@ def test_stochastic_sums_differ_by_leaf_and_counter():
     a, b = weighted_sum.add(zero(BF16), [x, x], counters=(0,))
     c, _ = weighted_sum.add(zero(BF16), [x, x], counters=(1,))
     assert np.any(a != b) and np.any(a != c) and np.any(b != c)
-    after_none, _ = weighted_sum.add([None, *zero(BF16)][:2], [x, x], counters=(0,)), None
-    assert after_none[0] is None
     assert_equal(weighted_sum.add(zero(jnp.float32), [x, x], counters=(0,)), [x, x])
     plain = weighted_sum.add(zero(BF16), [x, x])[0]
     assert np.all(plain == plain[0])
     merged = weighted_sum.merge(Weighted(zero(BF16), jnp.float32(1)), Weighted([x, x], 2.0), counters=(0,))
     assert_equal(merged.total, [a, b])
     assert float(merged.weight) == 3.0
-    square = weighted_sum.add(jnp.zeros((16, 16), BF16), x.reshape(16, 16), counters=(0,))
-    assert len({tuple(map(float, row)) for row in square}) == len({tuple(map(float, row)) for row in square.T}) == 16
+    square = np.float32(weighted_sum.add(jnp.zeros((16, 16), BF16), x.reshape(16, 16), counters=(0,)))
+    assert all(len(np.unique(rows, axis=0)) == 16 for rows in (square, square.T))
 
 
 @pytest.mark.parametrize("keep", [None, np.array(False), np.array(True)])

@@ -132,3 +132,22 @@ def test_the_first_micro_step_of_a_window(clears):
     assert float(new.weight) == (7 if clears else 2)
     _, new, _ = accumulation.add(config, state, MicroBatch(6 * W, 2.0), Boundary(False), call)
     np.testing.assert_array_equal(new.acc_grads, [12.0, 12.0])
+
+
+@pytest.mark.parametrize("accumulator_dtype", [None, jnp.float32])
+def test_the_dtypes_of_an_optimizer_step(accumulator_dtype):
+    """Catches a step on bfloat16 parameters in another dtype than float32, and a `prepare` of parameters in that."""
+    seen = []
+
+    def update(updates, state, params):
+        seen.append((updates.dtype, params.dtype))
+        return -0.01 * updates.astype(jnp.float32), state
+
+    opt = optax.GradientTransformation(lambda params: (), update)
+    with jax.enable_x64(True):
+        w = jnp.asarray([1.0, 3.0], jnp.bfloat16)
+        tx = jaxaccum.MultiSteps(opt, 1, accumulator_dtype=accumulator_dtype, prepare=lambda w: 2 * w)
+        loss = lambda w, x: jnp.sum(w * x).astype(jnp.float32)
+        _, new, state = tx.micro_step(loss, w, tx.init(w), jnp.ones(2))
+        assert seen[-1] == (jnp.float32, jnp.float32) and new.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(state.prepared[0], 2 * new, strict=True)

@@ -2432,6 +2432,20 @@ BUGS = [
         "pass",
         "traced_loss",
     ),
+    Bug(
+        "prepare gets the new parameters in the updates' dtype",
+        "closing._optimizer_step",
+        "inner_update.apply_updates(call.params, updates)",
+        "inner_update.apply_updates(updates, call.params)",
+        "accumulation",
+    ),
+    Bug(
+        "an optimizer step on bfloat16 parameters is in float64 under x64",
+        "closing._optimizer_step",
+        "jnp.float32 if config.accumulator_dtype is None else config.accumulator_dtype",
+        "config.accumulator_dtype",
+        "accumulation",
+    ),
 ]
 
 

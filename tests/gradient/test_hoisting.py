@@ -82,6 +82,18 @@ def test_gradients(wrap):
         np.testing.assert_allclose(x, y, rtol=0.03, atol=2e-4)
 
 
+@pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
+def test_a_product_of_parameters(wrap):
+    """Catches a body that is hoisted row by row, as only a scan's is."""
+    w, x = jax.random.normal(jax.random.key(0), (4, 4)), jnp.ones((2, 4))
+    loss = wrap(lambda w, x: jnp.sum(x @ (w @ w.T)))
+    prepare, rest = hoisting.split(loss, w, x, in_place=False)
+    kept, made = prepare(w)
+    assert not jax.tree.leaves(kept)
+    np.testing.assert_allclose(made, [w @ w.T], rtol=1e-6)
+    np.testing.assert_allclose(rest((kept, made), x), loss(w, x), rtol=1e-5)
+
+
 def made(loss, *args):
     """Shapes and dtypes of what is taken out of `loss`."""
     prepare, _ = hoisting.split(loss, *args, in_place=False)

@@ -148,12 +148,12 @@ def over(*stacks):
     return jax.lax.scan(row, 0.0, stacks)[0]
 
 
-NUMBERS, ROWS = jnp.arange(LAYERS), jnp.ones((LAYERS, 2))
+ROWS = jnp.ones((LAYERS, 2))
 # What a function of the stacks `a` and `b` and of data `x` does, and which stacks one scan alone uses, and whole.
 WALKED = {
     "one scan": (lambda a, b, x: over(a, b), "ab"),
     "two scans": (lambda a, b, x: over(a) + over(b), "ab"),
-    "beside integers": (lambda a, b, x: over(a, NUMBERS), "a"),
+    "beside integers": (lambda a, b, x: over(a, x.astype(int)), "a"),
     "beside a constant": (lambda a, b, x: over(a, ROWS), "a"),
     "beside data": (lambda a, b, x: over(a, x) + over(b), "b"),
     "beside a computed stack": (lambda a, b, x: over(a, b + 1), ""),

@@ -151,3 +151,18 @@ def test_the_dtypes_of_an_optimizer_step(accumulator_dtype):
         _, new, state = tx.micro_step(loss, w, tx.init(w), jnp.ones(2))
         assert seen[-1] == (jnp.float32, jnp.float32) and new.dtype == jnp.bfloat16
         np.testing.assert_array_equal(state.prepared[0], 2 * new, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("micro_steps", "starts", "measured"),
+    [(0, None, True), (1, None, False), (0, False, False), (1, True, True)],
+)
+def test_the_norm_of_the_first_sums(micro_steps, starts, measured):
+    """Catches a norm of later sums, or none, where one device's noise scale compares a window's first part."""
+    config, state = begun(micro_steps, gradient_norms="noise")
+    before = jnp.array([5.0, 7.0, 1.0])
+    state = state._replace(acc_grads=W, weight=jnp.float32(1), norms=state.norms._replace(pending=before))
+    call = accumulation.Call(W, {}, applies=False)
+    _, new, _ = accumulation.add(config, state, MicroBatch(2 * W, None), Boundary(False, starts=starts), call)
+    weight, total = float(new.weight), np.asarray(new.acc_grads)
+    np.testing.assert_allclose(new.norms.pending, [np.sum(total**2) / weight, weight, 1] if measured else before)

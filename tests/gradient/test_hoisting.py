@@ -100,6 +100,22 @@ def made(loss, *args):
     return [(x.shape, str(x.dtype)) for x in jax.eval_shape(prepare, args[0])[1]]
 
 
+@pytest.mark.parametrize(("in_place", "stack_is_made"), [(None, False), (True, False), (False, True)])
+def test_casts_of_stacks_that_are_added_to_in_place(in_place, stack_is_made):
+    """Catches a half-precision copy of all layers among what is hoisted, although the stack receives the gradients."""
+    p = {"base": jnp.eye(4), "stack": jnp.stack([jnp.eye(4)] * 3)}
+
+    def loss(p, x):
+        layers = jax.lax.scan(lambda c, w: (c @ half(w), None), half(x) @ half(p["base"]), p["stack"])[0]
+        return jnp.sum(layers.astype(jnp.float32))
+
+    prepare, rest = hoisting.split(loss, p, jnp.ones((2, 4)), in_place=in_place)
+    kept, made = prepare(p)
+    assert [x.shape for x in made] == [(4, 4), (3, 4, 4)][: 1 + stack_is_made]
+    assert len(jax.tree.leaves(kept)) == (not stack_is_made)
+    np.testing.assert_array_equal(rest((kept, made), jnp.ones((2, 4))), loss(p, jnp.ones((2, 4))))
+
+
 W, X = jnp.ones((4, 4)), jnp.ones((2, 4))
 
 

@@ -70,13 +70,13 @@ def in_context(leaf: jax.Array) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if not is_explicit(mesh) or not jax.typeof(leaf).sharding.mesh.empty:
         return leaf
-    return jax.reshard(leaf, P(*[None] * leaf.ndim))
+    return jax.reshard(leaf, P())
 
 
 def onto(leaf: jax.Array, mesh: Mesh) -> jax.Array:
     """Replicates a traced array from outside of the explicit `mesh` over it."""
     is_outside = isinstance(leaf, jax.core.Tracer) and jax.typeof(leaf).sharding.mesh.empty
-    return jax.reshard(leaf, NamedSharding(mesh, P(*[None] * leaf.ndim))) if is_outside else leaf
+    return jax.reshard(leaf, NamedSharding(mesh, P())) if is_outside else leaf
 
 
 def reduce_scatter(local: jax.Array, mesh: Mesh, names: tuple[str, ...]) -> jax.Array:
@@ -112,8 +112,7 @@ def zeros(length: int, row: Any) -> jax.Array:
     known = _known(row)
     if known is not None:
         x = jax.reshard(x, NamedSharding(known.mesh, P(None, *layout(row))))
-    axes = tuple(varying.axes_of(row))
-    return jax.lax.pcast(x, axes, to="varying") if axes else x
+    return jax.lax.pcast(x, tuple(varying.axes_of(row)), to="varying")
 
 
 def count(leaf: Any, dimension: int) -> int:
@@ -126,7 +125,7 @@ def unplaced(leaf: Any) -> Any:
     """The type of a leaf without its sharding over explicit axes; any other leaf as it is."""
     if _known(leaf) is None:
         return leaf
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=getattr(leaf, "weak_type", False))
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=leaf.weak_type)
 
 
 def wide(x: jax.Array) -> jax.Array:

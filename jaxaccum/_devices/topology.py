@@ -154,7 +154,7 @@ class MappedAxis(_Defaults):
 
         def leaf(x):
             missing = tuple(name for name in self.names if name not in varying.axes(x))
-            return jax.lax.pcast(x, missing, to="varying") if missing else x
+            return jax.lax.pcast(x, missing, to="varying")
 
         return jax.tree.map(leaf, tree)
 

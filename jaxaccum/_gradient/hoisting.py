@@ -179,7 +179,7 @@ def _made_plan(planner: _Planner, jaxpr: core.Jaxpr, known: Sequence[bool], stac
         if i in after and i in nested:
             reads = nested[i].reads
             wanted.update(_variables(atom for atom, is_read in zip(eqn.invars, reads, strict=True) if is_read))
-        elif i in certain and wanted.intersection(eqn.outvars):
+        elif wanted.intersection(eqn.outvars):
             before.add(i)
             wanted.update(_variables(eqn.invars))
     return _Plan(

@@ -84,7 +84,7 @@ def _jvp(eqn: core.JaxprEqn) -> core.Jaxpr | None:
     def tangents_of(operands, tangents):
         given = iter(tangents)
         every = [next(given) if _is_inexact(atom) else zero(atom) for atom in eqn.invars]
-        return jax.jvp(lambda *operands: list(jaxprs.bind(eqn, operands)), operands, every)[1]
+        return jax.jvp(lambda *operands: jaxprs.bind(eqn, operands), operands, every)[1]
 
     try:
         return jax.make_jaxpr(tangents_of)(operands, [atom.aval for atom in eqn.invars if _is_inexact(atom)]).jaxpr
@@ -153,7 +153,7 @@ def _of_scan(eqn: core.JaxprEqn, kinds: Sequence[int]) -> Sequence[int]:
     while True:
         results = _kinds(body, kinds)
         start = kinds[constants:][:carries]
-        around = list(map(operator.or_, start, results[:carries]))
+        around = list(map(operator.or_, start, results))
         if around == start:
             return results
         kinds[constants : constants + carries] = around

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxaccum
+from jaxaccum._gradient import in_place_sums
 from jaxaccum._jax import jaxprs, refs
 from jaxaccum.distributed.process_group import Processes
 from jaxaccum.trainer.input import strategies
@@ -139,6 +140,51 @@ def test_gradients_are_those_added_afterwards(loss, in_place):
 def test_rule(loss, in_place, leaves):
     """A rule that takes what it makes slower, or leaves what would gain."""
     assert adds(jaxaccum.value_and_grad(loss, K, in_place=in_place), params(), batch()) == leaves
+
+
+def over(*stacks):
+    """A scan that adds up the rows of `stacks`."""
+    row = lambda total, rows: (total + sum(jnp.sum(x) for x in rows), None)
+    return jax.lax.scan(row, 0.0, stacks)[0]
+
+
+ROWS = jnp.ones((LAYERS, 2))
+# What a function of the stacks `a` and `b` and of data `x` does, and which stacks one scan alone uses, and whole.
+WALKED = {
+    "one scan": (lambda a, b, x: over(a, b), "ab"),
+    "two scans": (lambda a, b, x: over(a) + over(b), "ab"),
+    "beside integers": (lambda a, b, x: over(a, x.astype(int)), "a"),
+    "beside a constant": (lambda a, b, x: over(a, ROWS), "a"),
+    "beside data": (lambda a, b, x: over(a, x) + over(b), "b"),
+    "beside a computed stack": (lambda a, b, x: over(a, b + 1), ""),
+    "one of them again": (lambda a, b, x: over(a, b) + jnp.sum(b), ""),
+    "one of them returned": (lambda a, b, x: (over(a), over(b), b), "a"),
+    "twice in one scan": (lambda a, b, x: over(a, a), ""),
+    "in two scans": (lambda a, b, x: over(a, b) + over(a), ""),
+    "whole in each iteration": (lambda a, b, x: jax.lax.scan(lambda c, a: (c + a @ b.T, None), jnp.zeros(3), a), "a"),
+    "as a carry": (lambda a, b, x: jax.lax.scan(lambda c, a: (c + a, None), b, a), "a"),
+    "no layers": (lambda a, b, x: over(a[:0]), ""),
+    "in a jit": (lambda a, b, x: jax.jit(lambda x, b, a: over(a) + jnp.sum(b))(x, b, a), "a"),
+    "in a jit and outside": (lambda a, b, x: jax.jit(over)(a, b) + jnp.sum(b), ""),
+    "in a checkpoint": (lambda a, b, x: jax.checkpoint(over)(a) + over(b), "b"),
+}
+
+
+@pytest.mark.parametrize("name", WALKED)
+def test_stacks_that_one_scan_uses(name):
+    """Catches a stack of whose gradient a part is not added to its sum, and one that is not seen."""
+    fun, want = WALKED[name]
+    jaxpr = jax.make_jaxpr(fun)(*[jnp.ones((LAYERS, 2))] * 3).jaxpr
+    found = in_place_sums.walked(jaxpr, set(jaxpr.invars[:2]))
+    assert "".join(name for name, var in zip("ab", jaxpr.invars, strict=False) if var in found) == want
+
+
+@pytest.mark.parametrize("reaches", [True, False])
+def test_layers_under_a_checkpoint(reaches, monkeypatch):
+    """Catches references where jax doesn't transpose to them, and an empty loop that has none."""
+    monkeypatch.setattr(refs, "REACH_CHECKPOINTS", reaches)
+    loop = lambda length: jax.make_jaxpr(lambda a: jax.lax.map(jax.checkpoint(jnp.sin), a))(jnp.ones((length, 2))).jaxpr
+    assert [len(in_place_sums.walked(jaxpr, set(jaxpr.invars))) for jaxpr in map(loop, (3, 0))] == [reaches, 0]
 
 
 def test_a_stack_in_part_of_another_dtype_than_its_sums():

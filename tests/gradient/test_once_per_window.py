@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxaccum
 import jaxaccum.flax
+from jaxaccum._gradient import once_per_window
 
 K = 8
 BF16 = jnp.bfloat16
@@ -593,3 +594,97 @@ def test_statistics_that_lose_their_name_are_refused():
     f = jaxaccum.value_and_grad(lambda v, x: jnp.mean(v[0] * v[1] * x), K, prepare=prepare)
     with pytest.raises(ValueError, match="prepare returns 0 of 1 statistics under '_overwrite_with_gradient'"):
         f(variables, jnp.ones(K))
+
+
+@pytest.mark.parametrize(
+    ("value", "auto", "error"),
+    [
+        (None, False, None),
+        (jnp.sin, False, None),
+        (None, True, None),
+        (jnp.sin, True, None),
+        ("auto", True, None),
+        ("auto", False, (ValueError, 'None or a function of the parameters, got .auto.; "auto" is an option of')),
+        ("all", True, (ValueError, '"auto", None or a function of the parameters, got .all.[.]')),
+        ("all", False, (ValueError, "None or a function of the parameters, got .all.; ")),
+        (3, True, (TypeError, "None or a function of the parameters, got 3[.]")),
+        (3, False, (TypeError, "None or a function of the parameters, got 3[.]")),
+    ],
+)
+def test_what_may_be_a_prepare(value, auto, error):
+    """Catches a word that is called, or one that is accepted where nothing is hoisted."""
+    if error is None:
+        once_per_window.check_argument(value, auto=auto)
+    else:
+        with pytest.raises(error[0], match=f"prepare must be {error[1]}"):
+            once_per_window.check_argument(value, auto=auto)
+
+
+def test_what_is_kept_between_micro_steps():
+    """Catches parameters that are kept twice, and values that are restored in each other's place."""
+    params = {"a": jnp.ones(2), "b": jnp.full(3, 2.0)}
+    prepare = lambda p: (p["b"], jnp.sin(p["a"]), p["a"], 3.0, p["b"] * 2, p["b"])
+    made, kept = once_per_window.compute(prepare, params)
+    jax.tree.map(np.testing.assert_array_equal, made, prepare(params))
+    jax.tree.map(np.testing.assert_array_equal, kept, (jnp.sin(params["a"]), 3.0, params["b"] * 2))
+    restored = once_per_window.restore(prepare, params, tuple(x + 1 for x in kept))
+    want = (params["b"], jnp.sin(params["a"]) + 1, params["a"], 4.0, params["b"] * 2 + 1, params["b"])
+    jax.tree.map(np.testing.assert_array_equal, restored, want)
+
+
+OF_AXES = {
+    "not": (lambda p: p, ((), ())),
+    "one": (lambda p: (jax.lax.all_gather(p[0], "a"), p[1]), (("a",), ())),
+    "two": (lambda p: [jax.lax.all_gather(x, ("b", "a")) for x in p], (("a", "b"), ("a", "b"))),
+    "in turn": (lambda p: (p[0], jax.lax.all_gather(jax.lax.all_gather(p[1], "b"), "a")), ((), ("a", "b"))),
+    "another axis": (lambda p: (jax.lax.all_gather(p[0], "c"), jax.lax.all_gather(p[1], ("c", "a"))), ((), ("a",))),
+    "in a jit": (lambda p: jax.jit(lambda x, y: (jax.lax.all_gather(y, "a"), x))(*p), ((), ("a",))),
+    "together": (lambda p: jax.lax.all_gather(p[0] + p[1], "b"), (("b",), ("b",))),
+    "unused": (lambda p: jax.lax.all_gather(p[1], "a"), ((), ("a",))),
+    "beside a constant": (lambda p: (p[0] * 2, jax.lax.all_gather(jnp.ones(2), "a") + p[1].sum()), ((), ())),
+    "twice": (lambda p: (jax.lax.all_gather(p[0], "a"), p[0], p[1]), r"hands params\[0\] on gathered over \('a',\)"),
+    "over other axes": (lambda p: (p[0], [jax.lax.all_gather(p[1], name) for name in "ab"]), r"hands params\[1\] on"),
+    "a sum": (lambda p: jax.lax.psum(p[0], ("a", "b")), r"prepare calls psum\w* over \['a', 'b'\]"),
+    "a loop": (lambda p: jax.lax.map(lambda x: jax.lax.all_gather(x, "a"), p[0]), r"prepare calls scan over \['a'\]"),
+    "groups": (
+        lambda p: jax.lax.all_gather(p[0], "a", axis_index_groups=[[0], [1]]),
+        r"prepare calls all_gather over \['a'\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_AXES)
+def test_the_axes_that_parameters_are_gathered_over(name):
+    """Catches a gradient that is summed over an axis twice or never, and a collective that has no way back."""
+    prepare, want = OF_AXES[name]
+    mesh = jax.make_mesh((2, 1, 2), ("a", "b", "c"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    found = []
+
+    def body(x):
+        params = [x, 2 * x]
+        if isinstance(want, str):
+            with pytest.raises((ValueError, NotImplementedError), match=want):
+                once_per_window.gathered_axes(prepare, params, ("a", "b"))
+        else:
+            found.extend(once_per_window.gathered_axes(prepare, params, ("a", "b")))
+        return x
+
+    over = PartitionSpec(("a", "b", "c"))
+    jax.eval_shape(jax.shard_map(body, mesh=mesh, in_specs=over, out_specs=over, check_vma=False), jnp.ones(8))
+    assert isinstance(want, str) or tuple(found) == want
+
+
+def test_powers_of_two():
+    """Catches a scale under which the sum still overflows, or that loses a digit more than it must."""
+    got = [float(once_per_window._power_of_two(count)) for count in (1, 2, 3, 4, 5, 8, 9, 1000)]
+    assert got == [1, 2, 4, 4, 8, 8, 16, 1024]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, BF16, jnp.float8_e4m3fn, jnp.float64, jnp.complex64, jnp.int8])
+def test_sums_are_scaled_for_dtypes_of_a_small_range(dtype):
+    """Catches a sum that overflows on its way back through float16, and a product where nothing can."""
+    with jax.enable_x64(True):
+        prepare = lambda w: jnp.sin(jnp.real(w.astype(dtype).astype(jnp.complex64)).astype(jnp.float32)) + w
+        back = lambda w, count: once_per_window.with_transpose(prepare, w)[1](w, count)
+        program = str(jax.make_jaxpr(back)(jnp.ones(2, jnp.float32), 3))
+    assert ("clz" in program) == (dtype in (jnp.float16, jnp.float8_e4m3fn))

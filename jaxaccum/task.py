@@ -66,7 +66,8 @@ class Task:
         if not (is_transformation(self.optimizer) or needs_total_steps(self)):
             raise TypeError(
                 "optimizer must be an optax.GradientTransformation, for example optax.adam(1e-3), or a function of "
-                f"total_steps that returns one, for example lambda total_steps: ..., got {self.optimizer!r}."
+                "total_steps that returns one, whose parameter has this name, for example lambda total_steps: ..., got "
+                f"{self.optimizer!r}."
             )
         if not (self.predict is None or callable(self.predict)):
             raise TypeError(

@@ -201,7 +201,9 @@ def test_optimizer_steps_are_counted_epoch_by_epoch(scheduling, epochs, micro_st
 
 
 @pytest.mark.parametrize("by", ["step", "samples"])
-@pytest.mark.parametrize("scheduling", [{0: 8, 4: 4, 8: 1}, {3: 5}, {1: 2, 2: 3, 20: 1, 25: 4}, {100: 2}])
+@pytest.mark.parametrize(
+    "scheduling", [{0: 8, 4: 4, 8: 1}, {3: 5}, {1: 2, 2: 3, 20: 1, 25: 4}, {0: 4, 15: 1, 43: 3}, {100: 2}]
+)
 @pytest.mark.parametrize(("epochs", "micro_steps", "examples"), [(1, 40, 3), (4, 7, 2), (0, 5, 1)])
 def test_optimizer_steps_are_counted_window_by_window(by, scheduling, epochs, micro_steps, examples):
     """Catches a partial window that counts as a full one, and a change that comes a window late."""

@@ -244,6 +244,7 @@ def test_the_progress_bar_says_where_the_run_is(monkeypatch):
     last = lines_in(file)[-1]
     for words in ("epoch 1", "6/6", "window 0/4", "optimizer step 4", "batch 8", "samples/s", "loss"):
         assert words in last, last
+    assert 0 < float(re.search(r"(\S+) samples/s", last)[1]) < 1e6
 
 
 class Waits(Callback):

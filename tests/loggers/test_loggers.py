@@ -616,3 +616,21 @@ def test_what_the_devices_never_finish_is_not_waited_for():
     kept.add(2, {"rate": 0.1, "loss": Never()})
     kept.flush(waits=False)
     assert log.records == kept.history == [{"step": 1, "loss": 1.0}]
+
+
+def test_a_run_waits_for_its_last_records(monkeypatch):
+    """Catches records that are dropped at the end because the devices have not finished them."""
+
+    class Late(float):
+        def is_ready(self):
+            return False
+
+    flush, log = Records.flush, Logged()
+
+    def late(self, waits=True):
+        self._waiting = [(step, {**scalars, "late": Late(1.0)}) for step, scalars in self._waiting]
+        flush(self, waits)
+
+    monkeypatch.setattr(Records, "flush", late)
+    single(log_every_n_steps=1, logger=log).fit(slope(), ones(2))
+    assert [record.get("late") for record in log.records] == [1.0]

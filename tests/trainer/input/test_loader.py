@@ -7,7 +7,7 @@ import types
 import jax
 import numpy as np
 import pytest
-from training import Recorder, assert_same, loader, ones, single, slope, task
+from training import Recorder, Unsized, assert_same, loader, ones, single, slope, task
 
 import jaxaccum
 from jaxaccum.callbacks import Callback, ModelCheckpoint
@@ -532,6 +532,13 @@ def test_a_checkpoint_without_a_position_skips_what_was_trained_on():
     batches = TrainLoader(Loader(ones(1, 2, 3)), keeps_state=True, **options)
     batches.begin(Start(batches=1, all_batches=1))
     assert [len(batch) for batch in batches.epoch(0)] == [2, 3]
+
+
+def test_batches_to_overfit_of_an_unknown_number():
+    """Catches an epoch that is taken to have one batch because the loader has no length."""
+    options = {"limit_train_batches": 1.0, "epochs": 2, "steps": math.inf, "keeps_state": False}
+    batches = TrainLoader(Unsized(ones(1, 2)), overfit_batches=1.0, **options)
+    assert batches.epoch_batches is None
 
 
 def test_a_fraction_of_a_val_loader_without_a_length_is_refused_at_once():

@@ -114,6 +114,19 @@ def test_the_newest_window_is_not_waited_for():
     assert lengths.every_k(Counters(global_step=2)) == lengths.every_k(Counters(global_step=2)) == 2
 
 
+@pytest.mark.parametrize(
+    ("schedule", "step", "want"),
+    [
+        (AccumulationSchedule({0: 1, 2: 4, 4: 2}, by="step"), 1, 1 + 4 + 4 + 2),
+        (AccumulationSchedule({0: 1, 2: 4, 4: 2}, by="step"), 3, 4 + 2),
+        (AccumulationSchedule({0: 1, 2: 4, 4: 2}, by="samples"), 1, 1 + 4 * 3),
+    ],
+)
+def test_the_micro_steps_that_are_left(schedule, step, want):
+    """Catches a stream that is read beyond the last window, or from which too little is read after a resume."""
+    assert WindowLengths(schedule).most_micro_steps(Counters(global_step=step), 5) == want
+
+
 def test_what_is_left_out_weighs_nothing():
     """Catches tokens of micro-batches that were dropped, by which the schedule would run ahead."""
     loader = batches(8, 6)

@@ -250,23 +250,23 @@ def test_row_17_a_stop_in_mid_window_keeps_it_or_flushes_it(flush, division, end
 
 
 @pytest.mark.parametrize("flush", [False, True])
-def test_row_17_a_keyboard_interrupt_keeps_the_window_or_flushes_it(flush):
-    """Catches an interrupt that loses the window, or that is swallowed."""
+def test_row_17_a_keyboard_interrupt_keeps_the_window_or_flushes_it(flush, tmp_path):
+    """Catches an interrupt that loses the window, or that is swallowed, and one that is taken for a second signal."""
 
-    def interrupted():
-        yield from ones(2, 2, 2)
-        raise KeyboardInterrupt
+    class Interrupts(Callback):
+        def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
+            if trainer.micro_step == 3:
+                raise KeyboardInterrupt
 
-    class Reads(Callback):
         def on_exception(self, trainer, task, error):
             self.seen = type(error), trainer.micro_step, float(trainer.state.params)
 
-    reads = Reads()
-    t = single(accumulate_grad_batches=4, flush_on_stop=flush, callbacks=reads)
+    interrupts = Interrupts()
+    t = single(accumulate_grad_batches=4, flush_on_stop=flush, callbacks=[interrupts, ModelCheckpoint(tmp_path)])
     with pytest.raises(KeyboardInterrupt):
-        t.fit(slope(), interrupted())
-    assert reads.seen[0] is KeyboardInterrupt
-    assert reads.seen[2] == (-1 if flush and reads.seen[1] else 0)
+        t.fit(slope(), ones(2, 2, 2, 2))
+    assert interrupts.seen == (KeyboardInterrupt, 3, -1 if flush else 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["epoch=0-micro_step=3"]
 
 
 def test_row_18_a_checkpoint_holds_the_pending_gradients_and_k(tmp_path):

@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 import jaxaccum
 from jaxaccum import __main__ as command
-from jaxaccum._choosing.planner import search, timing
+from jaxaccum._choosing.planner import api, result, search, step, timing
+from jaxaccum._devices.topology import MeshAxis, OneDevice
 
 WIDTH, TARGET = 32, 64
 MATRIX = WIDTH * WIDTH * 4  # Bytes.
@@ -232,6 +233,21 @@ def test_measured_windows():
         assert all(trial.seconds > 0 for trial in found.trials)
 
 
+def test_the_first_window_is_not_timed(monkeypatch):
+    """Catches the time of the first window, the longest of the others, and another batch than the example's rows."""
+    ticks, batches = iter([0.0, 1.0, 1.0, 6.0, 6.0, 10.0]), []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(ticks))
+    example = np.arange(2.0 * WIDTH, dtype=np.float32).reshape(2, WIDTH)
+    planned = step.of(loss, PARAMS, example, OPT, 5, OneDevice(), {})
+
+    def compiled(params, opt_state, rest, batch):
+        batches.append(batch)
+        return params, opt_state, None
+
+    assert timing.seconds(planned, compiled, example) == 4.0
+    np.testing.assert_array_equal(batches, [example[[0, 1, 0, 1, 0]]] * 3)
+
+
 def test_a_compiler_without_memory_is_over(monkeypatch):
     """Catches a compile that ends the plan because the compiler's own trials ran out of memory."""
     compile_ = jax.stages.Lowered.compile
@@ -335,3 +351,31 @@ def test_what_is_no_loss_of_params_and_a_batch(params, options, words):
     loss = lambda params, x: jnp.mean((x @ params["w"]) ** 2)
     with pytest.raises(TypeError, match=words):
         jaxaccum.plan(loss, params, jnp.ones((1, 3)), optax.sgd(1.0), 4, memory_limit=1e6, **options)
+
+
+def test_the_least_memory_of_a_meshs_devices():
+    """Catches the memory of a device that is not on the mesh, or of one with more; one that reports none."""
+
+    def limit(*stats):
+        devices = [types.SimpleNamespace(memory_stats=lambda found=found: found) for found in stats]
+        return api._device_limit(MeshAxis(types.SimpleNamespace(local_devices=devices), ("data",)))
+
+    assert limit({"bytes_limit": 3000}, {"bytes_limit": 1000}, {"bytes_limit": 2000}) == 980
+    assert limit({"bytes_limit": 3000}, None) is limit({}, {"bytes_limit": 3000}) is None
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.00 KiB"),
+        (1024**2 - 1, "1024.00 KiB"),
+        (3 * 2**19, "1.50 MiB"),
+        (2**30, "1.00 GiB"),
+        (5 * 2**40, "5120.00 GiB"),
+    ],
+)
+def test_units(size, text):
+    """Catches a size in the unit beside its own."""
+    assert result.in_units(size) == text

@@ -94,6 +94,17 @@ def test_search(target, slope, flat, limit):
         assert found in fits or not fits
 
 
+@pytest.mark.parametrize("over", [None, 101, 10**9])
+def test_each_of_32_sizes_is_found_where_predictions_tell_nothing(over):
+    """Catches a trial too few, and a reach that leaves sizes out: all that fit take the same."""
+    sizes = range(1, 33)
+    for want in sizes:
+        tried = []
+        peak = lambda n, want=want, tried=tried: tried.append(n) or (100 if n <= want else over)
+        assert search.largest(sizes, 100, 100, peak) == want
+        assert len(tried) <= 6
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_per_device_with_fsdp(kind):
     """Catches memory of all devices, sums counted in shards, and a state that does not lie as parameters do."""

@@ -230,3 +230,13 @@ def test_a_product_with_an_algorithm_stays():
         return wide_products.occur(jax.make_jaxpr(product)(jnp.ones((3, 5), HALF), jnp.ones((2, 3), HALF)).jaxpr)
 
     assert occurs(None) and not occurs(jax.lax.DotAlgorithmPreset.BF16_BF16_BF16)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_the_precision_is_that_of_the_loss(dtype):
+    """Catches a weight's gradient formed in the default precision, and float16 left to jax."""
+    loss = lambda w, x: jnp.sum(jnp.matmul(x.astype(dtype), w.astype(dtype), precision="highest").astype(jnp.float32))
+    text = lowered_for_a_gpu(jaxaccum.value_and_grad(loss, K), draw(0, 16, 24), draw(1, K * 8, 16))
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert any("-> tensor<16x24xf32>" in line for line in products)
+    assert all("[HIGHEST, HIGHEST]" in line for line in products)

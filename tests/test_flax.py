@@ -676,6 +676,32 @@ def test_keyword_arguments_of_an_nnx_micro_step():
     assert two == 2 * one
 
 
+def test_a_linen_tasks_names_come_from_any_iterable():
+    """Catches an iterator that the first call uses up, so that statistics stand still."""
+    loss = lambda model, batch, train: jnp.mean(model(batch, train) ** 2)
+    task = jaxaccum.flax.linen_task(Tower(), loss, ADAM, mutable=iter(["batch_stats"]), rngs=iter(["dropout"]))
+    params, state = task.init(jax.random.key(0), X)
+    for i in range(2):
+        _, new = task.loss(params, state, X, jax.random.key(i))
+        assert jax.tree.all(jax.tree.map(lambda a, b: not np.allclose(a, b), new, state))
+
+
+class WithAuxiliaryHead(nn.Module):
+    """A layer, and in training another one beside it."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.Dense(1, name="head")(x) + (nn.Dense(1, name="auxiliary")(x) if train else 0)
+
+
+def test_a_linen_task_is_initialized_in_training_mode():
+    """Catches parameters without those that training alone uses."""
+    loss = lambda model, batch, train: jnp.mean(model(batch, train))
+    task = jaxaccum.flax.linen_task(WithAuxiliaryHead(), loss, optax.sgd(0.1))
+    params, _ = task.init(jax.random.key(0), jnp.ones((2, 3)))
+    assert set(params) == {"head", "auxiliary"}
+
+
 class Shifted(nn.Module):
     """A layer with a collection that no call changes."""
 

@@ -317,12 +317,15 @@ def test_errors():
 
 
 def test_plot(tmp_path):
-    """Catches bars that are not the memory of the sizes."""
+    """Catches bars that are not the memory of the sizes, or hide each other, and another limit."""
     pytest.importorskip("matplotlib")
     found = plan(program(4))
     (axes,) = found.plot(tmp_path / "plan.svg").axes
     heights = [sum(bar.get_height() for bar in bars) for bars in zip(*axes.containers, strict=True)]
     assert [round(height * 2**30) for height in heights] == [trial.memory.total for trial in found.trials]
+    tops = [max(bar.get_y() + bar.get_height() for bar in bars) for bars in zip(*axes.containers, strict=True)]
+    np.testing.assert_allclose(tops, heights)  # One kind lies on another.
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), found.memory_limit / 2**30)
     assert (tmp_path / "plan.svg").stat().st_size
 
 

@@ -232,6 +232,23 @@ def test_a_product_with_an_algorithm_stays():
     assert occurs(None) and not occurs(jax.lax.DotAlgorithmPreset.BF16_BF16_BF16)
 
 
+@pytest.mark.parametrize(
+    ("w", "x", "out"),
+    [(P(None, "model"), P(), None), (P("model"), P(None, "model"), P()), (P(), P("data"), None), (P(), P(), P())],
+)
+def test_a_product_of_explicit_shardings_stays(w, x, out):
+    """Catches a gradient whose layout is not said, where one operand alone is sharded, or the result's is asked for."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(KINDS["explicit"],) * 2)
+
+    def occurs(w, x, out):
+        product = lambda w, x: jnp.dot(x, w, out_sharding=out)
+        args = (jax.device_put(jnp.ones((4, 4), HALF), NamedSharding(mesh, spec)) for spec in (w, x))
+        return wide_products.occur(jax.make_jaxpr(product)(*args).jaxpr)
+
+    with jax.set_mesh(mesh):
+        assert occurs(P(), P(), None) and not occurs(w, x, out)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_the_precision_is_that_of_the_loss(dtype):
     """Catches a weight's gradient formed in the default precision, and float16 left to jax."""

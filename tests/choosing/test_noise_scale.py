@@ -118,6 +118,15 @@ def test_a_window_that_tells_nothing(squares, sizes):
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.parametrize("sizes", [[1.0, 1.0], [2.0, 2.0], [0.0, 1.0], [0.0, 0.0]])
+def test_a_window_of_one_size_divides_by_something(sizes):
+    """Catches a NaN that is left out, but that `jax.debug_nans` stops at."""
+    scale = jaxaccum.NoiseScale()
+    with jax.debug_nans(True), jax.debug_infs(True):
+        for found, want in zip(scale.update(scale.init(), [5.0, 3.0], sizes), scale.init(), strict=True):
+            np.testing.assert_array_equal(found, want)
+
+
 def test_older_windows_fade():
     """Catches a mean that starts at 0, and one over all windows."""
     scale = jaxaccum.NoiseScale(decay=0.5)

@@ -125,6 +125,22 @@ def test_per_device_with_fsdp(kind):
     assert found.memory[:4] == (shard + bias, 2 * (shard + bias) + 4, TARGET * WIDTH * 4, 2 * shard + bias)
 
 
+@pytest.mark.parametrize(("temporary", "sums", "activations"), [(50, 50, 100), (20_000, 12_416, 7684)])
+def test_the_peak_by_kind(temporary, sums, activations):
+    """Catches an output that is counted twice or not at all, and sums of a window that holds no gradient at once."""
+    planned = step.of(loss, PARAMS, BATCH, OPT, TARGET, OneDevice(), {})
+    *arguments, _, _ = planned.fixed()
+    sizes = types.SimpleNamespace(
+        argument_size_in_bytes=sum(arguments),
+        output_size_in_bytes=700,
+        alias_size_in_bytes=600,
+        temp_size_in_bytes=temporary,
+    )
+    memory = planned.memory(types.SimpleNamespace(memory_analysis=lambda: sizes))
+    assert memory == (*arguments, sums, activations)
+    assert memory.total == sum(arguments) + 100 + temporary
+
+
 def test_alternatives():
     """Catches an option that is compiled without its change, or at another size."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))

@@ -72,3 +72,11 @@ def test_the_root_of_nothing_has_no_slope():
     value, slope = jax.vmap(jax.value_and_grad(norms.root))(jnp.array([0.0, 4.0]))
     np.testing.assert_array_equal(value, [0, 2])
     np.testing.assert_array_equal(slope, [0, 0.25])
+
+
+def test_two_batch_sizes_are_of_micro_batches_and_devices():
+    """Catches a window that is refused though it has two sizes, as with as many devices as micro-batches."""
+    for k, devices in ((8, 8), (1, 8), (8, 1), (jnp.int32(1), 1)):
+        norms.check_two_sizes("every_k_schedule", k, devices)
+    with pytest.raises(ValueError, match="every_k_schedule=1 on one device"):
+        norms.check_two_sizes("every_k_schedule", 1, 1)

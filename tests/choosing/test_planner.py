@@ -125,6 +125,17 @@ def test_per_device_with_fsdp(kind):
     assert found.memory[:4] == (shard + bias, 2 * (shard + bias) + 4, TARGET * WIDTH * 4, 2 * shard + bias)
 
 
+@pytest.mark.parametrize("tree", [lambda p: p, lambda p: {"w": p}, lambda p: {"a": [p]}], ids=["leaf", "dict", "deep"])
+def test_moments_are_planned_where_their_parameters_lie(tree):
+    """Catches a moment of a shallow tree that is planned whole on each device, and a row laid out like a matrix."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    sharded, whole = NamedSharding(mesh, P(None, "model")), NamedSharding(mesh, P())
+    params = tree(jax.ShapeDtypeStruct((3, 4), jnp.float32, sharding=sharded))
+    state = {"m": params, "rows": tree(jax.ShapeDtypeStruct((3,), jnp.float32)), "count": jnp.int32(0)}
+    lies = jax.tree.map(lambda x: x.sharding, step._like_params(state, params, whole))
+    assert lies == {"m": tree(sharded), "rows": tree(whole), "count": whole}
+
+
 @pytest.mark.parametrize(("temporary", "sums", "activations"), [(50, 50, 100), (20_000, 12_416, 7684)])
 def test_the_peak_by_kind(temporary, sums, activations):
     """Catches an output that is counted twice or not at all, and sums of a window that holds no gradient at once."""

@@ -154,6 +154,19 @@ def test_a_jitted_init_keeps_the_layout(name, kind, opt):
     assert state.acc_grads["w"].sharding.is_equivalent_to(want, 3)
 
 
+@pytest.mark.parametrize("tree", [lambda p: p, lambda p: {"w": p}, lambda p: {"a": [p]}], ids=["leaf", "dict", "deep"])
+def test_moments_lie_as_the_parameters_at_the_end_of_their_paths(tree):
+    """Catches an optimizer's zeros that stay whole on each device, and a state of another shape that can't be split."""
+    mesh, _, _ = make("data x model", "explicit")
+    p = jax.device_put(jnp.ones((3, 4)), NamedSharding(mesh, P(None, "model")))
+    moments = lambda params: {"m": jax.tree.map(lambda p: jnp.zeros((3, 4)), params), "rows": tree(jnp.zeros(3))}
+    tx = jaxaccum.MultiSteps(optax.GradientTransformation(moments, optax.sgd(1.0).update), 2, mesh=mesh)
+    for init in (tx.init, jax.jit(tx.init)):
+        inner = init(tree(p)).inner_opt_state
+        specs = [x.sharding.spec for name in ("m", "rows") for x in jax.tree.leaves(inner[name])]
+        assert specs == [P(None, "model"), P()]
+
+
 def test_a_micro_batch_is_dropped_on_its_device_alone_on_a_mesh():
     """Catches a drop that costs the other devices their micro-batch."""
     mesh, _, _ = make("data", "auto")

@@ -18,6 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 import jaxaccum
 from jaxaccum import Weighted
+from jaxaccum._devices.topology import OneDevice
+from jaxaccum._gradient.host_weight import HostWeight
 from jaxaccum._multi_steps import host_driven
 
 K, N, WIDTH, LAYERS = 3, 6, 16, 3
@@ -484,6 +486,20 @@ def test_inside_of_vmap(closes_over):
     got = jax.vmap(window)(xs, scales)
     for x, scale, p in zip(xs, scales, got, strict=True):
         np.testing.assert_allclose(p, window(x, scale), rtol=1e-6)
+
+
+def test_a_test_is_of_the_settings_that_it_was_compiled_for():
+    """Catches a test in float64 that runs without x64, and one that failed in a transformation and is failed ever after."""
+    fun = lambda w, x: (Weighted(SQUARE(w, x), jnp.sum(x)), None)
+    weight, x = HostWeight(fun, OneDevice()), np.ones((4, 3))
+    for x64 in (True, False, True):
+        with jax.enable_x64(x64):
+            assert weight.is_positive(jnp.ones(3), x) and not weight.is_positive(jnp.ones(3), 0 * x)
+    weight, known = HostWeight(fun, OneDevice()), []
+    call = lambda w, x: known.append(weight.is_positive(w, x)) or w
+    jax.jit(call)(jnp.ones(3), X)
+    call(jnp.ones(3), X)
+    assert known == [False, True]
 
 
 def compiled(fun, counts=True, **options):

@@ -136,6 +136,15 @@ def test_moments_are_planned_where_their_parameters_lie(tree):
     assert lies == {"m": tree(sharded), "rows": tree(whole), "count": whole}
 
 
+def test_parameters_that_are_given_for_a_task_keep_their_layout():
+    """Catches the parameters of `init` in their place, which lie whole on each device."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    task = jaxaccum.Task(lambda *_: jnp.zeros((WIDTH, WIDTH)), lambda p, x, key: jnp.mean((x @ p) ** 2), optax.sgd(0.1))
+    params = jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.float32, sharding=NamedSharding(mesh, P(None, "model")))
+    sizes = [jaxaccum.plan(task, p, BATCH, None, 4, mesh, 10**6).memory.parameters for p in (params, None)]
+    assert sizes == [MATRIX // 2, MATRIX]
+
+
 @pytest.mark.parametrize(("temporary", "sums", "activations"), [(50, 50, 100), (20_000, 12_416, 7684)])
 def test_the_peak_by_kind(temporary, sums, activations):
     """Catches an output that is counted twice or not at all, and sums of a window that holds no gradient at once."""

@@ -198,6 +198,16 @@ def test_a_loss_that_names_the_mesh():
     assert ran(loss, b, p=p, mesh=mesh, data_axis=axis) is CAREFUL
 
 
+def test_an_argument_beside_the_batch_is_whole_on_each_device():
+    """Catches a number that is divided over the devices with the batch, so that no weight can be told."""
+    mesh, _, devices = make("data", "auto")
+    fun = lambda w, x, scale: Weighted(SQUARE(w, x), jnp.sum(x) * jnp.max(scale))
+    p, x = jax.device_put(jnp.ones(3), NamedSharding(mesh, P())), np.ones((2 * devices, 3), np.float32)
+    for scale in (2.0, np.ones(3, np.float32)):
+        assert ran(fun, x, scale, p=p, mesh=mesh) is FAST
+        assert ran(fun, x, 0 * scale, p=p, mesh=mesh) is CAREFUL
+
+
 SQUARE = lambda w, x: jnp.sum((x @ w) ** 2)
 X = np.ones((4, 3), np.float32)
 KEY = jax.random.key(0)
@@ -488,14 +498,15 @@ def test_inside_of_vmap(closes_over):
         np.testing.assert_allclose(p, window(x, scale), rtol=1e-6)
 
 
-def test_a_test_is_of_the_settings_that_it_was_compiled_for():
-    """Catches a test in float64 that runs without x64, and one that failed in a transformation and is failed ever after."""
+def test_a_test_is_of_the_types_and_settings_that_it_was_compiled_for():
+    """Catches a test that runs on numbers of another type, and one that failed inside `jit` and is not retried."""
     fun = lambda w, x: (Weighted(SQUARE(w, x), jnp.sum(x)), None)
     weight, x = HostWeight(fun, OneDevice()), np.ones((4, 3))
     for x64 in (True, False, True):
         with jax.enable_x64(x64):
             assert weight.is_positive(jnp.ones(3), x) and not weight.is_positive(jnp.ones(3), 0 * x)
     weight, known = HostWeight(fun, OneDevice()), []
+    assert weight.is_positive(jnp.ones(3), np.ones((4, 3), int)) and weight.is_positive(jnp.ones(3), x / 2)
     call = lambda w, x: known.append(weight.is_positive(w, x)) or w
     jax.jit(call)(jnp.ones(3), X)
     call(jnp.ones(3), X)

@@ -1,5 +1,7 @@
 """`MultiSteps`, rule by rule. Exactness is in test_exact, programs in test_compiled, composition in test_compose."""
 
+import functools
+
 import exact
 import jax
 import jax.numpy as jnp
@@ -226,6 +228,23 @@ def test_micro_step_is_backward_and_apply(nonfinite, skips):
     big = jax.grad(lambda w: jnp.sum((x * w) ** 2 * mask) / mask.sum())(jnp.array(1.0))
     np.testing.assert_allclose(params, 1 - 0.1 * big, rtol=1e-6)
     np.testing.assert_allclose(losses, [14 / 3, 16.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("driver", ["counter", "host", "mesh"])
+def test_micro_steps_pass_their_loss_as_value(driver):
+    """Catches an optimizer such as `reduce_on_plateau` left without its value, or with the last micro-batch's."""
+    seen = optax.GradientTransformationExtraArgs(
+        lambda params: jnp.zeros(()), lambda updates, state, params=None, *, value, **_: (updates, value)
+    )
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    tx = jaxaccum.MultiSteps(seen, 2, **{"mesh": mesh} if driver == "mesh" else {})
+    loss = lambda w, x: jaxaccum.Weighted(jnp.sum(w * x), jnp.sum(x > 0))
+    step = jaxaccum.HostDriven(tx, loss) if driver == "host" else functools.partial(tx.micro_step, loss)
+    params = jnp.ones(())
+    state = tx.init(params)
+    for x in ([1.0, 2.0], [6.0, 0.0]):
+        _, params, state = step(params, state, jnp.array(x))
+    assert state.inner_opt_state == 3.0
 
 
 def test_a_micro_batch_without_tokens_needs_no_guard():

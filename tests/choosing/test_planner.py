@@ -280,6 +280,23 @@ def test_measured_windows():
         assert all(trial.seconds > 0 for trial in found.trials)
 
 
+def test_the_largest_sizes_that_fit_are_timed(monkeypatch):
+    """Catches the smallest sizes in their place, and one that is over the limit."""
+    memory = lambda every_k: result.Memory(0, 0, 0, 0, activations=64 // every_k)
+    sized = types.SimpleNamespace(compiled=lambda every_k: every_k, memory=memory)
+    monkeypatch.setattr(timing, "seconds", lambda step, every_k, batch: 1.0 / every_k)
+    planner = api._Planner(lambda n: (sized, 64 // n), [1, 2, 4, 8, 16, 32, 64], limit=32)
+    assert not planner.fits(64)
+    assert planner.fastest(32, BATCH) == 4
+    assert {n: trial.seconds for n, trial in planner.trials.items()} == {
+        64: None,
+        4: 1 / 16,
+        8: 1 / 8,
+        16: 1 / 4,
+        32: 1 / 2,
+    }
+
+
 def test_the_first_window_is_not_timed(monkeypatch):
     """Catches the time of the first window, the longest of the others, and another batch than the example's rows."""
     ticks, batches = iter([0.0, 1.0, 1.0, 6.0, 6.0, 10.0]), []

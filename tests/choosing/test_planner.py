@@ -182,6 +182,21 @@ def test_alternatives():
     assert str(found).count("bfloat16") == 1
 
 
+def test_which_alternatives_there_are(monkeypatch):
+    """Catches ZeRO for what lies in shards over the data axes, and a checkpoint that recomputes products too."""
+    monkeypatch.setattr(step.Step, "compiled", lambda self, every_k: None)
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "model"), axis_types=(AxisType.Auto,) * 3)
+    sync = MeshAxis(mesh, ("data", "fsdp"))
+    for axis, can_scatter in (("fsdp", False), ("model", True), (None, True)):
+        lies = lambda shape, *spec: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(*spec)))
+        params = {"w": lies((3, WIDTH, WIDTH), None, None, axis), "b": lies((WIDTH,))}
+        planned = step.of(loss, params, BATCH, OPT, TARGET, sync, {})
+        found = api._Planner(lambda n, planned=planned: (planned, 1), [1], 1).alternatives(1)
+        assert ('reduce="scatter"' in found) == can_scatter
+    (remat,) = jax.make_jaxpr(step.rematerialised(planned).fun)(planned.params, *planned.args).eqns
+    assert remat.params["policy"] is jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+
+
 def test_a_task():
     """Catches model state that is lost, and parameters of another shape than `init` makes."""
 

@@ -333,6 +333,15 @@ def test_a_value_of_one_window_does_not_reach_the_next(static):
     assert np.isnan(state.inner_opt_state)
 
 
+@pytest.mark.parametrize("norms", ["all", "noise"])
+def test_a_new_state_holds_nothing(norms):
+    """Catches sums, a weight or counters of a window that has not begun, which a flush or a checkpoint would take."""
+    like = {"value": jnp.ones(2), "other": 1.0}
+    tx = jaxaccum.MultiSteps(optax.sgd(1.0), 2, averaged_extra_args=like, gradient_norms=norms)
+    state = tx.init(jnp.ones(3))._replace(every_k=None)
+    assert not any(map(np.any, jax.tree.leaves(state)))
+
+
 def test_a_number_among_traced_parameters():
     """Catches an init under jit that takes every parameter for an array."""
     tx = jaxaccum.MultiSteps(optax.sgd(1.0), 2)

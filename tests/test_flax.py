@@ -508,6 +508,14 @@ def test_train_state_replaces_fields_and_takes_any_transformation(tx):
     assert_close(state.params, trained(optax.sgd(1.0), GRADIENTS[:1]))
 
 
+@pytest.mark.parametrize("tx", [MultiSteps(optax.sgd(1.0), 1), optax.sgd(1.0)], ids=["MultiSteps", "sgd"])
+@pytest.mark.parametrize("tree", [lambda x: x, lambda x: [x]], ids=["array", "list"])
+def test_train_state_takes_parameters_in_any_tree(tree, tx):
+    """Catches a search for fp8 statistics in what has no names."""
+    state = jaxaccum.flax.TrainState.create(apply_fn=None, params=tree(jnp.ones(3)), tx=tx)
+    assert_close(state.apply_gradients(grads=tree(jnp.full(3, 0.25))).params, tree(np.full(3, 0.75)))
+
+
 def test_train_state_overwrites_fp8_statistics_and_accumulates_the_rest():
     """Catches scales that are averaged, or stepped on by the optimizer, and parameters that lose their wrapping."""
     params = {"params": {"w": jnp.array(PARAMS["w"])}, OVERWRITE_WITH_GRADIENT: {"scale": jnp.ones(())}}

@@ -29,6 +29,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxaccum
+from jaxaccum._devices.topology import MeshAxis, OneDevice
+from jaxaccum._gradient import micro_gradient
+from jaxaccum._gradient.roles import Roles
 
 every_mesh = pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in MESHES for kind in KINDS])
 
@@ -243,6 +246,18 @@ def test_a_constant_weight_is_that_of_each_device():
     tx = jaxaccum.MultiSteps(optax.sgd(1.0), 1, mesh=mesh)
     w, _ = tx.apply(jnp.ones(()), tx.init(jnp.ones(())), grads, weight=value.weight)
     assert w == 1 - 7.5
+
+
+@pytest.mark.parametrize("is_mesh", [False, True])
+@pytest.mark.parametrize("weight", [None, 2])
+def test_a_constant_weight_stays_one(is_mesh, weight):
+    """Catches a constant that is returned as an array: each gradient would be selected, as if it could be 0."""
+    sync = MeshAxis(mesh_of("auto"), ("data",)) if is_mesh else OneDevice()
+    fun = lambda w, x: (jaxaccum.Weighted(jnp.sum(w * x), weight), None)
+    roles = Roles(params=(0,), batch=(1,), keys=(), carry=())
+    value, _, grads = micro_gradient.on_each(fun, sync, roles, (jnp.ones(()), jnp.arange(8.0)))
+    assert value.weight is weight
+    assert grads.sum() == value.total.sum() == 28
 
 
 def test_parameters_on_another_device_are_refused():

@@ -196,6 +196,13 @@ def test_a_collective_of_a_new_kind_is_refused():
 GPU = (pathlib.Path(__file__).parent / "gpu.hlo").read_text()
 
 
+def test_numbers_in_a_headers_strings_are_no_devices():
+    """Catches a note in the header that is taken for the number of replicas or partitions."""
+    note = 'is_scheduled=true, frontend_attributes={note="a, num_partitions=2, replica_count=3"},'
+    found = hlo.parse(module().replace("is_scheduled=true,", note))
+    assert (found.replicas, found.partitions) == (1, 8)
+
+
 def test_what_xla_prints_for_gpus_is_read():
     """Catches a collective counted twice or not at all: its start and done, wrapped, fused, in a command buffer."""
     assert [
@@ -550,5 +557,8 @@ def test_the_words_for_several_kinds_and_axes():
         "Over 'data' nothing is reduced: this program doesn't synchronise."
     )
     assert say(scatter, data_axes=("model",))[-1].startswith("Over 'model' nothing runs inside a loop")
+    assert "- 1 all-reduce over 2 groups of 4 devices, 600 B" in str(
+        Collectives((one("all-reduce", axes=None),), None, ())
+    )
     found = Collectives((scatter, *reduces), mesh, ("data",))
     assert found.by_axes() == {("data", "model"): 1, ("data",): 2} and found.by_groups() == {EVEN_AND_ODD: 3}

@@ -248,6 +248,18 @@ def test_a_constant_weight_is_that_of_each_device():
     assert w == 1 - 7.5
 
 
+def test_local_gradients_get_every_argument():
+    """Catches a keyword that does not reach the loss, and an argument that is split beside the batch."""
+    fun = lambda scale, w, x, *, shift: (jnp.mean((scale * w * x - shift) ** 2), x)
+    with jax.enable_x64(True):
+        f = jaxaccum.local_value_and_grad(fun, mesh=mesh_of("auto"), has_aux=True, batch_argnums=2)
+        scale, w, x, shift = (jnp.asarray(x) for x in (3.0, np.linspace(0.5, 1.0, 2), np.arange(16.0), 0.25))
+        (value, aux), grads = f(scale, w, x, shift=shift)
+        own = x.reshape(8, 2)
+        of_one = jax.value_and_grad(lambda scale, x: fun(scale, w, x, shift=shift), has_aux=True)
+        assert_close(((value, aux), grads), jax.vmap(of_one, (None, 0))(scale, own))
+
+
 @pytest.mark.parametrize("is_mesh", [False, True])
 @pytest.mark.parametrize("weight", [None, 2])
 def test_a_constant_weight_stays_one(is_mesh, weight):

@@ -145,6 +145,14 @@ def test_parameters_that_are_given_for_a_task_keep_their_layout():
     assert sizes == [MATRIX // 2, MATRIX]
 
 
+def test_a_leaf_that_the_loss_does_not_use_takes_memory():
+    """Catches a program that is compiled without an argument, as arrays that are there are never counted."""
+    batch = {"x": BATCH, "unused": np.zeros((2, 1000), np.float32)}
+    of = lambda fun, batch: jaxaccum.plan(fun, PARAMS, batch, OPT, TARGET, memory_limit=10**7).memory
+    memory, without = of(lambda p, batch: loss(p, batch["x"]), batch), of(loss, BATCH)
+    assert memory == without._replace(batch=without.batch + 4 * 1000 * TARGET)
+
+
 @pytest.mark.parametrize(("temporary", "sums", "activations"), [(50, 50, 100), (20_000, 12_416, 7684)])
 def test_the_peak_by_kind(temporary, sums, activations):
     """Catches an output that is counted twice or not at all, and sums of a window that holds no gradient at once."""

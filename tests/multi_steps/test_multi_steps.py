@@ -365,6 +365,15 @@ def test_a_value_that_is_nan_is_dropped_with_its_micro_batch():
     assert params == 2.0 and state.inner_opt_state == 3.0 and state.dropped == 1
 
 
+def test_low_precision_parameters_are_lifted_with_the_mean():
+    """Catches a weight decay that is rounded to bfloat16 before it is added to a mean in float32."""
+    opt = optax.chain(optax.add_decayed_weights(-0.3), optax.sgd(1.0))
+    params, grad = jnp.ones((), jnp.bfloat16), jnp.asarray(0.3, jnp.bfloat16)  # It is 0.30078125.
+    tx = jaxaccum.MultiSteps(opt, 1)
+    updates, _ = tx.update(grad, tx.init(params), params)
+    np.testing.assert_allclose(np.float32(updates), 0.3 - 0.30078125, rtol=1e-2)
+
+
 def test_the_state_of_low_precision_parameters_is_not_rounded_on_its_way():
     """Catches a moment that decays in bfloat16, where the mean and the parameters are lifted to float32."""
     tx = jaxaccum.MultiSteps(optax.sgd(1.0, momentum=0.9), 1)

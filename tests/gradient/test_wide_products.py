@@ -232,6 +232,15 @@ def test_a_product_with_an_algorithm_stays():
     assert occurs(None) and not occurs(jax.lax.DotAlgorithmPreset.BF16_BF16_BF16)
 
 
+def test_a_function_of_a_weight_is_no_rearrangement():
+    """Catches a gradient in float32 that passes through a function whose value is in half precision."""
+    loss = lambda w, x: jnp.mean((x.astype(HALF) @ jnp.tanh(w.astype(HALF))).astype(jnp.float32) ** 2)
+    w, x = draw(0, 16, 24), draw(1, K * 8, 16)
+    assert IN_FLOAT32 not in lowered_for_a_gpu(jaxaccum.value_and_grad(loss, K), w, x)
+    got, want = (mean_gradient(loss, w, x, num_micro_batches=K, in_place=in_place) for in_place in (None, False))
+    np.testing.assert_array_equal(got, want)
+
+
 @pytest.mark.parametrize(
     ("w", "x", "out"),
     [(P(None, "model"), P(), None), (P("model"), P(None, "model"), P()), (P(), P("data"), None), (P(), P(), P())],

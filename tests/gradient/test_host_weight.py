@@ -477,6 +477,15 @@ def test_constants_of_the_loss():
     assert ran(unread, X) is FAST
 
 
+def test_large_constants_are_not_read(monkeypatch):
+    """Catches an array of the loss that is copied to the host, though the weight does not need it."""
+    read, asarray, large = [], np.asarray, jnp.ones(1000)
+    fun = lambda w, x: (Weighted(SQUARE(w, x) * large[0], jnp.sum(x)), None)
+    monkeypatch.setattr(np, "asarray", lambda x, *args, **kw: read.append(np.shape(x)) or asarray(x, *args, **kw))
+    assert HostWeight(fun, OneDevice()).is_positive(jnp.ones(3), X)
+    assert X.shape in read and large.shape not in read
+
+
 @pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
 @pytest.mark.parametrize("closes_over", [True, False])
 def test_inside_of_vmap(closes_over):

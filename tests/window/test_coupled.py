@@ -420,6 +420,16 @@ BAD = {
         TypeError,
         r"loss must return one floating scalar, got float32 of shape \(64,\); reduce an array first",
     ),
+    "an integer": (
+        dict(loss=lambda p, rows: jnp.sum(rows["label"])),
+        TypeError,
+        r"^loss must return one floating scalar, got int32 of shape \(\); .* has_aux=True",
+    ),
+    "a complex number": (
+        dict(loss=lambda p, rows: 1j * info_nce(p, rows)),
+        TypeError,
+        r"^loss must return one floating scalar, got complex64 of shape \(\); .* has_aux=True",
+    ),
     "aux without has_aux": (dict(loss=lambda p, rows: (info_nce(p, rows), 1)), TypeError, "has_aux=True"),
     "has_aux without aux": (
         dict(has_aux=True),

@@ -20,6 +20,7 @@ import jaxaccum
 from jaxaccum import Weighted
 from jaxaccum._devices.topology import OneDevice
 from jaxaccum._gradient.host_weight import HostWeight
+from jaxaccum._gradient.roles import Roles
 from jaxaccum._multi_steps import host_driven
 
 K, N, WIDTH, LAYERS = 3, 6, 16, 3
@@ -475,6 +476,17 @@ def test_constants_of_the_loss():
     assert ran(fun, X * np.array([[0.0], [1], [1], [1]], np.float32)) is CAREFUL
     unread = lambda w, x: Weighted(SQUARE(w, x) * jax.random.uniform(KEY) * split[0], jnp.sum(x))
     assert ran(unread, X) is FAST
+
+
+@pytest.mark.parametrize("position", [1, 2])
+def test_a_weight_beside_a_carry(position):
+    """Catches a carry that is taken for data, or that hides a weight of the data."""
+    in_order = lambda x, carry: (carry, x) if position == 1 else (x, carry)
+    of_data = lambda w, *args: (Weighted(SQUARE(w, args[2 - position]), jnp.sum(args[2 - position])), None)
+    of_carry = lambda w, *args: (Weighted(SQUARE(w, args[2 - position]), args[position - 1]), None)
+    roles = Roles(params=(0,), batch=(), keys=(), carry=(position,))
+    known = lambda fun, x: HostWeight(fun, OneDevice(), roles).is_positive(jnp.ones(3), *in_order(x, jnp.ones(())))
+    assert (known(of_data, X), known(of_data, 0 * X), known(of_carry, X)) == (True, False, False)
 
 
 def test_large_constants_are_not_read(monkeypatch):

@@ -84,7 +84,6 @@ def value_and_grad(
                 f"batch_argnums={batch_argnums} and key_argnums={key_argnums} count the arguments from 0, but only "
                 f"{1 + len(args)} were passed by position; pass them so, or name others."
             )
-        prng.refuse_shared((model, *args), kwargs, known)
         graphdef, params, state = nnx.split(model, wrt, ...)
 
         window = api.value_and_grad(

@@ -364,6 +364,7 @@ def test_what_is_refused():
         filter_value_and_grad(fun, K, argnums=1)
     with pytest.raises(ValueError, match=r"args\[0\]\.key is a random key that all micro-batches would share"):
         filter_value_and_grad(fun, K)(model, data())
+    assert filter_value_and_grad(fun, 1)(model, data())[0] == fun(model, data())  # There is nobody to share it with.
     with pytest.raises(TypeError, match=r"passed by position.*dict\(x=...\)"):
         filter_value_and_grad(loss, K)(eqx.nn.Linear(3, 1, key=jax.random.key(0)), x=data())
     with pytest.raises(TypeError, match=r"filter_value_and_grad"):

@@ -509,6 +509,14 @@ def test_train_state_replaces_fields_and_takes_any_transformation(tx):
     assert_close(state.params, trained(optax.sgd(1.0), GRADIENTS[:1]))
 
 
+@pytest.mark.parametrize("tx", [MultiSteps(optax.sgd(1.0), 1), optax.sgd(1.0)], ids=["MultiSteps", "sgd"])
+@pytest.mark.parametrize("tree", [lambda x: x, lambda x: [x]], ids=["array", "list"])
+def test_train_state_takes_parameters_in_any_tree(tree, tx):
+    """Catches a search for fp8 statistics in what has no names."""
+    state = jaxaccum.flax.TrainState.create(apply_fn=None, params=tree(jnp.ones(3)), tx=tx)
+    assert_close(state.apply_gradients(grads=tree(jnp.full(3, 0.25))).params, tree(np.full(3, 0.75)))
+
+
 def test_train_state_overwrites_fp8_statistics_and_accumulates_the_rest():
     """Catches scales that are averaged, or stepped on by the optimizer, and parameters that lose their wrapping."""
     params = {"params": {"w": jnp.array(PARAMS["w"])}, OVERWRITE_WITH_GRADIENT: {"scale": jnp.ones(())}}
@@ -675,6 +683,32 @@ def test_keyword_arguments_of_an_nnx_micro_step():
     one, state = step(model, state, jnp.ones((4, 3)), scale=1.0)
     two, _ = step(model, state, jnp.ones((4, 3)), scale=2.0)
     assert two == 2 * one
+
+
+def test_a_linen_tasks_names_come_from_any_iterable():
+    """Catches an iterator that the first call uses up, so that statistics stand still."""
+    loss = lambda model, batch, train: jnp.mean(model(batch, train) ** 2)
+    task = jaxaccum.flax.linen_task(Tower(), loss, ADAM, mutable=iter(["batch_stats"]), rngs=iter(["dropout"]))
+    params, state = task.init(jax.random.key(0), X)
+    for i in range(2):
+        _, new = task.loss(params, state, X, jax.random.key(i))
+        assert jax.tree.all(jax.tree.map(lambda a, b: not np.allclose(a, b), new, state))
+
+
+class WithAuxiliaryHead(nn.Module):
+    """A layer, and in training another one beside it."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.Dense(1, name="head")(x) + (nn.Dense(1, name="auxiliary")(x) if train else 0)
+
+
+def test_a_linen_task_is_initialized_in_training_mode():
+    """Catches parameters without those that training alone uses."""
+    loss = lambda model, batch, train: jnp.mean(model(batch, train))
+    task = jaxaccum.flax.linen_task(WithAuxiliaryHead(), loss, optax.sgd(0.1))
+    params, _ = task.init(jax.random.key(0), jnp.ones((2, 3)))
+    assert set(params) == {"head", "auxiliary"}
 
 
 class Shifted(nn.Module):

@@ -93,7 +93,7 @@ def _results(jits: jaxprs.Jits, eqn: core.JaxprEqn, operands: Sequence[_Value]) 
         return [_Value(_product(eqn, operands))]
     arrays, wide = [x.array for x in operands], [x.wide for x in operands]
     results = jaxprs.bind(eqn, arrays)
-    if any(x is None for x in wide) or not wide:
+    if any(x is None for x in wide):
         return [_Value(x) for x in results]
     if eqn.primitive.name == "convert_element_type" and _is_half(results[0].dtype):
         return [_Value(results[0], wide[0])]

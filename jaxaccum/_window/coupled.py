@@ -190,6 +190,4 @@ def check_rows(shapes: Tree, first: Sequence[Any]) -> int:
 
 def _product(rows: jax.Array, cotangents: jax.Array) -> jax.Array:
     """The sum of the products of two arrays: its gradient by `rows` is `cotangents`, in jax's convention."""
-    wide = weighted_sum.promoted(rows.dtype, jnp.float32)
-    total = jnp.sum(jnp.real(rows.astype(wide) * cotangents.astype(wide)))
-    return total.astype(weighted_sum.weight_dtype())
+    return jnp.sum(jnp.real(rows * cotangents), dtype=weighted_sum.weight_dtype())

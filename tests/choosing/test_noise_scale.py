@@ -1,6 +1,7 @@
 """The estimates of the gradient noise scale, beside a problem whose |G|² and tr(Σ) are known."""
 
 import functools
+import statistics
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +75,22 @@ def test_the_interval_holds_the_scale():
     assert found.low[0] < narrow.low < found.scale[0] < narrow.high < found.high[0]
 
 
+@pytest.mark.parametrize("confidence", [0.5, 0.8])
+def test_the_interval_is_fiellers(confidence):
+    """Catches each part of the formula, against the roots of its quadratic in float64."""
+    gradients, noises = np.array([4.0, 5.0, 6.0, 4.5, 5.5]), np.array([20.0, 31.0, 24.0, 18.0, 33.0])
+    scale = jaxaccum.NoiseScale(decay=0.9, confidence=confidence)
+    with jax.enable_x64(True):
+        squares = np.stack([gradients + noises / 2, gradients + noises / 6], axis=1)
+        found = scale.estimate(seen(scale, (squares, np.tile([2.0, 6.0], (5, 1)))))
+    weights = 0.9 ** np.arange(4, -1, -1)
+    g, n = np.average(gradients, weights=weights), np.average(noises, weights=weights)
+    variances = np.cov([gradients, noises], aweights=weights) * np.sum(weights**2) / np.sum(weights) ** 2
+    ((s, st), (_, t)), z = variances, statistics.NormalDist().inv_cdf((1 + confidence) / 2)
+    low, high = sorted(np.roots([g**2 - z**2 * s, -2 * (g * n - z**2 * st), n**2 - z**2 * t]))
+    np.testing.assert_allclose(found, [n / g, low, high, g, n], rtol=1e-10)
+
+
 def test_what_can_not_be_told():
     """Catches an interval from one window, and a finite scale where there is no gradient."""
     scale = jaxaccum.NoiseScale()
@@ -99,6 +116,15 @@ def test_a_window_that_tells_nothing(squares, sizes):
     state = scale.update(scale.init(), [5.0, 3.0], [1.0, 2.0])
     for x, y in zip(state, scale.update(state, squares, sizes), strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("sizes", [[1.0, 1.0], [2.0, 2.0], [0.0, 1.0], [0.0, 0.0]])
+def test_a_window_of_one_size_divides_by_something(sizes):
+    """Catches a NaN that is left out, but that `jax.debug_nans` stops at."""
+    scale = jaxaccum.NoiseScale()
+    with jax.debug_nans(True), jax.debug_infs(True):
+        for found, want in zip(scale.update(scale.init(), [5.0, 3.0], sizes), scale.init(), strict=True):
+            np.testing.assert_array_equal(found, want)
 
 
 def test_older_windows_fade():

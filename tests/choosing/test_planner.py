@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 import jaxaccum
 from jaxaccum import __main__ as command
-from jaxaccum._choosing.planner import search, timing
+from jaxaccum._choosing.planner import api, result, search, step, timing
+from jaxaccum._devices.topology import MeshAxis, OneDevice
 
 WIDTH, TARGET = 32, 64
 MATRIX = WIDTH * WIDTH * 4  # Bytes.
@@ -94,6 +95,17 @@ def test_search(target, slope, flat, limit):
         assert found in fits or not fits
 
 
+@pytest.mark.parametrize("over", [None, 101, 10**9])
+def test_each_of_32_sizes_is_found_where_predictions_tell_nothing(over):
+    """Catches a trial too few, and a reach that leaves sizes out: all that fit take the same."""
+    sizes = range(1, 33)
+    for want in sizes:
+        tried = []
+        peak = lambda n, want=want, tried=tried: tried.append(n) or (100 if n <= want else over)
+        assert search.largest(sizes, 100, 100, peak) == want
+        assert len(tried) <= 6
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_per_device_with_fsdp(kind):
     """Catches memory of all devices, sums counted in shards, and a state that does not lie as parameters do."""
@@ -112,6 +124,50 @@ def test_per_device_with_fsdp(kind):
     assert found.memory.total == limit and script(16) > limit
     shard, bias = 3 * MATRIX // 2, 4 * WIDTH
     assert found.memory[:4] == (shard + bias, 2 * (shard + bias) + 4, TARGET * WIDTH * 4, 2 * shard + bias)
+
+
+@pytest.mark.parametrize("tree", [lambda p: p, lambda p: {"w": p}, lambda p: {"a": [p]}], ids=["leaf", "dict", "deep"])
+def test_moments_are_planned_where_their_parameters_lie(tree):
+    """Catches a moment of a shallow tree that is planned whole on each device, and a row laid out like a matrix."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    sharded, whole = NamedSharding(mesh, P(None, "model")), NamedSharding(mesh, P())
+    params = tree(jax.ShapeDtypeStruct((3, 4), jnp.float32, sharding=sharded))
+    state = {"m": params, "rows": tree(jax.ShapeDtypeStruct((3,), jnp.float32)), "count": jnp.int32(0)}
+    lies = jax.tree.map(lambda x: x.sharding, step._like_params(state, params, whole))
+    assert lies == {"m": tree(sharded), "rows": tree(whole), "count": whole}
+
+
+def test_parameters_that_are_given_for_a_task_keep_their_layout():
+    """Catches the parameters of `init` in their place, which lie whole on each device."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    task = jaxaccum.Task(lambda *_: jnp.zeros((WIDTH, WIDTH)), lambda p, x, key: jnp.mean((x @ p) ** 2), optax.sgd(0.1))
+    params = jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.float32, sharding=NamedSharding(mesh, P(None, "model")))
+    sizes = [jaxaccum.plan(task, p, BATCH, None, 4, mesh, 10**6).memory.parameters for p in (params, None)]
+    assert sizes == [MATRIX // 2, MATRIX]
+
+
+def test_a_leaf_that_the_loss_does_not_use_takes_memory():
+    """Catches a program that is compiled without an argument, as arrays that are there are never counted."""
+    batch = {"x": BATCH, "unused": np.zeros((2, 1000), np.float32)}
+    of = lambda fun, batch: jaxaccum.plan(fun, PARAMS, batch, OPT, TARGET, memory_limit=10**7).memory
+    memory, without = of(lambda p, batch: loss(p, batch["x"]), batch), of(loss, BATCH)
+    assert memory == without._replace(batch=without.batch + 4 * 1000 * TARGET)
+
+
+@pytest.mark.parametrize(("temporary", "sums", "activations"), [(50, 50, 100), (20_000, 12_416, 7684)])
+def test_the_peak_by_kind(temporary, sums, activations):
+    """Catches an output that is counted twice or not at all, and sums of a window that holds no gradient at once."""
+    planned = step.of(loss, PARAMS, BATCH, OPT, TARGET, OneDevice(), {})
+    *arguments, _, _ = planned.fixed()
+    sizes = types.SimpleNamespace(
+        argument_size_in_bytes=sum(arguments),
+        output_size_in_bytes=700,
+        alias_size_in_bytes=600,
+        temp_size_in_bytes=temporary,
+    )
+    memory = planned.memory(types.SimpleNamespace(memory_analysis=lambda: sizes))
+    assert memory == (*arguments, sums, activations)
+    assert memory.total == sum(arguments) + 100 + temporary
 
 
 def test_alternatives():
@@ -133,6 +189,21 @@ def test_alternatives():
     assert scattered.optimizer == (both.memory.optimizer - 4) // 8 + 4
     assert scattered == plan(10**9, mesh=mesh, reduce="scatter").memory
     assert str(found).count("bfloat16") == 1
+
+
+def test_which_alternatives_there_are(monkeypatch):
+    """Catches ZeRO for what lies in shards over the data axes, and a checkpoint that recomputes products too."""
+    monkeypatch.setattr(step.Step, "compiled", lambda self, every_k: None)
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "model"), axis_types=(AxisType.Auto,) * 3)
+    sync = MeshAxis(mesh, ("data", "fsdp"))
+    for axis, can_scatter in (("fsdp", False), ("model", True), (None, True)):
+        lies = lambda shape, *spec: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(*spec)))
+        params = {"w": lies((3, WIDTH, WIDTH), None, None, axis), "b": lies((WIDTH,))}
+        planned = step.of(loss, params, BATCH, OPT, TARGET, sync, {})
+        found = api._Planner(lambda n, planned=planned: (planned, 1), [1], 1).alternatives(1)
+        assert ('reduce="scatter"' in found) == can_scatter
+    (remat,) = jax.make_jaxpr(step.rematerialised(planned).fun)(planned.params, *planned.args).eqns
+    assert remat.params["policy"] is jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 
 
 def test_a_task():
@@ -233,6 +304,38 @@ def test_measured_windows():
         assert all(trial.seconds > 0 for trial in found.trials)
 
 
+def test_the_largest_sizes_that_fit_are_timed(monkeypatch):
+    """Catches the smallest sizes in their place, and one that is over the limit."""
+    memory = lambda every_k: result.Memory(0, 0, 0, 0, activations=64 // every_k)
+    sized = types.SimpleNamespace(compiled=lambda every_k: every_k, memory=memory)
+    monkeypatch.setattr(timing, "seconds", lambda step, every_k, batch: 1.0 / every_k)
+    planner = api._Planner(lambda n: (sized, 64 // n), [1, 2, 4, 8, 16, 32, 64], limit=32)
+    assert not planner.fits(64)
+    assert planner.fastest(32, BATCH) == 4
+    assert {n: trial.seconds for n, trial in planner.trials.items()} == {
+        64: None,
+        4: 1 / 16,
+        8: 1 / 8,
+        16: 1 / 4,
+        32: 1 / 2,
+    }
+
+
+def test_the_first_window_is_not_timed(monkeypatch):
+    """Catches the time of the first window, the longest of the others, and another batch than the example's rows."""
+    ticks, batches = iter([0.0, 1.0, 1.0, 6.0, 6.0, 10.0]), []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(ticks))
+    example = np.arange(2.0 * WIDTH, dtype=np.float32).reshape(2, WIDTH)
+    planned = step.of(loss, PARAMS, example, OPT, 5, OneDevice(), {})
+
+    def compiled(params, opt_state, rest, batch):
+        batches.append(batch)
+        return params, opt_state, None
+
+    assert timing.seconds(planned, compiled, example) == 4.0
+    np.testing.assert_array_equal(batches, [example[[0, 1, 0, 1, 0]]] * 3)
+
+
 def test_a_compiler_without_memory_is_over(monkeypatch):
     """Catches a compile that ends the plan because the compiler's own trials ran out of memory."""
     compile_ = jax.stages.Lowered.compile
@@ -304,12 +407,15 @@ def test_errors():
 
 
 def test_plot(tmp_path):
-    """Catches bars that are not the memory of the sizes."""
+    """Catches bars that are not the memory of the sizes, or hide each other, and another limit."""
     pytest.importorskip("matplotlib")
     found = plan(program(4))
     (axes,) = found.plot(tmp_path / "plan.svg").axes
     heights = [sum(bar.get_height() for bar in bars) for bars in zip(*axes.containers, strict=True)]
     assert [round(height * 2**30) for height in heights] == [trial.memory.total for trial in found.trials]
+    tops = [max(bar.get_y() + bar.get_height() for bar in bars) for bars in zip(*axes.containers, strict=True)]
+    np.testing.assert_allclose(tops, heights)  # One kind lies on another.
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), found.memory_limit / 2**30)
     assert (tmp_path / "plan.svg").stat().st_size
 
 
@@ -378,3 +484,31 @@ def test_what_is_no_loss_of_params_and_a_batch(params, options, words):
     loss = lambda params, x: jnp.mean((x @ params["w"]) ** 2)
     with pytest.raises(TypeError, match=words):
         jaxaccum.plan(loss, params, jnp.ones((1, 3)), optax.sgd(1.0), 4, memory_limit=1e6, **options)
+
+
+def test_the_least_memory_of_a_meshs_devices():
+    """Catches the memory of a device that is not on the mesh, or of one with more; one that reports none."""
+
+    def limit(*stats):
+        devices = [types.SimpleNamespace(memory_stats=lambda found=found: found) for found in stats]
+        return api._device_limit(MeshAxis(types.SimpleNamespace(local_devices=devices), ("data",)))
+
+    assert limit({"bytes_limit": 3000}, {"bytes_limit": 1000}, {"bytes_limit": 2000}) == 980
+    assert limit({"bytes_limit": 3000}, None) is limit({}, {"bytes_limit": 3000}) is None
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.00 KiB"),
+        (1024**2 - 1, "1024.00 KiB"),
+        (3 * 2**19, "1.50 MiB"),
+        (2**30, "1.00 GiB"),
+        (5 * 2**40, "5120.00 GiB"),
+    ],
+)
+def test_units(size, text):
+    """Catches a size in the unit beside its own."""
+    assert result.in_units(size) == text

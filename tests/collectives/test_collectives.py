@@ -14,7 +14,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxaccum
-from jaxaccum._collectives import hlo, replica_groups
+from jaxaccum._collectives import hlo, replica_groups, traffic
+from jaxaccum._collectives.traffic import Collective, Collectives
 
 EVEN_AND_ODD = ((0, 2, 4, 6), (1, 3, 5, 7))
 NEIGHBOURS = ((0, 1), (2, 3), (4, 5), (6, 7))
@@ -193,6 +194,13 @@ def test_a_collective_of_a_new_kind_is_refused():
 
 # As XLA prints it for GPUs: pairs of start and done, wrapped computations, command buffers. Written by hand.
 GPU = (pathlib.Path(__file__).parent / "gpu.hlo").read_text()
+
+
+def test_numbers_in_a_headers_strings_are_no_devices():
+    """Catches a note in the header that is taken for the number of replicas or partitions."""
+    note = 'is_scheduled=true, frontend_attributes={note="a, num_partitions=2, replica_count=3"},'
+    found = hlo.parse(module().replace("is_scheduled=true,", note))
+    assert (found.replicas, found.partitions) == (1, 8)
 
 
 def test_what_xla_prints_for_gpus_is_read():
@@ -511,3 +519,46 @@ def test_a_question_that_has_no_answer_is_refused(call, error, message):
 def test_sizes_are_those_of_the_types(shape, want):
     """Catches a layout's numbers taken for the shape's, and small floats counted by their exponent."""
     assert hlo.num_bytes(shape) == want
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (2**20 - 1, "1024.0 KiB"),
+        (2**20, "1.0 MiB"),
+        (3 * 2**39, "1.5 TiB"),
+        (2**51, "2048.0 TiB"),
+    ],
+)
+def test_sizes_in_words(size, text):
+    """Catches a size in the unit beside its own, and one beyond the last."""
+    assert traffic._size(size) == text
+
+
+def test_the_words_for_several_kinds_and_axes():
+    """Catches a verdict that leaves out a kind, an axis, or what runs in each iteration beside a conditional."""
+    mesh = mesh_of(8, 1)
+    one = lambda kind, *where, axes=("data",), trips=(): Collective(kind, EVEN_AND_ODD, axes, 1, 600, where, trips)
+    say = lambda *ones, data_axes=("data", "model"): str(Collectives(ones, mesh, data_axes)).splitlines()
+    reduces = [one("all-reduce", "loop", trips=(1,)) for _ in range(2)]
+    *_, verdict = said = say(*reduces, one("all-gather", "conditional", "loop", trips=(None,)))
+    assert said[:-1] == [
+        "3 collectives:",
+        "- 2 all-reduces over parts of 'data', 1.2 KiB, in a loop: once a call",
+        "- 1 all-gather over parts of 'data', 600 B, in a conditional, there in a loop: how often is not known",
+    ]
+    assert verdict.startswith("Over 'data' and 'model' every iteration of a loop runs 2 all-reduces and 1 all-gather. ")
+    scatter = one("reduce-scatter", axes=("data", "model"))
+    assert "deferred if a call is a window" in say(scatter, one("all-reduce", "conditional"))[-1]
+    assert say(one("all-gather"), data_axes=("data",))[-1] == (
+        "Over 'data' nothing is reduced: this program doesn't synchronise."
+    )
+    assert say(scatter, data_axes=("model",))[-1].startswith("Over 'model' nothing runs inside a loop")
+    assert "- 1 all-reduce over 2 groups of 4 devices, 600 B" in str(
+        Collectives((one("all-reduce", axes=None),), None, ())
+    )
+    found = Collectives((scatter, *reduces), mesh, ("data",))
+    assert found.by_axes() == {("data", "model"): 1, ("data",): 2} and found.by_groups() == {EVEN_AND_ODD: 3}

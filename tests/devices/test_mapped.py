@@ -221,6 +221,15 @@ def test_a_gradient_that_is_reduced_already_is_refused():
         mapped("shard_map", train, (None, 0), (None,))(params(), split(batch(), DEVICES))
 
 
+def test_a_loss_that_is_reduced_already_is_refused_in_micro_steps():
+    """Catches a gradient that is divided by the number of devices twice."""
+    reduced = lambda p, data: jax.lax.pmean(loss(p, data).total, "data")
+    tx = jaxaccum.MultiSteps(optax.sgd(1.0), K, axis_name="data")
+    train = lambda p, data: (tx.micro_step(reduced, p, tx.init(p), data)[0],)
+    with pytest.raises(ValueError, match=r"the loss does not vary over axis_name=.*Return each device's own mean"):
+        mapped("shard_map", train, (None, 0), (None,))(params(), split(batch(), DEVICES))
+
+
 def test_a_skip_decided_on_one_device_is_refused():
     """Catches a deadlock: the others would wait for a boundary that never comes."""
     with pytest.raises(ValueError, match=r"should_skip_update_fn can't be used on several devices.*nonfinite='drop'"):

@@ -29,6 +29,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxaccum
+from jaxaccum._devices.topology import MeshAxis, OneDevice
+from jaxaccum._gradient import micro_gradient
+from jaxaccum._gradient.roles import Roles
 
 every_mesh = pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in MESHES for kind in KINDS])
 
@@ -154,6 +157,19 @@ def test_a_jitted_init_keeps_the_layout(name, kind, opt):
     assert state.acc_grads["w"].sharding.is_equivalent_to(want, 3)
 
 
+@pytest.mark.parametrize("tree", [lambda p: p, lambda p: {"w": p}, lambda p: {"a": [p]}], ids=["leaf", "dict", "deep"])
+def test_moments_lie_as_the_parameters_at_the_end_of_their_paths(tree):
+    """Catches an optimizer's zeros that stay whole on each device, and a state of another shape that can't be split."""
+    mesh, _, _ = make("data x model", "explicit")
+    p = jax.device_put(jnp.ones((3, 4)), NamedSharding(mesh, P(None, "model")))
+    moments = lambda params: {"m": jax.tree.map(lambda p: jnp.zeros((3, 4)), params), "rows": tree(jnp.zeros(3))}
+    tx = jaxaccum.MultiSteps(optax.GradientTransformation(moments, optax.sgd(1.0).update), 2, mesh=mesh)
+    for init in (tx.init, jax.jit(tx.init)):
+        inner = init(tree(p)).inner_opt_state
+        specs = [x.sharding.spec for name in ("m", "rows") for x in jax.tree.leaves(inner[name])]
+        assert specs == [P(None, "model"), P()]
+
+
 def test_a_micro_batch_is_dropped_on_its_device_alone_on_a_mesh():
     """Catches a drop that costs the other devices their micro-batch."""
     mesh, _, _ = make("data", "auto")
@@ -230,6 +246,30 @@ def test_a_constant_weight_is_that_of_each_device():
     tx = jaxaccum.MultiSteps(optax.sgd(1.0), 1, mesh=mesh)
     w, _ = tx.apply(jnp.ones(()), tx.init(jnp.ones(())), grads, weight=value.weight)
     assert w == 1 - 7.5
+
+
+def test_local_gradients_get_every_argument():
+    """Catches a keyword that does not reach the loss, and an argument that is split beside the batch."""
+    fun = lambda scale, w, x, *, shift: (jnp.mean((scale * w * x - shift) ** 2), x)
+    with jax.enable_x64(True):
+        f = jaxaccum.local_value_and_grad(fun, mesh=mesh_of("auto"), has_aux=True, batch_argnums=2)
+        scale, w, x, shift = (jnp.asarray(x) for x in (3.0, np.linspace(0.5, 1.0, 2), np.arange(16.0), 0.25))
+        (value, aux), grads = f(scale, w, x, shift=shift)
+        own = x.reshape(8, 2)
+        of_one = jax.value_and_grad(lambda scale, x: fun(scale, w, x, shift=shift), has_aux=True)
+        assert_close(((value, aux), grads), jax.vmap(of_one, (None, 0))(scale, own))
+
+
+@pytest.mark.parametrize("is_mesh", [False, True])
+@pytest.mark.parametrize("weight", [None, 2])
+def test_a_constant_weight_stays_one(is_mesh, weight):
+    """Catches a constant that is returned as an array: each gradient would be selected, as if it could be 0."""
+    sync = MeshAxis(mesh_of("auto"), ("data",)) if is_mesh else OneDevice()
+    fun = lambda w, x: (jaxaccum.Weighted(jnp.sum(w * x), weight), None)
+    roles = Roles(params=(0,), batch=(1,), keys=(), carry=())
+    value, _, grads = micro_gradient.on_each(fun, sync, roles, (jnp.ones(()), jnp.arange(8.0)))
+    assert value.weight is weight
+    assert grads.sum() == value.total.sum() == 28
 
 
 def test_parameters_on_another_device_are_refused():

@@ -373,3 +373,17 @@ def test_a_jitted_function_of_parameters_and_of_data():
     got = jaxaccum.value_and_grad(loss, 1, prepare="auto")(w, x)
     for a, b in zip(got, jax.value_and_grad(loss)(w, x), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_casts_of_layers_are_hoisted_where_no_gradient_is_added_in_place():
+    """Catches gradients of layers that are cast one by one for an addition that a weight from a key rules out."""
+    layers, x, key = jnp.ones((3, 4, 4)), jnp.ones((4, 4)), jax.random.key(0)
+    forward = lambda w, x: jnp.sum(jax.lax.scan(lambda h, w: (jnp.tanh(h @ half(w)), None), half(x), w)[0])
+    by_key = lambda w, x, key: jaxaccum.Weighted(forward(w, x), jax.random.bernoulli(key))
+    by_data = lambda w, x, key: jaxaccum.Weighted(forward(w, x), jnp.sum(x > 0))
+
+    def casts(fun):
+        window = jaxaccum.value_and_grad(fun, 2, key_argnums=2, prepare="auto")
+        return str(jax.make_jaxpr(window)(layers, x, key)).count(":f32[4,4] = convert_element_type")
+
+    assert (casts(by_key), casts(by_data)) == (0, 1)

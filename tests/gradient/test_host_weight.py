@@ -18,6 +18,9 @@ from jax.sharding import PartitionSpec as P
 
 import jaxaccum
 from jaxaccum import Weighted
+from jaxaccum._devices.topology import OneDevice
+from jaxaccum._gradient.host_weight import HostWeight
+from jaxaccum._gradient.roles import Roles
 from jaxaccum._multi_steps import host_driven
 
 K, N, WIDTH, LAYERS = 3, 6, 16, 3
@@ -194,6 +197,16 @@ def test_a_loss_that_names_the_mesh():
     assert ran(loss, b, p=p, mesh=mesh, data_axis=axis) is FAST
     b["mask"][:2] = 0
     assert ran(loss, b, p=p, mesh=mesh, data_axis=axis) is CAREFUL
+
+
+def test_an_argument_beside_the_batch_is_whole_on_each_device():
+    """Catches a number that is divided over the devices with the batch, so that no weight can be told."""
+    mesh, _, devices = make("data", "auto")
+    fun = lambda w, x, scale: Weighted(SQUARE(w, x), jnp.sum(x) * jnp.max(scale))
+    p, x = jax.device_put(jnp.ones(3), NamedSharding(mesh, P())), np.ones((2 * devices, 3), np.float32)
+    for scale in (2.0, np.ones(3, np.float32)):
+        assert ran(fun, x, scale, p=p, mesh=mesh) is FAST
+        assert ran(fun, x, 0 * scale, p=p, mesh=mesh) is CAREFUL
 
 
 SQUARE = lambda w, x: jnp.sum((x @ w) ** 2)
@@ -465,6 +478,26 @@ def test_constants_of_the_loss():
     assert ran(unread, X) is FAST
 
 
+@pytest.mark.parametrize("position", [1, 2])
+def test_a_weight_beside_a_carry(position):
+    """Catches a carry that is taken for data, or that hides a weight of the data."""
+    in_order = lambda x, carry: (carry, x) if position == 1 else (x, carry)
+    of_data = lambda w, *args: (Weighted(SQUARE(w, args[2 - position]), jnp.sum(args[2 - position])), None)
+    of_carry = lambda w, *args: (Weighted(SQUARE(w, args[2 - position]), args[position - 1]), None)
+    roles = Roles(params=(0,), batch=(), keys=(), carry=(position,))
+    known = lambda fun, x: HostWeight(fun, OneDevice(), roles).is_positive(jnp.ones(3), *in_order(x, jnp.ones(())))
+    assert (known(of_data, X), known(of_data, 0 * X), known(of_carry, X)) == (True, False, False)
+
+
+def test_large_constants_are_not_read(monkeypatch):
+    """Catches an array of the loss that is copied to the host, though the weight does not need it."""
+    read, asarray, large = [], np.asarray, jnp.ones(1000)
+    fun = lambda w, x: (Weighted(SQUARE(w, x) * large[0], jnp.sum(x)), None)
+    monkeypatch.setattr(np, "asarray", lambda x, *args, **kw: read.append(np.shape(x)) or asarray(x, *args, **kw))
+    assert HostWeight(fun, OneDevice()).is_positive(jnp.ones(3), X)
+    assert X.shape in read and large.shape not in read
+
+
 @pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
 @pytest.mark.parametrize("closes_over", [True, False])
 def test_inside_of_vmap(closes_over):
@@ -484,6 +517,21 @@ def test_inside_of_vmap(closes_over):
     got = jax.vmap(window)(xs, scales)
     for x, scale, p in zip(xs, scales, got, strict=True):
         np.testing.assert_allclose(p, window(x, scale), rtol=1e-6)
+
+
+def test_a_test_is_of_the_types_and_settings_that_it_was_compiled_for():
+    """Catches a test that runs on numbers of another type, and one that failed inside `jit` and is not retried."""
+    fun = lambda w, x: (Weighted(SQUARE(w, x), jnp.sum(x)), None)
+    weight, x = HostWeight(fun, OneDevice()), np.ones((4, 3))
+    for x64 in (True, False, True):
+        with jax.enable_x64(x64):
+            assert weight.is_positive(jnp.ones(3), x) and not weight.is_positive(jnp.ones(3), 0 * x)
+    weight, known = HostWeight(fun, OneDevice()), []
+    assert weight.is_positive(jnp.ones(3), np.ones((4, 3), int)) and weight.is_positive(jnp.ones(3), x / 2)
+    call = lambda w, x: known.append(weight.is_positive(w, x)) or w
+    jax.jit(call)(jnp.ones(3), X)
+    call(jnp.ones(3), X)
+    assert known == [False, True]
 
 
 def compiled(fun, counts=True, **options):

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxaccum
+from jaxaccum._gradient import substitution
 
 K, N, WIDTH, LAYERS = 4, 2, 16, 3
 KEY = jax.random.key(7)
@@ -120,6 +121,15 @@ def test_the_program_is_that_of_a_plain_loss(options):
     # Once a window the sums are selected, for one in which nothing counts.
     assert selects(programs[1], matrices) - selects(programs[0], matrices) <= 2
     assert not selecting(jaxaccum.value_and_grad(loss, K, **options), params(), batch())
+
+
+def test_the_sums_of_nothing_are_cleared_in_place():
+    """Catches a selection on a GPU of either kind, or a conditional elsewhere, which copy the sums once a window."""
+    cleared = jax.jit(lambda kept, sums: substitution.Substitution(kept, kept).sums(sums))
+    traced = cleared.trace(jnp.ones(K, bool), jnp.ones(WIDTH))
+    text = lambda platform: traced.lower(lowering_platforms=(platform,)).as_text()
+    cpu, tpu, cuda, rocm = (text(platform).count("stablehlo.case") for platform in ("cpu", "tpu", "cuda", "rocm"))
+    assert cuda == rocm == cpu + 1 == tpu + 1
 
 
 @pytest.mark.parametrize("options", OPTIONS[:2], ids=str)

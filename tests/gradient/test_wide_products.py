@@ -230,3 +230,39 @@ def test_a_product_with_an_algorithm_stays():
         return wide_products.occur(jax.make_jaxpr(product)(jnp.ones((3, 5), HALF), jnp.ones((2, 3), HALF)).jaxpr)
 
     assert occurs(None) and not occurs(jax.lax.DotAlgorithmPreset.BF16_BF16_BF16)
+
+
+def test_a_function_of_a_weight_is_no_rearrangement():
+    """Catches a gradient in float32 that passes through a function whose value is in half precision."""
+    loss = lambda w, x: jnp.mean((x.astype(HALF) @ jnp.tanh(w.astype(HALF))).astype(jnp.float32) ** 2)
+    w, x = draw(0, 16, 24), draw(1, K * 8, 16)
+    assert IN_FLOAT32 not in lowered_for_a_gpu(jaxaccum.value_and_grad(loss, K), w, x)
+    got, want = (mean_gradient(loss, w, x, num_micro_batches=K, in_place=in_place) for in_place in (None, False))
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("w", "x", "out"),
+    [(P(None, "model"), P(), None), (P("model"), P(None, "model"), P()), (P(), P("data"), None), (P(), P(), P())],
+)
+def test_a_product_of_explicit_shardings_stays(w, x, out):
+    """Catches a gradient whose layout is not said, where one operand alone is sharded, or the result's is asked for."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(KINDS["explicit"],) * 2)
+
+    def occurs(w, x, out):
+        product = lambda w, x: jnp.dot(x, w, out_sharding=out)
+        args = (jax.device_put(jnp.ones((4, 4), HALF), NamedSharding(mesh, spec)) for spec in (w, x))
+        return wide_products.occur(jax.make_jaxpr(product)(*args).jaxpr)
+
+    with jax.set_mesh(mesh):
+        assert occurs(P(), P(), None) and not occurs(w, x, out)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_the_precision_is_that_of_the_loss(dtype):
+    """Catches a weight's gradient formed in the default precision, and float16 left to jax."""
+    loss = lambda w, x: jnp.sum(jnp.matmul(x.astype(dtype), w.astype(dtype), precision="highest").astype(jnp.float32))
+    text = lowered_for_a_gpu(jaxaccum.value_and_grad(loss, K), draw(0, 16, 24), draw(1, K * 8, 16))
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert any("-> tensor<16x24xf32>" in line for line in products)
+    assert all("[HIGHEST, HIGHEST]" in line for line in products)

@@ -181,8 +181,11 @@ def test_dropout_of_an_nnx_model(where):
 
 def test_one_micro_batch_shares_its_key_with_none():
     """Catches a sweep over K that breaks at 1."""
-    value, _ = jaxaccum.value_and_grad(noisy, 1)(W, X, jax.random.key(0))
-    np.testing.assert_allclose(value, jax.random.uniform(jax.random.key(0)), rtol=1e-6)
+    of_model = lambda model, x, key: jnp.sum(model.kernel[...]) * 0 + noisy(W, x, key)
+    model = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
+    for window, first in ((jaxaccum.value_and_grad(noisy, 1), W), (jaxaccum.flax.value_and_grad(of_model, 1), model)):
+        value, _ = window(first, X, jax.random.key(0))
+        np.testing.assert_allclose(value, jax.random.uniform(jax.random.key(0)), rtol=1e-6)
     with pytest.raises(ValueError, match=SHARED):
         jaxaccum.value_and_grad(noisy, 1, mesh=mesh_of())(W, X, jax.random.key(0))
 

@@ -134,6 +134,29 @@ def test_a_mesh_goes_on_with_the_mean_of_all_devices(kind, reduce, use_grad_mean
         assert_close(p, passed[-1][0])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_shards_of_a_model_axis_stay(kind):
+    """Catches a state on the mesh whose shards are gathered, so that each device holds all of it."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(KINDS[kind],) * 2)
+    place = lambda x: jax.device_put(x, NamedSharding(mesh, P(None, "model") if x.ndim else P()))
+    p = jnp.ones((4, 6))
+    old, tx = both("adamw", mesh=mesh)
+    state = jax.tree.map(place, old.update(p, old.init(p), p)[1])
+    got, want = jaxaccum.from_optax(tx, state), tx.init(place(p))
+    assert jax.tree.map(lambda x: x.sharding, got) == jax.tree.map(lambda x: x.sharding, want)
+
+
+@pytest.mark.parametrize("is_mesh", [False, True])
+def test_numpys_arrays_of_a_checkpoint_become_jaxs(is_mesh):
+    """Catches leaves that are no arrays of jax: they have no device, and each one is sent with every step."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(KINDS["auto"],))
+    old, tx = both("adamw", **{"mesh": mesh} if is_mesh else {})
+    _, state = run(old, params(), old.init(params()), gradients(1))[-1]
+    got = jaxaccum.from_optax(tx, jax.tree.map(np.asarray, state))
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(got))
+    assert_same(got, jaxaccum.from_optax(tx, state))
+
+
 @every_mode
 def test_pmap_goes_on_with_the_mean_of_all_devices(use_grad_mean):
     """Catches the same where each device holds its own copy of the state; the state of all of them is refused."""

@@ -376,6 +376,14 @@ def leave_sums_by_hand(tx, params, state):
     return params - 8, state._replace(acc_grads=x_of(5.0), weight=jnp.float32(2.0))
 
 
+def leave_only_gradients_by_hand(tx, params, state):
+    return params - 8, state._replace(acc_grads=x_of(5.0))
+
+
+def leave_only_a_weight_by_hand(tx, params, state):
+    return params - 8, state._replace(weight=jnp.float32(2.0))
+
+
 @pytest.mark.parametrize(
     "other",
     [
@@ -384,6 +392,8 @@ def leave_sums_by_hand(tx, params, state):
         leave_sums_by_flush,
         leave_sums_by_host_driven,
         leave_sums_by_hand,
+        leave_only_gradients_by_hand,
+        leave_only_a_weight_by_hand,
     ],
 )
 @pytest.mark.parametrize("k", [1, 2])

@@ -1,5 +1,7 @@
 """`MultiSteps`, rule by rule. Exactness is in test_exact, programs in test_compiled, composition in test_compose."""
 
+import functools
+
 import exact
 import jax
 import jax.numpy as jnp
@@ -228,6 +230,23 @@ def test_micro_step_is_backward_and_apply(nonfinite, skips):
     np.testing.assert_allclose(losses, [14 / 3, 16.0], rtol=1e-6)
 
 
+@pytest.mark.parametrize("driver", ["counter", "host", "mesh"])
+def test_micro_steps_pass_their_loss_as_value(driver):
+    """Catches an optimizer such as `reduce_on_plateau` left without its value, or with the last micro-batch's."""
+    seen = optax.GradientTransformationExtraArgs(
+        lambda params: jnp.zeros(()), lambda updates, state, params=None, *, value, **_: (updates, value)
+    )
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    tx = jaxaccum.MultiSteps(seen, 2, **{"mesh": mesh} if driver == "mesh" else {})
+    loss = lambda w, x: jaxaccum.Weighted(jnp.sum(w * x), jnp.sum(x > 0))
+    step = jaxaccum.HostDriven(tx, loss) if driver == "host" else functools.partial(tx.micro_step, loss)
+    params = jnp.ones(())
+    state = tx.init(params)
+    for x in ([1.0, 2.0], [6.0, 0.0]):
+        _, params, state = step(params, state, jnp.array(x))
+    assert state.inner_opt_state == 3.0
+
+
 def test_a_micro_batch_without_tokens_needs_no_guard():
     """Catches a 0/0 loss of weight 0 that is multiplied away instead of selected out."""
     tx = jaxaccum.MultiSteps(optax.adamw(0.1), 2)
@@ -314,6 +333,15 @@ def test_a_value_of_one_window_does_not_reach_the_next(static):
     assert np.isnan(state.inner_opt_state)
 
 
+@pytest.mark.parametrize("norms", ["all", "noise"])
+def test_a_new_state_holds_nothing(norms):
+    """Catches sums, a weight or counters of a window that has not begun, which a flush or a checkpoint would take."""
+    like = {"value": jnp.ones(2), "other": 1.0}
+    tx = jaxaccum.MultiSteps(optax.sgd(1.0), 2, averaged_extra_args=like, gradient_norms=norms)
+    state = tx.init(jnp.ones(3))._replace(every_k=None)
+    assert not any(map(np.any, jax.tree.leaves(state)))
+
+
 def test_a_number_among_traced_parameters():
     """Catches an init under jit that takes every parameter for an array."""
     tx = jaxaccum.MultiSteps(optax.sgd(1.0), 2)
@@ -335,6 +363,15 @@ def test_a_value_that_is_nan_is_dropped_with_its_micro_batch():
     for grad, value in ((1.0, 2.0), (7.0, np.nan), (3.0, 4.0)):
         params, state = tx.apply(params, state, jnp.array(grad), value=jnp.array(value))
     assert params == 2.0 and state.inner_opt_state == 3.0 and state.dropped == 1
+
+
+def test_low_precision_parameters_are_lifted_with_the_mean():
+    """Catches a weight decay that is rounded to bfloat16 before it is added to a mean in float32."""
+    opt = optax.chain(optax.add_decayed_weights(-0.3), optax.sgd(1.0))
+    params, grad = jnp.ones((), jnp.bfloat16), jnp.asarray(0.3, jnp.bfloat16)  # It is 0.30078125.
+    tx = jaxaccum.MultiSteps(opt, 1)
+    updates, _ = tx.update(grad, tx.init(params), params)
+    np.testing.assert_allclose(np.float32(updates), 0.3 - 0.30078125, rtol=1e-2)
 
 
 def test_the_state_of_low_precision_parameters_is_not_rounded_on_its_way():

@@ -389,6 +389,15 @@ def test_a_function_that_a_loss_or_schedule_names_is_no_optimizer():
             tx.update(GRADS, tx.init(PARAMS), PARAMS, weights=7.0)
 
 
+def test_a_variable_that_is_named_like_optaxs_own():
+    """Catches a closure that is taken for that of `optax.inject_hyperparams` by one of its names."""
+    inner_factory = optax.sgd(1.0)
+    update = lambda grads, state, params=None, **extra_args: inner_factory.update(grads, state, params)
+    tx = MultiSteps(optax.GradientTransformationExtraArgs(inner_factory.init, update), 2)
+    with fails(TypeError, "update got an argument 'weights'"):
+        tx.update(GRADS, tx.init(PARAMS), PARAMS, weights=1.0)
+
+
 def test_a_factory_that_cannot_be_asked_is_believed():
     """Catches an error of the check itself, where what `inject_hyperparams` builds can't be known from outside."""
 

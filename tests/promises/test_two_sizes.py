@@ -104,6 +104,18 @@ def test_half_a_window(options):
     np.testing.assert_array_equal(aux, batch(1, k=4)["mask"][0].T)
 
 
+@pytest.mark.parametrize("flag", ["noise", "all", "window"])
+@pytest.mark.parametrize("place", ["one device", "auto"])
+def test_a_window_in_which_nothing_counts(place, flag):
+    """Catches 0 / 0 in a norm, which a noise scale would keep."""
+    rows = flat(batch(1 if place == "one device" else D)) | {"mask": jnp.zeros(K * N * (D if place == "auto" else 1))}
+    run = jaxaccum.value_and_grad(loss, K, gradient_norms=flag, **WHERE[place])
+    _, _, norms = jax.jit(run)(placed(WHERE[place]), rows)
+    assert norms.window == 0
+    if flag != "window":
+        np.testing.assert_array_equal(norms.two_sizes, np.zeros((2, 2)))
+
+
 def test_a_traced_k():
     """Catches a loop over all of the stacked batch, and a window of one micro-batch that tells something."""
     rows = jax.tree.map(lambda x: jnp.asarray(x[0].swapaxes(0, 1)), batch(1, k=5))

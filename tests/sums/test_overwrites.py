@@ -87,6 +87,15 @@ def test_micro_batches_of_weight_zero(weights):
     assert amax(p) == {"all": 9.0, "some": 5.0, "none": 7.0}[weights]
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_statistics_keep_their_dtype(dtype):
+    """Catches a statistic in the dtype of its sums, so that the next step compiles again."""
+    tx = jaxaccum.MultiSteps(optax.sgd(1.0), 1)
+    p = params() | {NAME: {"layer": {"amax": jnp.asarray(7.0, dtype)}}}
+    new, _ = tx.apply(p, tx.init(p), jax.grad(loss)(params(), X))
+    assert amax(new).dtype == dtype and amax(new) == 9.0
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("reduce", ["mean", "scatter"])
 @pytest.mark.parametrize("prepare", [None, "auto"])

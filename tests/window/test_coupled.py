@@ -340,6 +340,8 @@ def test_dtypes(x64):
     assert dtypes(p, grad_dtype=jnp.float32) == {"float32"}
     assert_close(fun(accumulator_dtype=jnp.bfloat16)(params(), batch()), alone(info_nce, params(), batch()))
     p = jax.tree.map(lambda x: x.astype(jnp.float32), params())
+    sums = lambda **options: str(jax.make_jaxpr(fun(**options))(p, batch())).count("bf16[3,4]")
+    assert sums(accumulator_dtype=jnp.bfloat16) > sums() == 0
     compare = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
     jax.tree.map(compare, fun()(p, batch()), alone(info_nce, p, batch()))
 
@@ -417,6 +419,16 @@ BAD = {
         dict(loss=lambda p, rows: rows["image"][:, 0]),
         TypeError,
         r"loss must return one floating scalar, got float32 of shape \(64,\); reduce an array first",
+    ),
+    "an integer": (
+        dict(loss=lambda p, rows: jnp.sum(rows["label"])),
+        TypeError,
+        r"^loss must return one floating scalar, got int32 of shape \(\); .* has_aux=True",
+    ),
+    "a complex number": (
+        dict(loss=lambda p, rows: 1j * info_nce(p, rows)),
+        TypeError,
+        r"^loss must return one floating scalar, got complex64 of shape \(\); .* has_aux=True",
     ),
     "aux without has_aux": (dict(loss=lambda p, rows: (info_nce(p, rows), 1)), TypeError, "has_aux=True"),
     "has_aux without aux": (

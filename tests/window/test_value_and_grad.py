@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jaxaccum
@@ -180,6 +181,16 @@ def test_several_carries_come_back_in_order():
     fun = lambda w, x, a, b: (jnp.mean(w * x), (a + 1, b * 2))
     (_, (a, b)), _ = jaxaccum.value_and_grad(fun, 3, carry_argnums=(2, 3))(jnp.ones(()), jnp.ones(6), 0, 1.0)
     assert (a, b) == (3, 8.0)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_number_as_carry_keeps_its_dtype(k):
+    """Catches a Python number whose weak type yields to bfloat16, so that the new carry seems to have another dtype."""
+    fun = lambda w, x, total: (jnp.mean(x * w), total + jnp.sum(x.astype(jnp.bfloat16)))
+    (_, total), _ = jaxaccum.value_and_grad(fun, k, carry_argnums=2)(1.0, jnp.ones(4), 0.0)
+    tx = jaxaccum.MultiSteps(optax.sgd(0.1), k)
+    (_, of_micro_step), *_ = tx.micro_step(fun, jnp.ones(()), tx.init(jnp.ones(())), jnp.ones(4), 0.0, carry_argnums=2)
+    assert total == of_micro_step == 4 and total.dtype == of_micro_step.dtype == jnp.float32
 
 
 def test_gradients_are_summed_in_float32_and_returned_in_the_parameters_dtype():

@@ -191,7 +191,7 @@ class _Planner:
     def fastest(self, largest: int, batch: Tree) -> int:
         """Times sizes up to `largest` and returns the fastest; `largest` if there is room for none of them."""
         fitting = [n for n in self._sizes if n <= largest]
-        for n in sorted({*fitting[-TIMED:], *(n for n in self.trials if n <= largest)}):
+        for n in sorted({*fitting[-TIMED:], *self.trials}):
             if self.fits(n):
                 timed = functools.partial(timing.seconds, self._sized(n)[0], self._compiled[n], batch)
                 self.trials[n] = self.trials[n]._replace(seconds=_step.if_there_is_memory(timed))

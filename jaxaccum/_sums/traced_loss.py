@@ -154,13 +154,15 @@ def mean(loss: Weighted) -> jax.Array:
     """Total divided by weight; 0 if the weight is 0, even if the total is NaN."""
     if loss.weight is None:
         return loss.total
-    value = weighted_sum.mean(loss, loss.total)
-    return jnp.where(loss.weight == 0, jnp.zeros_like(value), value)
+    weight = jnp.asarray(loss.weight).astype(weighted_sum.weight_dtype())
+    value = weighted_sum.mean(Weighted(loss.total, weight), loss.total)
+    return jnp.where(weight == 0, jnp.zeros_like(value), value)
 
 
 def mean_gradient(loss: Weighted, grads: Tree) -> Tree:
     """Converts the gradient of a `Weighted` loss's total to the gradient of its mean."""
-    return weighted_sum.mean(Weighted(grads, loss.weight), grads)
+    weight = jnp.asarray(loss.weight).astype(weighted_sum.weight_dtype())
+    return weighted_sum.mean(Weighted(grads, weight), grads)
 
 
 def check_weight(value: Any, shape: tuple[int, ...] = ()) -> None:

@@ -1,5 +1,6 @@
-"""The one check of a window's length, K. Imports nothing, so that host-side modules can use it without jax."""
+"""Checks of numbers, above all of a window's length, K. Host-side modules can use them without jax."""
 
+import numbers
 import operator
 from typing import Any
 
@@ -43,3 +44,8 @@ def as_int(value: Any, name: str, wanted: str) -> int:
         return operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be {wanted}, got {value!r:.60} of type {type(value).__name__}.") from None
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a real number; a bool is not one."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -2,9 +2,8 @@
 
 import dataclasses
 import math
-import numbers
 
-from jaxaccum._integers import positive_int
+from jaxaccum._integers import is_number, positive_int
 
 _EXPONENTS = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
 
@@ -49,8 +48,7 @@ class AdaptiveAccumulation:
             object.__setattr__(self, name, positive_int(getattr(self, name), name))
         if self.max_k < self.min_k:
             raise ValueError(f"max_k must be at least min_k, got min_k={self.min_k} and max_k={self.max_k}.")
-        is_number = isinstance(self.hysteresis, numbers.Real) and not isinstance(self.hysteresis, bool)
-        if not (is_number and 0 <= self.hysteresis < math.inf):
+        if not (is_number(self.hysteresis) and 0 <= self.hysteresis < math.inf):
             raise ValueError(f"hysteresis must be a finite number of at least 0, got {self.hysteresis!r}.")
         if self.learning_rate not in _EXPONENTS:
             raise ValueError(f"learning_rate must be one of {tuple(_EXPONENTS)}, got {self.learning_rate!r}.")

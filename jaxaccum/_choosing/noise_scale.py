@@ -1,13 +1,13 @@
 """`NoiseScale`: the batch size at which a gradient's noise is as large as the gradient itself."""
 
 import dataclasses
-import numbers
 import statistics
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxaccum._integers import is_number
 from jaxaccum._sums import weighted_sum
 
 
@@ -95,7 +95,6 @@ class NoiseScale:
     confidence: float = 0.95
 
     def __post_init__(self):
-        is_number = lambda x: isinstance(x, numbers.Real) and not isinstance(x, bool)
         if not (is_number(self.decay) and 0 < self.decay <= 1):
             raise ValueError(f"decay must be a number above 0 and up to 1, got {self.decay!r}.")
         if not (is_number(self.confidence) and 0 < self.confidence < 1):

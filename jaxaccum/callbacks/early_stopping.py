@@ -1,11 +1,10 @@
 """Early stopping."""
 
 import math
-import numbers
 import warnings
 from typing import Any
 
-from jaxaccum._integers import positive_int
+from jaxaccum._integers import is_number, positive_int
 from jaxaccum.callbacks.base import Callback, TrainerView
 from jaxaccum.callbacks.monitor import Monitor, check_mode
 from jaxaccum.task import Task
@@ -49,8 +48,7 @@ class EarlyStopping(Callback):
         self.patience = positive_int(patience, "patience", note="")
         if not isinstance(check_finite, bool):
             raise TypeError(f"check_finite must be True or False, got {check_finite!r}.")
-        is_number = isinstance(stopping_threshold, numbers.Real) and not isinstance(stopping_threshold, bool)
-        if stopping_threshold is not None and not (is_number and math.isfinite(stopping_threshold)):
+        if stopping_threshold is not None and not (is_number(stopping_threshold) and math.isfinite(stopping_threshold)):
             raise ValueError(
                 f"stopping_threshold must be a finite number, or None for no threshold, got {stopping_threshold!r}."
             )

@@ -697,9 +697,8 @@ class Trainer:
         """Raises ValueError if micro-steps of so many examples need more memory than the devices report."""
         strategy, window = self._strategy, self._options.target_batch_size
         assert window is not None
-        held = (
-            window if self._options.fuse_windows else 2
-        )  # Batches that are on the devices: a window, or the next one.
+        # The most batches on the devices: those of a window, or the present one and the next.
+        held = window if self._options.fuse_windows else 2
         sharing = strategy.size // strategy.batches
         n, window = -(-micro_step // strategy.batches), window // strategy.batches
         check_loader(task, strategy.read(batch).arrays, n, window, strategy.sync, sharing, held)
